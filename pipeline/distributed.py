@@ -1,0 +1,115 @@
+"""Ranks and collectives. Works the same in one process, under torchrun and under srun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init() -> None:
+    """Join the process group that the launcher described in the environment; alone if there is none.
+
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; under srun the job script sets them from
+    Slurm's variables. A process without them becomes a group of one, so that DeepSpeed and accelerate
+    find what they expect.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on at least one."""
+    if world_size() == 1:
+        return flag
+    total = torch.tensor([int(flag)], device=device())
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return bool(total.item())
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Mean over ranks of each value; every rank must hold the same keys."""
+    if world_size() == 1 or not values:
+        return values
+    total = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return dict(zip(sorted(values), (total / world_size()).tolist(), strict=True))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once after the group has met.
+
+    gloo sometimes aborts in its destructors after the work is done ("terminate called without an
+    active exception"), which would turn a finished stage into a failed job; so none of them runs.
+    """
+    if dist.is_initialized():
+        if status == 0:
+            dist.barrier()
+            dist.destroy_process_group()
+        logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,48 @@
+"""What both training stages share: steps, batch, optimizer, schedule, precision, intervals.
+
+Knows no torch, so that the command line and the Slurm layer can read configs in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, operational
+
+
+class TrainingConfig(Config):
+    """Section `training` of a stage that trains. A step is one optimizer update on one global batch."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="samples a step, over all processes")
+    micro_batch_size: int | None = operational(
+        None, description="samples a process and pass; smaller ones accumulate gradients. None: no accumulation"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
+    weight_decay: float = Field(0.05, ge=0, description="on matrices only")
+    betas: tuple[float, float] = (0.9, 0.98)
+    gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
+
+    max_nonfinite_steps: int = Field(10, ge=1, description="non-finite steps in a row before the stage gives up")
+    log_every: int = operational(10, ge=1)
+    evaluate_every: int = operational(500, ge=1)
+    picture_every: int = operational(500, ge=1)
+    checkpoint_every: int = operational(200, ge=1)
+    keep_checkpoints: int = operational(2, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps must be below steps ({self.steps})")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        return self
