@@ -46,3 +46,9 @@ class TrainingConfig(Config):
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
         return self
+
+
+class DeepSpeedConfig(Config):
+    """Section `deepspeed` of the transformer: how DeepSpeed spreads the training state over processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = operational(1)

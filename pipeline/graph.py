@@ -1,0 +1,101 @@
+"""The stage graph: which stages there are, in which order, what each reads; and the config with a section for each.
+
+This is the only place that knows the order. The local runner and the Slurm submitter both read it.
+It imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config import Config, identity, load_config, operational
+from pipeline.data.config import PrepareConfig, TokenizeConfig
+from pipeline.image_tokenizer.config import ImageTokenizerConfig
+from pipeline.metrics.config import EvaluateConfig
+from pipeline.report.config import ReportConfig
+from pipeline.sampling.config import GenerateConfig
+from pipeline.text_tokenizer_config import TextTokenizerConfig
+from pipeline.tracking import TrackingConfig
+from pipeline.transformer.config import TransformerConfig
+
+
+class PipelineConfig(Config):
+    """A whole pipeline: one section a stage. See `configs/` for complete examples."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory and the MLflow run")
+    runs: Path = operational(Path("runs"), description="the run directory is <runs>/<name>")
+    seed: int = Field(0, ge=0)
+    processes: int | None = operational(
+        None, ge=1, description="processes of each training stage on this machine; default: one a GPU, or one"
+    )
+    tracking: TrackingConfig = operational(TrackingConfig())
+
+    prepare: PrepareConfig
+    text_tokenizer: TextTokenizerConfig
+    image_tokenizer: ImageTokenizerConfig
+    tokenize: TokenizeConfig
+    transformer: TransformerConfig
+    generate: GenerateConfig
+    evaluate: EvaluateConfig
+    report: ReportConfig
+
+    @property
+    def run_directory(self) -> Path:
+        return self.runs / self.name
+
+    def section(self, stage: str) -> Config:
+        section: Config = getattr(self, stage.replace("-", "_"))
+        return section
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph."""
+
+    name: str
+    inputs: tuple[str, ...] = ()
+    trains: bool = False  # runs on all GPUs of its job, as one process each
+
+    @property
+    def module(self) -> str:
+        """The module to run: `python -m stages.text_tokenizer`."""
+        return f"stages.{self.name.replace('-', '_')}"
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("prepare"),
+    Stage("text-tokenizer", inputs=("prepare",)),
+    Stage("image-tokenizer", inputs=("prepare",), trains=True),
+    Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer")),
+    Stage("transformer", inputs=("text-tokenizer", "image-tokenizer", "tokenize"), trains=True),
+    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer")),
+    Stage("evaluate", inputs=("prepare", "image-tokenizer", "generate")),
+    Stage(
+        "report",
+        inputs=("prepare", "text-tokenizer", "image-tokenizer", "tokenize", "transformer", "generate", "evaluate"),
+    ),
+)
+STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> Stage:
+    return STAGES[STAGE_NAMES.index(name)]
+
+
+def stage_identity(config: PipelineConfig, stage: str) -> dict[str, Any]:
+    """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
+    return {"seed": config.seed, stage.replace("-", "_"): identity(config.section(stage))}
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a pipeline config. A run directory's own config.yaml means that run, wherever it was moved to."""
+    config = load_config(PipelineConfig, path, overrides)
+    directory = Path(path).parent
+    if Path(path).name == "config.yaml" and (directory / "run.json").exists():
+        config = config.model_copy(update={"runs": directory.parent, "name": directory.resolve().name})
+    return config
