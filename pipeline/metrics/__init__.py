@@ -1,0 +1,13 @@
+"""Figures of merit for pictures: how far apart two sets of pictures are, and how close two pictures.
+
+    config.py            section `evaluate`
+    pictures.py          a folder, a tar or a folder of tars, as named pictures
+    features.py          extractors by name: pictures -> features and class logits
+    frechet.py  kid.py  inception_score.py  manifold.py    figures of sets, from features or logits
+    reconstruction.py    PSNR and SSIM, figures of pairs
+    compare.py           all of them over two sets, as the rows of metrics.json
+
+Every function that takes features wants `[samples, dimensions]`, any float type; it computes in
+float64 and raises UserError on what cannot be measured (NaN, too few samples, other dimensions).
+Smaller is better for Fréchet distance and KID, larger for everything else.
+"""

@@ -1,0 +1,45 @@
+"""What every figure asks of its input, said in one line when it does not hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+Array = Tensor | np.ndarray
+
+
+def checked(values: Array, name: str, at_least: int = 1, reason: str = "one sample") -> Tensor:
+    """`values` as float64 `[samples, dimensions]` on its device.
+
+    Raises:
+        UserError: other than two dimensions, fewer than `at_least` samples (`reason` names what
+            needs them), or a value that is NaN or infinite.
+    """
+    tensor = torch.as_tensor(values)
+    if tensor.ndim != 2:
+        raise UserError(f"{name}: expected an array [samples, dimensions], found shape {tuple(tensor.shape)}")
+    if len(tensor) < at_least:
+        raise UserError(f"{name}: expected at least {at_least} samples ({reason}), found {len(tensor)}; add pictures")
+    tensor = tensor.double()
+    finite = torch.isfinite(tensor).all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise UserError(
+            f"{name}: expected finite numbers, found NaN or infinity in {int((~finite).sum())} of {len(tensor)} "
+            f"samples (the first is sample {first}); check what made them"
+        )
+    return tensor
+
+
+def checked_pair(real: Array, generated: Array, at_least: int = 1, reason: str = "one sample") -> tuple[Tensor, Tensor]:
+    """Both sets as `checked` gives them, of equal dimensions."""
+    pair = checked(real, "real", at_least, reason), checked(generated, "generated", at_least, reason)
+    if pair[0].shape[1] != pair[1].shape[1]:
+        raise UserError(
+            f"features of real and generated pictures: expected equal dimensions, found {pair[0].shape[1]} and "
+            f"{pair[1].shape[1]}; use one extractor for both"
+        )
+    return pair
