@@ -1,0 +1,46 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, write_atomic, write_json
+
+
+def test_an_interrupted_write_leaves_the_old_content_and_no_debris(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    # /dev/full is a real device on which every write fails with ENOSPC.
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def write_to_full_disk() -> None:
+        with atomic_path(path) as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("new")
+
+    with pytest.raises(UserError, match="no space left for .*file"):
+        write_to_full_disk()
+    assert path.read_text() == "old"
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json is damaged: expected JSON"):
+        read_json(tmp_path / "a.json")
