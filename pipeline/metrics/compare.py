@@ -6,6 +6,7 @@ rows = compare_pictures(real, generated, config, seed)      # two iterables of P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.metrics.features import FeatureSet, load_extractor
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.manifold import precision_recall_density_coverage
+from pipeline.metrics.manifold import nearest, precision_recall_density_coverage
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,32 @@ def inception_row(pictures: FeatureSet, compares: str, config: EvaluateConfig, s
     return _spread_row("IS", compares, "higher", None, pictures, score, spread_of)
 
 
-def mean_row(metric: str, compares: str, values: torch.Tensor) -> Row:
-    """The mean of a figure of pairs of pictures (`[n]`, more is better) with its 95 % confidence interval."""
-    n, mean = len(values), values.mean().item()
-    error = 1.96 * values.std().item() / n**0.5 if n > 1 else 0.0
-    interval = (mean - error, mean + error)
+def pair_row(
+    metric: str,
+    compares: str,
+    figure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    pictures: torch.Tensor,
+    others: torch.Tensor,
+) -> Row:
+    """The mean of `figure` (PSNR, SSIM) over pairs of pictures `[n, 3, H, W]`, with its 95 % confidence interval."""
+    n = len(pictures)
+    try:
+        values = figure(pictures, others)
+    except UserError as error:
+        return Row(metric, compares, None, "higher", n, n, warning=str(error))
+    mean = values.mean().item()
+    error_95 = 1.96 * values.std().item() / n**0.5 if n > 1 else math.inf
+    interval = (mean - error_95, mean + error_95) if math.isfinite(error_95) else None
     return Row(metric, compares, mean, "higher", n, n, interval=interval, interval_of="95 % confidence, normal")
+
+
+def distance_row(queries: FeatureSet, compares: str, training: FeatureSet) -> Row:
+    """Median distance in feature space from a picture to its nearest training picture; near 0 are copies."""
+    distances, _ = nearest(queries.features, training.features)
+    warning = None if len(queries) >= 10 else f"only {len(queries)} pictures"
+    median = distances.median().item()
+    name = "median distance to the nearest training picture"
+    return _row(name, compares, median, "higher", training, queries, warning=warning)
 
 
 def _spread_row(

@@ -12,7 +12,11 @@ class EvaluateConfig(Config):
 
     extractor: str = Field("efficientnet-lite0", description="network whose features the distances are taken in")
     samples: int | None = Field(None, ge=2, description="pictures a set; None: all that `generate` made")
-    reconstructions: int = Field(500, ge=2, description="training pictures that the tokenizer reconstructs, at most")
+    training_pictures: int = Field(20_000, ge=2, description="at most so many are searched for the nearest one")
+    reconstructions: int = Field(
+        250, ge=2, description="pictures of each split that the tokenizer reconstructs, at most"
+    )
+    reconstructions_shown: int = Field(12, ge=0, description="of the validation pictures, for the report")
     inception_splits: int = Field(10, ge=1, description="parts of the Inception Score, for its spread")
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     kid_subsets: int = Field(50, ge=1)

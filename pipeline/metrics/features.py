@@ -42,6 +42,10 @@ class FeatureSet:
     def take(self, indices: list[int] | slice) -> FeatureSet:
         return FeatureSet(self.features[indices], self.logits[indices], self.extractor)
 
+    def joined(self, other: FeatureSet) -> FeatureSet:
+        features, logits = torch.cat([self.features, other.features]), torch.cat([self.logits, other.logits])
+        return FeatureSet(features, logits, self.extractor)
+
 
 @dataclass(frozen=True)
 class Extractor:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.image_tokenizer.base import ImageTokenizer
+
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: ImageTokenizer, pictures: list[Image.Image], batch_size: int = 64) -> list[Image.Image]:
+    """Pictures of the tokenizer's size through its codes and back, rounded to 8 bits as they would be saved."""
+    device = next(tokenizer.parameters()).device
+    results: list[Image.Image] = []
+    for batch in stacked(pictures).split(batch_size):
+        decoded = tokenizer.decode(tokenizer.encode(batch.to(device))).clamp(0, 1)
+        pixels = (decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        results += [Image.fromarray(picture) for picture in pixels]
+    return results
+
+
+def stacked(pictures: list[Image.Image]) -> Tensor:
+    """RGB pictures of one size as float32 `[n, 3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
 
 
 def psnr(pictures: Tensor, reconstructions: Tensor) -> Tensor:

@@ -33,11 +33,11 @@ class TestFiguresOfSets:
     def test_nan_is_found(self, figure) -> None:  # type: ignore[no-untyped-def]
         bad = torch.rand(10, 8)
         bad[7, 3] = torch.nan
-        with pytest.raises(UserError, match="generated: .*NaN or infinity in 1 of 10 samples .*sample 7"):
+        with pytest.raises(UserError, match=r"generated: .*NaN or infinity in 1 of 10 samples .*sample 7"):
             figure(torch.rand(10, 8), bad)
 
     def test_empty_set_is_found(self, figure) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(UserError, match="real: expected at least . samples .*found 0"):
+        with pytest.raises(UserError, match=r"real: expected at least . samples .*found 0"):
             figure(torch.rand(0, 8), torch.rand(10, 8))
 
     def test_features_of_another_extractor_are_found(self, figure) -> None:  # type: ignore[no-untyped-def]
@@ -52,17 +52,17 @@ class TestFiguresOfSets:
 
 
 def test_fewer_samples_than_neighbours() -> None:
-    with pytest.raises(UserError, match="at least 4 samples .3 neighbours .* found 3"):
+    with pytest.raises(UserError, match=r"at least 4 samples .3 neighbours .* found 3"):
         manifold(torch.rand(3, 8), torch.rand(9, 8))
 
 
 def test_fewer_samples_than_a_kid_subset() -> None:
-    with pytest.raises(UserError, match="at least 4 samples .KID's subset_size.* found 3"):
+    with pytest.raises(UserError, match=r"at least 4 samples .KID's subset_size.* found 3"):
         kid(torch.rand(9, 8), torch.rand(3, 8))
 
 
 def test_fewer_samples_than_splits() -> None:
-    with pytest.raises(UserError, match="at least 10 samples .one a split.* found 9"):
+    with pytest.raises(UserError, match=r"at least 10 samples .one a split.* found 9"):
         inception_score(torch.rand(9, 8), 10, GENERATOR)
 
 
