@@ -1,0 +1,12 @@
+"""From any captioned pictures to exact, resumable streams of pictures and tokens.
+
+sources/      what a user has (folder, table, tars, `datasets`, OpenMoji) as raw records, cut into parts
+images.py     bytes -> an RGB picture of one size, or the reason why not
+prepare.py    parts -> image shards (tars), rejected.jsonl, index.json
+shards.py     the format of image shards: writing, reading, index
+order.py      the order of samples: a pure function of (seed, epoch, position)
+stream.py     image shards -> batches of pictures, in that order
+tokenizing.py image shards -> token arrays
+tokens.py     the format of token arrays: reading, verifying
+sampler.py    token arrays -> batches of tokens, exactly shuffled
+"""

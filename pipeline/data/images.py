@@ -1,0 +1,131 @@
+"""Bytes that claim to be a picture -> an RGB picture of one size, or the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.data.config import FilterConfig
+
+_EXTENSIONS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+}
+
+
+class BadSample(Exception):  # noqa: N818 (a verdict, not a failure)
+    """Why a sample is not kept: a short `reason` that is counted, and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Decoded:
+    picture: Image.Image  # mode RGB
+    conversions: tuple[str, ...]  # what had to be changed to get there
+
+
+def decode(content: bytes | None, extension: str, filters: FilterConfig) -> Decoded:
+    """Decode any still picture to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
+
+    Raises:
+        BadSample: missing, not a picture, truncated, animated, too small, too long, or a decompression bomb.
+    """
+    if not content:
+        raise BadSample("missing picture")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from half its own limit on; ours is checked below, before any pixel is decoded.
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(content))
+            _check_header(picture, filters)
+            picture.load()
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("decompression bomb", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSample("not a picture", f"{len(content)} bytes of no known format") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        truncated = "truncat" in str(error).lower() or isinstance(error, (EOFError, SyntaxError))
+        raise BadSample("truncated picture" if truncated else "undecodable picture", str(error)) from error
+    conversions = []
+    if extension and picture.format in _EXTENSIONS and extension not in _EXTENSIONS[picture.format]:
+        conversions.append(f"extension {extension} holds {picture.format}")
+    upright = ImageOps.exif_transpose(picture)
+    rgb, conversion = _to_rgb(upright)
+    if conversion:
+        conversions.append(conversion)
+    return Decoded(rgb, tuple(conversions))
+
+
+def _check_header(picture: Image.Image, filters: FilterConfig) -> None:
+    width, height = picture.size
+    if width * height > filters.max_pixels:
+        raise BadSample("decompression bomb", f"{width}x{height} pixels, at most {filters.max_pixels} (max_pixels)")
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+        raise BadSample("animated picture", f"{picture.n_frames} frames")  # type: ignore[attr-defined]
+    if min(width, height) < filters.min_side:
+        raise BadSample("too small", f"{width}x{height}, at least {filters.min_side} (min_side)")
+    if max(width, height) > filters.max_aspect_ratio * min(width, height):
+        raise BadSample("aspect ratio", f"{width}x{height}, at most {filters.max_aspect_ratio} (max_aspect_ratio)")
+
+
+def _to_rgb(picture: Image.Image) -> tuple[Image.Image, str]:
+    mode = picture.mode
+    if mode == "RGB" and "transparency" not in picture.info:
+        return picture, ""
+    if mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
+        grey = (np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), "16-bit to 8-bit"
+    if mode == "F":
+        raise BadSample("undecodable picture", "floating-point pixels have no known range")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB"), "alpha on white"
+    return picture.convert("RGB"), f"{mode} to RGB"
+
+
+def square(picture: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The largest square of `picture` at (x, y) of the room it has (0.5: centre), at `size` pixels a side.
+
+    Resized with an antialiasing filter (Lanczos over the whole source area of each pixel), once.
+    """
+    width, height = picture.size
+    side = min(width, height)
+    left, top = round((width - side) * where[0]), round((height - side) * where[1])
+    if (width, height) == (size, size):
+        return picture
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def random_of(*parts: object) -> random.Random:
+    """Random numbers that are a pure function of `parts`, in every process and Python version."""
+    name = "/".join(map(str, parts))
+    return random.Random(int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
+
+
+def grid(pictures: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size beside and under each other, on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet

@@ -1,0 +1,74 @@
+"""Token arrays -> batches, exactly shuffled over the whole split, for this rank.
+
+    sampler = TokenSampler(run.input("tokenize"), "train", seed=run.seed)
+    for batch in sampler.batches(consumed=0, batch_size=64):
+        batch["text"], batch["codes"]     # int64 [64 / ranks, T], [64 / ranks, N]
+
+The sample at global position p is `permute(p mod n)` with a key of (seed, epoch): computed, not stored. So a start at
+any position, at any number of ranks, with any number of samples, costs nothing and takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.data.order import key_of, permute
+from pipeline.data.stream import rank_share
+from pipeline.data.tokens import TokenArrays
+
+
+def shuffled(positions: NDArray[np.int64], samples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(sample number, epoch), int64 [n] each, at positions counted from the start of training."""
+    epochs, within = np.divmod(positions, samples)
+    keys = np.empty(len(positions), np.uint64)
+    for epoch in np.unique(epochs).tolist():
+        keys[epochs == epoch] = key_of("tokens", seed, epoch)
+    return permute(within, samples, keys), epochs
+
+
+class TokenSampler:
+    def __init__(
+        self,
+        tokenize_dir: Path,
+        split: str,
+        seed: int,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """`rank`, `world_size`: by default those of `pipeline.distributed`. Raises UserError: see TokenArrays."""
+        self.arrays = TokenArrays(tokenize_dir, split)
+        self.seed = seed
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+
+    def __len__(self) -> int:
+        """Samples of the split."""
+        return len(self.arrays)
+
+    def batches(self, consumed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Endless batches from global sample `consumed` on; `{"text": int64 [b, T], "codes": int64 [b, N]}`.
+
+        b = batch_size / ranks; rank r gets samples [r * b, (r + 1) * b) of each global batch. Codes are those of all
+        levels, coarse to fine, each counted from 0. Of several crops of a picture each epoch takes another.
+
+        Raises:
+            UserError: the number of ranks does not divide `batch_size`.
+        """
+        share = rank_share(batch_size, self.world_size)
+        return self._batches(consumed + self.rank * share, batch_size, share)
+
+    def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
+        while True:
+            samples, epochs = shuffled(np.arange(start, start + share), len(self), self.seed)
+            # Neighbours begin with different crops, so that an epoch mixes all of them.
+            text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops)
+            yield {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
+            start += stride

@@ -1,0 +1,145 @@
+"""Image shards: WebDataset tars of one size of picture, with an index.
+
+    prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
+    prepare/train/000000.tar       members KEY.json KEY.png KEY.txt (caption), a sample after the other
+    prepare/train/000000.index.npy int64 [samples, 2]: where each picture's bytes begin in the tar, and how many
+
+Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
+`stream.py` reads the samples of a shard in any order, and skips without reading.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, sha256_file
+
+SPLITS = ("train", "val")
+_BLOCK = 512  # tar pads every member to whole blocks
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A captioned picture of an image shard. The picture is decoded when first asked for."""
+
+    key: str
+    png: bytes
+    caption: str
+    meta: dict[str, Any]
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, image_size x image_size."""
+        return Image.open(io.BytesIO(self.png)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An entry of index.json. `name` is relative to the stage's directory, e.g. `train/000000.tar`."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".tar")
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
+    """Write a tar and its index, atomically. Returns (samples, bytes, sha256 of the tar).
+
+    The same samples give the same bytes: no times, no owners, fixed order of members.
+    """
+    places: list[tuple[int, int]] = []
+    with atomic_path(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+            for sample in samples:
+                _add(tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
+                places.append((_add(tar, f"{sample.key}.png", sample.png), len(sample.png)))
+                _add(tar, f"{sample.key}.txt", sample.caption.encode())
+        size, sha256 = temporary.stat().st_size, sha256_file(temporary)
+        with atomic_path(path.with_suffix(".index.npy")) as index, open(index, "wb") as file:
+            np.save(file, np.array(places, dtype=np.int64).reshape(-1, 2))
+    return len(places), size, sha256
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a member; returns where its content begins."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
+    return tar.offset - -(-len(content) // _BLOCK) * _BLOCK
+
+
+def tar_samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
+    """Samples of one WebDataset tar, as {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
+
+    Damage ends up in `errors`; what could be read before it is yielded.
+    """
+    from webdataset import tariterators
+
+    def note(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
+    files = tariterators.tar_file_expander([{"url": name, "stream": stream}], handler=note)
+    yield from tariterators.group_by_keys(files, handler=note)
+
+
+def read_index(prepare_dir: Path) -> dict[str, Any]:
+    """index.json of a finished `prepare`. Raises UserError when there is none."""
+    path = Path(prepare_dir) / "index.json"
+    if not path.is_file():
+        raise UserError(f"expected image shards with an index at {path}, found none: run the stage prepare first")
+    index: dict[str, Any] = read_json(path)
+    return index
+
+
+def read_shards(prepare_dir: Path, split: str) -> list[Shard]:
+    """The shards of a split in their fixed order. Raises UserError when the split holds no samples."""
+    splits = read_index(prepare_dir)["splits"]
+    if split not in splits:
+        raise UserError(f"expected a split among {', '.join(splits)}, found '{split}'")
+    shards = [Shard(**entry) for entry in splits[split]["shards"]]
+    if not shards:
+        raise UserError(
+            f"{prepare_dir}: the split '{split}' holds no samples: raise prepare.validation_fraction, or add samples"
+        )
+    return shards
+
+
+def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
+    """Samples of one shard in their fixed order. Raises UserError when the tar is damaged or incomplete."""
+    path = Path(prepare_dir) / shard.name
+    errors: list[Exception] = []
+    count = 0
+    try:
+        with open(path, "rb") as stream:
+            for sample in tar_samples(stream, str(path), errors):
+                count += 1
+                yield Sample(sample["__key__"], sample["png"], sample["txt"].decode(), json.loads(sample["json"]))
+    except (OSError, KeyError, ValueError) as error:
+        errors.append(error)
+    if errors or count != shard.samples:
+        found = str(errors[0]) if errors else f"{count} samples"
+        raise UserError(f"{path} is damaged: expected {shard.samples} samples, found {found}; run prepare again")
+
+
+def read_samples(prepare_dir: Path, split: str) -> Iterator[Sample]:
+    """All samples of a split, shard after shard, in their fixed order."""
+    for shard in read_shards(Path(prepare_dir), split):
+        yield from read_shard(Path(prepare_dir), shard)

@@ -1,0 +1,52 @@
+"""A data set of the Hugging Face `datasets` library, saved to disk with `save_to_disk`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import digest
+from pipeline.data.config import HuggingFaceSource
+from pipeline.data.sources import Part, Record, Unreadable, missing_package
+from pipeline.errors import UserError
+
+
+class HuggingFace:
+    def __init__(self, config: HuggingFaceSource) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise missing_package("datasets", "data", "the Hugging Face source") from error
+        if not Path(config.path).is_dir():
+            raise UserError(f"prepare.source.path: expected a folder of `datasets`, found none at {config.path}")
+        rows: Any = datasets.load_from_disk(config.path)
+        if isinstance(rows, datasets.DatasetDict):
+            if config.split not in rows:
+                raise UserError(f"prepare.source.split: expected one of {', '.join(rows)}, found {config.split}")
+            rows = rows[config.split]
+        for column in (config.image_column, config.caption_column, config.key_column):
+            if column is not None and column not in rows.column_names:
+                raise UserError(f"{config.path}: expected a column '{column}', found {', '.join(rows.column_names)}")
+        # Undecoded: the same safe decoder reads the pictures of every source.
+        self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+        self.config = config
+
+    def parts(self, size: int) -> Iterator[Part]:
+        for number, start in enumerate(range(0, len(self.rows), size)):
+            items = (start, min(start + size, len(self.rows)))
+            yield Part(number, digest([self.rows._fingerprint, items]), items)
+
+    def records(self, part: Part) -> Iterator[Record | Unreadable]:
+        for number in range(*part.items):
+            row = self.rows[number]
+            key = f"{number:09d}" if self.config.key_column is None else str(row[self.config.key_column])
+            picture = row[self.config.image_column] or {}
+            image, path = picture.get("bytes"), picture.get("path") or ""
+            if image is None and path:
+                try:
+                    image = Path(path).read_bytes()
+                except OSError as error:
+                    yield Unreadable(key, "unreadable file", str(error))
+                    continue
+            yield Record(key, image, row[self.config.caption_column], Path(path).suffix.lower())

@@ -1,0 +1,205 @@
+"""Image shards -> batches of pictures, in the order of `order.ShardOrder`, for this rank.
+
+    stream = ImageStream(run.input("prepare"), "train", seed=run.seed)
+    for batch in stream.batches(consumed=0, batch_size=64):
+        batch["images"]     # uint8 [64 / ranks, 3, H, W]
+
+The only state is how many samples were consumed. The tars are read through their offsets rather than front to back:
+a tar is random access once indexed, which makes the shuffle exact (no shuffle buffer whose content a restart would
+lose), lets a resume begin at any sample without reading what comes before, and saves the parsing of tar headers.
+Locality stays: a canonical stream reads one shard at a time, so the system's cache and read-ahead serve it.
+
+Decoding happens after the shuffle, in threads, a few batches ahead. Pictures of a small data set stay in memory
+decoded, so each is decoded once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.data.order import ShardOrder
+from pipeline.data.shards import read_index, read_shards
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+_BATCHES_AHEAD = 4
+_OPEN_SHARDS = 256
+_DECODE_TOGETHER = 16  # pictures a task of the thread pool: small ones would cost more to hand out than to decode
+
+
+class ImageStream:
+    def __init__(
+        self,
+        prepare_dir: Path,
+        split: str,
+        seed: int,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        cache_bytes: int = 512 << 20,
+        threads: int = 2,
+    ) -> None:
+        """
+        Args:
+            prepare_dir: the directory of a finished `prepare`.
+            split: "train" or "val".
+            rank, world_size: this process's place; by default that of `pipeline.distributed`.
+            cache_bytes: decoded pictures are kept in memory when the whole split fits into this.
+            threads: decoding threads.
+
+        Raises:
+            UserError: there are no shards, or the split is empty.
+        """
+        self.directory = Path(prepare_dir)
+        self.image_size: int = read_index(self.directory)["image_size"]
+        self.shards = read_shards(self.directory, split)
+        self.order = ShardOrder([shard.samples for shard in self.shards], seed)
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        self.threads = threads
+        self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._files = _OpenShards()
+        shape = (len(self), 3, self.image_size, self.image_size)
+        cached = int(np.prod(shape, dtype=np.int64)) <= cache_bytes
+        self._cache = np.empty(shape, np.uint8) if cached else None
+        self._known = np.zeros(len(self) if cached else 0, bool)
+
+    def __len__(self) -> int:
+        """Samples of the split."""
+        return self.order.samples
+
+    def batches(self, consumed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Endless batches from global sample `consumed` on; `{"images": uint8 [batch_size / ranks, 3, H, W]}`.
+
+        Rank r of W gets samples [r * b / W, (r + 1) * b / W) of each global batch of b. Epochs follow each other
+        without a gap: a batch may hold the last samples of one and the first of the next.
+
+        Raises:
+            UserError: the number of ranks does not divide `batch_size`, or a shard is damaged.
+        """
+        share = rank_share(batch_size, self.world_size)
+        return _ahead(self._batches(consumed + self.rank * share, batch_size, share))
+
+    def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            while True:
+                shards, rows = self.order.locate(np.arange(start, start + share))
+                yield {"images": torch.from_numpy(self._pictures(shards, rows, pool))}
+                start += stride
+
+    def _pictures(
+        self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
+    ) -> NDArray[np.uint8]:
+        """uint8 [n, 3, H, W]"""
+        if self._cache is None:
+            return self._decode_all(shards, rows, pool)
+        numbers = self._first[shards] + rows
+        new = np.flatnonzero(~self._known[numbers])
+        if len(new):
+            self._cache[numbers[new]] = self._decode_all(shards[new], rows[new], pool)
+            self._known[numbers[new]] = True
+        return self._cache[numbers]
+
+    def _decode_all(
+        self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
+    ) -> NDArray[np.uint8]:
+        pictures = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
+
+        def decode(start: int) -> None:
+            for index in range(start, min(start + _DECODE_TOGETHER, len(rows))):
+                pictures[index] = self._decode(int(shards[index]), int(rows[index]))
+
+        list(pool.map(decode, range(0, len(rows), _DECODE_TOGETHER)))
+        return pictures
+
+    def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
+        path = self.directory / self.shards[shard].name
+        try:
+            png = self._files.read(path, row)
+            picture = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB"))
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path} is damaged at sample {row}: {error}; run the stage prepare again") from error
+        if picture.shape != (self.image_size, self.image_size, 3):
+            raise UserError(
+                f"{path}: expected pictures of {self.image_size} pixels, found {picture.shape} at sample {row}"
+            )
+        return picture.transpose(2, 0, 1)
+
+
+def rank_share(batch_size: int, world_size: int) -> int:
+    """Samples of a global batch for each rank. Raises UserError when they do not come out even."""
+    if batch_size % world_size:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by {world_size} processes: make it a multiple of {world_size}"
+        )
+    return batch_size // world_size
+
+
+class _OpenShards:
+    """File descriptors and offsets of the shards in use; the one that was opened first is closed first."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[io.FileIO, NDArray[np.int64]]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, row: int) -> bytes:
+        """The bytes of the picture of sample `row`."""
+        with self._lock:
+            if path not in self._open:
+                if len(self._open) >= _OPEN_SHARDS:
+                    # Not closed by hand: a thread may be reading from it; the last reference closes it.
+                    del self._open[next(iter(self._open))]
+                self._open[path] = (io.FileIO(path), np.load(path.with_suffix(".index.npy"), mmap_mode="r"))
+            file, places = self._open[path]
+        offset, size = places[row].tolist()
+        return os.pread(file.fileno(), size, offset)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, made by a thread a few ahead of their use. What it raises is raised here."""
+    ready: queue.Queue[T | BaseException] = queue.Queue(_BATCHES_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: T | BaseException) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            while put(next(items)):
+                pass
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+        items.close()  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""Image shards -> token arrays (format: `tokens.py`), shard by shard.
+
+`tokenize_shard` makes the arrays of one image shard and is independent of all others: ranks share the shards, and
+it may die and be run again. `join` checks that all are there and writes the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import digest, identity
+from pipeline.data.config import TokenizeConfig
+from pipeline.data.images import random_of, square
+from pipeline.data.shards import SPLITS, Sample, Shard, read_index, read_shard
+from pipeline.data.tokens import Level, token_dtype
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, sha256_file, write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The two tokenizers, as functions.
+
+    encode_images: float32 [B, 3, H, W] in [0, 1] -> a level's codes int64 [B, positions], for each level.
+    encode_text: n captions -> int64 [n, text_length].
+    hashes: name of the tokenizer -> hash of its files.
+    """
+
+    encode_images: Callable[[torch.Tensor], list[torch.Tensor]]
+    encode_text: Callable[[list[str]], Any]
+    levels: list[Level]
+    text_length: int
+    text_vocab_size: int
+    hashes: dict[str, str]
+
+
+def hash_of_files(folder: Path, names: list[str]) -> str:
+    """One hash of the contents of the named files of a folder."""
+    return digest([[name, sha256_file(folder / name)] for name in names])
+
+
+def all_shards(prepare_dir: Path) -> list[tuple[str, Shard]]:
+    """(split, image shard) of everything that is to be tokenized, in a fixed order."""
+    splits = read_index(prepare_dir)["splits"]
+    return [(split, Shard(**entry)) for split in SPLITS for entry in splits[split]["shards"]]
+
+
+def tokenize_shard(
+    directory: Path, prepare_dir: Path, split: str, shard: Shard, encoders: Encoders, config: TokenizeConfig, seed: int
+) -> bool:
+    """Make the token arrays of one image shard in `directory`, unless they are there and whole.
+
+    Returns True if there was something to do.
+
+    Raises:
+        UserError: the image shard is damaged, or a code is out of range.
+    """
+    record_path = directory / f"{shard.stem}.json"
+    made_from = digest([shard.sha256, encoders.hashes, identity(config), seed])
+    if _is_finished(directory, record_path, made_from):
+        return False
+    crops = config.crops if split == "train" else 1
+    keys: list[str] = []
+    text: list[NDArray[np.int64]] = []
+    codes: list[list[NDArray[np.int64]]] = [[] for _ in encoders.levels]
+    for samples in _chunks(read_shard(prepare_dir, shard), max(1, config.batch_size // crops)):
+        keys += [sample.key for sample in samples]
+        text.append(np.asarray(encoders.encode_text([sample.caption for sample in samples])))
+        for number, found in enumerate(_encode_pictures(samples, crops, encoders, config, seed)):
+            codes[number].append(found)
+    names = {"text": f"{shard.stem}.text.npy", "keys": f"{shard.stem}.keys.txt"}
+    code_names = [f"{shard.stem}.codes.{level}.npy" for level in range(len(codes))]
+    _save(directory / names["text"], np.concatenate(text), encoders.text_vocab_size)
+    for name, level, parts in zip(code_names, encoders.levels, codes, strict=True):
+        _save(directory / name, np.concatenate(parts), level.codebook_size)
+    write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in keys))
+    checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
+    entry = {**names, "codes": code_names, "samples": len(keys), "crops": crops, "sha256": checksums}
+    write_json(record_path, {"made_from": made_from, "shard": entry})
+    return True
+
+
+def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: TokenizeConfig, seed: int) -> dict[str, Any]:
+    """Check that every image shard has its token arrays, made from it; write index.json and return it.
+
+    Raises UserError when one is missing, or was made from something else.
+    """
+    splits: dict[str, Any] = {split: {"samples": 0, "shards": []} for split in SPLITS}
+    for split, shard in all_shards(prepare_dir):
+        record_path = directory / f"{shard.stem}.json"
+        made_from = digest([shard.sha256, encoders.hashes, identity(config), seed])
+        record = read_json(record_path) if record_path.is_file() else {}
+        if record.get("made_from") != made_from or record["shard"]["samples"] != shard.samples:
+            raise UserError(f"{record_path}: expected the tokens of {shard.name}, found none of it: run tokenize again")
+        splits[split]["shards"].append(record["shard"])
+        splits[split]["samples"] += shard.samples
+    index = {
+        "levels": [asdict(level) for level in encoders.levels],
+        "text_length": encoders.text_length,
+        "text_vocab_size": encoders.text_vocab_size,
+        "tokenizers": encoders.hashes,
+        "splits": splits,
+    }
+    write_json(directory / "index.json", index)
+    return index
+
+
+def crop_of(picture: Image.Image, crop: int, min_scale: float, *name: object) -> Image.Image:
+    """Version number `crop` of a square picture: 0 is the whole, others are random squares of it, resized back."""
+    if crop == 0:
+        return picture
+    rng = random_of(*name, crop)
+    size = picture.width
+    side = round(size * rng.uniform(min_scale, 1.0))
+    left, top = rng.randint(0, size - side), rng.randint(0, size - side)
+    return square(picture.crop((left, top, left + side, top + side)), size)
+
+
+def _encode_pictures(
+    samples: list[Sample], crops: int, encoders: Encoders, config: TokenizeConfig, seed: int
+) -> list[NDArray[np.int64]]:
+    """Of each level the codes of these samples, int64 [n, crops, positions]."""
+    pictures = [
+        crop_of(sample.image, crop, config.min_crop_scale, "tokenize", seed, sample.key)
+        for sample in samples
+        for crop in range(crops)
+    ]
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    images = images.permute(0, 3, 1, 2).float().div(255)
+    found: list[list[torch.Tensor]] = [[] for _ in encoders.levels]
+    with torch.no_grad():
+        for batch in torch.split(images, config.batch_size):
+            for number, level_codes in enumerate(encoders.encode_images(batch)):
+                found[number].append(level_codes.cpu())
+    return [torch.cat(parts).view(len(samples), crops, -1).numpy() for parts in found]
+
+
+def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while chunk := list(islice(samples, size)):
+        yield chunk
+
+
+def _save(path: Path, array: NDArray[np.int64], vocabulary: int) -> None:
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocabulary:
+        raise UserError(f"{path.name}: expected codes in [0, {vocabulary}), found {array.min()} to {array.max()}")
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array.astype(token_dtype(vocabulary)))
+
+
+def _is_finished(directory: Path, record_path: Path, made_from: str) -> bool:
+    if not record_path.is_file():
+        return False
+    record = read_json(record_path)
+    if record["made_from"] != made_from:
+        return False
+    files = record["shard"]["sha256"].items()
+    return all((directory / name).is_file() and sha256_file(directory / name) == sha256 for name, sha256 in files)

@@ -1,0 +1,34 @@
+"""Stage 1, prepare: captioned pictures from any source -> image shards.
+
+Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every picture once; splits by a
+hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png.
+See pipeline/data/prepare.py.
+"""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from pipeline import distributed
+from pipeline.data.prepare import prepare
+from pipeline.stage import StageRun, run_stage
+
+
+def main(run: StageRun) -> None:
+    if distributed.is_main():
+        index = prepare(run.directory, run.config.prepare, run.seed)
+        for split in index["splits"].values():
+            for shard in split["shards"]:
+                run.add_output(shard["name"], sha256=shard["sha256"])
+                run.add_output(shard["name"].removesuffix(".tar") + ".index.npy")
+        for name in ("index.json", "rejected.jsonl", "contact-sheet.png"):
+            run.add_output(name)
+        counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}
+        run.tracker.log({**counts, "rejected_samples": float(index["rejected"]["samples"])}, step=0)
+        with Image.open(run.directory / "contact-sheet.png") as sheet:
+            run.tracker.picture("contact-sheet", sheet, step=0)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_stage("prepare", main)

@@ -1,0 +1,60 @@
+"""Stage 4, tokenize: image shards -> token arrays.
+
+Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
+(train/, val/), and index.json with checksums. Ranks share the shards; a finished one is verified, not made again.
+See pipeline/data/tokenizing.py.
+"""
+
+from __future__ import annotations
+
+from pipeline import distributed, stop
+from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shard
+from pipeline.data.tokens import Level
+from pipeline.errors import StoppedOnRequest
+from pipeline.image_tokenizer import ImageTokenizer
+from pipeline.progress import progress
+from pipeline.stage import StageRun, run_stage
+from pipeline.text_tokenizer import TextTokenizer
+
+
+def load_encoders(run: StageRun) -> Encoders:
+    image_dir, text_dir = run.input("image-tokenizer") / "model", run.input("text-tokenizer")
+    image_tokenizer = ImageTokenizer.from_pretrained(image_dir).to(distributed.device()).eval()
+    text_tokenizer = TextTokenizer.from_pretrained(text_dir)
+    return Encoders(
+        encode_images=lambda images: image_tokenizer.encode(images.to(distributed.device())),
+        encode_text=text_tokenizer.encode,
+        levels=[Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels],
+        text_length=text_tokenizer.text_length,
+        text_vocab_size=text_tokenizer.vocab_size,
+        hashes={
+            "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
+            "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
+        },
+    )
+
+
+def main(run: StageRun) -> None:
+    config, prepare_dir = run.config.tokenize, run.input("prepare")
+    encoders = load_encoders(run)
+    mine = all_shards(prepare_dir)[distributed.rank() :: distributed.world_size()]
+    for split, shard in progress(mine, description="tokenize", unit="shard", shown=distributed.is_main()):
+        if stop.requested():
+            break
+        tokenize_shard(run.directory, prepare_dir, split, shard, encoders, config, run.seed)
+    if distributed.any_rank(stop.requested() is not None):
+        raise StoppedOnRequest(f"stopped by {stop.requested() or 'another rank'}")
+    distributed.barrier()
+    if distributed.is_main():
+        index = join(run.directory, prepare_dir, encoders, config, run.seed)
+        for split_index in index["splits"].values():
+            for entry in split_index["shards"]:
+                for name, sha256 in entry["sha256"].items():
+                    run.add_output(name, sha256=sha256)
+        run.add_output("index.json")
+        samples = {f"{split}_samples": float(found["samples"]) for split, found in index["splits"].items()}
+        run.tracker.log(samples, step=0)
+
+
+if __name__ == "__main__":
+    run_stage("tokenize", main)
