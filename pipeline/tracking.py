@@ -24,6 +24,7 @@ from pipeline.files import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
     from PIL import Image
 
 log = logging.getLogger(__name__)
@@ -194,8 +195,8 @@ class Mirror:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        for noisy in ("alembic", "mlflow", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)  # what fails is told once, by _warn
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)
@@ -237,21 +238,12 @@ class Mirror:
         return None if self.config.uri else (self._run_directory / "mlartifacts").absolute().as_uri()
 
     def _copy(self) -> None:
-        from mlflow.entities import Metric
-
         assert self._client is not None
         if self._metrics_path.exists():
             with open(self._metrics_path) as file:
                 file.seek(self._offset)
                 while (line := file.readline()).endswith("\n"):
-                    values = _parsed(line)
-                    step, at_ms = values.pop("step"), int(values.pop("time") * 1000)
-                    fresh = [
-                        Metric(name, float(value), at_ms, step)
-                        for name, value in values.items()
-                        if step > self._last_steps.get(name, -1)
-                    ]
-                    if fresh:
+                    if (values := _parsed(line)) and (fresh := self._fresh(values)):
                         self._client.log_batch(self._run_id, metrics=fresh)
                     self._offset = file.tell()
         while self.artifacts:
@@ -259,6 +251,17 @@ class Mirror:
             if path.exists():
                 self._client.log_artifact(self._run_id, str(path), artifact_path=folder)
             self.artifacts.pop(0)
+
+    def _fresh(self, values: dict[str, Any]) -> list[Metric]:
+        """The metrics of a line that MLflow does not have yet."""
+        from mlflow.entities import Metric
+
+        step, at_ms = values.pop("step"), int(values.pop("time") * 1000)
+        return [
+            Metric(name, float(value), at_ms, step)
+            for name, value in values.items()
+            if step > self._last_steps.get(name, -1)
+        ]
 
     def _end_runs(self, status: Status) -> None:
         assert self._client is not None
