@@ -11,7 +11,7 @@ from pipeline import distributed, stop
 from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shard
 from pipeline.data.tokens import Level
 from pipeline.errors import StoppedOnRequest
-from pipeline.image_tokenizer import ImageTokenizer
+from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.progress import progress
 from pipeline.stage import StageRun, run_stage
 from pipeline.text_tokenizer import TextTokenizer

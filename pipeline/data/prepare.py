@@ -23,12 +23,15 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from pipeline import stop
 from pipeline.config import digest, identity
 from pipeline.data.config import PrepareConfig
 from pipeline.data.images import BadSample, decode, grid, random_of, square
-from pipeline.data.order import key_of
-from pipeline.data.shards import SPLITS, Sample, Shard, read_shard, write_shard
+from pipeline.data.order import ShardOrder, key_of
+from pipeline.data.shards import SPLITS, Sample, Shard, read_png, write_shard
 from pipeline.data.sources import Part, Record, Unreadable, open_source
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, sha256_file, write_atomic, write_json
@@ -302,9 +305,10 @@ def _remove_strangers(directory: Path, splits: dict[str, Any], tasks: list[Task]
 
 
 def write_contact_sheet(directory: Path, shards: list[Shard]) -> None:
-    """contact-sheet.png: the first training pictures, for a look."""
-    samples = (sample for shard in shards for sample in read_shard(directory, shard))
-    pictures = [sample.image for sample, _ in zip(samples, range(_SHEET_SIDE**2), strict=False)]
+    """contact-sheet.png: training pictures from everywhere in the source, for a look."""
+    order = ShardOrder([shard.samples for shard in shards], seed=0)
+    places = zip(*order.locate(np.arange(min(_SHEET_SIDE**2, order.samples))), strict=True)
+    pictures = [Image.open(io.BytesIO(read_png(directory / shards[shard].name, row))) for shard, row in places]
     content = io.BytesIO()
     grid(pictures, _SHEET_SIDE).save(content, "PNG")
     write_atomic(directory / "contact-sheet.png", content.getvalue())

@@ -85,6 +85,14 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     return tar.offset - -(-len(content) // _BLOCK) * _BLOCK
 
 
+def read_png(tar: Path, row: int) -> bytes:
+    """The bytes of the picture of sample `row` of a shard. For many, `stream.ImageStream` keeps the files open."""
+    offset, size = np.load(tar.with_suffix(".index.npy"), mmap_mode="r")[row].tolist()
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
 def tar_samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
     """Samples of one WebDataset tar, as {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
 

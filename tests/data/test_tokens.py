@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.config import TokenizeConfig
+from pipeline.data.prepare import prepare
+from pipeline.data.sampler import TokenSampler, shuffled
+from pipeline.data.shards import read_samples
+from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shard
+from pipeline.data.tokens import Level, TokenArrays
+from pipeline.errors import UserError
+from tests.data.pictures import folder_config, tree_bytes, write_folder
+
+SAMPLES = 70
+
+
+def _encode_images(images: torch.Tensor) -> list[torch.Tensor]:
+    """A real, if small, two-level tokenizer: mean brightness of 2x2 and 4x4 patches, in 16 and 70,000 steps."""
+    grey = images.mean(dim=1, keepdim=True)
+    coarse, fine = (torch.nn.functional.adaptive_avg_pool2d(grey, side).flatten(1) for side in (2, 4))
+    return [(coarse * 15.99).long(), (fine * 69_999).long()]
+
+
+def _encode_text(captions: list[str]) -> torch.Tensor:
+    ids = [[1 + int(c) if c.isdigit() else 20 for c in caption.split()[-1].rjust(3)] for caption in captions]
+    return torch.tensor(ids)
+
+
+ENCODERS = Encoders(
+    encode_images=_encode_images,
+    encode_text=_encode_text,
+    levels=[Level(2, 2, 16), Level(4, 4, 70_000)],
+    text_length=3,
+    text_vocab_size=21,
+    hashes={"image-tokenizer": "a", "text-tokenizer": "b"},
+)
+
+
+def _tokenize(prepared: Path, out: Path, config: TokenizeConfig, encoders: Encoders = ENCODERS) -> list[bool]:
+    made = [tokenize_shard(out, prepared, split, shard, encoders, config, 0) for split, shard in all_shards(prepared)]
+    join(out, prepared, encoders, config, 0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokens")
+    config = folder_config(write_folder(directory / "in", SAMPLES), shard_size=25, validation_fraction=0.1)
+    prepare(directory / "out", config, seed=0)
+    return directory / "out"
+
+
+@pytest.fixture(scope="module")
+def tokenized(prepared: Path) -> Path:
+    config = TokenizeConfig(crops=3, batch_size=8)
+    _tokenize(prepared, prepared.parent / "tokens", config)
+    return prepared.parent / "tokens"
+
+
+def test_arrays_hold_what_the_tokenizers_say_for_every_sample(prepared: Path, tokenized: Path) -> None:
+    for split in ("train", "val"):
+        samples = list(read_samples(prepared, split))
+        arrays = TokenArrays(tokenized, split)
+        assert len(arrays) == len(samples)
+        assert [key for shard in range(len(arrays.shards)) for key in arrays.keys(shard)] == [s.key for s in samples]
+        text, codes = arrays.gather(np.arange(len(samples)), np.zeros(len(samples), np.int64))
+        images = torch.from_numpy(np.stack([np.asarray(s.image) for s in samples])).permute(0, 3, 1, 2).float() / 255
+        assert (codes == torch.cat(_encode_images(images), dim=1).numpy()).all()
+        assert (text == _encode_text([s.caption for s in samples]).numpy()).all()
+        arrays.verify()
+
+
+def test_codes_are_stored_as_narrow_as_they_fit(tokenized: Path) -> None:
+    assert np.load(tokenized / "train/000000.codes.0.npy").dtype == np.uint16
+    assert np.load(tokenized / "train/000000.codes.1.npy").dtype == np.uint32
+    assert np.load(tokenized / "train/000000.codes.1.npy").shape[1:] == (3, 16)
+    assert np.load(tokenized / "train/000000.text.npy").dtype == np.uint16
+
+
+def test_random_crops_differ_from_the_whole_and_validation_has_none(tokenized: Path) -> None:
+    fine = np.load(tokenized / "train/000000.codes.1.npy")
+    assert (fine[:, 0] != fine[:, 1]).any(axis=1).all()
+    assert (fine[:, 1] != fine[:, 2]).any(axis=1).all()
+    assert TokenArrays(tokenized, "val").crops == 1
+
+
+def test_finished_shards_are_never_computed_twice_and_damaged_ones_are(prepared: Path, tmp_path: Path) -> None:
+    config = TokenizeConfig()
+    assert all(_tokenize(prepared, tmp_path, config))
+    before = tree_bytes(tmp_path)
+    assert not any(_tokenize(prepared, tmp_path, config))
+    array = tmp_path / "train/000001.codes.0.npy"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000001\.codes\.0\.npy is damaged"):
+        TokenArrays(tmp_path, "train").verify()
+    assert sum(_tokenize(prepared, tmp_path, config)) == 1
+    assert tree_bytes(tmp_path) == before
+
+
+def test_another_tokenizer_makes_all_shards_again(prepared: Path, tmp_path: Path) -> None:
+    _tokenize(prepared, tmp_path, TokenizeConfig())
+    other = Encoders(**{**ENCODERS.__dict__, "hashes": {"image-tokenizer": "c", "text-tokenizer": "b"}})
+    with pytest.raises(UserError, match=r"expected the tokens of train/000000\.tar"):
+        join(tmp_path, prepared, other, TokenizeConfig(), 0)
+    assert all(_tokenize(prepared, tmp_path, TokenizeConfig(), other))
+
+
+def test_a_code_out_of_range_is_an_error(prepared: Path, tmp_path: Path) -> None:
+    small = Encoders(**{**ENCODERS.__dict__, "levels": [Level(2, 2, 4), Level(4, 4, 70_000)]})
+    with pytest.raises(UserError, match=r"expected codes in \[0, 4\)"):
+        _tokenize(prepared, tmp_path, TokenizeConfig(), small)
+
+
+def _rows(sampler: TokenSampler, consumed: int, batch_size: int, batches: int) -> list[bytes]:
+    found = []
+    for batch in islice(sampler.batches(consumed, batch_size), batches):
+        assert batch["codes"].dtype == batch["text"].dtype == torch.int64
+        found += [t.numpy().tobytes() for t in batch["text"]]
+    return found
+
+
+def test_sampler_gives_every_sample_once_an_epoch(tokenized: Path) -> None:
+    sampler = TokenSampler(tokenized, "train", seed=0)
+    count = len(sampler)
+    rows = _rows(sampler, 0, 1, 4 * count)
+    epochs = [tuple(rows[start : start + count]) for start in range(0, 4 * count, count)]
+    assert all(Counter(epoch) == Counter(epochs[0]) and len(set(epoch)) == count for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_sampler_takes_every_crop_in_turn(tokenized: Path) -> None:
+    sampler = TokenSampler(tokenized, "train", seed=0)
+    count = len(sampler)
+    codes = torch.cat([b["codes"] for b in islice(sampler.batches(0, count), 3)]).numpy()
+    assert len({row.tobytes() for row in codes}) == 3 * count
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sampler_order_is_the_same_at_any_number_of_ranks(tokenized: Path, world_size: int) -> None:
+    alone = _rows(TokenSampler(tokenized, "train", seed=0), 24, 12, 20)
+    ranks = [
+        TokenSampler(tokenized, "train", seed=0, rank=rank, world_size=world_size).batches(24, 12)
+        for rank in range(world_size)
+    ]
+    assert [t.numpy().tobytes() for _ in range(20) for rank in ranks for t in next(rank)["text"]] == alone
+
+
+def test_sampler_resumes_at_any_sample(tokenized: Path) -> None:
+    whole = _rows(TokenSampler(tokenized, "train", seed=0), 0, 1, 300)
+    for consumed in (1, 63, 64, 200):
+        assert _rows(TokenSampler(tokenized, "train", seed=0), consumed, 10, 3) == whole[consumed : consumed + 30]
+
+
+def test_a_billion_samples_start_anywhere_at_once() -> None:
+    started = time.perf_counter()
+    for consumed in (0, 10**9 - 32, 10**12):
+        samples, _ = shuffled(np.arange(consumed, consumed + 64), 10**9, seed=0)
+        assert len(np.unique(samples)) == 64
+    assert time.perf_counter() - started < 1
+
+
+def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:
+    index = json.loads((tokenized / "index.json").read_text())
+    assert index["tokenizers"] == ENCODERS.hashes
+    for shard in index["splits"]["train"]["shards"]:
+        for name, sha256 in shard["sha256"].items():
+            assert hashlib.sha256((tokenized / name).read_bytes()).hexdigest() == sha256
