@@ -107,8 +107,8 @@ class RunDirectory:
         reasons: list[str] = []
         for name in stage.inputs:
             upstream = stage_named(name)
-            changes = self.stale_inputs(config, upstream) or self.why_not_done(config, upstream)
-            reasons += [f"{name}: {reason}" if ": " not in reason[:20] else reason for reason in changes]
+            own = [f"{name}: {reason}" for reason in self.why_not_done(config, upstream)]
+            reasons += self.stale_inputs(config, upstream) or own
         return list(dict.fromkeys(reasons))
 
     def begin(self, config: PipelineConfig, stage: Stage) -> bool:

@@ -44,6 +44,7 @@ class StageRun:
         self.config = config
         self.stage = stage
         self.name = stage.name
+        self.seed = config.seed
         self.directory = runs.stage(stage.name)
         self.tracker = tracker
         self.outputs: dict[Path, str | None] = {}

@@ -193,10 +193,11 @@ class Mirror:
 
     def _connect(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # what fails is told once, by _warn
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         for noisy in ("alembic", "mlflow", "urllib3"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)  # what fails is told once, by _warn
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)

@@ -115,9 +115,7 @@ def test_what_a_killed_process_had_not_sent_is_sent_by_the_next(tmp_path: Path) 
     assert _history(MlflowClient(default_uri(tmp_path)), child, "loss") == [(10, 0.5), (20, 0.25)]
 
 
-def test_an_absent_server_delays_nothing_and_is_told_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_absent_server_delays_nothing_and_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
         tracker = _tracker(tmp_path, uri="http://127.0.0.1:9", flush_s=10)  # the discard port: nobody listens
         for step in range(1000):
