@@ -1,0 +1,136 @@
+"""Picture grids with captions: what everybody looks at first.
+
+grid([Group("Training captions", [Tile(picture, "red heart"), ...])], columns=8).save("prompts.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER, _CARD, _EDGE = "#f6f4ef", "#ffffff", "#e3dfd6"
+_INK, _FAINT = "#2a2a2e", "#77746c"
+_MARGIN, _GAP, _PADDING = 28, 14, 10
+_TITLE_SIZE, _NOTE_SIZE, _CAPTION_SIZE = 22, 14, 14
+_CAPTION_LINES = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture and the text under it."""
+
+    picture: Image.Image
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tiles under one heading; `note` is a fainter line below it."""
+
+    title: str
+    tiles: Sequence[Tile]
+    note: str = ""
+
+
+def grid(groups: Sequence[Group], columns: int = 8, side: int = 128, smooth: bool = False) -> Image.Image:
+    """All groups on one sheet.
+
+    Args:
+        side: width of a picture on the sheet in pixels.
+        smooth: enlarge with Lanczos; otherwise every source pixel stays a crisp square.
+    """
+    lines = max((len(_wrap(t.caption, side)) for g in groups for t in g.tiles if t.caption), default=0)
+    card_height = side + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
+    width = 2 * _MARGIN + columns * (side + 2 * _PADDING) + (columns - 1) * _GAP
+    height = 2 * _MARGIN - _GAP + sum(_group_height(group, columns, card_height) for group in groups)
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    top = _MARGIN
+    for group in groups:
+        _draw_group(sheet, group, top, columns, side, card_height, smooth)
+        top += _group_height(group, columns, card_height)
+    return sheet
+
+
+def _group_height(group: Group, columns: int, card_height: int) -> int:
+    rows = -(-len(group.tiles) // columns)
+    return _heading_height(group) + rows * (card_height + _GAP)
+
+
+def _heading_height(group: Group) -> int:
+    title = _line_height(_TITLE_SIZE) + 4 if group.title else 0
+    note = _line_height(_NOTE_SIZE) + 4 if group.note else 0
+    return title + note + (8 if title or note else 0)
+
+
+def _draw_group(
+    sheet: Image.Image, group: Group, top: int, columns: int, side: int, card_height: int, smooth: bool
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    if group.title:
+        draw.text((_MARGIN, top), group.title, fill=_INK, font=_font(_TITLE_SIZE))
+    if group.note:
+        below = top + (_line_height(_TITLE_SIZE) + 4 if group.title else 0)
+        draw.text((_MARGIN, below), group.note, fill=_FAINT, font=_font(_NOTE_SIZE))
+    top += _heading_height(group)
+    for index, tile in enumerate(group.tiles):
+        row, column = divmod(index, columns)
+        left = _MARGIN + column * (side + 2 * _PADDING + _GAP)
+        _draw_card(sheet, draw, tile, left, top + row * (card_height + _GAP), side, card_height, smooth)
+
+
+def _draw_card(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    tile: Tile,
+    left: int,
+    top: int,
+    side: int,
+    height: int,
+    smooth: bool,
+) -> None:
+    box = (left, top, left + side + 2 * _PADDING - 1, top + height - 1)
+    draw.rounded_rectangle(box, radius=9, fill=_CARD, outline=_EDGE)
+    resample = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    picture = tile.picture.convert("RGB").resize(
+        (side, round(side * tile.picture.height / tile.picture.width)), resample
+    )
+    sheet.paste(picture, (left + _PADDING, top + _PADDING))
+    middle = left + _PADDING + side // 2
+    for number, line in enumerate(_wrap(tile.caption, side)):
+        below = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)
+        draw.text((middle, below), line, fill=_INK, font=_font(_CAPTION_SIZE), anchor="ma")
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _line_height(size: int) -> int:
+    return round(size * 1.3)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Greedy line breaks; what does not fit into the last line ends in an ellipsis."""
+    font = _font(_CAPTION_SIZE)
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > _CAPTION_LINES:
+        lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
+    return [_shorten(line, width) for line in lines]
+
+
+def _shorten(line: str, width: int) -> str:
+    font = _font(_CAPTION_SIZE)
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line.rstrip() + "…") > width:
+        line = line[:-1]
+    return line.rstrip() + "…"

@@ -1,0 +1,110 @@
+"""Captions to token ids: byte-level BPE through Hugging Face `tokenizers`.
+
+    tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=1024, text_length=16))
+    ids = tokenizer.encode(["red heart"])     # int64 [1, 16]: the caption's tokens, then zeros (pad)
+
+Byte-level, so every caption has tokens, whatever its script. Unicode is brought to NFC, runs of white
+space become one space, and with `lowercase` upper case goes. Training is a pure function of the
+captions (as a multiset) and the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_atomic, write_json
+from pipeline.text_tokenizer_config import TextTokenizerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+PAD_ID = 0
+_PAD = "[PAD]"
+
+
+class TextTokenizer:
+    """Captions <-> ids in a fixed window of `text_length`; id 0 is the pad and nothing else."""
+
+    def __init__(self, tokenizer: Tokenizer, config: TextTokenizerConfig) -> None:
+        # A caption that spells "[PAD]" is text like any other.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are; at most the config's, fewer when the captions hold no more merges."""
+        return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def text_length(self) -> int:
+        return self.config.text_length
+
+    @classmethod
+    def train(cls, captions: Iterable[str], config: TextTokenizerConfig) -> TextTokenizer:
+        """Learn the merges (Sennrich et al. 2016). Raises UserError when there are no captions."""
+        ordered = sorted(captions)
+        if not ordered:
+            raise UserError("no captions to train the text tokenizer on: expected at least one in the train split")
+        tokenizer = Tokenizer(models.BPE())
+        steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        tokenizer.normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * config.lowercase)
+        # The prefix space makes a word the same token at a caption's start as inside it.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[_PAD],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(ordered, trainer)
+        return cls(tokenizer, config)
+
+    def encode(self, captions: Sequence[str]) -> torch.Tensor:
+        """int64 [n, text_length]; a longer caption is cut (see `token_counts`), a shorter one padded with 0."""
+        import torch
+
+        ids = torch.full((len(captions), self.text_length), PAD_ID, dtype=torch.int64)
+        for row, encoding in zip(ids, self._tokenizer.encode_batch(list(captions)), strict=True):
+            kept = encoding.ids[: self.text_length]
+            row[: len(kept)] = torch.tensor(kept, dtype=torch.int64)
+        return ids
+
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """The (normalised) caption of one row of ids; pads are left out."""
+        kept = [int(i) for i in ids if int(i) != PAD_ID]
+        return str(self._tokenizer.decode(kept)).removeprefix(" ")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes tokenizer.json (Hugging Face format) and config.json."""
+        directory = Path(directory)
+        write_atomic(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))
+        write_json(directory / "config.json", self.config.model_dump(mode="json"))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> TextTokenizer:
+        """Raises UserError when the two files are not there or not whole."""
+        directory = Path(directory)
+        for name in ("tokenizer.json", "config.json"):
+            if not (directory / name).is_file():
+                raise UserError(f"no text tokenizer in {directory}: expected {name}; run text-tokenizer first")
+        config_path = directory / "config.json"
+        config = parse_config(TextTokenizerConfig, read_json(config_path), where=str(config_path))
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception on a damaged file
+            raise UserError(
+                f"{directory}/tokenizer.json is damaged ({error}); run the text-tokenizer stage again"
+            ) from error
+        return cls(tokenizer, config)

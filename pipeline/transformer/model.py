@@ -1,0 +1,157 @@
+"""The decoder of Ramesh et al. 2021 (section 2.2) in its modern shape, whole and cached.
+
+    model = Transformer(layout, shape)
+    text_logits, level_logits = model(text, codes)         # training: every position at once
+    cache = model.new_cache(batch); hidden = model.read_text(text, cache)     # sampling: the prompt once,
+    logits = model.level_logits(hidden, level)                                # then a code at a time
+    hidden = model.read_code(code, index, cache)
+
+Every part predicts only over its own vocabulary: text positions text, each level its codebook. That is
+the softmax over the one vocabulary with the impossible ids masked, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, write_json
+from pipeline.text_tokenizer import PAD_ID
+from pipeline.transformer.blocks import Block, LayerCache, RMSNorm, working_precision
+from pipeline.transformer.config import TransformerShape
+from pipeline.transformer.layout import Layout
+
+Cache = list[LayerCache]
+_INIT_STD = 0.02
+
+
+class Transformer(nn.Module):
+    """Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
+
+    code_offsets: Tensor
+    pad_ids: Tensor
+
+    def __init__(self, layout: Layout, shape: TransformerShape) -> None:
+        super().__init__()
+        self.layout, self.shape = layout, shape
+        width = shape.width
+        self.embedding = nn.Embedding(layout.vocab_size, width)
+        self.text_position = nn.Embedding(layout.text_length + 1, width)  # + 1: the start token
+        self.row = nn.ModuleList(nn.Embedding(level.height, width) for level in layout.levels)
+        self.column = nn.ModuleList(nn.Embedding(level.width, width) for level in layout.levels)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, layout.predictable, bias=False)
+        starts, sizes = layout.level_starts, [level.positions for level in layout.levels]
+        offsets = torch.cat([torch.full((n,), o) for n, o in zip(sizes, layout.level_offsets, strict=True)])
+        # Integer constants of the layout: never saved, never cast, and .to(device) moves them.
+        self.register_buffer("code_offsets", offsets, persistent=False)
+        self.register_buffer("pad_ids", layout.pad_offset + torch.arange(layout.text_length), persistent=False)
+        self._parts = list(zip(starts, sizes, strict=True))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02); residual outputs smaller by sqrt(2 layers) (GPT-2); the head starts at zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+        for block in self.blocks:
+            for out in (block.attention.out, block.mlp.out):
+                nn.init.normal_(out.weight, std=_INIT_STD / (2 * self.shape.layers) ** 0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits of every target: text [B, T, text vocabulary], and a [B, n, codebook] for each level.
+
+        `text` holds ids of the text tokenizer (0: pad), `codes` each level's own ids without offsets.
+        """
+        x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
+        x_BSD = working_precision(x_BSD)
+        for block in self.blocks:
+            x_BSD = block(x_BSD)
+        hidden = self.norm(x_BSD)
+        text_length = self.layout.text_length
+        text_logits = hidden[:, :text_length] @ self.head.weight[: self.layout.text_vocab_size].T
+        image_hidden = hidden[:, text_length:]
+        logits = [self.level_logits(image_hidden[:, s : s + n], level) for level, (s, n) in enumerate(self._parts)]
+        return text_logits, logits
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """[..., D] -> [..., codebook size of the level]."""
+        offset = self.layout.level_offsets[level]
+        return hidden @ self.head.weight[offset : offset + self.layout.levels[level].codebook_size].T
+
+    def new_cache(self, batch: int) -> Cache:
+        """Room for the keys and values of a whole sequence (the last code is drawn, never read)."""
+        size = (batch, self.shape.heads, self.layout.length, self.shape.width // self.shape.heads)
+        dtype = working_precision(self.head.weight[:0]).dtype
+        empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
+        return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
+
+    def read_text(self, text_BT: Tensor, cache: Cache) -> Tensor:
+        """Put start and text into the cache; returns the hidden state [B, D] that predicts code 0."""
+        return self._read(self._embed_text(text_BT), cache, 0)
+
+    def read_code(self, code_B: Tensor, index: int, cache: Cache) -> Tensor:
+        """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
+        level = self.layout.level_at(index)
+        row, column = divmod(index - self.layout.level_starts[level], self.layout.levels[level].width)
+        place_D = self.row[level].weight[row] + self.column[level].weight[column]
+        x_BD = self.embedding(code_B + self.layout.level_offsets[level]) + place_D
+        return self._read(x_BD[:, None], cache, self.layout.text_length + 1 + index)
+
+    def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
+        x_BSD = working_precision(x_BSD)
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x_BSD = block(x_BSD, layer_cache, start)
+        return self.norm(x_BSD[:, -1])
+
+    def _embed_text(self, text_BT: Tensor) -> Tensor:
+        """Start + text, with each position's own pad in place of id 0: [B, T + 1, D]."""
+        ids_BT = torch.where(text_BT == PAD_ID, self.pad_ids, text_BT)
+        start_B1 = ids_BT.new_full((len(ids_BT), 1), self.layout.start_id)
+        return self.embedding(torch.cat([start_B1, ids_BT], dim=1)) + self.text_position.weight
+
+    def _embed_codes(self, codes_BN: Tensor) -> Tensor:
+        places = [
+            (row.weight[:, None] + column.weight[None]).flatten(0, 1)
+            for row, column in zip(self.row, self.column, strict=True)
+        ]
+        return self.embedding(codes_BN + self.code_offsets) + torch.cat(places)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes model.safetensors (float32) and config.json."""
+        directory = Path(directory)
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        with atomic_path(directory / "model.safetensors") as temporary:
+            save_file(weights, temporary)
+        config = {"layout": self.layout.to_dict(), "shape": self.shape.model_dump(include=set(_SHAPE_FIELDS))}
+        write_json(directory / "config.json", config)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Transformer:
+        """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
+        directory = Path(directory)
+        for name in ("model.safetensors", "config.json"):
+            if not (directory / name).is_file():
+                raise UserError(f"no transformer in {directory}: expected {name}; run the transformer stage first")
+        config = read_json(directory / "config.json")
+        where = f"{directory}/config.json"
+        if not {"layout", "shape"} <= config.keys():
+            raise UserError(f"{where}: expected keys layout and shape, found {', '.join(config)}; export it again")
+        model = cls(Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where))
+        try:
+            model.load_state_dict(load_file(directory / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{directory}/model.safetensors does not fit config.json: {reason}") from error
+        return model.eval()
+
+
+_SHAPE_FIELDS = tuple(TransformerShape.model_fields)

@@ -1,0 +1,51 @@
+"""Stage text-tokenizer: learn a byte-pair encoding from the captions of the training split.
+
+Reads prepare/train. Writes tokenizer.json and config.json (`TextTokenizer.from_pretrained` loads
+them) and stats.json: captions, vocabulary, tokens a caption, share of captions that the window cuts.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.data.shards import read_samples
+from pipeline.distributed import is_main
+from pipeline.files import write_json
+from pipeline.progress import progress
+from pipeline.stage import StageRun, run_stage
+from pipeline.text_tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+
+def main(run: StageRun) -> None:
+    if not is_main():
+        return
+    samples = read_samples(run.input("prepare"), "train")
+    captions = [sample.caption for sample in progress(samples, description="captions", unit="caption")]
+    tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
+    stats = _statistics(tokenizer, captions)
+    log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))
+    run.tracker.log(stats, 0)
+    tokenizer.save_pretrained(run.directory)
+    write_json(run.directory / "stats.json", stats)
+    for name in ("tokenizer.json", "config.json", "stats.json"):
+        run.add_output(name)
+
+
+def _statistics(tokenizer: TextTokenizer, captions: list[str]) -> dict[str, float]:
+    counts = sorted(tokenizer.token_counts(captions))
+    cut = sum(count > tokenizer.text_length for count in counts)
+    return {
+        "captions": float(len(captions)),
+        "vocab_size": float(tokenizer.vocab_size),
+        "tokens_per_caption/mean": sum(counts) / len(counts),
+        "tokens_per_caption/p99": float(counts[int(0.99 * (len(counts) - 1))]),
+        "tokens_per_caption/max": float(counts[-1]),
+        "captions_cut": float(cut),
+        "captions_cut_share": cut / len(counts),
+    }
+
+
+if __name__ == "__main__":
+    run_stage("text-tokenizer", main)

@@ -1,0 +1,94 @@
+"""Stage 5, transformer: learn text and image codes as one sequence, on the DeepSpeed engine.
+
+Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to paint a few prompts on the way).
+Writes model/{model.safetensors,config.json} (`Transformer.from_pretrained` loads them with plain torch)
+and samples.png, the last of those pictures. See pipeline/transformer/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.sampler import TokenSampler
+from pipeline.files import atomic_path
+from pipeline.image_tokenizer import ImageTokenizer
+from pipeline.loop import train
+from pipeline.sampling.grid import Group, Tile, grid
+from pipeline.sampling.pipeline import Pipeline
+from pipeline.stage import StageRun, run_stage
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
+from pipeline.transformer.objective import JointObjective
+
+_PICTURES = 8
+
+
+class Workload:
+    """What the training loop needs: objective, batches, validation figures, pictures."""
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.config = run, run.config.transformer
+        tokens = run.input("tokenize")
+        self.train = TokenSampler(tokens, "train", run.config.seed)
+        self.validation = TokenSampler(tokens, "val", run.config.seed)
+        arrays = self.train.arrays
+        layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
+        torch.manual_seed(run.config.seed)
+        self.objective = JointObjective(Transformer(layout, self.config), self.config)
+        self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
+        image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
+        self.image_tokenizer = image_tokenizer.to(distributed.device())
+
+    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        return self.train.batches(consumed, self.config.training.batch_size)
+
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        """Mean losses over one pass of the validation split, its last batch filled up from its start."""
+        size = self.config.training.batch_size
+        sums: dict[str, float] = {}
+        count = -(-len(self.validation) // size)
+        for batch in islice(self.validation.batches(0, size), count):
+            _, metrics = objective({name: value.to(distributed.device()) for name, value in batch.items()}, 0)
+            for name, value in metrics.items():
+                sums[f"val/{name}"] = sums.get(f"val/{name}", 0.0) + float(value)
+        return distributed.mean({name: total / count for name, total in sums.items()})
+
+    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """What the model paints for a few captions of each split, beside what the tokenizer makes of the originals."""
+        assert isinstance(objective, JointObjective)
+        pipeline = Pipeline(self.text_tokenizer, objective.transformer, self.image_tokenizer)
+        groups = []
+        for title, split in (("Training captions", "train"), ("Validation captions", "val")):
+            # Rank 0 paints alone, the same captions each time.
+            sampler = TokenSampler(self.run.input("tokenize"), split, self.run.config.seed, rank=0, world_size=1)
+            batch = next(sampler.batches(0, _PICTURES))
+            prompts = [self.text_tokenizer.decode(row) for row in batch["text"]]
+            painted = pipeline.generate(prompts, seed=self.run.config.seed)
+            groups.append(Group(title, [Tile(p, c) for p, c in zip(painted, prompts, strict=True)]))
+            originals = pipeline.decode(batch["codes"].to(distributed.device()))
+            groups.append(Group("", [Tile(p) for p in originals], note="the originals, through the image tokenizer"))
+        return {"samples": grid(groups, columns=_PICTURES, side=96)}
+
+
+def main(run: StageRun) -> None:
+    workload = Workload(run)
+    config = run.config.transformer
+    train(run, config.training, workload, engine="deepspeed", deepspeed=config.deepspeed)
+    if not distributed.is_main():
+        return
+    workload.objective.transformer.save_pretrained(run.directory / "model")
+    with torch.no_grad(), atomic_path(run.directory / "samples.png") as temporary:
+        workload.pictures(workload.objective.eval())["samples"].save(temporary, format="png")
+    for name in ("model/model.safetensors", "model/config.json", "samples.png"):
+        run.add_output(name)
+
+
+if __name__ == "__main__":
+    run_stage("transformer", main)
