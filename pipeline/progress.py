@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 
 
+@overload
+def progress(items: Iterable[T], *, total: int | None = ..., description: str = ..., unit: str = ...) -> tqdm[T]: ...
+@overload
 def progress(
-    items: Iterable[T] | None = None,
+    *, total: int | None, initial: int = ..., description: str = ..., unit: str = ..., shown: bool = ...
+) -> tqdm[Any]: ...
+def progress(
+    items: Iterable[Any] | None = None,
     *,
     total: int | None = None,
     initial: int = 0,
     description: str = "",
     unit: str = "it",
     shown: bool = True,
-) -> tqdm[T]:
+) -> tqdm[Any]:
     """A tqdm bar; iterate over it, or call `.update(n)` and `.set_postfix_str(text)`.
 
     `shown=False` (ranks other than 0) gives a silent one.
