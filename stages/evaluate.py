@@ -37,9 +37,11 @@ def _evaluate(run: StageRun) -> None:
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size)
     tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
 
-    keys = [key for key, _ in named_pictures(generate / "samples")][: config.samples]
+    keys: list[str] = []
+    if run.config.generate.samples:
+        keys = [key for key, _ in named_pictures(generate / "samples")][: config.samples]
     real = RealPictures(prepare, set(keys), config, extractor)
-    rows = generated_rows(generate / "samples", real, keys, extractor, config, seed)
+    rows = generated_rows(generate / "samples", real, keys, extractor, config, seed) if keys else []
     rows += tokenizer_rows(tokenizer, real, extractor, config)
     shown = save_reconstructions(tokenizer, real, run.directory, config)
     figures = {

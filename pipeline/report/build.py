@@ -1,0 +1,159 @@
+"""report/index.html: one self-contained file. Pictures are data URIs, plots inline SVG, styles inline CSS."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipeline.config import to_yaml
+from pipeline.data.shards import read_samples
+from pipeline.files import read_json
+from pipeline.graph import PipelineConfig
+from pipeline.report.plots import panels
+from pipeline.report.run_facts import TRAINED, duration, read_facts
+
+_SMALL_PX = 48  # below, enlarging with interpolation shows nothing but blur
+_OPENMOJI_CREDIT = (
+    "Pictures: all emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
+    " (https://creativecommons.org/licenses/by-sa/4.0/). Rendered and scaled down for training; the painted pictures"
+    " here are derived from them and shared under the same licence."
+)
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A picture of the prompt grid, with the training picture that it comes closest to."""
+
+    prompt: str
+    picture: str  # data URI
+    nearest_picture: str
+    nearest_caption: str
+    distance: float
+
+
+def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str:
+    """The page, from the directories of all stages before it (by stage name)."""
+    evaluation = read_json(directories["evaluate"] / "metrics.json")
+    facts = read_facts(directories)
+    originals = _training_pictures(directories["prepare"], evaluation)
+    painted = [_painted(entry, directories["generate"], originals) for entry in evaluation["nearest"]]
+    kinds = [entry["kind"] for entry in evaluation["nearest"]]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration, "figure": _figure, "count": lambda n: f"{n:,}"}
+    return environment.get_template("template.html").render(
+        title=config.report.title or config.name,
+        facts=facts,
+        trained=[facts.stages[name] for name in TRAINED],
+        seed=config.seed,
+        painted={kind: [p for p, k in zip(painted, kinds, strict=True) if k == kind] for kind in ("training", "new")},
+        reconstructions=[
+            {
+                **entry,
+                "original": originals[entry["key"]],
+                "picture": _data_uri(directories["evaluate"] / entry["file"]),
+            }
+            for entry in evaluation["reconstructions"]
+        ],
+        panels={name: panels(facts.stages[name].history, name) for name in TRAINED},
+        tables=_tables(evaluation["rows"]),
+        extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
+        warnings=_warnings(evaluation["rows"]),
+        config=to_yaml(config),
+        credit=facts.index.get("credit") or (_OPENMOJI_CREDIT if config.prepare.source.kind == "openmoji" else None),
+        rendering=_rendering(config, facts.index.get("image_size", 0)),
+    )
+
+
+def _painted(entry: dict[str, Any], generate: Path, originals: dict[str, str]) -> Painted:
+    path = generate / entry["file"]
+    return Painted(
+        prompt=entry["prompt"],
+        picture=_data_uri(path if path.is_file() else generate / "prompts" / entry["file"]),
+        nearest_picture=originals[entry["key"]],
+        nearest_caption=entry["caption"],
+        distance=entry["distance"],
+    )
+
+
+def _training_pictures(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
+    """The real pictures that the page shows, by key, as data URIs."""
+    missing = {entry["key"] for entry in (*evaluation["nearest"], *evaluation["reconstructions"])}
+    splits = {"train", *(entry["split"] for entry in evaluation["reconstructions"])}
+    found: dict[str, str] = {}
+    for split in sorted(splits):
+        for sample in read_samples(prepare, split):
+            if not missing:
+                break
+            if sample.key in missing:
+                missing.discard(sample.key)
+                found[sample.key] = _as_data_uri(sample.png)
+    return found
+
+
+def _data_uri(path: Path) -> str:
+    return _as_data_uri(path.read_bytes())
+
+
+def _as_data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures as rows, what they compare as columns, so that each stands beside its floor."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, str, list[dict[str, Any] | None]]]  # metric, better, cells
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """One table for each group of metrics that are measured on the same pairs of sets."""
+    comparisons: dict[str, list[str]] = {}
+    for row in rows:
+        comparisons.setdefault(row["metric"], []).append(row["compares"])
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for metric, compares in comparisons.items():
+        groups.setdefault(tuple(compares), []).append(metric)
+    cells = {(row["metric"], row["compares"]): row for row in rows}
+    tables = []
+    for columns, metrics in groups.items():
+        lines = [
+            (metric, cells[metric, columns[0]]["better"], [cells.get((metric, column)) for column in columns])
+            for metric in metrics
+        ]
+        title = "Tokenizer" if any("reconstruction" in column for column in columns) else "Generated pictures"
+        tables.append(Table(title, list(columns), lines))
+    return tables
+
+
+def _warnings(rows: list[dict[str, Any]]) -> list[str]:
+    """Each warning once, in the order of the rows."""
+    return list(dict.fromkeys(f"{row['metric']}: {row['warning']}" for row in rows if row["warning"]))
+
+
+def _figure(value: float | None) -> str:
+    """Three significant digits, as people write them."""
+    if value is None:
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def _rendering(config: PipelineConfig, image_size: int) -> str:
+    wanted = config.report.enlargement
+    if wanted == "auto":
+        return "pixelated" if image_size < _SMALL_PX else "auto"
+    return "pixelated" if wanted == "pixelated" else "auto"

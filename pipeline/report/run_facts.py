@@ -1,0 +1,122 @@
+"""What the report tells of a run, read from its stage directories. A missing detail is left out, never made up."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from pipeline.files import read_json
+
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "mlflow",
+    "numpy",
+    "pillow",
+)
+TRAINED = ("image-tokenizer", "transformer")
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    name: str
+    wall_time_s: float | None
+    parameters: int | None
+    history: list[dict[str, float]] = field(repr=False)  # metrics.jsonl, a dict a line
+
+    @property
+    def steps(self) -> int | None:
+        return int(self.history[-1]["step"]) if self.history else None
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric."""
+        return next((line[name] for line in reversed(self.history) if name in line), None)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    stages: dict[str, StageFacts]
+    code: dict[str, Any]  # version, commit, changed
+    finished: str | None
+    index: dict[str, Any]  # prepare/index.json
+    versions: dict[str, str]
+
+    @property
+    def wall_time_s(self) -> float:
+        return sum(stage.wall_time_s or 0.0 for stage in self.stages.values())
+
+
+def read_facts(directories: Mapping[str, Path]) -> RunFacts:
+    """Facts of the stages in `directories`, by stage name, in the order that data flowed."""
+    stages = {name: _stage(name, directory) for name, directory in directories.items()}
+    times = [line["time"] for stage in stages.values() for line in stage.history if "time" in line]
+    manifests = [_json(directory / "manifest.json") for directory in directories.values()]
+    code = next((manifest["code"] for manifest in reversed(manifests) if manifest.get("code")), {})
+    finished = datetime.fromtimestamp(max(times), UTC).strftime("%-d %B %Y, %H:%M UTC") if times else None
+    return RunFacts(stages, code, finished, _json(directories["prepare"] / "index.json"), _versions())
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 20 s`, `1 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _stage(name: str, directory: Path) -> StageFacts:
+    timing = _json(directory / "timing.json") or _json(directory / "manifest.json")
+    weights = directory / "model" / "model.safetensors"
+    return StageFacts(
+        name=name,
+        wall_time_s=timing.get("wall_time_s"),
+        parameters=_parameters(weights) if weights.is_file() else None,
+        history=_history(directory / "metrics.jsonl"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return value
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """Lines by step. A killed stage may have left half a line, and lines of steps that it then did again."""
+    lines: dict[int, dict[str, float]] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        lines[line["step"]] = lines.get(line["step"], {}) | line
+    return [lines[step] for step in sorted(lines)]
+
+
+def _parameters(weights: Path) -> int:
+    with safe_open(weights, framework="numpy") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

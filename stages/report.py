@@ -1,0 +1,26 @@
+"""Stage 8, report: everything worth showing, as one HTML file that opens without a server.
+
+Reads the directories of all stages before it; measures nothing itself. Writes index.html. See pipeline/report/build.py.
+"""
+
+from __future__ import annotations
+
+from pipeline import distributed
+from pipeline.files import write_atomic
+from pipeline.progress import progress
+from pipeline.report.build import build_report
+from pipeline.stage import StageRun, run_stage
+
+
+def main(run: StageRun) -> None:
+    if distributed.is_main():
+        directories = {name: run.input(name) for name in run.stage.inputs}
+        with progress(total=1, description="report", unit="page") as bar:
+            write_atomic(run.directory / "index.html", build_report(directories, run.config))
+            bar.update()
+        run.add_output("index.html")
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_stage("report", main)
