@@ -35,18 +35,18 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def init() -> None:
-    """Join the process group that the launcher described in the environment; alone if there is none.
+def init(alone: bool = False) -> None:
+    """Join the process group that the launcher described in the environment.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; under srun the job script sets them from
-    Slurm's variables. A process without them becomes a group of one, so that DeepSpeed and accelerate
-    find what they expect.
+    Slurm's variables. A process without a launcher needs no group, and gets one of its own only with
+    `alone`, for DeepSpeed, which cannot do without.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() or not (alone or "RANK" in os.environ):
         return
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(variables, MASTER_PORT=str(_free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)

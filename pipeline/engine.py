@@ -150,6 +150,7 @@ class DeepSpeedEngine:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
+        distributed.init(alone=True)
         _spare_the_shared_memory_build()
         settings = deepspeed_settings(training, config, accumulation_steps(training))
         if distributed.is_main():
