@@ -78,9 +78,11 @@ def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, st
         else:
             stop.check()
             prompts = [caption for _, caption in part]
-            options = {"batch_size": config.batch_size, "first_prompt": start}
             pictures = pipeline.generate(
-                prompts, 1, run.config.seed, config.sampling, on_pictures=bar.update, **options
+                *(prompts, 1, run.config.seed, config.sampling),
+                batch_size=config.batch_size,
+                first_prompt=start,
+                on_pictures=bar.update,
             )
             write_shard(path, [_sample(*pair, picture) for pair, picture in zip(part, pictures, strict=True)])
         run.add_output(path)

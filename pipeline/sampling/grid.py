@@ -70,10 +70,10 @@ def _draw_group(
 ) -> None:
     draw = ImageDraw.Draw(sheet)
     if group.title:
-        draw.text((_MARGIN, top), group.title, fill=_INK, font=_font(_TITLE_SIZE))
+        draw.text((_MARGIN, top), group.title, fill=_INK, font=_font(_TITLE_SIZE, group.title))
     if group.note:
         below = top + (_line_height(_TITLE_SIZE) + 4 if group.title else 0)
-        draw.text((_MARGIN, below), group.note, fill=_FAINT, font=_font(_NOTE_SIZE))
+        draw.text((_MARGIN, below), group.note, fill=_FAINT, font=_font(_NOTE_SIZE, group.note))
     top += _heading_height(group)
     for index, tile in enumerate(group.tiles):
         row, column = divmod(index, columns)
@@ -101,12 +101,21 @@ def _draw_card(
     middle = left + _PADDING + side // 2
     for number, line in enumerate(_wrap(tile.caption, side)):
         below = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)
-        draw.text((middle, below), line, fill=_INK, font=_font(_CAPTION_SIZE), anchor="ma")
+        draw.text((middle, below), line, fill=_INK, font=_font(_CAPTION_SIZE, tile.caption), anchor="ma")
+
+
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    # Pillow's own font draws a box for "ü"; matplotlib brings one that knows most alphabets.
+    return _loaded(size, latin=text.isascii())
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _loaded(size: int, latin: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    if latin:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", round(size * 0.9))
 
 
 def _line_height(size: int) -> int:
@@ -115,7 +124,7 @@ def _line_height(size: int) -> int:
 
 def _wrap(text: str, width: int) -> list[str]:
     """Greedy line breaks; what does not fit into the last line ends in an ellipsis."""
-    font = _font(_CAPTION_SIZE)
+    font = _font(_CAPTION_SIZE, text)
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -124,11 +133,10 @@ def _wrap(text: str, width: int) -> list[str]:
             lines.append(word)
     if len(lines) > _CAPTION_LINES:
         lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
-    return [_shorten(line, width) for line in lines]
+    return [_shorten(line, width, font) for line in lines]
 
 
-def _shorten(line: str, width: int) -> str:
-    font = _font(_CAPTION_SIZE)
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(line.rstrip() + "…") > width:

@@ -43,8 +43,8 @@ class Transformer(nn.Module):
         width = shape.width
         self.embedding = nn.Embedding(layout.vocab_size, width)
         self.text_position = nn.Embedding(layout.text_length + 1, width)  # + 1: the start token
-        self.row = nn.ModuleList(nn.Embedding(level.height, width) for level in layout.levels)
-        self.column = nn.ModuleList(nn.Embedding(level.width, width) for level in layout.levels)
+        self.rows = nn.ParameterList(torch.empty(level.height, width) for level in layout.levels)
+        self.columns = nn.ParameterList(torch.empty(level.width, width) for level in layout.levels)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, layout.predictable, bias=False)
@@ -61,7 +61,10 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=_INIT_STD)
+        for place in (*self.rows, *self.columns):
+            nn.init.normal_(place, std=_INIT_STD)
         for block in self.blocks:
+            assert isinstance(block, Block)
             for out in (block.attention.out, block.mlp.out):
                 nn.init.normal_(out.weight, std=_INIT_STD / (2 * self.shape.layers) ** 0.5)
         nn.init.zeros_(self.head.weight)
@@ -102,7 +105,7 @@ class Transformer(nn.Module):
         """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
         level = self.layout.level_at(index)
         row, column = divmod(index - self.layout.level_starts[level], self.layout.levels[level].width)
-        place_D = self.row[level].weight[row] + self.column[level].weight[column]
+        place_D = self.rows[level][row] + self.columns[level][column]
         x_BD = self.embedding(code_B + self.layout.level_offsets[level]) + place_D
         return self._read(x_BD[:, None], cache, self.layout.text_length + 1 + index)
 
@@ -120,8 +123,7 @@ class Transformer(nn.Module):
 
     def _embed_codes(self, codes_BN: Tensor) -> Tensor:
         places = [
-            (row.weight[:, None] + column.weight[None]).flatten(0, 1)
-            for row, column in zip(self.row, self.column, strict=True)
+            (row[:, None] + column[None]).flatten(0, 1) for row, column in zip(self.rows, self.columns, strict=True)
         ]
         return self.embedding(codes_BN + self.code_offsets) + torch.cat(places)
 

@@ -23,10 +23,16 @@ def test_every_picture_is_on_the_sheet_in_crisp_squares() -> None:
 
 
 def test_captions_are_wrapped_and_never_wider_than_the_picture() -> None:
-    for text in ("a", "smiling face with smiling eyes and three hearts around it, pleased", "x" * 200, ""):
+    for text in (
+        "a",
+        "Åland Türkiye Škoda ñandú",
+        "smiling face with smiling eyes and three hearts around it, pleased",
+        "x" * 200,
+        "",
+    ):
         lines = _wrap(text, 96)
         assert len(lines) <= 3
-        assert all(_font(14).getlength(line) <= 96 for line in lines)
+        assert all(_font(14, text).getlength(line) <= 96 for line in lines)
     assert _wrap("red heart", 96) == ["red heart"]
 
 
