@@ -1,0 +1,19 @@
+"""One finished run of the whole tiny pipeline, made once by the real command line and shared by many tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, launch
+
+TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of `smalti run tests/configs/tiny.yaml`. Look, do not write."""
+    folder = tmp_path_factory.mktemp("runs")
+    launch("pipeline", "run", str(TINY), f"runs={folder}")
+    return folder / "tiny"

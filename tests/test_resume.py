@@ -1,0 +1,130 @@
+"""Killed anywhere and run again, a run ends with the same weights; asked to stop, it saves and says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import TINY
+from tests.launch import ROOT, command, environment, launch
+
+
+def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    arguments = ["run", str(TINY), f"runs={folder}", *overrides]
+    return subprocess.Popen(
+        command("pipeline", arguments),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(happened: Callable[[], bool], runner: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert runner.poll() is None, f"the run ended early: {runner.stderr.read() if runner.stderr else ''}"
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.0005)
+
+
+def _outputs(run: Path, stage: str) -> dict[str, str]:
+    """SHA-256 of each output of a finished stage."""
+    manifest = json.loads((run / stage / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
+
+
+def _figures(run: Path, stage: str) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "samples_per_s", "system/")
+    return [{name: value for name, value in line.items() if not name.startswith(clock)} for line in lines]
+
+
+def _killed(folder: Path, stage: str, moment: Callable[[Path], bool]) -> Path:
+    """Kill the stage's process when `moment` comes, by SIGKILL, and wait for the runner to say so."""
+    runner = _start(folder)
+    directory = folder / "tiny" / stage
+    _wait_for(lambda: moment(directory), runner)
+    for child in psutil.Process(runner.pid).children(recursive=True):
+        child.kill()
+    _, errors = runner.communicate()
+    assert f"{stage} was killed by SIGKILL" in errors
+    return folder / "tiny"
+
+
+def _after_first_checkpoint(directory: Path) -> bool:
+    return (directory / "checkpoints" / "step-00000010").exists()
+
+
+def _during_a_later_save(directory: Path) -> bool:
+    return any(path.suffix == ".tmp" and "10" not in path.name for path in (directory / "checkpoints").glob("*"))
+
+
+def _before_first_checkpoint(directory: Path) -> bool:
+    return (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run whose training stages are killed before, during and after a save, and each time started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    for stage in ("image-tokenizer", "transformer"):
+        for moment in (_before_first_checkpoint, _after_first_checkpoint, _during_a_later_save):
+            _killed(folder, stage, moment)
+    launch("pipeline", "run", str(TINY), f"runs={folder}")
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize("stage", ["image-tokenizer", "transformer"])
+def test_killed_before_during_and_after_a_save_ends_with_the_same_bits(
+    stage: str, killed_and_resumed: Path, tiny_run: Path
+) -> None:
+    assert _outputs(killed_and_resumed, stage) == _outputs(tiny_run, stage)
+    assert _figures(killed_and_resumed, stage) == _figures(tiny_run, stage)
+
+
+def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_path: Path, tiny_run: Path) -> None:
+    runner = _start(tmp_path)
+    _wait_for(lambda: _after_first_checkpoint(tmp_path / "tiny" / "image-tokenizer"), runner)
+    stage = psutil.Process(runner.pid).children()[0]
+    runner.kill()
+    runner.communicate()
+    psutil.wait_procs([stage], timeout=10)
+    config = ["--config", str(tmp_path / "tiny" / "config.yaml")]
+    assert "goes on from step" in launch("stages.image_tokenizer", *config)
+    assert _outputs(tmp_path / "tiny", "image-tokenizer") == _outputs(tiny_run, "image-tokenizer")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, tmp_path: Path, tiny_run: Path) -> None:
+    runner = _start(tmp_path, "image_tokenizer.training.checkpoint_every=1000")
+    directory = tmp_path / "tiny" / "image-tokenizer"
+    _wait_for(lambda: _before_first_checkpoint(directory), runner)
+    os.kill(runner.pid, number)
+    _, errors = runner.communicate()
+    assert runner.returncode == 75
+    assert "run the same command again to go on" in errors
+    assert not (directory / "_SUCCESS").exists()
+    assert len(list((directory / "checkpoints").iterdir())) == 1
+
+
+def test_a_second_process_in_the_same_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    first = _start(tmp_path)
+    try:
+        _wait_for((tmp_path / "tiny" / "locks" / "run.json").exists, first)
+        output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", check=False)
+        assert f"error: the run in {tmp_path / 'tiny'} is already being written by process {first.pid}" in output
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
