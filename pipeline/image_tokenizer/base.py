@@ -1,0 +1,119 @@
+"""What every image tokenizer is: pictures to grids of codes and back, saved as safetensors + config.json.
+
+    tokenizer = ImageTokenizer.from_pretrained("runs/openmoji/image-tokenizer/model")
+    codes = tokenizer.encode(images)      # [B,3,H,W] in [0,1] -> a tensor [B, h*w] a level, coarse to fine
+    images = tokenizer.decode(codes)
+
+A new kind is a subclass in its own module, its config class in `config.py`, and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import Config, parse_config
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, write_json
+
+# kind -> module and class; imported on first use, so that kinds do not load each other
+KINDS = {"dvae": ("pipeline.image_tokenizer.dvae", "DiscreteVAE")}
+
+
+class Level(NamedTuple):
+    """One grid of codes: height × width positions, each holding a code in [0, codebook_size)."""
+
+    height: int
+    width: int
+    codebook_size: int
+
+
+class ImageTokenizer(nn.Module, ABC):
+    """Base of all tokenizers of square pictures, `image_size` pixels a side."""
+
+    config_class: type[Config]
+
+    def __init__(self, config: Any, image_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+
+    @property
+    @abstractmethod
+    def levels(self) -> list[Level]:
+        """The grids of codes, coarse to fine."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Images [B,3,H,W], float in [0,1] -> codes, an int64 [B, h*w] a level (rows first), coarse to fine.
+
+        Raises UserError when the pictures are not of `image_size`.
+        """
+
+    @abstractmethod
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        """The inverse: codes as `encode` gives them -> images [B,3,H,W], float32 in [0,1]."""
+
+    @abstractmethod
+    def objective(self) -> nn.Module:
+        """What the training loop minimises: `forward({"images": uint8 [b,3,H,W]}, step) -> (loss, metrics)`."""
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes model.safetensors and config.json."""
+        directory = Path(directory)
+        state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        with atomic_path(directory / "model.safetensors") as temporary:
+            save_file(state, temporary)
+        values = {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
+        write_json(directory / "config.json", values)
+
+    @staticmethod
+    def from_pretrained(directory: Path | str) -> ImageTokenizer:
+        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode.
+
+        Raises UserError when a file is missing or damaged, or weights and config do not belong together.
+        """
+        directory = Path(directory)
+        config_file, weights_file = directory / "config.json", directory / "model.safetensors"
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise UserError(f"no image tokenizer at {directory}: {file.name} is missing; run image-tokenizer first")
+        values = read_json(config_file)
+        if not isinstance(values, dict) or not {"image_size", "model"} <= values.keys():
+            raise UserError(f"{config_file}: expected the keys image_size and model; train the tokenizer again")
+        tokenizer = build(values["model"], values["image_size"], where=str(config_file))
+        try:
+            tokenizer.load_state_dict(load_file(weights_file))
+        except (SafetensorError, RuntimeError) as error:
+            # torch lists every key that differs, a line each; the first difference tells enough.
+            reason = [line.strip() for line in str(error).splitlines()][:2][-1]
+            raise UserError(
+                f"{weights_file} does not fit {config_file.name} beside it ({reason});"
+                " copy both files from one run, or train the tokenizer again"
+            ) from error
+        return tokenizer.eval()
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(
+                f"the image tokenizer takes pictures of {self.image_size}×{self.image_size}, 3 channels; found"
+                f" {list(images.shape)}: resize them, or train a tokenizer at that size"
+            )
+
+
+def build(model: Config | dict[str, Any], image_size: int, where: str = "image_tokenizer.model") -> ImageTokenizer:
+    """A new tokenizer with random weights, of the kind that `model` names. `where` is named in errors."""
+    kind = model.get("kind") if isinstance(model, dict) else getattr(model, "kind", None)
+    if kind not in KINDS:
+        raise UserError(f"{where}: unknown kind of image tokenizer {kind!r}; known: {', '.join(sorted(KINDS))}")
+    module, name = KINDS[kind]
+    cls: type[ImageTokenizer] = getattr(import_module(module), name)
+    config = parse_config(cls.config_class, model, where) if isinstance(model, dict) else model
+    return cls(config, image_size)

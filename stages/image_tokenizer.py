@@ -1,0 +1,81 @@
+"""Stage 3, image-tokenizer: learn to turn pictures into grids of discrete codes, and back.
+
+Reads prepare (image shards). Trains the tokenizer of `image_tokenizer.model` through accelerate. Writes
+model/{model.safetensors,config.json} (`ImageTokenizer.from_pretrained` loads them with plain torch) and
+reconstructions.png: training and validation pictures above what their codes decode to. See pipeline/image_tokenizer/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.stream import ImageStream
+from pipeline.files import atomic_path
+from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.evaluation import evaluate, reconstruction_grid
+from pipeline.loop import train
+from pipeline.stage import StageRun, run_stage
+
+_PICTURES = 32  # of each split
+
+
+class Workload:
+    """What the training loop needs: objective, batches, validation figures, pictures."""
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.config = run, run.config.image_tokenizer
+        self.train = ImageStream(run.input("prepare"), "train", run.config.seed)
+        self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
+        torch.manual_seed(run.config.seed)
+        self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
+        self.objective = self.tokenizer.objective()
+
+    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        return self.train.batches(consumed, self.config.training.batch_size)
+
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        """Figures of one pass over the validation split, on hard codes."""
+        figures = evaluate(self.tokenizer, self._validation_slices())
+        return {f"val/{name}": value for name, value in figures.items()}
+
+    def _validation_slices(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's part of the validation split, each picture once."""
+        size = self.config.training.batch_size
+        share = size // distributed.world_size()
+        batches = self.validation.batches(0, size)
+        for start in range(0, len(self.validation), size):
+            # The stream goes on with the next epoch behind the last picture; those are cut off.
+            left = len(self.validation) - start - distributed.rank() * share
+            batch = next(batches)
+            if left > 0:
+                yield {"images": batch["images"][:left]}
+
+    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """The same pictures each time: training ones, then validation ones."""
+        streams = [
+            ImageStream(self.run.input("prepare"), s, self.run.config.seed, rank=0, world_size=1)
+            for s in ("train", "val")
+        ]
+        images = [next(stream.batches(0, _PICTURES))["images"] for stream in streams]
+        return {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(images))}
+
+
+def main(run: StageRun) -> None:
+    workload = Workload(run)
+    train(run, run.config.image_tokenizer.training, workload, engine="accelerate")
+    if not distributed.is_main():
+        return
+    workload.tokenizer.save_pretrained(run.directory / "model")
+    with atomic_path(run.directory / "reconstructions.png") as temporary:
+        workload.pictures(workload.objective.eval())["reconstructions"].save(temporary, format="png")
+    for name in ("model/model.safetensors", "model/config.json", "reconstructions.png"):
+        run.add_output(name)
+
+
+if __name__ == "__main__":
+    run_stage("image-tokenizer", main)
