@@ -24,7 +24,7 @@ _EXTENSIONS = {
 }
 
 
-class BadSample(Exception):  # noqa: N818 (a verdict, not a failure)
+class BadSample(Exception):
     """Why a sample is not kept: a short `reason` that is counted, and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

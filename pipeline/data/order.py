@@ -16,6 +16,8 @@ Ints = NDArray[np.int64]
 
 CANONICAL_STREAMS = 64
 _ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: its multiples are far apart
+_ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN
 
 # Of one epoch: shards in order, where each of them ends in the row, the key that permutes its samples.
 _Epoch = tuple[Ints, Ints, NDArray[np.uint64]]
@@ -51,13 +53,13 @@ def _feistel(value: NDArray[np.uint64], half_bits: NDArray[np.uint64], keys: NDA
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(number))) & mask)
+        left, right = right, left ^ (_mix(right ^ (keys + _ROUND_KEYS[number])) & mask)
     return (left << half_bits) | right
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every input bit changes every output bit."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = value + _GOLDEN
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -36,17 +36,17 @@ def test_permutation_moves_every_sample_to_every_place_about_equally_often() -> 
 
 def test_order_is_pinned() -> None:
     # A change of these numbers changes every training run: it must be a decision, not an accident.
-    assert permute(np.arange(10), 10, 1).tolist() == [7, 6, 2, 5, 3, 9, 0, 1, 8, 4]
+    assert permute(np.arange(10), 10, 1).tolist() == [3, 5, 0, 9, 2, 1, 6, 8, 7, 4]
     shards, rows = ShardOrder([5, 3], seed=0, streams=4).locate(np.arange(8))
     assert [*zip(shards.tolist(), rows.tolist(), strict=True)] == [
-        (1, 2),
-        (1, 1),
+        (0, 3),
         (0, 4),
         (0, 1),
         (1, 0),
-        (0, 3),
         (0, 0),
         (0, 2),
+        (1, 1),
+        (1, 2),
     ]
 
 
