@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,7 @@ def random_of(*parts: object) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
 
 
-def grid(pictures: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
     """Pictures of one size beside and under each other, on white."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
