@@ -80,7 +80,9 @@ def _train_tokenizer(directory: Path, config: PipelineConfig, samples: list[Samp
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tracker.log({"learning_rate": 2e-3} | {name: value.item() for name, value in metrics.items()}, step)
+        tracker.log(
+            {"learning_rate": 2e-3, "loss": loss.item()} | {name: value.item() for name, value in metrics.items()}, step
+        )
     tokenizer.eval().save_pretrained(directory / "model")
     return tokenizer
 

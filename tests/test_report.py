@@ -21,8 +21,8 @@ Finished = tuple[RunDirectory, PipelineConfig]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     runs = tmp_path_factory.mktemp("runs")
-    config = miniature_run.config(runs, pictures=120, image_size=32, samples=40, inception_splits=4, kid_subsets=5)
-    run = miniature_run.make(config, steps=25)
+    config = miniature_run.config(runs, pictures=70, image_size=32, samples=24, inception_splits=4, kid_subsets=5)
+    run = miniature_run.make(config, steps=12)
     evaluate.main(miniature_run.stage_run(run, config, "evaluate"))
     (run.stage("evaluate") / "timing.json").write_text('{"wall_time_s": 3.25}')
     report.main(miniature_run.stage_run(run, config, "report"))
@@ -79,8 +79,8 @@ def test_nothing_is_called_fid_without_inception(figures: dict[str, Any], page: 
 def test_sets_are_compared_at_equal_n(figures: dict[str, Any]) -> None:
     rows = [row for row in figures["rows"] if row["metric"] == "FD (Lite0)"]
     assert len(rows) == 3  # own, other, floor
-    assert {(row["n_real"], row["n_generated"]) for row in rows} == {(40, 40)}
-    assert all("40 samples for 1280 feature dimensions" in row["warning"] for row in rows)
+    assert {(row["n_real"], row["n_generated"]) for row in rows} == {(24, 24)}
+    assert all("24 samples for 1280 feature dimensions" in row["warning"] for row in rows)
 
 
 def test_pictures_of_the_same_captions_are_nearer_than_others(figures: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def test_measuring_again_gives_the_same_bytes(finished: Finished) -> None:
 
 def test_page_loads_nothing_from_anywhere(page: str) -> None:
     references = References(page)
-    assert len(references.loaded) > 30
+    assert len(references.loaded) > 20
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in references.loaded)
     assert references.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert "@import" not in page
@@ -116,18 +116,21 @@ def test_page_tells_the_run(finished: Finished, figures: dict[str, Any], page: s
         assert expected in text
 
 
-def test_page_is_a_function_of_its_inputs(finished: Finished, page: str) -> None:
+def test_page_is_a_function_of_its_inputs(finished: Finished) -> None:
     run, config = finished
-    report.main(miniature_run.stage_run(run, config, "report"))
-    assert (run.stage("report") / "index.html").read_text() == page
+    pages = set()
+    for _ in range(2):
+        report.main(miniature_run.stage_run(run, config, "report"))
+        pages.add((run.stage("report") / "index.html").read_text())
+    assert len(pages) == 1
 
 
 def test_ids_of_plots_do_not_clash(page: str) -> None:
     class Ids(HTMLParser):
-        found: list[str] = []  # noqa: RUF012
+        found: list[str] = []
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            self.found += [value for name, value in attributes if name == "id" and value and tag == "clipPath"]
+            self.found += [value for name, value in attributes if name == "id" and value and tag == "clippath"]
 
     Ids().feed(page)
     assert len(Ids.found) == len(set(Ids.found)) > 1

@@ -114,28 +114,33 @@ class Table:
     """Figures as rows, what they compare as columns, so that each stands beside its floor."""
 
     title: str
-    columns: list[str]
-    rows: list[tuple[str, str, list[dict[str, Any] | None]]]  # metric, better, cells
+    columns: list[tuple[str, int]]  # what is compared, on how many pictures
+    rows: list[tuple[str, str, list[dict[str, Any]]]]  # metric, better, cells
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[Table]:
     """One table for each group of metrics that are measured on the same pairs of sets."""
-    comparisons: dict[str, list[str]] = {}
+    cells: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        comparisons.setdefault(row["metric"], []).append(row["compares"])
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for metric, compares in comparisons.items():
-        groups.setdefault(tuple(compares), []).append(metric)
-    cells = {(row["metric"], row["compares"]): row for row in rows}
-    tables = []
-    for columns, metrics in groups.items():
-        lines = [
-            (metric, cells[metric, columns[0]]["better"], [cells.get((metric, column)) for column in columns])
-            for metric in metrics
-        ]
-        title = "Tokenizer" if any("reconstruction" in column for column in columns) else "Generated pictures"
-        tables.append(Table(title, list(columns), lines))
-    return tables
+        cells.setdefault(row["metric"], []).append(row)
+    groups: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for metric, measured in cells.items():
+        columns = tuple((row["compares"], row["n_generated"]) for row in measured)
+        groups.setdefault(columns, []).append(metric)
+    return [
+        Table(
+            _title(columns[0][0]),
+            list(columns),
+            [(metric, cells[metric][0]["better"], cells[metric]) for metric in metrics],
+        )
+        for columns, metrics in groups.items()
+    ]
+
+
+def _title(compares: str) -> str:
+    if "reconstruction" in compares:
+        return "Reconstructions of the image tokenizer"
+    return "Set against set" if "," in compares else "Generated pictures beside real ones"
 
 
 def _warnings(rows: list[dict[str, Any]]) -> list[str]:

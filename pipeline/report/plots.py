@@ -31,7 +31,7 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
     """A plot for each kind of figure in a stage's metrics: losses, PSNR, the learning rate."""
     keys = sorted({key for line in history for key in line})
     kinds = (
-        ("Loss", [key for key in keys if "loss" in key.split("/") or key.endswith("_loss")]),
+        ("Loss", [key for key in keys if "loss" in key.split("/") or key.split("/")[-1] == "reconstruction"]),
         ("PSNR, dB", [key for key in keys if "psnr" in key]),
         ("Accuracy of the next token", [key for key in keys if "accuracy" in key.split("/")]),
         ("Codes in use", [key for key in keys if "usage" in key or "perplexity" in key]),
