@@ -8,7 +8,6 @@ smalti ui runs/openmoji                                   MLflow's page for a ru
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,10 @@ import click
 from pipeline import __version__
 from pipeline.config import to_yaml
 from pipeline.errors import StoppedOnRequest, UserError
-from pipeline.graph import STAGES, load_pipeline, stage_named
+from pipeline.graph import STAGES, load_pipeline
+from pipeline.runs import config_of
+from pipeline.sampling.command import generate
+from pipeline.stage import run_stage_here
 
 EXIT_USER_ERROR = 2
 EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, the same command goes on
@@ -73,23 +75,10 @@ def ui(run_directory: Path, port: int) -> None:
     """Open MLflow's page for a run."""
     from pipeline.tracking import default_uri
 
-    config = load_pipeline(_config_of(run_directory))
+    config = load_pipeline(config_of(run_directory))
     uri = config.tracking.uri or default_uri(run_directory)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
     sys.exit(subprocess.call(command))
-
-
-def _config_of(run_directory: Path) -> Path:
-    path = run_directory / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
-    return path
-
-
-def _run_stage_here(name: str, arguments: list[str]) -> None:
-    """`python -m stages.<name> …` in this process."""
-    sys.argv = [name, *arguments]
-    runpy.run_module(stage_named(name).module, run_name="__main__", alter_sys=True)
 
 
 def _stage_command(name: str) -> click.Command:
@@ -101,11 +90,12 @@ def _stage_command(name: str) -> click.Command:
         if print_config:
             click.echo(to_yaml(load_pipeline(config_path, overrides).section(name)), nl=False)
             return
-        _run_stage_here(name, ["--config", config_path, *overrides])
+        run_stage_here(name, ["--config", config_path, *overrides])
 
     return command
 
 
+cli.add_command(generate)  # with --config it is the stage
 for _stage in STAGES:
     if _stage.name not in cli.commands:
         cli.add_command(_stage_command(_stage.name))

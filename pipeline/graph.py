@@ -60,6 +60,7 @@ class Stage:
     name: str
     inputs: tuple[str, ...] = ()
     trains: bool = False  # runs on all GPUs of its job, as one process each
+    shards: bool = False  # its work can be split into independent array tasks
 
     @property
     def module(self) -> str:
@@ -71,9 +72,9 @@ STAGES: tuple[Stage, ...] = (
     Stage("prepare"),
     Stage("text-tokenizer", inputs=("prepare",)),
     Stage("image-tokenizer", inputs=("prepare",), trains=True),
-    Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer")),
+    Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),
     Stage("transformer", inputs=("text-tokenizer", "image-tokenizer", "tokenize"), trains=True),
-    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer")),
+    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer"), shards=True),
     Stage("evaluate", inputs=("prepare", "image-tokenizer", "generate")),
     Stage(
         "report",

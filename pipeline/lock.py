@@ -1,12 +1,15 @@
 """One writer a stage: a lock file that names its owner and is kept alive by a heartbeat.
 
-A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine
-or an earlier life of the same Slurm job, else when its heartbeat is older than `STALE_AFTER_S`.
+A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine,
+else when its heartbeat is older than `STALE_AFTER_S`; for an earlier life of the same Slurm job on another
+node two missed beats are enough. A process that finds its lock taken over ends itself at once: it was
+asleep for that long, and another one writes now.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -20,38 +23,44 @@ import psutil
 
 from pipeline.errors import UserError
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 90.0
+SAME_JOB_STALE_AFTER_S = 25.0
 
 
 class Lock:
     """`with Lock(path, "stage transformer"):` - raises UserError if somebody else holds it."""
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, what: str, wait_s: float = 0.0) -> None:
         self.path = path
         self.what = what
+        self.wait_s = wait_s  # for another owner to release it
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
         while not self._create():
-            owner = self._read()
+            owner = _read(self.path)
             if owner is None:
                 continue  # released between our two looks
-            age_s = self._heartbeat_age_s()
-            if not _is_gone(owner, age_s):
-                raise UserError(
-                    f"{self.what} is already being written by process {owner['pid']} on {owner['host']}"
-                    f" (last heartbeat {age_s:.0f} s ago, {self.path}): wait for it, or stop it and run again"
-                )
-            self._break(owner)
+            if _is_gone(owner, self.path):
+                self._break(owner)
+                continue
+            # An earlier life of this job may have died moments ago: its next beats will tell.
+            patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else 0)
+            if time.monotonic() - started >= patience_s:
+                raise _refusal(self.what, owner, self.path)
+            time.sleep(0.1)
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._released.set()
-        owner = self._read()
+        owner = _read(self.path)
         if owner and owner["token"] == self._token:
             self.path.unlink(missing_ok=True)
 
@@ -79,25 +88,55 @@ class Lock:
             os.link(grave, self.path)
         grave.unlink()
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            owner: dict[str, Any] = json.loads(self.path.read_text())
-        except FileNotFoundError:
-            return None
-        return owner
-
-    def _heartbeat_age_s(self) -> float:
-        try:
-            return time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
+            owner = _read(self.path)
+            if owner and owner["token"] != self._token and not self._released.is_set():
+                log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
+                os._exit(1)
             try:
                 os.utime(self.path)
-            except FileNotFoundError:
-                return
+            except FileNotFoundError:  # somebody is just moving it
+                continue
+
+
+def owner_of(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock at `path` and lives; None if nobody does."""
+    owner = _read(path)
+    return None if owner is None or _is_gone(owner, path) else owner
+
+
+def refuse_if_held(path: Path, what: str) -> None:
+    """Raises UserError if somebody else holds the lock at `path`."""
+    if owner := owner_of(path):
+        raise _refusal(what, owner, path)
+
+
+def _refusal(what: str, owner: dict[str, Any], path: Path) -> UserError:
+    return UserError(
+        f"{what} is already being written by {_named(owner)}"
+        f" (last heartbeat {_heartbeat_age_s(path):.0f} s ago, {path}): wait for it, or stop it and run again"
+    )
+
+
+def _named(owner: dict[str, Any]) -> str:
+    job = f" (Slurm job {owner['slurm_job']})" if owner["slurm_job"] else ""
+    return f"process {owner['pid']} on {owner['host']}{job}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        owner: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return owner
+
+
+def _heartbeat_age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _this_process() -> dict[str, Any]:
@@ -109,7 +148,12 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _is_gone(owner: dict[str, Any], heartbeat_age_s: float) -> bool:
+def _is_same_job(owner: dict[str, Any]) -> bool:
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and owner["slurm_job"] == job
+
+
+def _is_gone(owner: dict[str, Any], path: Path) -> bool:
     if owner["host"] == socket.gethostname():
         try:
             process = psutil.Process(owner["pid"])
@@ -118,7 +162,5 @@ def _is_gone(owner: dict[str, Any], heartbeat_age_s: float) -> bool:
             return reused or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
-    job = os.environ.get("SLURM_JOB_ID")
-    if job and owner["slurm_job"] == job:  # Slurm runs one life of a job at a time
-        return True
-    return heartbeat_age_s > STALE_AFTER_S
+    # Slurm runs one life of a job at a time, but a node that it has lost sight of may go on for a while.
+    return _heartbeat_age_s(path) > (SAME_JOB_STALE_AFTER_S if _is_same_job(owner) else STALE_AFTER_S)

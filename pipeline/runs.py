@@ -133,6 +133,26 @@ class RunDirectory:
         write_atomic(directory / "config.yaml", to_yaml(config.section(stage.name)))
         return True
 
+    def begin_task(self, config: PipelineConfig, stage: Stage, task: tuple[int, int]) -> bool:
+        """As `begin`, for one of several array tasks: its neighbours' work stays. The caller holds a lock."""
+        directory = self.stage(stage.name)
+        if not directory.exists() or _identity_of(directory) != self.identity(config, stage):
+            self.begin(config, stage)
+        return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
+
+    def finish_task(self, stage: Stage, task: tuple[int, int]) -> None:
+        write_atomic(self.task_marker(stage.name, task), "")
+
+    def task_marker(self, name: str, task: tuple[int, int]) -> Path:
+        """The file that says that an array task has done its share."""
+        which, of = task
+        return self.stage(name) / "tasks" / f"{which}-of-{of}"
+
+    def missing_tasks(self, config: PipelineConfig, stage: Stage, tasks: int) -> list[int]:
+        """Which array tasks have not done their share yet. The inputs must be finished."""
+        same = _identity_of(self.stage(stage.name)) == self.identity(config, stage)
+        return [i for i in range(tasks) if not (same and self.task_marker(stage.name, (i, tasks)).exists())]
+
     def finish(self, stage: Stage, outputs: dict[Path, str | None]) -> None:
         """Write manifest.json and then _SUCCESS. `outputs`: paths, and their SHA-256 where it is known."""
         directory = self.stage(stage.name)
@@ -178,6 +198,14 @@ class RunDirectory:
 def _identity_of(directory: Path) -> Any:
     path = directory / "identity.json"
     return read_json(path) if path.exists() else None
+
+
+def config_of(run_directory: Path) -> Path:
+    """The config of an existing run."""
+    path = run_directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
+    return path
 
 
 def snapshot_code(directory: Path) -> None:

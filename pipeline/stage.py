@@ -14,12 +14,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import click
 
@@ -27,26 +29,36 @@ from pipeline import stop
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, write_json
 from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline, stage_identity, stage_named
-from pipeline.lock import Lock
+from pipeline.lock import Lock, refuse_if_held
 from pipeline.runs import RunDirectory
 from pipeline.tracking import Mirror, Tracker
 
 log = logging.getLogger(__name__)
 
 RUNNER_VARIABLE = "SMALTI_RUNNER_PID"
+SUBMITTED_VARIABLE = "SMALTI_SUBMITTED"  # set in Slurm's jobs, whose submitter has recorded config and code
 _ARTIFACT_LIMIT_BYTES = 50_000_000
+T = TypeVar("T")
 
 
 class StageRun:
     """One stage's view of its run: config, directories, tracker, outputs."""
 
-    def __init__(self, config: PipelineConfig, stage: Stage, runs: RunDirectory, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        stage: Stage,
+        runs: RunDirectory,
+        tracker: Tracker,
+        array_task: tuple[int, int] | None = None,
+    ) -> None:
         self.config = config
         self.stage = stage
         self.name = stage.name
         self.seed = config.seed
         self.directory = runs.stage(stage.name)
         self.tracker = tracker
+        self.array_task = array_task  # (which, of how many): does its share and leaves the rest to the join
         self.outputs: dict[Path, str | None] = {}
         self._runs = runs
 
@@ -56,12 +68,21 @@ class StageRun:
             raise KeyError(f"{self.name} does not list {name} among its inputs in pipeline/graph.py")
         return self._runs.stage(name)
 
+    def my_share(self, items: Sequence[T]) -> Sequence[T]:
+        """This array task's part of the stage's independent pieces of work; all of them outside an array."""
+        if self.array_task is None:
+            return items
+        which, of = self.array_task
+        return items[which::of]
+
     def add_output(self, path: Path | str, sha256: str | None = None) -> None:
         """Name a file of the result; it goes into the manifest. `sha256` if it is known already."""
         self.outputs[self.directory / path] = sha256
 
     def finish(self) -> None:
         """Write the manifest and _SUCCESS; what is small becomes an artifact of the tracking."""
+        if self.array_task is not None:
+            self._runs.finish_task(self.stage, self.array_task)
         if not self.tracker.active:
             return
         self._runs.finish(self.stage, self.outputs)
@@ -78,11 +99,11 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     _die_with_runner()
     stage = stage_named(name)
     try:
-        config, source = _arguments(stage)
+        config, source, array_task = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:
             distributed.init()
-        _run(stage, config, source, body)
+        _run(stage, config, source, array_task, body)
         status = 0
     except StoppedOnRequest as request:
         log.info("%s; run the same command again to go on", request)
@@ -98,7 +119,13 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     distributed.leave(status)
 
 
-def _run(stage: Stage, config: PipelineConfig, source: str, body: Callable[[StageRun], None]) -> None:
+def _run(
+    stage: Stage,
+    config: PipelineConfig,
+    source: str,
+    array_task: tuple[int, int] | None,
+    body: Callable[[StageRun], None],
+) -> None:
     from pipeline import distributed
 
     runs = RunDirectory(config.run_directory)
@@ -107,7 +134,7 @@ def _run(stage: Stage, config: PipelineConfig, source: str, body: Callable[[Stag
         outcome: bool | UserError = False
         if distributed.is_main():
             try:
-                outcome = _prepare_ground(stage, config, source, runs, held)
+                outcome = _prepare_ground(stage, config, source, runs, array_task, held)
             except UserError as error:
                 outcome = error
         outcome = distributed.broadcast_object(outcome)
@@ -120,22 +147,39 @@ def _run(stage: Stage, config: PipelineConfig, source: str, body: Callable[[Stag
             import torch
 
             torch.manual_seed(config.seed)
-        tracker = _tracker(stage, config, runs, active=distributed.is_main())
-        _measured(StageRun(config, stage, runs, tracker), body)
+        tracker = _tracker(stage, config, runs, active=distributed.is_main() and array_task is None)
+        _measured(StageRun(config, stage, runs, tracker, array_task), body)
 
 
-def _prepare_ground(stage: Stage, config: PipelineConfig, source: str, runs: RunDirectory, held: ExitStack) -> bool:
-    if not os.environ.get(RUNNER_VARIABLE):  # else the runner has opened the run
+def _prepare_ground(
+    stage: Stage,
+    config: PipelineConfig,
+    source: str,
+    runs: RunDirectory,
+    array_task: tuple[int, int] | None,
+    held: ExitStack,
+) -> bool:
+    if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # they have opened the run
         runs.check(source)
         with Lock(runs.lock("run"), f"the run in {runs.path}"):
             runs.open(config, source)
-    held.enter_context(Lock(runs.lock(stage.name), f"stage {stage.name}"))
+    # The tasks of an array write side by side, but not beside a process that does the whole stage.
+    others = (
+        [runs.lock(stage.name)] if array_task else sorted(runs.lock(stage.name).parent.glob(f"{stage.name}.task-*"))
+    )
+    name = f"{stage.name}.task-{array_task[0]}-of-{array_task[1]}" if array_task else stage.name
+    held.enter_context(Lock(runs.lock(name), f"stage {name}"))
+    for other in others:
+        refuse_if_held(other, f"stage {other.stem}")
     if stale := runs.stale_inputs(config, stage):
         raise UserError(
             f"{stage.name}: its inputs are not what this config makes ({'; '.join(stale)}):"
             f" run those stages first, or everything with `smalti run`"
         )
-    return runs.begin(config, stage)
+    if array_task is None:
+        return runs.begin(config, stage)
+    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=120):
+        return runs.begin_task(config, stage, array_task)
 
 
 def _measured(run: StageRun, body: Callable[[StageRun], None]) -> None:
@@ -180,23 +224,36 @@ def _tracker(stage: Stage, config: PipelineConfig, runs: RunDirectory, active: b
     return Tracker(runs.stage(stage.name), mirror, every_s=tracking.system_metrics_every_s, active=active)
 
 
-def _arguments(stage: Stage) -> tuple[PipelineConfig, str]:
-    """The resolved config of the command line, and the name of the config file it came from."""
-    parsed: dict[str, tuple[str, tuple[str, ...]]] = {}
+def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None]:
+    """The resolved config of the command line, the name of the config file it came from, and the array task."""
+    parsed: dict[str, tuple[str, str | None, tuple[str, ...]]] = {}
 
     @click.command(help=f"Run the stage {stage.name} of a pipeline.")
     @click.option("--config", "path", required=True, help="pipeline config (YAML), or a run's config.yaml")
+    @click.option("--array-task", metavar="I/N", help="do the share of task I (from 0) of N; then run the stage itself")
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    def command(path: str, overrides: tuple[str, ...]) -> None:
-        parsed["it"] = (path, overrides)
+    def command(path: str, array_task: str | None, overrides: tuple[str, ...]) -> None:
+        parsed["it"] = (path, array_task, overrides)
 
     try:
         if command.main(prog_name=f"python -m {stage.module}", standalone_mode=False) == 0 and not parsed:
             sys.exit(0)  # --help
     except click.ClickException as error:
         raise UserError(error.format_message()) from error
-    path, overrides = parsed["it"]
-    return load_pipeline(path, overrides), source_name(path)
+    path, array_task, overrides = parsed["it"]
+    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task)
+
+
+def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    which, _, of = text.partition("/")
+    if not stage.shards or not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise UserError(
+            f"--array-task {text}: expected I/N with 0 <= I < N, of a stage that splits"
+            f" ({', '.join(stage.name for stage in STAGES if stage.shards)}), found it for {stage.name}"
+        )
+    return int(which), int(of)
 
 
 def source_name(path: str) -> str:
@@ -205,6 +262,13 @@ def source_name(path: str) -> str:
     if Path(path).name == "config.yaml" and record.exists():
         return str(read_json(record)["config_file"])
     return Path(path).name
+
+
+def run_stage_here(name: str, arguments: list[str]) -> NoReturn:
+    """`python -m stages.<name> …` in this process. Ends it."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(stage_named(name).module, run_name="__main__", alter_sys=True)
+    raise AssertionError("a stage ends its process")
 
 
 def _configure_logging(path: Path) -> None:
