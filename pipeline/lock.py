@@ -50,8 +50,8 @@ class Lock:
             if _is_gone(owner, self.path):
                 self._break(owner)
                 continue
-            # An earlier life of this job may have died moments ago: its next beats will tell.
-            patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else 0)
+            # A process may just be dying; and the next beats tell whether an earlier life of this job is.
+            patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else 0.5)
             if time.monotonic() - started >= patience_s:
                 raise _refusal(self.what, owner, self.path)
             time.sleep(0.1)

@@ -2,7 +2,8 @@
 
 Reads prepare (captions) and the three models. Writes prompts/00.png ..., prompts.json and the grid
 prompts.png, then samples/000000.tar ... (KEY.png, KEY.txt, KEY.json; KEY is that of the caption's own
-picture), a shard at a time: after a stop or a crash the finished ones stay. See pipeline/sampling/.
+picture), a shard at a time: after a stop or a crash the finished ones stay. Array tasks share these
+shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main(run: StageRun) -> None:
     check_against_training(config, [caption for _, caption in captions])
     chosen = [captions[row] for row in sampled_rows(len(captions), config.samples, run.config.seed)]
     pipeline = Pipeline.from_pretrained(run.input("transformer").parent, distributed.device())
-    _paint_prompts(run, pipeline)
+    if run.array_task is None:
+        _paint_prompts(run, pipeline)
     _paint_samples(run, pipeline, chosen)
 
 
@@ -70,7 +72,7 @@ def _paint_prompts(run: StageRun, pipeline: Pipeline) -> None:
 def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, str]]) -> None:
     config = run.config.generate
     bar = progress(total=len(chosen), description="generate", unit="picture")
-    for start in range(0, len(chosen), config.shard_size):
+    for start in run.my_share(range(0, len(chosen), config.shard_size)):
         part = chosen[start : start + config.shard_size]
         path = run.directory / "samples" / f"{start // config.shard_size:06d}.tar"
         if path.exists():

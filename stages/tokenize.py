@@ -1,7 +1,8 @@
 """Stage 4, tokenize: image shards -> token arrays.
 
 Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
-(train/, val/), and index.json with checksums. Ranks share the shards; a finished one is verified, not made again.
+(train/, val/), and index.json with checksums. Ranks and array tasks share the shards; a finished one is verified, not
+made again. The index is made by the stage itself, after the tasks.
 See pipeline/data/tokenizing.py.
 """
 
@@ -37,7 +38,7 @@ def load_encoders(run: StageRun) -> Encoders:
 def main(run: StageRun) -> None:
     config, prepare_dir = run.config.tokenize, run.input("prepare")
     encoders = load_encoders(run)
-    mine = all_shards(prepare_dir)[distributed.rank() :: distributed.world_size()]
+    mine = run.my_share(all_shards(prepare_dir))[distributed.rank() :: distributed.world_size()]
     for split, shard in progress(mine, description="tokenize", unit="shard", shown=distributed.is_main()):
         if stop.requested():
             break
@@ -45,7 +46,7 @@ def main(run: StageRun) -> None:
     if distributed.any_rank(stop.requested() is not None):
         raise StoppedOnRequest(f"stopped by {stop.requested() or 'another rank'}")
     distributed.barrier()
-    if distributed.is_main():
+    if distributed.is_main() and run.array_task is None:
         index = join(run.directory, prepare_dir, encoders, config, run.seed)
         for split_index in index["splits"].values():
             for entry in split_index["shards"]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,9 +68,38 @@ def test_another_hosts_lock_holds_while_its_heart_beats(path: Path) -> None:
         assert json.loads(path.read_text())["host"] != "elsewhere"
 
 
-def test_a_requeued_slurm_job_takes_its_own_lock_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_slurm_job_takes_its_own_lock_back_after_two_missed_beats(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path.parent.mkdir()
     path.write_text(json.dumps({"host": "node1", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    recently = time.time() - lock.SAME_JOB_STALE_AFTER_S + 1
+    os.utime(path, (recently, recently))
     with Lock(path, "it"):
-        assert json.loads(path.read_text())["slurm_job"] == "7"
+        assert time.time() > recently + lock.SAME_JOB_STALE_AFTER_S
+        assert json.loads(path.read_text())["host"] != "node1"
+
+
+def test_a_process_that_slept_through_its_lock_does_not_go_on_writing(path: Path) -> None:
+    short = HOLDER.replace(
+        "from pipeline.lock import Lock", "import pipeline.lock as lock; Lock = lock.Lock; lock.HEARTBEAT_S = 0.2"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", short, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGSTOP)
+    path.unlink()
+    with Lock(path, "it"):  # somebody else, long after
+        holder.send_signal(signal.SIGCONT)
+        assert holder.wait(10) == 1
+
+
+def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
+    holder = _hold_in_another_process(path)
+    with pytest.raises(UserError, match="already being written"), Lock(path, "it", wait_s=0.5):
+        pass
+    threading.Timer(0.5, holder.terminate).start()
+    with Lock(path, "it", wait_s=20):
+        pass
+    holder.wait()
