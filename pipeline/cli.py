@@ -3,6 +3,7 @@
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
 smalti <stage> --config configs/openmoji.yaml             one stage
+smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel, resubmit
 smalti ui runs/openmoji                                   MLflow's page for a run
 """
 
@@ -20,6 +21,7 @@ from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.graph import STAGES, load_pipeline
 from pipeline.runs import config_of
 from pipeline.sampling.command import generate
+from pipeline.slurm.commands import COMMANDS as SLURM_COMMANDS
 from pipeline.stage import run_stage_here
 
 EXIT_USER_ERROR = 2
@@ -96,6 +98,8 @@ def _stage_command(name: str) -> click.Command:
 
 
 cli.add_command(generate)  # with --config it is the stage
+for _command in SLURM_COMMANDS:
+    cli.add_command(_command)
 for _stage in STAGES:
     if _stage.name not in cli.commands:
         cli.add_command(_stage_command(_stage.name))

@@ -1,0 +1,133 @@
+"""What a cluster file says: where jobs go and what each stage gets. See configs/cluster/example.yaml.
+
+partition: gpu
+default: {time: "04:00:00", cpus_per_task: 8, memory: 32G}
+stages:
+  transformer: {nodes: 4, gpus: 8, time: "24:00:00"}
+  tokenize: {gpus: 1, array: 16, array_limit: 4}
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Config, load_config
+from pipeline.errors import UserError
+from pipeline.graph import STAGE_NAMES, STAGES, Stage
+
+ARRAY_STAGES = tuple(stage.name for stage in STAGES if stage.shards)
+_TIME = re.compile(r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
+_MEMORY = re.compile(r"^\d+[KMGT]?$")
+
+
+class Resources(Config):
+    """What the jobs of a stage ask for. Every field may stand in `default` and be replaced in `stages`."""
+
+    partition: str | None = Field(None, description="several by commas; None: the cluster's default")
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(None, description="[days-]hours:minutes:seconds; None: the partition's default")
+    nodes: int = Field(1, ge=1)
+    gpus: int = Field(0, ge=0, description="GPUs of each node")
+    gpu_type: str | None = Field(None, description="as in gres, e.g. a100")
+    tasks_per_node: int | None = Field(None, ge=1, description="processes of each node; None: one a GPU, else one")
+    cpus_per_task: int = Field(1, ge=1)
+    memory: str | None = Field(None, description="of each node, e.g. 64G")
+    array: int | None = Field(None, ge=1, le=1000, description="tokenize and generate: jobs that share the shards")
+    array_limit: int | None = Field(None, ge=1, description="of these, so many at once")
+    flags: tuple[str, ...] = Field((), description="more lines for sbatch, e.g. --exclusive or --constraint=ib")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError("expected a time in quotes, e.g. '04:00:00' (YAML reads 4:00:00 as a number)")
+        if isinstance(value, str) and not _TIME.match(value):
+            raise ValueError("expected a time as Slurm writes it, e.g. '30', '04:00:00' or '2-00:00:00'")
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: str | None) -> str | None:
+        if value is not None and not _MEMORY.match(value):
+            raise ValueError("expected a number with K, M, G or T, e.g. 64G")
+        return value
+
+    @field_validator("flags")
+    @classmethod
+    def _flags(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [flag for flag in flags if not flag.startswith("-") or "\n" in flag]:
+            raise ValueError(f"expected options of sbatch such as --exclusive, one an entry, found '{wrong[0]}'")
+        return flags
+
+    @property
+    def ntasks_per_node(self) -> int:
+        return self.tasks_per_node or max(self.gpus, 1)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ntasks_per_node
+
+
+class ClusterConfig(Config):
+    """A cluster file."""
+
+    default: Resources = Resources()
+    stages: dict[str, Resources] = Field(default_factory=dict)
+
+    python: str = Field(sys.executable, description="the interpreter on the nodes; default: the one that submits")
+    setup: tuple[str, ...] = Field((), description="lines of bash before the stage: modules, environments, variables")
+    launcher: tuple[str, ...] = Field((), description="words before python, e.g. [apptainer, exec, --nv, smalti.sif]")
+    srun_flags: tuple[str, ...] = Field((), description="more options of srun, e.g. --container-image=smalti.sqsh")
+
+    stop_ahead_s: int = Field(300, ge=10, le=65535, description="seconds before the time limit at which a stage saves")
+    max_time_limits: int = Field(
+        20, ge=0, description="restart budget of a job: only running into its time limit counts"
+    )
+    max_bad_hosts: int = Field(3, ge=0, description="so often a job moves away from a bad host, then it fails")
+    max_task_retries: int = Field(2, ge=0, description="so often a task of an array that crashed runs again by itself")
+    preflight: Literal["several", "always", "never"] = Field(
+        "several", description="several: jobs of several processes"
+    )
+    preflight_timeout_s: int = Field(120, ge=5)
+    min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight wants in the run directory")
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if unknown := sorted(set(self.stages) - set(STAGE_NAMES)):
+            raise ValueError(f"unknown stage '{unknown[0]}'; stages are {', '.join(STAGE_NAMES)}")
+        for name, resources in self.stages.items():
+            if resources.array and name not in ARRAY_STAGES:
+                raise ValueError(f"{name} is no array: only {' and '.join(ARRAY_STAGES)} split into array tasks")
+        if self.default.array:
+            raise ValueError(f"array belongs to a stage ({' or '.join(ARRAY_STAGES)}), not to default")
+        return self
+
+    def resources(self, stage: Stage) -> Resources:
+        """What this stage gets: `default`, with what `stages` says on top. Only training stages are several processes.
+
+        Raises:
+            UserError: `stages` asks for several processes where one does the work.
+        """
+        own = self.stages.get(stage.name, Resources())
+        chosen = {name: getattr(own, name) for name in own.model_fields_set}
+        merged = self.default.model_copy(update=chosen)
+        if stage.trains:
+            return merged
+        several = [name for name in ("nodes", "tasks_per_node") if chosen.get(name, 1) not in (1, None)]
+        if several or chosen.get("gpus", 0) > 1:
+            what = several[0] if several else "gpus"
+            raise UserError(
+                f"cluster file: {stage.name}.{what} is {chosen[what]}, expected 1: one process does this stage"
+                + (", or several by array" if stage.name in ARRAY_STAGES else "")
+            )
+        return merged.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus": min(merged.gpus, 1)})
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    return load_config(ClusterConfig, path)

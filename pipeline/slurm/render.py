@@ -1,0 +1,97 @@
+"""One job file a stage from the one template, slurm/stage.sbatch."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from pipeline.errors import UserError
+from pipeline.graph import Stage
+from pipeline.slurm.cluster import ClusterConfig, Resources
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "stage.sbatch"
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """What one job file is about. `array_tasks`: the tasks of an array; None for a whole stage (or an array's join)."""
+
+    stage: Stage
+    resources: Resources
+    array_tasks: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.name}.tasks" if self.array_tasks else self.stage.name
+
+
+def render(job: JobFile, cluster: ClusterConfig, run_directory: Path, code: Path, working_directory: Path) -> str:
+    """The text of the job file. All paths are absolute."""
+    if not TEMPLATE.is_file():
+        raise UserError(f"expected the job template at {TEMPLATE}, found none: submit from a clone of the repository")
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"sh": lambda value: shlex.quote(str(value)), "directive": _directive}
+    log = "%A_%a" if job.array_tasks else "%j"
+    text: str = environment.from_string(TEMPLATE.read_text()).render(
+        what=f"Stage {job.stage.name}" + (f" ({job.array_tasks} array tasks)" if job.array_tasks else ""),
+        stage=job.stage,
+        resources=job.resources,
+        array_tasks=job.array_tasks,
+        cluster=cluster,
+        run_directory=run_directory,
+        code=code,
+        working_directory=working_directory,
+        script=shlex.quote(str(script_path(job, run_directory))),
+        job_name=f"{run_directory.name}-{job.name}",
+        comment=comment(job, run_directory),
+        log_pattern=f"{_percent(run_directory)}/logs/slurm/{job.stage.name}-{log}.log",
+        options=_options(job.resources),
+        preflight=_wants_preflight(job, cluster),
+    )
+    return text
+
+
+def script_path(job: JobFile, run_directory: Path) -> Path:
+    return run_directory / "slurm" / f"{job.name}.sbatch"
+
+
+def comment(job: JobFile, run_directory: Path) -> str:
+    """What marks a job as this run's, in Slurm itself: no file of ours can get out of step with it."""
+    return f"smalti:{job.name}:{run_directory}"
+
+
+def _options(resources: Resources) -> list[str]:
+    gpu = f"gpu:{resources.gpu_type}" if resources.gpu_type else "gpu"
+    chosen = {
+        "--partition": resources.partition,
+        "--account": resources.account,
+        "--qos": resources.qos,
+        "--time": resources.time,
+        "--nodes": resources.nodes,
+        "--ntasks-per-node": resources.ntasks_per_node,
+        "--cpus-per-task": resources.cpus_per_task,
+        "--gres": f"{gpu}:{resources.gpus}" if resources.gpus else None,
+        "--mem": resources.memory,
+    }
+    return [f"{name}={value}" for name, value in chosen.items() if value is not None] + list(resources.flags)
+
+
+def _wants_preflight(job: JobFile, cluster: ClusterConfig) -> bool:
+    return cluster.preflight == "always" or (cluster.preflight == "several" and job.resources.world_size > 1)
+
+
+def _directive(value: object) -> str:
+    """A value in an #SBATCH line: sbatch understands double quotes there, and no escapes that we could use."""
+    text = str(value)
+    if any(character in text for character in '"\n\\'):
+        raise UserError(f"expected a path that an #SBATCH line can hold, found {text!r}: rename the folder")
+    return f'"{text}"' if " " in text or "'" in text or "#" in text else text
+
+
+def _percent(path: Path) -> str:
+    return str(path).replace("%", "%%")

@@ -1,0 +1,236 @@
+"""What became of a run: Slurm's queue and accounting joined with the run directory.
+
+In this order: squeue (right, but forgets), sacct (remembers, lags, and many sites have none), the run
+directory (`_SUCCESS`, locks, what the jobs noted of themselves). Any of the first two may be missing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline
+from pipeline.lock import owner_of
+from pipeline.runs import RunDirectory, config_of
+from pipeline.slurm import scheduler
+from pipeline.slurm.scheduler import Job
+from pipeline.slurm.submit import recorded_jobs
+from pipeline.slurm.table import format_table
+
+_TAIL_BYTES = 65_536
+_NOT_METRICS = {"step", "time", "learning_rate", "nonfinite_steps", "samples_per_s", "gradient_norm"}
+
+
+@dataclass
+class StageStatus:
+    """One line of the table. Empty or None: not known, or nothing to say."""
+
+    stage: str
+    state: str = "NOT RUN"  # FINISHED, or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished)
+    job: str = ""
+    reason: str = ""
+    nodes: str = ""
+    tasks_done: str = ""  # of an array, "3/8"
+    step: int | None = None
+    steps: int | None = None
+    rate: str = ""
+    metric: str = ""
+    restarts: int = 0
+    job_time_left: str = ""  # until its time limit, by squeue
+    stage_time_left_s: float | None = None  # by the rate
+    failure: str = ""  # what a failed job noted: which rank said what
+
+
+def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
+    """The status of each stage, and why Slurm could not be asked, if so."""
+    runs = RunDirectory(run_directory.resolve())
+    config = load_pipeline(config_of(runs.path))
+    recorded = recorded_jobs(runs.path)
+    problem = None
+    jobs: list[Job] = []
+    if recorded:
+        try:
+            jobs = scheduler.jobs_of(runs.path)
+        except UserError as error:
+            problem = str(error)
+    known = {job.id for job in jobs}
+    ended = scheduler.ended_states([number for number in recorded.values() if number not in known]) if recorded else {}
+    return [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in STAGES], problem
+
+
+def _stage_status(
+    stage: Stage,
+    config: PipelineConfig,
+    runs: RunDirectory,
+    jobs: list[Job],
+    recorded: dict[str, int],
+    ended: dict[str, str],
+) -> StageStatus:
+    status = StageStatus(stage.name)
+    _add_progress(status, stage, config, runs)
+    records = _records(runs, stage.name)
+    status.restarts = sum(max(_notes(path, "started") - 1, 0) for path in records)
+    status.failure = "\n".join(_read(path.with_suffix(".failure")) for path in records).strip()
+    _add_jobs(status, stage, jobs)
+    if status.state == "NOT RUN" or (not _is_active(status, stage, jobs) and runs.manifest(stage.name) is not None):
+        _add_what_slurm_forgot(status, stage, runs, recorded, ended)
+    if status.state in ("FINISHED", "RUNNING", "PENDING"):
+        status.failure = ""
+    elif status.failure:
+        status.reason = status.failure.splitlines()[0].removeprefix("smalti: ").removeprefix(f"{stage.name} ")
+        status.reason = status.reason.removesuffix("; the last it said:")
+    return status
+
+
+def _add_jobs(status: StageStatus, stage: Stage, jobs: list[Job]) -> None:
+    """From squeue: the newest job of the stage; while an array is at work, the array."""
+    scripts = {script: [job for job in jobs if job.script == script] for script in (stage.name, f"{stage.name}.tasks")}
+    newest = {script: [job for job in found if job.id == found[-1].id] for script, found in scripts.items() if found}
+    tasks = newest.get(f"{stage.name}.tasks", [])
+    main = newest.get(stage.name, [])
+    shown = main
+    if tasks and (any(job.active for job in tasks) or any(job.state != "COMPLETED" for job in tasks) or not main):
+        shown = tasks
+        status.tasks_done = f"{sum(job.state == 'COMPLETED' for job in tasks)}/{len(tasks)}"
+    if not shown:
+        return
+    order = ["RUNNING", "COMPLETING", "CONFIGURING", "PENDING"]
+    # Of an array, the state of the task that says most: a failed one, else a running one.
+    failed = [job for job in shown if not job.active and job.state != "COMPLETED"]
+    by_state = sorted(shown, key=lambda job: order.index(job.state) if job.state in order else len(order))
+    job = (failed or by_state)[0]
+    status.state, status.reason, status.job = job.state, job.reason, str(job.id)
+    status.nodes = ",".join(dict.fromkeys(j.nodes for j in shown if j.nodes and j.active))
+    status.job_time_left = job.time_left if job.state == "RUNNING" else ""
+
+
+def _is_active(status: StageStatus, stage: Stage, jobs: list[Job]) -> bool:
+    return any(job.active for job in jobs if str(job.id) == status.job)
+
+
+def _add_what_slurm_forgot(
+    status: StageStatus, stage: Stage, runs: RunDirectory, recorded: dict[str, int], ended: dict[str, str]
+) -> None:
+    numbers = [recorded[script] for script in (stage.name, f"{stage.name}.tasks") if script in recorded]
+    status.job = status.job or (str(numbers[0]) if numbers else "")
+    if runs.manifest(stage.name) is not None:
+        status.state, status.reason = "FINISHED", ""
+    elif owner := owner_of(runs.lock(stage.name)):
+        status.state, status.nodes = "RUNNING", owner["host"]
+    elif states := [state for name, state in ended.items() if int(name.split("_")[0]) in numbers]:
+        status.state = next((state for state in states if state != "COMPLETED"), "LOST")
+    elif status.failure:
+        status.state = "FAILED"
+    elif numbers:
+        status.state, status.reason = "LOST", "neither in the queue nor finished: smalti resubmit"
+    elif runs.stage(stage.name).exists():
+        status.state = "STOPPED"
+
+
+def _add_progress(status: StageStatus, stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
+    lines = _metric_lines(runs.stage(stage.name) / "metrics.jsonl")
+    training = getattr(config.section(stage.name), "training", None)
+    if lines and training is not None:
+        status.step, status.steps = int(lines[-1]["step"]), training.steps
+        rates = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
+        if rates:
+            status.rate = f"{rates[-1]:.3g} samples/s"
+            left = training.steps - status.step
+            status.stage_time_left_s = left * training.batch_size / rates[-1] if rates[-1] else None
+    for line in reversed(lines):
+        shown = [name for name in line if name not in _NOT_METRICS and not name.startswith("system/")]
+        if shown:
+            name = "loss" if "loss" in shown else shown[0]
+            status.metric = f"{name} {line[name]:.4g}"
+            break
+
+
+def _metric_lines(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a metrics.jsonl that may be megabytes long and end in the middle of a line."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - _TAIL_BYTES, 0))
+        text = file.read().decode(errors="replace")
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _records(runs: RunDirectory, stage: str) -> list[Path]:
+    """What the jobs of this stage noted of themselves; see slurm/stage.sbatch."""
+    folder = runs.path / "slurm"
+    return [folder / f"{stage}.history", *sorted(folder.glob(f"{stage}.task-*.history"))]
+
+
+def _notes(path: Path, what: str) -> int:
+    """How often the newest job of this record noted it."""
+    lines = [line.split("\t") for line in _read(path).splitlines()]
+    return sum(line[2] == what for line in lines if line[1] == lines[-1][1])
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def as_json(statuses: list[StageStatus]) -> str:
+    return json.dumps([asdict(status) for status in statuses], indent=2)
+
+
+def as_table(statuses: list[StageStatus]) -> str:
+    """The table, and below it what failed jobs said."""
+    header = [
+        "STAGE",
+        "STATE",
+        "JOB",
+        "NODES",
+        "TASKS",
+        "STEP",
+        "RATE",
+        "LEFT",
+        "METRIC",
+        "RESTARTS",
+        "LIMIT IN",
+        "REASON",
+    ]
+    rows = []
+    for s in statuses:
+        at_work = s.state not in ("FINISHED", "NOT RUN")
+        step = f"{s.step}/{s.steps}" if s.step is not None else ""
+        left = _duration(s.stage_time_left_s) if at_work and s.step != s.steps else ""
+        rate = s.rate if at_work else ""
+        restarts = str(s.restarts or "")
+        rows.append(
+            [
+                s.stage,
+                s.state,
+                s.job,
+                s.nodes,
+                s.tasks_done,
+                step,
+                rate,
+                left,
+                s.metric,
+                restarts,
+                s.job_time_left,
+                s.reason,
+            ]
+        )
+    failures = [s.failure for s in statuses if s.failure]
+    return "\n\n".join([format_table(header, rows), *failures])
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,250 @@
+"""The stage graph as Slurm jobs, chained by `afterok`.
+
+    runs/<name>/slurm/   <stage>.sbatch  the job files           cluster.yaml  the cluster file, resolved
+                         jobs.json       what was submitted      <stage>.history, .failure: what became of it
+    runs/<name>/code/src/                this run's copy of the code
+
+Submitting again is safe: what is finished is skipped, what is queued or running is not doubled, and the
+new jobs wait for it. Which jobs are active is asked of Slurm (their comment names the run), never of a file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from pipeline.config import differences, to_yaml
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_atomic, write_json
+from pipeline.graph import STAGE_NAMES, STAGES, PipelineConfig, Stage, load_pipeline, stage_identity
+from pipeline.lock import Lock
+from pipeline.runs import RunDirectory
+from pipeline.slurm import scheduler
+from pipeline.slurm.cluster import ClusterConfig
+from pipeline.slurm.render import JobFile, render, script_path
+from pipeline.slurm.scheduler import Job
+from pipeline.slurm.table import format_table
+
+SOURCE = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Planned:
+    """One job of the plan, or why there is none."""
+
+    stage: Stage
+    file: JobFile | None = None  # None: nothing to submit
+    array: str | None = None
+    after: list[Planned] = field(default_factory=list)
+    id: int | None = None
+    why: str = ""
+
+
+def submit_pipeline(
+    config: PipelineConfig,
+    source: str,
+    cluster: ClusterConfig,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+    take_over: bool = False,
+) -> None:
+    """Submit every stage that is not finished; `first`: that stage and what comes after it; `only`: that one.
+
+    Raises:
+        UserError: the cluster file does not fit, jobs of another config are active, or Slurm refuses.
+    """
+    runs = RunDirectory(config.run_directory.resolve())
+    check_processes(config, cluster)
+    runs.check(source, take_over)
+    with Lock(runs.lock("run"), f"the run in {runs.path}"):
+        jobs = _active_jobs(runs.path, dry_run)
+        if jobs:
+            _check_same_config(runs, config, jobs)
+            click.echo("jobs of this run are active: their config and code stay as they are", err=True)
+        else:
+            runs.open(config, source)
+            snapshot_source(runs.path / "code" / "src")
+        plan = make_plan(config, runs, cluster, jobs, _chosen(first, only))
+        _write_files(plan, cluster, runs)
+        if not dry_run:
+            _submit(plan, runs)
+    click.echo(_table(plan, runs.path))
+
+
+def check_processes(config: PipelineConfig, cluster: ClusterConfig) -> None:
+    """What would fail hours later, in the queue: raises UserError if a stage's processes do not divide its batch."""
+    for stage in STAGES:
+        processes = cluster.resources(stage).world_size
+        training = getattr(config.section(stage.name), "training", None)
+        if training is not None and training.batch_size % processes:
+            section = stage.name.replace("-", "_")
+            raise UserError(
+                f"{stage.name}: expected {section}.training.batch_size to be a multiple of its {processes} processes"
+                f" (nodes × tasks in the cluster file), found {training.batch_size}"
+            )
+
+
+def make_plan(
+    config: PipelineConfig, runs: RunDirectory, cluster: ClusterConfig, jobs: list[Job], chosen: tuple[str, ...]
+) -> list[Planned]:
+    """What is to be submitted, in the order of the graph, and what is not, and why."""
+    plan: list[Planned] = []
+    coming: dict[str, Planned] = {}  # the last job of each stage that is queued or will be
+    for stage in STAGES:
+        mine = [job for job in jobs if job.script == stage.name]
+        if mine:
+            last = Planned(stage, id=mine[-1].id, why=mine[-1].state.lower())
+            plan.append(last)
+            coming[stage.name] = last
+            continue
+        waits_for = [coming[name] for name in stage.inputs if name in coming]
+        reasons = [] if waits_for else runs.why_not_done(config, stage)
+        if not waits_for and not reasons:
+            plan.append(Planned(stage, why="finished"))
+        elif stage.name not in chosen:
+            plan.append(Planned(stage, why="left out"))
+        else:
+            _check_inputs(config, runs, stage, set(coming))
+            added = _jobs_of_stage(config, runs, cluster, jobs, stage, waits_for)
+            plan += added
+            coming[stage.name] = added[-1]
+    return plan
+
+
+def _jobs_of_stage(
+    config: PipelineConfig,
+    runs: RunDirectory,
+    cluster: ClusterConfig,
+    jobs: list[Job],
+    stage: Stage,
+    waits_for: list[Planned],
+) -> list[Planned]:
+    """One job; or an array and its join: the stage itself, which finds all shards done, checks them and finishes."""
+    resources = cluster.resources(stage)
+    join = Planned(stage, JobFile(stage, resources), after=waits_for)
+    if not resources.array:
+        return [join]
+    active = [job for job in jobs if job.script == f"{stage.name}.tasks"]
+    tasks = Planned(stage, after=waits_for)
+    if active:
+        tasks.id, tasks.why = active[-1].id, active[-1].state.lower()
+    else:
+        missing = list(range(resources.array)) if waits_for else runs.missing_tasks(config, stage, resources.array)
+        if not missing:
+            return [join]
+        tasks.file = JobFile(stage, resources, resources.array)
+        every = missing == list(range(resources.array))
+        tasks.array = f"0-{resources.array - 1}" if every else ",".join(map(str, missing))
+        tasks.array += f"%{resources.array_limit}" if resources.array_limit else ""
+    join.after = [tasks]
+    return [tasks, join]
+
+
+def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, coming: set[str]) -> None:
+    for name in stage.inputs:
+        if name not in coming and (reasons := runs.why_not_done(config, STAGES[STAGE_NAMES.index(name)])):
+            raise UserError(
+                f"{stage.name} needs {name}, which is neither finished nor queued ({'; '.join(reasons[:3])}):"
+                f" submit --from {name}, or everything"
+            )
+
+
+def _chosen(first: str | None, only: str | None) -> tuple[str, ...]:
+    if first and only:
+        raise UserError(
+            "expected --from or --only, found both: --from STAGE goes to the end, --only STAGE is one stage"
+        )
+    if only:
+        return (only,)
+    return STAGE_NAMES[STAGE_NAMES.index(first) :] if first else STAGE_NAMES
+
+
+def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
+    try:
+        return [job for job in scheduler.jobs_of(run_directory) if job.active]
+    except UserError as error:
+        if not dry_run:
+            raise
+        click.echo(f"not asked whether jobs are active: {error}", err=True)
+        return []
+
+
+def _check_same_config(runs: RunDirectory, config: PipelineConfig, jobs: list[Job]) -> None:
+    known = load_pipeline(runs.path / "config.yaml")
+    changes = [
+        change
+        for stage in STAGES
+        for change in differences(stage_identity(known, stage.name), stage_identity(config, stage.name))
+    ]
+    if changes:
+        ids = sorted({job.id for job in jobs})
+        raise UserError(
+            f"jobs {', '.join(map(str, ids))} of {runs.path} are active with another config"
+            f" ({'; '.join(list(dict.fromkeys(changes))[:4])}): wait, or `smalti cancel {runs.path}`, or set name=…"
+        )
+
+
+def snapshot_source(target: Path) -> None:
+    """Copy the packages, so that what is queued does not change when the working copy does."""
+    draft = target.with_name(target.name + ".new")
+    for leftover in (draft, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for package in ("pipeline", "stages"):
+        shutil.copytree(SOURCE / package, draft / package, ignore=shutil.ignore_patterns("__pycache__"))
+    draft.rename(target)
+
+
+def _write_files(plan: list[Planned], cluster: ClusterConfig, runs: RunDirectory) -> None:
+    (runs.path / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
+    write_atomic(runs.path / "slurm" / "cluster.yaml", to_yaml(cluster))
+    for planned in plan:
+        if planned.file:
+            text = render(planned.file, cluster, runs.path, runs.path / "code" / "src", Path.cwd())
+            write_atomic(script_path(planned.file, runs.path), text)
+
+
+def _submit(plan: list[Planned], runs: RunDirectory) -> None:
+    for planned in plan:
+        if planned.file is None:
+            continue
+        after = [other.id for other in planned.after if other.id is not None]
+        planned.id = scheduler.submit(script_path(planned.file, runs.path), after, planned.array)
+        planned.why = "submitted"
+        # At once, so that nothing that Slurm has is forgotten when the next sbatch fails.
+        record_job(runs.path, planned.file.name, planned.id)
+
+
+def record_job(run_directory: Path, script: str, number: int) -> None:
+    path = run_directory / "slurm" / "jobs.json"
+    known = read_json(path) if path.exists() else []
+    write_json(path, [*known, {"script": script, "id": number}])
+
+
+def recorded_jobs(run_directory: Path) -> dict[str, int]:
+    """The newest job of each job file, from jobs.json."""
+    path = run_directory / "slurm" / "jobs.json"
+    return {entry["script"]: entry["id"] for entry in (read_json(path) if path.exists() else [])}
+
+
+def _table(plan: list[Planned], run_directory: Path) -> str:
+    header = ["STAGE", "JOB", "AFTER", "ARRAY", "NODES×TASKS", "GPUS", "TIME", "WHAT"]
+    name: Callable[[Planned], str] = lambda p: str(p.id or (p.file.name if p.file else p.stage.name))  # noqa: E731
+    rows = []
+    for planned in plan:
+        after = ",".join(name(other) for other in planned.after if planned.file)
+        size, gpus, time, what = "", "", "", planned.why
+        if planned.file:
+            resources = planned.file.resources
+            size = f"{resources.nodes}×{resources.ntasks_per_node}"
+            gpus, time = str(resources.gpus or ""), resources.time or ""
+            script = script_path(planned.file, run_directory).relative_to(run_directory)
+            what = f"{what or 'written'}: {script}"
+        label = planned.stage.name + (" (tasks)" if planned.array else "")
+        rows.append([label, str(planned.id or ""), after, planned.array or "", size, gpus, time, what])
+    return format_table(header, rows)
