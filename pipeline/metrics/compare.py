@@ -71,6 +71,7 @@ def compare_sets(
 
     spread_of = f"± 1 standard deviation over {config.kid_subsets} subsets of {subset_size}"
     rows.append(_spread_row("KID", compares, "lower", real, generated, kid, spread_of))
+    values: tuple[float | None, ...]
     try:
         figures = precision_recall_density_coverage(real.features, generated.features, k)
         values, warning = (figures.precision, figures.recall, figures.density, figures.coverage), None

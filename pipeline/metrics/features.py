@@ -73,7 +73,8 @@ class Extractor:
             UserError: no pictures, or the network gave NaN.
         """
         device = next(self.network.parameters()).device
-        features, logits = [], []
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
         with progress(total=total, description=description, unit="picture") as bar:
             for batch in _batches(pictures, self.batch_size):
                 stop.check()

@@ -33,7 +33,7 @@ def named_pictures(path: Path) -> Iterator[tuple[str, Image.Image]]:
 def decoded(content: bytes, where: str) -> Image.Image:
     """An RGB picture from a file's bytes; transparent parts become white."""
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture: Image.Image = Image.open(io.BytesIO(content))
         picture.load()
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: expected a picture, found something unreadable ({error}); remove it") from error

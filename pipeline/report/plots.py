@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
 
 def line_plot(series: Sequence[Series], salt: str) -> str:
     """Lines over steps as an `<svg>` element. `salt` keeps the ids of different plots on one page apart."""
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.family": "sans-serif",

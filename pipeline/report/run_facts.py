@@ -64,7 +64,7 @@ def read_facts(directories: Mapping[str, Path]) -> RunFacts:
     stages = {name: _stage(name, directory) for name, directory in directories.items()}
     times = [line["time"] for stage in stages.values() for line in stage.history if "time" in line]
     manifests = [_json(directory / "manifest.json") for directory in directories.values()]
-    code = next((manifest["code"] for manifest in reversed(manifests) if manifest.get("code")), {})
+    code: dict[str, Any] = next((manifest["code"] for manifest in reversed(manifests) if manifest.get("code")), {})
     finished = datetime.fromtimestamp(max(times), UTC).strftime("%-d %B %Y, %H:%M UTC") if times else None
     return RunFacts(stages, code, finished, _json(directories["prepare"] / "index.json"), _versions())
 
