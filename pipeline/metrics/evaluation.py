@@ -102,6 +102,8 @@ def tokenizer_rows(
 def nearest_training_pictures(generate: Path, real: RealPictures, extractor: Extractor) -> list[dict[str, Any]]:
     """For each picture of the prompt grid, the training picture that it comes closest to in feature space."""
     prompts: list[dict[str, Any]] = read_json(generate / "prompts.json")
+    if not prompts:
+        return []
     pictures = [_read(generate, prompt["file"]) for prompt in prompts]
     grid = extractor(pictures, len(pictures), "features of the prompt grid")
     distances, indices = nearest(grid.features, real.training.features)
@@ -151,5 +153,5 @@ def _samples(prepare: Path, split: str, wanted: set[str], limit: int) -> Iterato
 
 
 def _read(generate: Path, file: str) -> Image.Image:
-    path = generate / file if (generate / file).is_file() else generate / "prompts" / file
+    path = generate / file
     return decoded(path.read_bytes(), str(path))

@@ -76,10 +76,9 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str
 
 
 def _painted(entry: dict[str, Any], generate: Path, originals: dict[str, str]) -> Painted:
-    path = generate / entry["file"]
     return Painted(
         prompt=entry["prompt"],
-        picture=_data_uri(path if path.is_file() else generate / "prompts" / entry["file"]),
+        picture=_data_uri(generate / entry["file"]),
         nearest_picture=originals[entry["key"]],
         nearest_caption=entry["caption"],
         distance=entry["distance"],
