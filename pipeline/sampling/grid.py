@@ -42,21 +42,25 @@ def grid(groups: Sequence[Group], columns: int = 8, side: int = 128, smooth: boo
         side: width of a picture on the sheet in pixels.
         smooth: enlarge with Lanczos; otherwise every source pixel stays a crisp square.
     """
-    lines = max((len(_wrap(t.caption, side)) for g in groups for t in g.tiles if t.caption), default=0)
-    card_height = side + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
     width = 2 * _MARGIN + columns * (side + 2 * _PADDING) + (columns - 1) * _GAP
-    height = 2 * _MARGIN - _GAP + sum(_group_height(group, columns, card_height) for group in groups)
+    height = 2 * _MARGIN - _GAP + sum(_group_height(group, columns, side) for group in groups)
     sheet = Image.new("RGB", (width, height), _PAPER)
     top = _MARGIN
     for group in groups:
-        _draw_group(sheet, group, top, columns, side, card_height, smooth)
-        top += _group_height(group, columns, card_height)
+        _draw_group(sheet, group, top, columns, side, smooth)
+        top += _group_height(group, columns, side)
     return sheet
 
 
-def _group_height(group: Group, columns: int, card_height: int) -> int:
+def _group_height(group: Group, columns: int, side: int) -> int:
     rows = -(-len(group.tiles) // columns)
-    return _heading_height(group) + rows * (card_height + _GAP)
+    return _heading_height(group) + rows * (_card_height(group, side) + _GAP)
+
+
+def _card_height(group: Group, side: int) -> int:
+    """All cards of a group are as high as its longest caption needs."""
+    lines = max((len(_wrap(tile.caption, side)) for tile in group.tiles), default=0)
+    return side + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
 
 
 def _heading_height(group: Group) -> int:
@@ -65,9 +69,8 @@ def _heading_height(group: Group) -> int:
     return title + note + (8 if title or note else 0)
 
 
-def _draw_group(
-    sheet: Image.Image, group: Group, top: int, columns: int, side: int, card_height: int, smooth: bool
-) -> None:
+def _draw_group(sheet: Image.Image, group: Group, top: int, columns: int, side: int, smooth: bool) -> None:
+    card_height = _card_height(group, side)
     draw = ImageDraw.Draw(sheet)
     if group.title:
         draw.text((_MARGIN, top), group.title, fill=_INK, font=_font(_TITLE_SIZE, group.title))
