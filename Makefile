@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 CONFIG ?= configs/openmoji.yaml
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint slurm-packages format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test lint slurm-packages
 	$(BIN)/pytest
 
 lint: $(VENV)/.test
@@ -17,6 +17,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests marked `slurm` start a real Slurm; its packages come from Debian or Ubuntu, which takes root.
+slurm-packages:
+	@slurm/testbed install --sacct || echo "without these packages the tests marked slurm are skipped"
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
