@@ -112,6 +112,8 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         if distributed.is_main():
             log.error("error: %s", error)
         status = 2
+    except SystemExit as leaving:  # --help
+        status = int(leaving.code or 0)
     except BaseException:
         log.exception("%s crashed", name)
         status = 1
