@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from pipeline.data.duplicates import same_key, same_picture
+from pipeline.data.images import perceptual_hash
+from tests.data.pictures import encoded, picture
+
+
+def _files(folder: Path, hashes: NDArray[np.uint64], size: int) -> tuple[list[Path], list[int]]:
+    """`hashes` uint64 [n, 2] as files of `size` samples."""
+    files, counts = [], []
+    for start in range(0, len(hashes), size):
+        files.append(folder / f"{start}.npy")
+        np.save(files[-1], hashes[start : start + size])
+        counts.append(len(hashes[start : start + size]))
+    return files, counts
+
+
+def _random(count: int, seed: int) -> NDArray[np.uint64]:
+    return np.random.default_rng(seed).integers(0, 2**64, (count, 2), dtype=np.uint64)
+
+
+@pytest.mark.parametrize("samples_a_slice", [10, 100, 10_000])
+def test_repeated_keys_are_found_at_any_number_of_slices(tmp_path: Path, samples_a_slice: int) -> None:
+    hashes = _random(500, 0)
+    again = np.random.default_rng(1).choice(np.arange(250, 500), 40, replace=False)
+    hashes[again, 0] = hashes[again - 250, 0]
+    files, counts = _files(tmp_path, hashes, 70)
+    assert same_key(files, counts, samples_a_slice).tolist() == sorted(again.tolist())
+
+
+def test_the_first_of_several_equal_keys_is_kept(tmp_path: Path) -> None:
+    hashes = _random(9, 0)
+    hashes[[1, 4, 8], 0] = 7
+    files, counts = _files(tmp_path, hashes, 2)
+    assert same_key(files, counts).tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
+def test_near_hashes_are_exactly_those_that_comparing_all_pairs_finds(tmp_path: Path, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    hashes = _random(30, 2)[:, [0, 0]][rng.integers(0, 30, 600)]
+    for _ in range(4):  # up to four flipped bits each
+        flipped = rng.random(600) < 0.4
+        hashes[flipped, 1] ^= np.uint64(1) << rng.integers(0, 64, flipped.sum()).astype(np.uint64)
+    without = np.array([3, 50, 51])
+    files, _ = _files(tmp_path, hashes, 100)
+    looked_at = [n for n in range(600) if n not in without]
+    expected = [
+        n
+        for n in looked_at
+        if any(int(hashes[n, 1] ^ hashes[m, 1]).bit_count() <= bits for m in looked_at if m < n)
+    ]
+    assert 10 < len(expected) < 590
+    assert same_picture(files, bits, without).tolist() == expected
+
+
+def _scene(number: int, side: int = 96) -> Image.Image:
+    """A smooth picture, different for every number."""
+    return picture(number, (8, 8)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _distance(one: Image.Image, two: Image.Image) -> int:
+    return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
+
+
+def test_copies_of_a_picture_are_near_and_other_pictures_are_far(tmp_path: Path) -> None:
+    close, far = [], []
+    for number in range(40):
+        scene = _scene(number)
+        path = tmp_path / "copy.jpg"
+        path.write_bytes(encoded(scene, "JPEG", quality=60))
+        close += [_distance(scene, Image.open(path)), _distance(scene, scene.resize((48, 48), Image.Resampling.LANCZOS))]
+        far.append(min(_distance(scene, _scene(other)) for other in range(number)) if number else 64)
+    assert np.quantile(close, 0.95) <= 3
+    assert min(far) > 8
+
+
+def test_the_same_drawing_in_another_colour_is_another_picture() -> None:
+    heart = Image.new("RGB", (64, 64), "white")
+    heart.paste((230, 30, 40), (12, 12, 52, 52))
+    for colour in ((60, 170, 60), (40, 90, 220), (150, 60, 190), (245, 210, 40)):
+        other = Image.new("RGB", (64, 64), "white")
+        other.paste(colour, (12, 12, 52, 52))
+        assert _distance(heart, other) > 3
+    assert _distance(heart, ImageEnhance.Brightness(heart).enhance(0.98)) <= 3
