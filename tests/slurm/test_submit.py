@@ -1,0 +1,129 @@
+"""`smalti submit` of a whole pipeline: chained, counted once, an array task that dies, the same weights at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pipeline.graph import STAGE_NAMES
+from tests.conftest import TINY
+from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+@dataclass
+class Submitted:
+    """What was seen while the run was on its way."""
+
+    path: Path
+    jobs: dict[str, int]  # by job file
+    again: str = ""  # what the second `submit` printed
+    jobs_after_again: set[int] = field(default_factory=set)
+    join_state_after_death: str = ""
+    final_states: dict[int, str] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    folder = tmp_path_factory.mktemp("submitted")
+    submit = ["submit", str(TINY), f"runs={folder}", STEPS, "--cluster", str(cluster_file(folder))]
+    slurm.smalti(*submit)
+    path = folder / "tiny"
+    jobs = {entry["script"]: entry["id"] for entry in json.loads((path / "slurm" / "jobs.json").read_text())}
+    seen = Submitted(path, jobs)
+
+    wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"), 180)
+    os.kill(processes_of(jobs["tokenize.tasks"], "stages.tokenize")[0], signal.SIGKILL)
+    histories = path / "slurm"
+    wait_until(
+        "its death noted", lambda: any("\tcrash\t" in f.read_text() for f in histories.glob("tokenize.task-*.history"))
+    )
+    seen.join_state_after_death = slurm.job(jobs["tokenize"], "JobState")
+
+    wait_until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"), 120)
+    seen.again = slurm.smalti(*submit)
+    seen.jobs_after_again = set(slurm.states())
+
+    wait_until(
+        "the last stage's end", lambda: slurm.states()[jobs["report"]] not in ("PENDING", "RUNNING", "COMPLETING"), 240
+    )
+    seen.final_states = slurm.states()
+    return seen
+
+
+def test_all_stages_end_completed_with_the_weights_of_a_local_run(submitted: Submitted, local_run: Path) -> None:
+    assert {script: submitted.final_states[job] for script, job in submitted.jobs.items()} == dict.fromkeys(
+        submitted.jobs, "COMPLETED"
+    )
+    assert all((submitted.path / stage / "_SUCCESS").exists() for stage in STAGE_NAMES)
+    for stage in ("image-tokenizer", "transformer"):
+        assert weights(submitted.path, stage) == weights(local_run, stage)
+    assert {json.loads((run / "generate" / "manifest.json").read_text())["hash"] for run in (submitted.path, local_run)}
+
+
+def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted: Submitted) -> None:
+    lives = {
+        history.name: [line.split("\t")[2] for line in history.read_text().splitlines()]
+        for history in sorted((submitted.path / "slurm").glob("tokenize.task-*.history"))
+    }
+    assert len(lives) == 3
+    died = [name for name, life in lives.items() if life == ["started", "crash", "started", "finished"]]
+    unharmed = [name for name, life in lives.items() if life == ["started", "finished"]]
+    assert (len(died), len(unharmed)) == (1, 2)
+    assert submitted.join_state_after_death == "PENDING"
+
+
+def test_submitting_again_doubles_nothing(submitted: Submitted) -> None:
+    lines = {line.split()[0]: line for line in submitted.again.splitlines() if line.split()[:1]}
+    assert lines["tokenize"].split()[-1] == "finished"
+    assert str(submitted.jobs["transformer"]) in lines["transformer"]
+    assert "running" in lines["transformer"]
+    assert "pending" in lines["report"]
+    assert submitted.jobs_after_again <= set(submitted.jobs.values())
+
+
+def test_a_finished_run_is_submitted_as_nothing(slurm: Slurm, submitted: Submitted) -> None:
+    output = slurm.smalti(
+        *("submit", str(TINY), f"runs={submitted.path.parent}", STEPS),
+        *("--cluster", str(submitted.path.parent / "cluster.yaml")),
+    )
+    assert [line.split()[-1] for line in output.splitlines()[1 : 1 + len(STAGE_NAMES)]] == ["finished"] * len(
+        STAGE_NAMES
+    )
+
+
+def test_jobs_run_the_code_that_was_submitted(submitted: Submitted) -> None:
+    script = (submitted.path / "slurm" / "transformer.sbatch").read_text()
+    code = submitted.path / "code" / "src"
+    assert f"PYTHONPATH={code} " in script
+    assert (code / "stages" / "transformer.py").is_file()
+
+
+def test_status_tells_of_a_finished_run_as_table_and_as_json(slurm: Slurm, submitted: Submitted) -> None:
+    listed = {entry["stage"]: entry for entry in json.loads(slurm.smalti("status", str(submitted.path), "--json"))}
+    assert list(listed) == list(STAGE_NAMES)
+    assert {entry["state"] for entry in listed.values()} == {"FINISHED"}
+    assert listed["transformer"]["job"] == str(submitted.jobs["transformer"])
+    assert (listed["transformer"]["step"], listed["transformer"]["steps"]) == (150, 150)
+    assert listed["tokenize"]["restarts"] == 1
+    table = slurm.smalti("status", str(submitted.path))
+    assert "150/150" in table
+
+
+def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:
+    log = slurm.smalti("logs", str(submitted.path), "transformer", "-n", "0")
+    assert "preflight: 4 processes on node1, node2 are fit" in log
+    assert "0: transformer: 100%" in log
+    assert "shard" in slurm.smalti("logs", str(submitted.path), "tokenize", "--task", "1")
+
+
+def test_every_rendered_script_is_clean(submitted: Submitted) -> None:
+    scripts = sorted((submitted.path / "slurm").glob("*.sbatch"))
+    assert len(scripts) == len(STAGE_NAMES) + 2
+    assert_clean(scripts)
