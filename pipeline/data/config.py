@@ -43,6 +43,7 @@ class TableSource(Config):
     path_column: str | None = Field(None, description="column with the path of the picture")
     bytes_column: str | None = Field(None, description="column with the encoded picture itself (Parquet only)")
     key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    group_column: str | None = Field(None, description="rows with the same value here are never split")
 
     @field_validator("path")
     @classmethod
@@ -67,17 +68,19 @@ class WebDatasetSource(Config):
     urls: tuple[str, ...] | str = Field(
         description="paths or fsspec URLs; globs and braces, e.g. data/{00000..00099}.tar"
     )
+    group_field: str | None = Field(None, description="samples with the same value of it in KEY.json are never split")
 
 
 class HuggingFaceSource(Config):
     """A data set that the `datasets` library saved to disk (`save_to_disk`)."""
 
     kind: Literal["huggingface"]
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, description="local path or fsspec URL")
     split: str | None = Field(None, description="needed when the folder holds several splits")
     image_column: str = "image"
     caption_column: str = "caption"
-    key_column: str | None = None
+    key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    group_column: str | None = Field(None, description="rows with the same value here are never split")
 
 
 Source = Annotated[
@@ -93,6 +96,13 @@ class FilterConfig(Config):
     max_pixels: int = Field(64_000_000, ge=1, description="more is taken for a decompression bomb and not decoded")
     min_caption_length: int = Field(1, ge=1, description="characters")
     max_caption_length: int = Field(1_000, ge=1, description="characters")
+    near_duplicate_bits: int | None = Field(
+        None,
+        ge=0,
+        le=4,
+        description="pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture: the first "
+        "is kept; null: off; 3 finds most copies of another size or JPEG quality",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> FilterConfig:
@@ -110,7 +120,7 @@ class PrepareConfig(Config):
         "center", description="which square of a picture is kept; random: drawn once, from the key and the seed"
     )
     shard_size: int = Field(1_000, ge=1, description="source samples a shard; an input tar always becomes one shard")
-    validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key, whatever the seed")
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
     workers: int | None = operational(None, ge=1, description="processes; None: one a core")

@@ -4,8 +4,8 @@ Every part leaves two 64-bit hashes a sample in a file: of the key, and of what 
 part, then by place in it, so the answer is a function of the source.
 
 Keys: memory stays below 2 GB at any number of samples, since the hashes are compared a slice of their range at a time
-(each slice reads all files once, 2^26 samples a slice). Two different keys share a hash with a probability of n^2 / 2^65:
-among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
+(2^26 samples a slice; each slice reads all files once). Two different keys share a hash with a probability of
+n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
 
 Pictures: about 50 bytes of memory a sample, which is the limit of the near-duplicate filter: 5 GB for 10^8 samples.
 """
@@ -13,7 +13,7 @@ Pictures: about 50 bytes of memory a sample, which is the limit of the near-dupl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,7 @@ def _near_an_earlier(hashes: Hashes, bits: int) -> NDArray[np.bool_]:
     if not bits:
         return near
     borders = np.linspace(0, 64, 2 * bits + 1).astype(int).tolist()
-    blocks = [(1 << end) - (1 << start) for start, end in zip(borders, borders[1:], strict=False)]
+    blocks = [(1 << end) - (1 << start) for start, end in pairwise(borders)]
     for chosen in combinations(blocks, bits):
         masked = hashes & np.uint64(sum(chosen))
         order = np.argsort(masked, kind="stable")  # stable: within a group the earlier ones stand first

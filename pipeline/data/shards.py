@@ -2,17 +2,19 @@
 
     prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
     prepare/train/000000.tar       members KEY.json KEY.png KEY.txt (caption), a sample after the other
-    prepare/train/000000.index.npy int64 [samples, 2]: where each picture's bytes begin in the tar, and how many
+    prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each picture
 
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
-`stream.py` reads the samples of a shard in any order, and skips without reading.
+`stream.py` reads the samples of a shard in any order, skips without reading, and notices a tar that is another one.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,16 +65,17 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
 
     The same samples give the same bytes: no times, no owners, fixed order of members.
     """
-    places: list[tuple[int, int]] = []
+    places: list[tuple[int, int, int]] = []
     with atomic_path(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
             for sample in samples:
                 _add(tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
-                places.append((_add(tar, f"{sample.key}.png", sample.png), len(sample.png)))
+                begin = _add(tar, f"{sample.key}.png", sample.png)
+                places.append((begin, len(sample.png), zlib.crc32(sample.png)))
                 _add(tar, f"{sample.key}.txt", sample.caption.encode())
         size, sha256 = temporary.stat().st_size, sha256_file(temporary)
         with atomic_path(path.with_suffix(".index.npy")) as index, open(index, "wb") as file:
-            np.save(file, np.array(places, dtype=np.int64).reshape(-1, 2))
+            np.save(file, np.array(places, dtype=np.int64).reshape(-1, 3))
     return len(places), size, sha256
 
 
@@ -85,12 +88,41 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     return tar.offset - -(-len(content) // _BLOCK) * _BLOCK
 
 
-def read_png(tar: Path, row: int) -> bytes:
-    """The bytes of the picture of sample `row` of a shard. For many, `stream.ImageStream` keeps the files open."""
-    offset, size = np.load(tar.with_suffix(".index.npy"), mmap_mode="r")[row].tolist()
-    with open(tar, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+class ShardFile:
+    """An open shard as random access to its pictures. Threads may share it."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        """Raises UserError when the tar or its index is missing or of another size than recorded."""
+        self.path = path
+        try:
+            self._file = io.FileIO(path)
+            self._places = np.load(path.with_suffix(".index.npy"), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged: {error}: run the stage prepare again") from error
+        size = os.fstat(self._file.fileno()).st_size
+        if size != shard.bytes or len(self._places) != shard.samples:
+            raise UserError(
+                f"{path} is another file than prepare wrote: expected {shard.bytes} bytes and {shard.samples} samples, "
+                f"found {size} and {len(self._places)}: run the stage prepare again"
+            )
+
+    def read(self, row: int) -> bytes:
+        """The bytes of the picture of sample `row`. Raises UserError when they are not those that prepare wrote."""
+        begin, size, checksum = self._places[row].tolist()
+        content = os.pread(self._file.fileno(), size, begin)
+        if zlib.crc32(content) != checksum:
+            raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")
+        return content
+
+
+def check_shard(path: Path, shard: Shard) -> None:
+    """Raises UserError when the tar is not, byte for byte, the one that prepare wrote."""
+    found = sha256_file(path) if path.is_file() else "no file"
+    if found != shard.sha256:
+        raise UserError(
+            f"{path} is not the shard that prepare wrote: expected sha256 {shard.sha256[:12]}, found {found[:12]}: "
+            "run the stage prepare again"
+        )
 
 
 def tar_samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,9 @@ decoded, so each is decoded once.
 
 from __future__ import annotations
 
-import io
-import os
 import queue
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +26,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.data import png
 from pipeline.data.order import ShardOrder
-from pipeline.data.shards import read_index, read_shards
+from pipeline.data.shards import ShardFile, read_index, read_shards
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -73,7 +72,8 @@ class ImageStream:
         self.world_size = distributed.world_size() if world_size is None else world_size
         self.threads = threads
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self._files = _OpenShards()
+        self._files: dict[int, ShardFile] = {}
+        self._lock = threading.Lock()
         shape = (len(self), 3, self.image_size, self.image_size)
         cached = int(np.prod(shape, dtype=np.int64)) <= cache_bytes
         self._cache = np.empty(shape, np.uint8) if cached else None
@@ -93,7 +93,7 @@ class ImageStream:
             UserError: the number of ranks does not divide `batch_size`, or a shard is damaged.
         """
         share = rank_share(batch_size, self.world_size)
-        return _ahead(self._batches(consumed + self.rank * share, batch_size, share))
+        return ahead(self._batches(consumed + self.rank * share, batch_size, share))
 
     def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
@@ -128,17 +128,27 @@ class ImageStream:
         return pictures
 
     def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
-        path = self.directory / self.shards[shard].name
+        file = self._open(shard)
         try:
-            png = self._files.read(path, row)
-            picture = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB"))
-        except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{path} is damaged at sample {row}: {error}; run the stage prepare again") from error
-        if picture.shape != (self.image_size, self.image_size, 3):
+            picture = png.decode(file.read(row))
+        except (OSError, ValueError, SyntaxError, zlib.error) as error:
+            raise UserError(f"{file.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
+        if picture.shape != (3, self.image_size, self.image_size):
             raise UserError(
-                f"{path}: expected pictures of {self.image_size} pixels, found {picture.shape} at sample {row}"
+                f"{file.path}: expected pictures of {self.image_size} pixels, found {picture.shape} at sample {row}"
             )
-        return picture.transpose(2, 0, 1)
+        return picture
+
+    def _open(self, shard: int) -> ShardFile:
+        """The shard, kept open; of too many, the one that was opened first is let go."""
+        with self._lock:
+            if shard not in self._files:
+                if len(self._files) >= _OPEN_SHARDS:
+                    # Not closed by hand: a thread may be reading from it; the last reference closes it.
+                    del self._files[next(iter(self._files))]
+                entry = self.shards[shard]
+                self._files[shard] = ShardFile(self.directory / entry.name, entry)
+            return self._files[shard]
 
 
 def rank_share(batch_size: int, world_size: int) -> int:
@@ -150,27 +160,7 @@ def rank_share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-class _OpenShards:
-    """File descriptors and offsets of the shards in use; the one that was opened first is closed first."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[io.FileIO, NDArray[np.int64]]] = {}
-        self._lock = threading.Lock()
-
-    def read(self, path: Path, row: int) -> bytes:
-        """The bytes of the picture of sample `row`."""
-        with self._lock:
-            if path not in self._open:
-                if len(self._open) >= _OPEN_SHARDS:
-                    # Not closed by hand: a thread may be reading from it; the last reference closes it.
-                    del self._open[next(iter(self._open))]
-                self._open[path] = (io.FileIO(path), np.load(path.with_suffix(".index.npy"), mmap_mode="r"))
-            file, places = self._open[path]
-        offset, size = places[row].tolist()
-        return os.pread(file.fileno(), size, offset)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def ahead(items: Iterator[T]) -> Iterator[T]:
     """`items`, made by a thread a few ahead of their use. What it raises is raised here."""
     ready: queue.Queue[T | BaseException] = queue.Queue(_BATCHES_AHEAD)
     stopped = threading.Event()

@@ -53,9 +53,7 @@ def test_near_hashes_are_exactly_those_that_comparing_all_pairs_finds(tmp_path: 
     files, _ = _files(tmp_path, hashes, 100)
     looked_at = [n for n in range(600) if n not in without]
     expected = [
-        n
-        for n in looked_at
-        if any(int(hashes[n, 1] ^ hashes[m, 1]).bit_count() <= bits for m in looked_at if m < n)
+        n for n in looked_at if any(int(hashes[n, 1] ^ hashes[m, 1]).bit_count() <= bits for m in looked_at if m < n)
     ]
     assert 10 < len(expected) < 590
     assert same_picture(files, bits, without).tolist() == expected
@@ -76,7 +74,10 @@ def test_copies_of_a_picture_are_near_and_other_pictures_are_far(tmp_path: Path)
         scene = _scene(number)
         path = tmp_path / "copy.jpg"
         path.write_bytes(encoded(scene, "JPEG", quality=60))
-        close += [_distance(scene, Image.open(path)), _distance(scene, scene.resize((48, 48), Image.Resampling.LANCZOS))]
+        close += [
+            _distance(scene, Image.open(path)),
+            _distance(scene, scene.resize((48, 48), Image.Resampling.LANCZOS)),
+        ]
         far.append(min(_distance(scene, _scene(other)) for other in range(number)) if number else 64)
     assert np.quantile(close, 0.95) <= 3
     assert min(far) > 8

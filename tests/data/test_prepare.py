@@ -57,7 +57,7 @@ def test_the_index_beside_a_tar_points_at_the_pictures(tmp_path: Path) -> None:
     places = np.load(tmp_path / "out/train/000000.index.npy").tolist()
     samples = list(read_samples(tmp_path / "out", "train"))
     assert len(samples) == 5
-    assert [tar[offset : offset + size] for offset, size in places] == [s.png for s in samples]
+    assert [tar[begin : begin + size] for begin, size, _ in places] == [s.png for s in samples]
 
 
 def test_same_input_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:

@@ -99,12 +99,34 @@ def test_empty_split_and_missing_shards_are_errors(prepared: Path, tmp_path: Pat
         ImageStream(tmp_path, "train", seed=0)
 
 
-def test_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
-    config = folder_config(write_folder(tmp_path / "in", 4), validation_fraction=0)
-    prepare(tmp_path / "out", config, seed=0)
-    tar = tmp_path / "out/train/000000.tar"
+def _one_shard(folder: Path, start: int = 0) -> Path:
+    config = folder_config(write_folder(folder / "in", 4, start), validation_fraction=0)
+    prepare(folder / "out", config, seed=0)
+    return folder / "out/train/000000.tar"
+
+
+def test_cut_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    tar = _one_shard(tmp_path)
     tar.write_bytes(tar.read_bytes()[:3_000])
-    with pytest.raises(UserError, match=r"000000\.tar is damaged at sample"):
+    with pytest.raises(UserError, match=r"000000\.tar is another file than prepare wrote: expected 20480 bytes"):
+        next(ImageStream(tmp_path / "out", "train", seed=0).batches(0, 4))
+
+
+def test_a_tar_replaced_by_another_of_the_same_name_and_size_is_an_error(tmp_path: Path) -> None:
+    tar, other = _one_shard(tmp_path / "one"), _one_shard(tmp_path / "two", start=100)
+    assert tar.stat().st_size == other.stat().st_size
+    tar.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"000000\.tar is damaged at sample \d: wrong checksum"):
+        next(ImageStream(tmp_path / "one/out", "train", seed=0).batches(0, 4))
+
+
+def test_one_flipped_byte_in_a_picture_is_an_error(tmp_path: Path) -> None:
+    tar = _one_shard(tmp_path)
+    begin, size, _ = np.load(tar.with_suffix(".index.npy"))[2].tolist()
+    content = bytearray(tar.read_bytes())
+    content[begin + size // 2] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=r"000000\.tar is damaged at sample 2"):
         next(ImageStream(tmp_path / "out", "train", seed=0).batches(0, 4))
 
 

@@ -1,48 +1,75 @@
-"""A folder of pictures with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL."""
+"""A folder of pictures with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
+
+The listing is kept in memory, about 300 bytes a picture: for more than some ten million, pack tars.
+"""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
+from typing import Any
 
 from fsspec.core import url_to_fs
 
 from pipeline.config import digest
 from pipeline.data.config import FolderSource
-from pipeline.data.sources import Part, Record, Unreadable
+from pipeline.data.sources import Part, Record, Unreadable, UnreadableFile, interrupted, is_listed, read_file, stamp
 from pipeline.errors import UserError
 
 
 class Folder:
     def __init__(self, config: FolderSource) -> None:
         self.config = config
-        self.files, self.root = url_to_fs(config.path)
-        if not self.files.isdir(self.root):
-            raise UserError(f"prepare.source.path: expected a folder of pictures, found none at {config.path}")
+        self.files, root = url_to_fs(config.path)
+        self.root = root.rstrip("/")
 
     def parts(self, size: int) -> Iterator[Part]:
-        prefix = self.root.rstrip("/") + "/"
-        found = sorted(path.removeprefix(prefix) for path in self.files.find(self.root))
-        pictures = [path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions]
+        if not self.files.isdir(self.root):
+            raise UserError(f"prepare.source.path: expected a folder of pictures, found none at {self.config.path}")
+        found = self._listing()
+        pictures = sorted(path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions)
         if not pictures:
             raise UserError(
                 f"{self.config.path}: expected pictures ({' '.join(self.config.extensions)}), "
                 f"found {len(found)} files of other kinds"
             )
         for number, start in enumerate(range(0, len(pictures), size)):
-            items = tuple(pictures[start : start + size])
-            yield Part(number, digest(items), items)
+            paths = pictures[start : start + size]
+            captions = [_caption_of(path) for path in paths]
+            items = tuple((path, caption in found) for path, caption in zip(paths, captions, strict=True))
+            stamps = [(found[path], found.get(caption)) for path, caption in zip(paths, captions, strict=True)]
+            yield Part(number, digest([items, stamps]), items)
 
     def records(self, part: Part) -> Iterator[Record | Unreadable]:
-        for path in part.items:
+        for path, has_caption in part.items:
             stem, extension = posixpath.splitext(path)
             try:
-                image = self.files.cat_file(f"{self.root}/{path}")
-            except OSError as error:
+                image = self._read(path)
+                caption = self._read(_caption_of(path)) if has_caption else None
+            except UnreadableFile as error:
                 yield Unreadable(stem, "unreadable file", str(error))
                 continue
-            try:
-                caption = self.files.cat_file(f"{self.root}/{stem}.txt")
-            except OSError:
-                caption = None
             yield Record(stem, image, caption, extension.lower())
+
+    def _listing(self) -> dict[str, list[Any]]:
+        """Path below the root -> stamp, of every file."""
+        found: dict[str, list[Any]] = {}
+        for folder, _, entries in self.files.walk(self.root, detail=True):
+            below = folder[len(self.root) + 1 :]
+            for name, info in entries.items():
+                if name:
+                    found[posixpath.join(below, name)] = stamp(info)
+        return found
+
+    def _read(self, path: str) -> bytes:
+        full = f"{self.root}/{path}"
+        try:
+            return read_file(self.files, full)
+        except UnreadableFile as error:
+            if not is_listed(self.files, full):
+                raise interrupted(full, "it was listed a moment ago and is gone") from error
+            raise
+
+
+def _caption_of(path: str) -> str:
+    return posixpath.splitext(path)[0] + ".txt"

@@ -1,4 +1,7 @@
-"""A data set of the Hugging Face `datasets` library, saved to disk with `save_to_disk`."""
+"""A data set of the Hugging Face `datasets` library, saved with `save_to_disk`, local or by fsspec URL.
+
+By URL, `datasets` copies it to a temporary folder first, once a process.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+
 from pipeline.config import digest
 from pipeline.data.config import HuggingFaceSource
-from pipeline.data.sources import Part, Record, Unreadable, missing_package
+from pipeline.data.sources import Part, Record, Unreadable, UnreadableFile, group_of, missing_package, read_file
 from pipeline.errors import UserError
 
 
@@ -18,14 +23,20 @@ class HuggingFace:
             import datasets
         except ImportError as error:
             raise missing_package("datasets", "data", "the Hugging Face source") from error
-        if not Path(config.path).is_dir():
+        files, path = url_to_fs(config.path)
+        if not files.isdir(path):
             raise UserError(f"prepare.source.path: expected a folder of `datasets`, found none at {config.path}")
-        rows: Any = datasets.load_from_disk(config.path)
+        try:
+            rows: Any = datasets.load_from_disk(config.path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"prepare.source.path: expected what `save_to_disk` writes at {config.path}: {error}"
+            ) from error
         if isinstance(rows, datasets.DatasetDict):
             if config.split not in rows:
                 raise UserError(f"prepare.source.split: expected one of {', '.join(rows)}, found {config.split}")
             rows = rows[config.split]
-        for column in (config.image_column, config.caption_column, config.key_column):
+        for column in (config.image_column, config.caption_column, config.key_column, config.group_column):
             if column is not None and column not in rows.column_names:
                 raise UserError(f"{config.path}: expected a column '{column}', found {', '.join(rows.column_names)}")
         # Undecoded: the same safe decoder reads the pictures of every source.
@@ -45,8 +56,9 @@ class HuggingFace:
             image, path = picture.get("bytes"), picture.get("path") or ""
             if image is None and path:
                 try:
-                    image = Path(path).read_bytes()
-                except OSError as error:
+                    image = read_file(*url_to_fs(path))
+                except UnreadableFile as error:
                     yield Unreadable(key, "unreadable file", str(error))
                     continue
-            yield Record(key, image, row[self.config.caption_column], Path(path).suffix.lower())
+            group = group_of(row[self.config.group_column]) if self.config.group_column else None
+            yield Record(key, image, row[self.config.caption_column], Path(path).suffix.lower(), group=group)

@@ -1,20 +1,35 @@
-"""A CSV, JSONL or Parquet table with a caption and a picture (path, or bytes in Parquet) a row."""
+"""A CSV, JSONL or Parquet table with a caption and a picture (path, or bytes in Parquet) a row.
+
+Parts are runs of bytes (CSV, JSONL) or of rows of a row group (Parquet), so a table of any length is never in memory.
+A worker reads a whole Parquet row group: write those at about `shard_size` rows.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import posixpath
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from fsspec.core import url_to_fs
 
 from pipeline.config import digest
 from pipeline.data.config import TableSource
-from pipeline.data.sources import Part, Record, Unreadable, missing_package
+from pipeline.data.sources import (
+    Part,
+    Record,
+    Unreadable,
+    UnreadableFile,
+    changed,
+    group_of,
+    interrupted,
+    missing_package,
+    read_file,
+    stamp,
+)
 from pipeline.errors import UserError
 
 
@@ -22,10 +37,8 @@ class Table:
     def __init__(self, config: TableSource) -> None:
         self.config = config
         self.files, self.path = url_to_fs(config.path)
-        if not self.files.isfile(self.path):
-            raise UserError(f"prepare.source.path: expected a table, found no file at {config.path}")
         self.parquet = config.path.lower().endswith(".parquet")
-        # Parquet may hold the pictures themselves: workers read row groups. Other tables are light: rows travel.
+        self.csv = config.path.lower().endswith(".csv")
         if self.parquet:
             try:
                 import pyarrow.parquet  # noqa: F401
@@ -33,18 +46,12 @@ class Table:
                 raise missing_package("pyarrow", "data", "a Parquet table") from error
 
     def parts(self, size: int) -> Iterator[Part]:
-        if self.parquet:
-            yield from self._row_group_parts(size)
-            return
-        rows = enumerate(self._csv_rows() if self.path.lower().endswith(".csv") else self._jsonl_rows())
-        number = 0
-        while items := tuple(islice(rows, size)):
-            yield Part(number, digest(items), items)
-            number += 1
+        if not self.files.isfile(self.path):
+            raise UserError(f"prepare.source.path: expected a table, found no file at {self.config.path}")
+        return self._row_group_parts(size) if self.parquet else self._text_parts(size)
 
     def records(self, part: Part) -> Iterator[Record | Unreadable]:
-        rows = self._parquet_rows(*part.items) if self.parquet else iter(part.items)
-        for number, row in rows:
+        for number, row in self._parquet_rows(part) if self.parquet else self._text_rows(part):
             key = f"{number:09d}" if self.config.key_column is None else str(row.get(self.config.key_column))
             if "_damaged" in row:
                 yield Unreadable(key, "damaged row", row["_damaged"])
@@ -54,48 +61,90 @@ class Table:
     def _record(self, key: str, row: dict[str, Any]) -> Record | Unreadable:
         caption = row.get(self.config.caption_column)
         caption = caption if isinstance(caption, (str, bytes)) else None
+        group = group_of(row.get(self.config.group_column)) if self.config.group_column else None
         if self.config.bytes_column is not None:
-            return Record(key, row.get(self.config.bytes_column), caption)
+            return Record(key, row.get(self.config.bytes_column), caption, group=group)
         path = str(row.get(self.config.path_column or "") or "")
         files, full = (self.files, posixpath.join(posixpath.dirname(self.path), path))
         if "://" in path:
             files, full = url_to_fs(path)
         try:
-            return Record(key, files.cat_file(full), caption, posixpath.splitext(path)[1].lower())
-        except OSError as error:
+            return Record(key, read_file(files, full), caption, posixpath.splitext(path)[1].lower(), group=group)
+        except UnreadableFile as error:
+            if not self.files.isfile(self.path):
+                raise interrupted(self.config.path, "it was there a moment ago and is gone") from error
             return Unreadable(key, "unreadable file", f"{path}: {error}")
 
     def _check_columns(self, names: Any) -> None:
-        picture = self.config.path_column or self.config.bytes_column
-        for wanted in (self.config.caption_column, picture, self.config.key_column):
+        config = self.config
+        picture = config.path_column or config.bytes_column
+        for wanted in (config.caption_column, picture, config.key_column, config.group_column):
             if wanted is not None and wanted not in names:
-                raise UserError(f"{self.config.path}: expected a column '{wanted}', found {', '.join(map(str, names))}")
+                raise UserError(f"{config.path}: expected a column '{wanted}', found {', '.join(map(str, names))}")
 
-    def _wanted(self, row: dict[str, Any]) -> dict[str, Any]:
-        columns = (self.config.caption_column, self.config.path_column, self.config.key_column)
-        return {name: row.get(name) for name in columns if name is not None}
+    # --- CSV and JSONL: a part is (first byte, byte after the last, number of the first row, names of the columns)
 
-    def _csv_rows(self) -> Iterator[dict[str, Any]]:
+    def _text_parts(self, size: int) -> Iterator[Part]:
         with self.files.open(self.path, "rb") as raw:
-            # Bytes that are not UTF-8 stay recognisable as such (surrogates) and are rejected row by row.
-            reader = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline=""))
-            self._check_columns(reader.fieldnames or [])
-            for row in reader:
-                yield self._wanted(row)
+            lines = _Lines(raw)
+            names = self._header(lines)
+            number = row = 0
+            while True:
+                first = lines.position
+                lines.restart()
+                rows = _take(self._rows(lines, names), size)
+                if not rows:
+                    return
+                yield Part(number, digest([row, names, lines.digest]), (first, lines.position, row, names))
+                number, row = number + 1, row + rows
 
-    def _jsonl_rows(self) -> Iterator[dict[str, Any]]:
+    def _text_rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+        first, stop, row, names = part.items
+        try:
+            content = self.files.cat_file(self.path, start=first, end=stop)
+        except Exception as error:
+            raise interrupted(self.config.path, error) from error
+        lines = _Lines(io.BytesIO(content))
+        rows = list(enumerate(self._rows(lines, names), row))
+        if digest([row, names, lines.digest]) != part.fingerprint:
+            raise changed(self.config.path)
+        yield from rows
+
+    def _header(self, lines: _Lines) -> tuple[str, ...]:
+        """Check that the columns are there; of a CSV table their names."""
+        if self.csv:
+            names = next(csv.reader(_decoded(lines)), [])
+            self._check_columns(names)
+            return tuple(names)
         with self.files.open(self.path, "rb") as raw:
-            for number, line in enumerate(raw):
-                try:
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("not an object")
-                except ValueError as error:
-                    yield {"_damaged": f"line {number + 1}: {error}"}
-                    continue
-                if number == 0:
-                    self._check_columns(row)
-                yield self._wanted(row)
+            first = next(self._json_rows(_Lines(raw)), {"_damaged": ""})
+        if "_damaged" not in first:
+            self._check_columns(first)
+        return ()
+
+    def _rows(self, lines: _Lines, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        if not self.csv:
+            yield from self._json_rows(lines)
+            return
+        try:
+            yield from csv.DictReader(_decoded(lines), names)
+        except csv.Error as error:
+            raise UserError(
+                f"{self.config.path} is no CSV table before byte {lines.position}: {error}: mend that row"
+            ) from error
+
+    def _json_rows(self, lines: _Lines) -> Iterator[dict[str, Any]]:
+        for line in lines:
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                yield {"_damaged": f"{error}: {line[:80]!r}"}
+                continue
+            yield row
+
+    # --- Parquet: a part is (row group, first row in it, row after the last, number of its first row, stamp)
 
     def _row_group_parts(self, size: int) -> Iterator[Part]:
         import pyarrow.parquet as pq
@@ -107,21 +156,70 @@ class Table:
                 raise UserError(f"{self.config.path} is not a Parquet file: {error}") from error
             self._check_columns(file.schema_arrow.names)
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        stamp = [self.config.path, self.files.size(self.path), rows]
-        number = first = 0
+        mark = stamp(self.files.info(self.path))
+        number = before = 0
         for group, count in enumerate(rows):
             for start in range(0, count, size):
-                items = (group, start, min(start + size, count), first + start)
-                yield Part(number, digest([stamp, items]), items)
+                items = (group, start, min(start + size, count), before + start, mark)
+                yield Part(number, digest([self.config.path, items]), items)
                 number += 1
-            first += count
+            before += count
 
-    def _parquet_rows(self, group: int, start: int, stop: int, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _parquet_rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow.parquet as pq
 
-        config = self.config
-        names = (config.caption_column, config.path_column, config.bytes_column, config.key_column)
-        with self.files.open(self.path, "rb") as raw:
-            table = pq.ParquetFile(raw).read_row_group(group, columns=[name for name in names if name is not None])
+        group, start, stop, number, mark = part.items
+        c = self.config
+        names = (c.caption_column, c.path_column, c.bytes_column, c.key_column, c.group_column)
+        try:
+            with self.files.open(self.path, "rb") as raw:
+                table = pq.ParquetFile(raw).read_row_group(group, columns=[name for name in names if name is not None])
+            self.files.invalidate_cache()
+            if stamp(self.files.info(self.path)) != mark:
+                raise changed(self.config.path)
+        except (OSError, ValueError) as error:
+            raise interrupted(self.config.path, error) from error
         for offset, row in enumerate(table.slice(start, stop - start).to_pylist()):
-            yield first + offset, row
+            yield number + offset, row
+
+
+class _Lines:
+    """The lines of a file, with the position after the latest and a digest of those since `restart`."""
+
+    def __init__(self, raw: Any) -> None:
+        self.position = 0
+        self._raw = raw
+        self.restart()
+
+    def restart(self) -> None:
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> bytes:
+        line: bytes = self._raw.readline()
+        if not line:
+            raise StopIteration
+        self.position += len(line)
+        self._hash.update(line)
+        return line
+
+
+def _decoded(lines: _Lines) -> Iterator[str]:
+    """Bytes that are not UTF-8 stay recognisable as such (surrogates) and are rejected row by row."""
+    for line in lines:
+        text = line.decode("utf-8", "surrogateescape")
+        yield text.removeprefix("\ufeff") if lines.position == len(line) else text
+
+
+def _take(rows: Iterator[dict[str, Any]], count: int) -> int:
+    """Read `count` rows, or those that there are; returns how many."""
+    taken = 0
+    while taken < count and next(rows, None) is not None:
+        taken += 1
+    return taken

@@ -1,10 +1,14 @@
-"""WebDataset tars, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt + KEY.json. A tar is a part."""
+"""WebDataset tars, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt + KEY.json. A tar is a part.
+
+`webdataset` reads them, front to back, so any URL that fsspec opens will do.
+"""
 
 from __future__ import annotations
 
 import json
 import posixpath
 from collections.abc import Iterator
+from typing import Any
 
 import braceexpand
 from fsspec.core import url_to_fs
@@ -12,7 +16,7 @@ from fsspec.core import url_to_fs
 from pipeline.config import digest
 from pipeline.data.config import WebDatasetSource
 from pipeline.data.shards import tar_samples
-from pipeline.data.sources import Part, Record, Unreadable
+from pipeline.data.sources import Part, Record, Unreadable, changed, group_of, interrupted, stamp
 from pipeline.errors import UserError
 
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -20,41 +24,66 @@ _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 
 class WebDataset:
     def __init__(self, config: WebDatasetSource) -> None:
-        patterns = [config.urls] if isinstance(config.urls, str) else list(config.urls)
-        self.urls: list[str] = []
-        for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
-            files, path = url_to_fs(pattern)
-            found = sorted(files.unstrip_protocol(name) for name in files.glob(path))
-            if not found:
-                raise UserError(f"prepare.source.urls: expected tars at {pattern}, found none")
-            self.urls += found
+        self.config = config
 
     def parts(self, size: int) -> Iterator[Part]:
-        for number, url in enumerate(self.urls):
-            files, path = url_to_fs(url)
-            yield Part(number, digest([url, files.size(path), files.ukey(path)]), (url,))
+        for number, (url, mark) in enumerate(self._tars()):
+            yield Part(number, digest([url, mark]), (url, mark))
 
     def records(self, part: Part) -> Iterator[Record | Unreadable]:
-        url = part.items[0]
-        name = posixpath.basename(url)
+        url, mark = part.items
         files, path = url_to_fs(url)
         errors: list[Exception] = []
-        with files.open(path, "rb") as stream:
-            for sample in tar_samples(stream, url, errors):
-                yield _record(sample)
-        for error in errors:
-            duplicate = isinstance(error, ValueError) and "duplicate file name" in str(error)
-            yield Unreadable(name, "duplicate key" if duplicate else "damaged tar", str(error.args[0]))
+        try:
+            with files.open(path, "rb") as stream:
+                for sample in tar_samples(stream, url, errors):
+                    yield self._record(sample)
+            files.invalidate_cache()
+            if stamp(files.info(path)) != mark:
+                raise changed(url)
+        except OSError as error:
+            raise interrupted(url, error) from error
+        for damage in errors:
+            if isinstance(damage, OSError):
+                raise interrupted(url, damage) from damage
+            duplicate = isinstance(damage, ValueError) and "duplicate file name" in str(damage)
+            reason = "duplicate key" if duplicate else "damaged tar"
+            yield Unreadable(posixpath.basename(url), reason, str(damage.args[0]))
+
+    def _tars(self) -> Iterator[tuple[str, list[Any]]]:
+        """(URL, stamp) of every tar, in the order of the patterns."""
+        patterns = [self.config.urls] if isinstance(self.config.urls, str) else list(self.config.urls)
+        listed: dict[str, dict[str, Any]] = {}  # folder -> its files: thousands of tars cost one request, not one each
+        for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
+            files, path = url_to_fs(pattern)
+            if set(path) & set("*?["):
+                found = files.glob(path, detail=True)
+            else:
+                folder = posixpath.dirname(path)
+                if folder not in listed:
+                    listed[folder] = _entries(files, folder)
+                found = {path: listed[folder][path]} if path in listed[folder] else {}
+            if not found:
+                raise UserError(f"prepare.source.urls: expected tars at {pattern}, found none")
+            for name in sorted(found):
+                yield files.unstrip_protocol(name), stamp(found[name])
+
+    def _record(self, sample: dict[str, bytes]) -> Record | Unreadable:
+        key = str(sample["__key__"])
+        extension = next((e for e in _IMAGES if e in sample), "")
+        try:
+            meta = json.loads(sample.get("json", b"{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            return Unreadable(key, "metadata is not JSON", str(error))
+        caption = sample.get("txt", meta.get("caption"))
+        group = group_of(meta.get(self.config.group_field)) if self.config.group_field else None
+        return Record(key, sample.get(extension), caption, f".{extension}" if extension else "", meta, group)
 
 
-def _record(sample: dict[str, bytes]) -> Record | Unreadable:
-    key = str(sample["__key__"])
-    extension = next((e for e in _IMAGES if e in sample), "")
+def _entries(files: Any, folder: str) -> dict[str, Any]:
     try:
-        meta = json.loads(sample.get("json", b"{}"))
-        if not isinstance(meta, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        return Unreadable(key, "metadata is not JSON", str(error))
-    caption = sample.get("txt", meta.get("caption"))
-    return Record(key, sample.get(extension), caption, f".{extension}" if extension else "", meta)
+        return {entry["name"]: entry for entry in files.ls(folder, detail=True)}
+    except OSError:
+        return {}
