@@ -178,12 +178,14 @@ class DVAEObjective(nn.Module):
         output = self.tokenizer.decode_mixture(weights_BNK)
 
         reconstruction = reconstruction_loss(config.reconstruction, images, output)
-        with torch.set_grad_enabled(beta > 0 and torch.is_grad_enabled()):
-            kl = kl_to_uniform(logits_BNK).sum(-1).mean()
-        loss = reconstruction + beta * kl / images[0].numel()
         usage_weight = config.usage_weight.at(step)
+        with torch.set_grad_enabled((beta > 0 or usage_weight > 0) and torch.is_grad_enabled()):
+            q_BNK = F.softmax(logits_BNK, dim=-1)
+        with torch.set_grad_enabled(beta > 0 and torch.is_grad_enabled()):
+            kl = kl_to_uniform(logits_BNK, q_BNK).sum(-1).mean()
+        loss = reconstruction + beta * kl / images[0].numel()
         if usage_weight > 0:
-            loss = loss + usage_weight * kl_of_mean_to_uniform(logits_BNK)
+            loss = loss + usage_weight * kl_of_mean_to_uniform(q_BNK)
         metrics = {
             "reconstruction": reconstruction.detach(),
             "kl_nats_per_code": kl.detach() / logits_BNK.shape[1],

@@ -42,19 +42,19 @@ def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
     return F.mse_loss(output, images)
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(q ‖ uniform) = ln K − H(q) of the categorical with these logits [..., K]; [...], in nats."""
+def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
+    """KL(q ‖ uniform) = ln K − H(q) of the categoricals q = softmax(logits), both [..., K]; [...], in nats."""
     ln_K = math.log(logits.shape[-1])
-    return ln_K + (F.softmax(logits, dim=-1) * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
+    return ln_K + (q * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
 
 
-def kl_of_mean_to_uniform(logits: Tensor) -> Tensor:
-    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals with these logits [..., K].
+def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
+    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
 
     0 when the codes are used evenly over the batch (this rank's part of it), ln K when all collapse into one.
     """
-    mean = F.softmax(logits, dim=-1).flatten(0, -2).mean(0)
-    return math.log(logits.shape[-1]) + torch.xlogy(mean, mean.clamp_min(1e-12)).sum()
+    mean = q.flatten(0, -2).mean(0)
+    return math.log(q.shape[-1]) + torch.xlogy(mean, mean.clamp_min(1e-12)).sum()
 
 
 def sample_gumbel(like: Tensor) -> Tensor:

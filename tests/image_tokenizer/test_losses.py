@@ -47,14 +47,15 @@ def test_kl_is_log_k_minus_entropy_and_zero_for_uniform() -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(5, 7, 64)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(kl_to_uniform(logits), math.log(64) - entropy)
-    torch.testing.assert_close(kl_to_uniform(torch.full((3, 64), 2.5)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(kl_to_uniform(logits, logits.softmax(-1)), math.log(64) - entropy)
+    even = torch.full((3, 64), 2.5)
+    torch.testing.assert_close(kl_to_uniform(even, even.softmax(-1)), torch.zeros(3), atol=1e-5, rtol=0)
 
 
 def test_kl_of_the_mean_is_zero_for_even_use_and_log_k_for_collapse() -> None:
     sure = 100 * torch.eye(16)
-    assert kl_of_mean_to_uniform(sure).item() == pytest.approx(0, abs=1e-5)
-    assert kl_of_mean_to_uniform(sure[:1].expand(8, 16)).item() == pytest.approx(math.log(16), abs=1e-5)
+    assert kl_of_mean_to_uniform(sure.softmax(-1)).item() == pytest.approx(0, abs=1e-5)
+    assert kl_of_mean_to_uniform(sure[:1].expand(8, 16).softmax(-1)).item() == pytest.approx(math.log(16), abs=1e-5)
 
 
 def test_gumbel_relaxation_approaches_one_hot_as_temperature_falls() -> None:
