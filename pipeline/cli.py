@@ -3,7 +3,7 @@
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
 smalti <stage> --config configs/openmoji.yaml             one stage
-smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel, resubmit
+smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
 smalti ui runs/openmoji                                   MLflow's page for a run
 """
 
@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.config import to_yaml
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.graph import STAGES, load_pipeline
-from pipeline.runs import config_of
+from pipeline.runs import config_of, source_name
 from pipeline.sampling.command import generate
 from pipeline.slurm.commands import COMMANDS as SLURM_COMMANDS
 from pipeline.stage import run_stage_here
@@ -64,7 +64,6 @@ def run(config_path: str, overrides: tuple[str, ...], print_config: bool, take_o
         click.echo(to_yaml(config), nl=False)
         return
     from pipeline.runner import run_pipeline
-    from pipeline.stage import source_name
 
     run_pipeline(config, source_name(config_path), take_over)
     click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)

@@ -208,6 +208,14 @@ def config_of(run_directory: Path) -> Path:
     return path
 
 
+def source_name(path: str) -> str:
+    """How a run directory remembers the config file it was made from; a run's own copy stands for the original."""
+    record = Path(path).parent / "run.json"
+    if Path(path).name == "config.yaml" and record.exists():
+        return str(read_json(record)["config_file"])
+    return Path(path).name
+
+
 def snapshot_code(directory: Path) -> None:
     """Record the code's version: package version, git commit, and the uncommitted changes as a patch."""
     from pipeline import __version__

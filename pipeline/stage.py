@@ -30,7 +30,7 @@ from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, write_json
 from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline, stage_identity, stage_named
 from pipeline.lock import Lock, refuse_if_held
-from pipeline.runs import RunDirectory
+from pipeline.runs import RunDirectory, source_name
 from pipeline.tracking import Mirror, Tracker
 
 log = logging.getLogger(__name__)
@@ -256,14 +256,6 @@ def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
             f" ({', '.join(stage.name for stage in STAGES if stage.shards)}), found it for {stage.name}"
         )
     return int(which), int(of)
-
-
-def source_name(path: str) -> str:
-    """How a run directory remembers the config file it was made from; a run's own copy stands for the original."""
-    record = Path(path).parent / "run.json"
-    if Path(path).name == "config.yaml" and record.exists():
-        return str(read_json(record)["config_file"])
-    return Path(path).name
 
 
 def run_stage_here(name: str, arguments: list[str]) -> NoReturn:

@@ -9,6 +9,7 @@ import click
 
 from pipeline.errors import UserError
 from pipeline.graph import STAGE_NAMES, load_pipeline
+from pipeline.runs import source_name
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import load_cluster
 from pipeline.slurm.status import as_json, as_table, run_status
@@ -38,8 +39,6 @@ def submit(
     take_over: bool,
 ) -> None:
     """Submit every stage that is not finished to Slurm, chained, and walk away."""
-    from pipeline.stage import source_name
-
     config, cluster = load_pipeline(config_path, overrides), load_cluster(cluster_path)
     submit_pipeline(
         config, source_name(config_path), cluster, first=first, only=only, dry_run=dry_run, take_over=take_over
@@ -55,8 +54,6 @@ def submit(
 @click.option("--only", type=_stages, help="this stage alone")
 def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, only: str | None) -> None:
     """Submit again what failed or was cancelled, and what waited for it, with the run's own config."""
-    from pipeline.stage import source_name
-
     known = run_directory / "slurm" / "cluster.yaml"
     if cluster_path is None and not known.is_file():
         raise UserError(f"expected a submitted run, found no {known}: use smalti submit CONFIG --cluster FILE")
