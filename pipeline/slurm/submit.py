@@ -213,6 +213,8 @@ def _submit(plan: list[Planned], runs: RunDirectory) -> None:
     for planned in plan:
         if planned.file is None:
             continue
+        for failure in (runs.path / "slurm").glob(f"{planned.file.name.removesuffix('.tasks')}*.failure"):
+            failure.unlink()
         after = [other.id for other in planned.after if other.id is not None]
         planned.id = scheduler.submit(script_path(planned.file, runs.path), after, planned.array)
         planned.why = "submitted"

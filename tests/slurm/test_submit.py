@@ -98,6 +98,18 @@ def test_a_finished_run_is_submitted_as_nothing(slurm: Slurm, submitted: Submitt
     )
 
 
+def test_only_missing_array_tasks_are_submitted(slurm: Slurm, run_copy: Path) -> None:
+    (run_copy / "tokenize" / "_SUCCESS").unlink()
+    done = run_copy / "tokenize" / "tasks" / "1-of-3"
+    done.parent.mkdir(exist_ok=True)
+    done.touch()
+    cluster = str(cluster_file(run_copy.parent))
+    output = slurm.smalti(
+        "submit", str(run_copy / "config.yaml"), "--cluster", cluster, "--only", "tokenize", "--dry-run"
+    )
+    assert next(line for line in output.splitlines() if line.startswith("tokenize (tasks)")).split()[2] == "0,2%2"
+
+
 def test_jobs_run_the_code_that_was_submitted(submitted: Submitted) -> None:
     script = (submitted.path / "slurm" / "transformer.sbatch").read_text()
     code = submitted.path / "code" / "src"
