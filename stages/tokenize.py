@@ -23,7 +23,7 @@ def load_encoders(run: StageRun) -> Encoders:
     image_tokenizer = ImageTokenizer.from_pretrained(image_dir).to(distributed.device()).eval()
     text_tokenizer = TextTokenizer.from_pretrained(text_dir)
     return Encoders(
-        encode_images=lambda images: image_tokenizer.encode(images.to(distributed.device())),
+        encode_images=image_tokenizer.encode,
         encode_text=text_tokenizer.encode,
         levels=[Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels],
         text_length=text_tokenizer.text_length,
@@ -32,6 +32,7 @@ def load_encoders(run: StageRun) -> Encoders:
             "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
             "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
         },
+        device=str(distributed.device()),
     )
 
 

@@ -15,13 +15,11 @@ decoded, so each is decoded once.
 
 from __future__ import annotations
 
-import queue
 import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +28,10 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.data import png
+from pipeline.data.ahead import ahead
 from pipeline.data.order import ShardOrder
 from pipeline.data.shards import ShardFile, read_index, read_shards
 from pipeline.errors import UserError
-
-T = TypeVar("T")
 
 _BATCHES_AHEAD = 4
 _OPEN_SHARDS = 256
@@ -93,7 +90,7 @@ class ImageStream:
             UserError: the number of ranks does not divide `batch_size`, or a shard is damaged.
         """
         share = rank_share(batch_size, self.world_size)
-        return ahead(self._batches(consumed + self.rank * share, batch_size, share))
+        return ahead(self._batches(consumed + self.rank * share, batch_size, share), _BATCHES_AHEAD)
 
     def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
@@ -158,38 +155,3 @@ def rank_share(batch_size: int, world_size: int) -> int:
             f"batch_size {batch_size} cannot be shared by {world_size} processes: make it a multiple of {world_size}"
         )
     return batch_size // world_size
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """`items`, made by a thread a few ahead of their use. What it raises is raised here."""
-    ready: queue.Queue[T | BaseException] = queue.Queue(_BATCHES_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: T | BaseException) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            while put(next(items)):
-                pass
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
-        items.close()  # type: ignore[attr-defined]

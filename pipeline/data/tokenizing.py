@@ -1,12 +1,17 @@
 """Image shards -> token arrays (format: `tokens.py`), shard by shard.
 
 `tokenize_shard` makes the arrays of one image shard and is independent of all others: ranks share the shards, and
-it may die and be run again. `join` checks that all are there and writes the index.
+it may die and be run again. `join` checks that all are there and whole, and writes the index.
+
+A thread reads, decodes and crops the next batches and encodes their captions while the current one is in the image
+tokenizer. On a GPU, pictures travel as bytes from pinned memory, and codes come back one batch late, so that neither
+way waits. All pictures of a shard are of one size, so batches need no sorting to be full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,19 +23,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import digest, identity
+from pipeline.data import png
+from pipeline.data.ahead import ahead
 from pipeline.data.config import TokenizeConfig
 from pipeline.data.images import random_of
-from pipeline.data.shards import SPLITS, Sample, Shard, read_index, read_shard
+from pipeline.data.shards import SPLITS, Sample, Shard, check_shard, read_index, read_shard
 from pipeline.data.tokens import Level, token_dtype
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json, sha256_file, write_atomic, write_json
+
+_BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Encoders:
     """The two tokenizers, as functions.
 
-    encode_images: float32 [B, 3, H, W] in [0, 1] -> a level's codes int64 [B, positions], for each level.
+    encode_images: float32 [B, 3, H, W] in [0, 1], on `device` -> a level's codes int64 [B, positions], for each level.
     encode_text: n captions -> int64 [n, text_length].
     hashes: name of the tokenizer -> hash of its files.
     """
@@ -41,6 +50,14 @@ class Encoders:
     text_length: int
     text_vocab_size: int
     hashes: dict[str, str]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    keys: list[str]
+    text: NDArray[np.int64]  # [n, text_length]
+    images: torch.Tensor  # uint8 [n * crops, 3, H, W], the crops of a sample one after the other
 
 
 def hash_of_files(folder: Path, names: list[str]) -> str:
@@ -68,20 +85,26 @@ def tokenize_shard(
     made_from = digest([shard.sha256, encoders.hashes, identity(config), seed])
     if _is_finished(directory, record_path, made_from):
         return False
+    check_shard(prepare_dir / shard.name, shard)
     crops = config.crops if split == "train" else 1
     keys: list[str] = []
     text: list[NDArray[np.int64]] = []
-    codes: list[list[NDArray[np.int64]]] = [[] for _ in encoders.levels]
-    for samples in _chunks(read_shard(prepare_dir, shard), max(1, config.batch_size // crops)):
-        keys += [sample.key for sample in samples]
-        text.append(np.asarray(encoders.encode_text([sample.caption for sample in samples])))
-        for number, found in enumerate(_encode_pictures(samples, crops, encoders, config, seed)):
-            codes[number].append(found)
+    codes: list[list[torch.Tensor]] = [[] for _ in encoders.levels]
+    # Codes stay on the device until the next batch is in its queue: fetching them would wait for their own.
+    late: list[torch.Tensor] = []
+    with closing(ahead(_batches(prepare_dir, shard, crops, encoders, config, seed), _BATCHES_AHEAD)) as batches:
+        for batch in batches:
+            keys += batch.keys
+            text.append(batch.text)
+            found = _encoded(batch.images, encoders, config.batch_size)
+            _fetch(late, codes)
+            late = found
+    _fetch(late, codes)
     names = {"text": f"{shard.stem}.text.npy", "keys": f"{shard.stem}.keys.txt"}
     code_names = [f"{shard.stem}.codes.{level}.npy" for level in range(len(codes))]
     _save(directory / names["text"], np.concatenate(text), encoders.text_vocab_size)
     for name, level, parts in zip(code_names, encoders.levels, codes, strict=True):
-        _save(directory / name, np.concatenate(parts), level.codebook_size)
+        _save(directory / name, torch.cat(parts).view(len(keys), crops, -1).numpy(), level.codebook_size)
     write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in keys))
     checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
     entry = {**names, "codes": code_names, "samples": len(keys), "crops": crops, "sha256": checksums}
@@ -92,7 +115,7 @@ def tokenize_shard(
 def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: TokenizeConfig, seed: int) -> dict[str, Any]:
     """Check that every image shard has its token arrays, made from it; write index.json and return it.
 
-    Raises UserError when one is missing, or was made from something else.
+    Raises UserError when one is missing, was made from something else, or is not what its checksum says.
     """
     splits: dict[str, Any] = {split: {"samples": 0, "shards": []} for split in SPLITS}
     for split, shard in all_shards(prepare_dir):
@@ -101,6 +124,12 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
         record = read_json(record_path) if record_path.is_file() else {}
         if record.get("made_from") != made_from or record["shard"]["samples"] != shard.samples:
             raise UserError(f"{record_path}: expected the tokens of {shard.name}, found none of it: run tokenize again")
+        for name, sha256 in record["shard"]["sha256"].items():
+            found = sha256_file(directory / name) if (directory / name).is_file() else "no file"
+            if found != sha256:
+                raise UserError(
+                    f"{directory / name}: expected sha256 {sha256[:12]}, found {found[:12]}: run tokenize again"
+                )
         splits[split]["shards"].append(record["shard"])
         splits[split]["samples"] += shard.samples
     index = {
@@ -125,23 +154,42 @@ def crop_of(picture: Image.Image, crop: int, min_scale: float, *name: object) ->
     return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
-def _encode_pictures(
-    samples: list[Sample], crops: int, encoders: Encoders, config: TokenizeConfig, seed: int
-) -> list[NDArray[np.int64]]:
-    """Of each level the codes of these samples, int64 [n, crops, positions]."""
-    pictures = [
-        crop_of(sample.image, crop, config.min_crop_scale, "tokenize", seed, sample.key)
-        for sample in samples
-        for crop in range(crops)
-    ]
-    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    images = images.permute(0, 3, 1, 2).float().div(255)
+def _batches(
+    prepare_dir: Path, shard: Shard, crops: int, encoders: Encoders, config: TokenizeConfig, seed: int
+) -> Iterator[_Batch]:
+    samples = read_shard(prepare_dir, shard)
+    for chunk in _chunks(samples, max(1, config.batch_size // crops)):
+        pictures = [picture for sample in chunk for picture in _versions(sample, crops, config.min_crop_scale, seed)]
+        images = torch.from_numpy(np.stack(pictures))
+        if encoders.device.startswith("cuda"):
+            images = images.pin_memory()
+        text = np.asarray(encoders.encode_text([sample.caption for sample in chunk]))
+        yield _Batch([sample.key for sample in chunk], text, images)
+
+
+def _versions(sample: Sample, crops: int, min_scale: float, seed: int) -> Iterator[NDArray[np.uint8]]:
+    """The whole picture and its random crops, uint8 [3, H, W] each."""
+    whole = png.decode(sample.png)
+    yield whole
+    if crops > 1:
+        picture = Image.fromarray(whole.transpose(1, 2, 0))
+        for crop in range(1, crops):
+            yield np.asarray(crop_of(picture, crop, min_scale, "tokenize", seed, sample.key)).transpose(2, 0, 1)
+
+
+def _encoded(images: torch.Tensor, encoders: Encoders, batch_size: int) -> list[torch.Tensor]:
+    """Codes of each level on the device, int64 [len(images), positions]."""
     found: list[list[torch.Tensor]] = [[] for _ in encoders.levels]
     with torch.no_grad():
-        for batch in torch.split(images, config.batch_size):
-            for number, level_codes in enumerate(encoders.encode_images(batch)):
-                found[number].append(level_codes.cpu())
-    return [torch.cat(parts).view(len(samples), crops, -1).numpy() for parts in found]
+        for part in torch.split(images.to(encoders.device, non_blocking=True), batch_size):
+            for number, level_codes in enumerate(encoders.encode_images(part.float().div(255))):
+                found[number].append(level_codes)
+    return [torch.cat(parts) for parts in found]
+
+
+def _fetch(late: list[torch.Tensor], codes: list[list[torch.Tensor]]) -> None:
+    for number, level_codes in enumerate(late):
+        codes[number].append(level_codes.cpu())
 
 
 def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
