@@ -1,0 +1,151 @@
+"""What lies in a directory of image shards or token arrays, in words: counts, sizes, captions, checksums."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.images import grid
+from pipeline.data.shards import SPLITS, Shard, ShardFile, check_shard, read_samples, read_shard
+from pipeline.errors import UserError
+from pipeline.files import read_json, sha256_file, write_atomic
+from pipeline.progress import progress
+
+_CAPTIONS = 100_000  # read for the statistics of captions
+_SHEET = (12, 12)  # pictures a row, rows
+
+
+def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[str]:
+    """Lines that describe `path`: a run, or the directory of `prepare` or `tokenize`.
+
+    Raises:
+        UserError: there is nothing of that kind, or a file is not what its checksum says.
+    """
+    found = [folder for folder in (path, path / "prepare", path / "tokenize") if (folder / "index.json").is_file()]
+    if not found:
+        raise UserError(
+            f"{path}: expected a run, or a directory of prepare or tokenize (with an index.json), found none"
+        )
+    for folder in found:
+        index = read_json(folder / "index.json")
+        if "image_size" in index:
+            yield from _pictures(folder, index, sheet, verify)
+        elif "levels" in index:
+            yield from _tokens(folder, index, verify)
+        else:
+            raise UserError(f"{folder / 'index.json'} is an index of neither image shards nor token arrays")
+
+
+def _pictures(folder: Path, index: dict[str, Any], sheet: Path | None, verify: bool) -> Iterator[str]:
+    yield f"{folder}: pictures of {index['image_size']}x{index['image_size']}"
+    for split in SPLITS:
+        entry = index["splits"][split]
+        shards = [Shard(**shard) for shard in entry["shards"]]
+        yield f"  {split:<6}{entry['samples']:>12,} samples in {len(shards):,} shards, {_size(entry['bytes'])}"
+        if shards:
+            yield f"        captions: {_captions(folder, split)}"
+        if verify:
+            _check_all(folder, shards)
+    yield f"  rejected {index['rejected']['samples']:,}{_counted(index['rejected']['reasons'])}"
+    if index["conversions"]:
+        yield f"  converted {sum(index['conversions'].values()):,}{_counted(index['conversions'])}"
+    if verify:
+        yield "  every shard is, byte for byte, as prepare wrote it"
+    if sheet is not None:
+        columns, rows = _SHEET
+        pictures = [sample.image for sample in islice(_spread(folder, index), columns * rows)]
+        content = io.BytesIO()
+        grid(pictures, columns).save(content, "PNG")
+        write_atomic(sheet, content.getvalue())
+        yield f"  {len(pictures)} pictures: {sheet}"
+
+
+def _check_all(folder: Path, shards: list[Shard]) -> None:
+    for shard in progress(shards, description="verify", unit="shard", shown=len(shards) > 1):
+        check_shard(folder / shard.name, shard)
+        ShardFile(folder / shard.name, shard).read(shard.samples - 1)
+
+
+def _spread(folder: Path, index: dict[str, Any]) -> Iterator[Any]:
+    """Samples of a few shards from everywhere."""
+    shards = [Shard(**shard) for split in SPLITS for shard in index["splits"][split]["shards"]]
+    chosen = sorted(set(np.linspace(0, len(shards) - 1, min(len(shards), _SHEET[1])).astype(int).tolist()))
+    share = -(-_SHEET[0] * _SHEET[1] // len(chosen))
+    for number in chosen:
+        yield from islice(read_shard(folder, shards[number]), share)
+
+
+def _captions(folder: Path, split: str) -> str:
+    captions = [sample.caption for sample in islice(read_samples(folder, split), _CAPTIONS)]
+    lengths = np.array([len(caption) for caption in captions])
+    part = f" (of the first {_CAPTIONS:,})" if len(captions) == _CAPTIONS else ""
+    return (
+        f"{lengths.min()} to {lengths.max()} characters, median {np.median(lengths):.0f}, 95 % up to "
+        f"{np.quantile(lengths, 0.95):.0f}; {len(set(captions)):,} different{part}"
+    )
+
+
+def _tokens(folder: Path, index: dict[str, Any], verify: bool) -> Iterator[str]:
+    grids = ", ".join(f"{v['height']}x{v['width']} of {v['codebook_size']:,}" for v in index["levels"])
+    yield f"{folder}: codes {grids}; captions of {index['text_length']} tokens of {index['text_vocab_size']:,}"
+    for split in SPLITS:
+        entry = index["splits"][split]
+        names = [name for shard in entry["shards"] for name in shard["sha256"]]
+        size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+        crops = entry["shards"][0]["crops"] if entry["shards"] else 0
+        yield (
+            f"  {split:<6}{entry['samples']:>12,} samples in {len(entry['shards']):,} shards, "
+            f"{crops} crop{'s' if crops != 1 else ''} each, {_size(size)}"
+        )
+        if entry["shards"]:
+            yield from _usage(folder, split, index, entry["shards"])
+        if verify:
+            for shard in progress(entry["shards"], description="verify", unit="shard", shown=len(names) > 20):
+                _check_arrays(folder, shard)
+    if verify:
+        yield "  every array is what its checksum says"
+
+
+def _usage(folder: Path, split: str, index: dict[str, Any], shards: list[dict[str, Any]]) -> Iterator[str]:
+    """How much of each codebook, and of the caption's window, the first shards use."""
+    first = shards[:16]
+    for level, grid_of_level in enumerate(index["levels"]):
+        used = np.unique(np.concatenate([np.unique(_array(folder / s["codes"][level])) for s in first]))
+        yield f"        level {level}: {len(used):,} of {grid_of_level['codebook_size']:,} codes are used"
+    lengths = np.concatenate([(_array(folder / shard["text"]) != 0).sum(axis=1) for shard in first])
+    full = (lengths == index["text_length"]).mean()
+    yield f"        captions: {lengths.min()} to {lengths.max()} tokens; {full:.1%} fill the window"
+
+
+def _array(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
+
+
+def _check_arrays(folder: Path, shard: dict[str, Any]) -> None:
+    for name, sha256 in shard["sha256"].items():
+        found = sha256_file(folder / name) if (folder / name).is_file() else "no file"
+        if found != sha256:
+            raise UserError(
+                f"{folder / name} is damaged: expected sha256 {sha256[:12]}, found {found[:12]}: "
+                "remove it and run the stage tokenize again"
+            )
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return f" ({', '.join(f'{count:,} {name}' for name, count in counts.items())})" if counts else ""
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1_000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1_000
+    return f"{count:,.1f} TB"
