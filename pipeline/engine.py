@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline import distributed
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.optim import build_optimizer
+from pipeline.optim import build_adamw, build_muon, set_learning_rates
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
 
 Batch = dict[str, Tensor]
@@ -41,7 +41,8 @@ class Engine(Protocol):
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
         """Forward and backward of one of 1 / `share` micro-batches. Returns the loss and the objective's metrics."""
 
-    def update(self, learning_rate: float) -> Update: ...
+    def update(self, schedule: float) -> Update:
+        """The optimizer's step, at `schedule` times its peak learning rate."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The training precision, for evaluation."""
@@ -93,12 +94,14 @@ class AccelerateEngine:
     def __init__(self, objective: nn.Module, training: TrainingConfig) -> None:
         from accelerate import Accelerator
 
+        if training.optimizer != "adamw":
+            raise UserError(f"expected training.optimizer adamw for a tokenizer, found {training.optimizer}: set adamw")
         precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         _expect_all_processes(self.accelerator.num_processes)
         self.objective = objective
         self.training = training
-        self.model, self.optimizer = self.accelerator.prepare(objective, build_optimizer(objective, training))
+        self.model, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
         with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -106,9 +109,8 @@ class AccelerateEngine:
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | metrics
 
-    def update(self, learning_rate: float) -> Update:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def update(self, schedule: float) -> Update:
+        set_learning_rates(self.optimizer, schedule)
         limit = self.training.gradient_clipping or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
         finite = torch.isfinite(torch.tensor(norm)).item()
@@ -157,8 +159,9 @@ class DeepSpeedEngine:
             write_json(directory / "deepspeed.json", settings)
         self.objective = objective
         self.training = training
+        build = build_muon if training.optimizer == "muon" else build_adamw
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=build_optimizer(objective, training), config=settings
+            model=objective, optimizer=build(objective, training), config=settings
         )
         _expect_all_processes(self._engine.world_size)
 
@@ -169,9 +172,8 @@ class DeepSpeedEngine:
             self._engine.step()  # only counts the micro-batch
         return {"loss": loss.detach()} | metrics
 
-    def update(self, learning_rate: float) -> Update:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+    def update(self, schedule: float) -> Update:
+        set_learning_rates(self._optimizer, schedule)
         self._engine.step()
         applied = not getattr(self._optimizer, "overflow", False)
         norm = self._engine.get_global_grad_norm()
@@ -199,7 +201,7 @@ def deepspeed_settings(training: TrainingConfig, config: DeepSpeedConfig, accumu
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.gradient_clipping,
+        "gradient_clipping": 0.0 if training.optimizer == "muon" else training.gradient_clipping,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

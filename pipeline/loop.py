@@ -29,7 +29,7 @@ from pipeline.config import digest
 from pipeline.engine import Batch, Engine, Metrics, accumulation_steps, build_engine
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, write_json
-from pipeline.optim import Ema, learning_rate
+from pipeline.optim import Ema, schedule
 from pipeline.progress import progress
 from pipeline.stage import StageRun
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
@@ -132,8 +132,7 @@ class Trainer:
             micro = {name: t[index * size : (index + 1) * size].to(distributed.device()) for name, t in batch.items()}
             last = index == self.accumulation - 1
             parts.append(self.engine.accumulate(micro, state.step, 1 / self.accumulation, last))
-        rate = learning_rate(self.training, state.step)
-        update = self.engine.update(rate)
+        update = self.engine.update(schedule(self.training, state.step))
         metrics = {name: sum(float(part[name]) for part in parts) / len(parts) for name in parts[0]}
         metrics = self._agree(metrics)
         if update.applied:
@@ -173,7 +172,7 @@ class Trainer:
         state.sums, state.count = {}, 0
         self._last_log = (now, state.step)
         means |= {
-            "learning_rate": learning_rate(self.training, state.step - 1),
+            "learning_rate": self.training.learning_rate * schedule(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
             "samples_per_s": steps * self.training.batch_size / max(seconds, 1e-9),
         }

@@ -5,38 +5,90 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.train_config import TrainingConfig
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Learning rate of 0-based `step`: linear warm-up, then cosine, warm-up-stable-decay or constant."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
+def schedule(config: TrainingConfig, step: int) -> float:
+    """Learning rate of 0-based `step` / its peak: linear warm-up, then cosine, warm-up-stable-decay or constant."""
+    final = config.final_learning_rate_ratio
     if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
-        return peak
+        return 1.0
     if config.schedule == "cosine":
         done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     decay_steps = max(round(config.steps * config.decay_fraction), 1)
     left = (config.steps - step) / decay_steps
-    return final + (peak - final) * min(max(left, 0.0), 1.0)
+    return final + (1 - final) * min(max(left, 0.0), 1.0)
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def set_learning_rates(optimizer: Any, factor: float) -> None:
+    """Each parameter group's learning rate becomes `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        _adamw_group([p for p in parameters if p.ndim >= 2], config, config.weight_decay),
+        _adamw_group([p for p in parameters if p.ndim < 2], config, 0.0),
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) on the matrices of the module's blocks, AdamW on embeddings, heads and vectors.
+
+    DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be spread over processes. Muon's steps
+    have a fixed size, so a clipped gradient norm would only shrink them all: clipping is AdamW's business.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # its kernels are torch.compile'd, which on a CPU costs a C++ compiler and half a minute
+        torch.compiler.set_stance("force_eager")
+    matrices, rest = [], []
+    for name, parameter in module.named_parameters():
+        parameter.use_muon = parameter.ndim == 2 and "blocks." in name  # type: ignore[attr-defined]
+        (matrices if parameter.use_muon else rest).append(parameter)  # type: ignore[attr-defined]
+    if not matrices:
+        raise UserError(
+            "optimizer muon needs a model with matrices in blocks, found none: set training.optimizer=adamw"
+        )
+    muon_group = {
+        "params": matrices,
+        "use_muon": True,
+        "lr": config.muon_learning_rate,
+        "initial_lr": config.muon_learning_rate,
+        "momentum": 0.95,
+        "weight_decay": config.weight_decay,
+        "ns_method": "standard" if on_cpu else "gram",
+    }
+    groups = [muon_group, _adamw_group(rest, config, 0.0) | {"use_muon": False}]
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
     )
+    return optimizer
+
+
+def _adamw_group(parameters: list[nn.Parameter], config: TrainingConfig, weight_decay: float) -> dict[str, Any]:
+    return {
+        "params": parameters,
+        "lr": config.learning_rate,
+        "initial_lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": 1e-8,
+        "weight_decay": weight_decay,
+    }
 
 
 class Ema:

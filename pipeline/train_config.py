@@ -22,14 +22,18 @@ class TrainingConfig(Config):
     )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
 
-    learning_rate: float = Field(3e-4, gt=0)
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: on the matrices of blocks, AdamW on the rest"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="of AdamW, at its peak")
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its peak")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(100, ge=0)
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
     final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
     weight_decay: float = Field(0.05, ge=0, description="on matrices only")
     betas: tuple[float, float] = (0.9, 0.98)
-    gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
+    gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
 
     max_nonfinite_steps: int = Field(10, ge=1, description="non-finite steps in a row before the stage gives up")

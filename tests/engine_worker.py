@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.engine import accumulation_steps, build_engine
-from pipeline.optim import learning_rate
+from pipeline.optim import schedule
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
 
 STEPS, BATCH, WIDTH = 10, 8, 16
@@ -55,7 +55,7 @@ def main(kind: str, zero_stage: str, accumulation: str, output: str) -> None:
         mine = global_batch(step)["x"].chunk(world)[rank]
         for index, micro in enumerate(mine.chunk(parts)):
             engine.accumulate({"x": micro}, step, 1 / parts, last=index == parts - 1)
-        norms.append(engine.update(learning_rate(config, step)).gradient_norm)
+        norms.append(engine.update(schedule(config, step)).gradient_norm)
     if distributed.is_main():
         torch.save({"weights": objective.state_dict(), "norms": norms}, Path(output) / "result.pt")
     distributed.leave(0)

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.engine import accumulation_steps
 from pipeline.errors import UserError
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.optim import build_adamw, schedule, set_learning_rates
 from pipeline.train_config import TrainingConfig
 from tests.engine_worker import BATCH, STEPS, Objective, global_batch, training
 from tests.launch import launch
@@ -17,11 +17,10 @@ def _plain_pytorch() -> tuple[dict[str, torch.Tensor], list[float]]:
     config = training(1, 1)
     torch.manual_seed(0)
     objective = Objective()
-    optimizer = build_optimizer(objective, config)
+    optimizer = build_adamw(objective, config)
     norms = []
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        set_learning_rates(optimizer, schedule(config, step))
         objective(global_batch(step), step)[0].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.gradient_clipping).item())
         optimizer.step()
