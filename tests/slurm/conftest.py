@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def processes_of(job: int, module: str) -> list[int]:
 
 def signal_all(processes: list[int], number: signal.Signals) -> None:
     for process in processes:
-        os.kill(process, number)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(process, number)
 
 
 def cluster_file(folder: Path, partition: str = "normal", **more: str) -> Path:
