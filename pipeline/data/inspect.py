@@ -28,9 +28,7 @@ def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[
     """
     found = [folder for folder in (path, path / "prepare", path / "tokenize") if (folder / "index.json").is_file()]
     if not found:
-        raise UserError(
-            f"{path}: expected a run, or a directory of prepare or tokenize (with an index.json), found none"
-        )
+        raise UserError(f"{path}: expected a run, or its prepare or tokenize directory, found no index.json")
     for folder in found:
         index = read_json(folder / "index.json")
         if "image_size" in index:

@@ -1,0 +1,78 @@
+"""A run directory up to `tokenize`, in seconds: real shards, a real (untrained) dVAE, a real text tokenizer.
+
+Also a program, a task of tokenize: python -m tests.data.small_run RUN OUT TASK TASKS CROPS
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.data.config import TokenizeConfig
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import read_samples
+from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shard
+from pipeline.data.tokens import Level
+from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer_config import TextTokenizerConfig
+from tests.data.pictures import folder_config, write_folder
+
+MODEL = {
+    "kind": "dvae",
+    "codebook_size": 32,
+    "code_width": 16,
+    "patch_size": 2,
+    "widths": [16],
+    "blocks": 1,
+    "block_kernels": [3, 1],
+}
+
+
+def make_small_run(directory: Path, samples: int, config: TokenizeConfig | None, seed: int = 0) -> Path:
+    """`config` None: everything but tokenize."""
+    folder = write_folder(directory / "in", samples)
+    values = {"shard_size": 16, "image_size": 16, "validation_fraction": 0.1}
+    prepare(directory / "prepare", folder_config(folder, **values), seed=0)
+    torch.manual_seed(seed)
+    build(MODEL, 16).save_pretrained(directory / "image-tokenizer/model")
+    captions = [sample.caption for sample in read_samples(directory / "prepare", "train")]
+    text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))
+    text_tokenizer.save_pretrained(directory / "text-tokenizer")
+    if config is not None:
+        encoders = load_encoders(directory)
+        for split, shard in all_shards(directory / "prepare"):
+            tokenize_shard(directory / "tokenize", directory / "prepare", split, shard, encoders, config, 0)
+        join(directory / "tokenize", directory / "prepare", encoders, config, 0)
+    return directory
+
+
+def load_encoders(directory: Path) -> Encoders:
+    image_dir, text_dir = directory / "image-tokenizer/model", directory / "text-tokenizer"
+    images, text = ImageTokenizer.from_pretrained(image_dir), TextTokenizer.from_pretrained(text_dir)
+    return Encoders(
+        encode_images=images.encode,
+        encode_text=text.encode,
+        levels=[Level(*level) for level in images.levels],
+        text_length=text.text_length,
+        text_vocab_size=text.vocab_size,
+        hashes={
+            "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
+            "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
+        },
+    )
+
+
+def run_task(directory: Path, out: Path, task: int, tasks: int, crops: int) -> None:
+    """The share of one array task, written to `out`."""
+    torch.set_num_threads(1)
+    encoders, config = load_encoders(directory), TokenizeConfig(crops=crops, batch_size=8)
+    for split, shard in all_shards(directory / "prepare")[task::tasks]:
+        tokenize_shard(out, directory / "prepare", split, shard, encoders, config, 0)
+        print(f"done {shard.name}", flush=True)
+
+
+if __name__ == "__main__":
+    run_task(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

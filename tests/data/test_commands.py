@@ -1,0 +1,86 @@
+"""`smalti data`, on real shards and on arrays made by real tokenizers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.cli import cli
+from pipeline.data.config import TokenizeConfig
+from pipeline.data.tokens import TokenArrays
+from pipeline.errors import UserError
+from tests.data.small_run import make_small_run
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_run(tmp_path_factory.mktemp("run"), SAMPLES, TokenizeConfig(crops=2, batch_size=8))
+
+
+def _smalti(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["data", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_inspect_tells_counts_captions_and_checksums_of_a_run_and_draws_a_sheet(run: Path, tmp_path: Path) -> None:
+    output = _smalti("inspect", run, "-o", tmp_path / "sheet.png")
+    arrays = TokenArrays(run / "tokenize", "train")
+    assert f"{len(arrays):>12,} samples in 3 shards" in output
+    assert "captions: 16 to 17 characters, median 17" in output
+    assert "every shard is, byte for byte, as prepare wrote it" in output
+    assert "codes 8x8 of 32" in output
+    assert "2 crops each" in output
+    assert "every array is what its checksum says" in output
+    assert Image.open(tmp_path / "sheet.png").width > 16
+
+
+def test_inspect_names_a_replaced_tar_and_a_flipped_byte(tmp_path: Path) -> None:
+    run = make_small_run(tmp_path, 12, TokenizeConfig())
+    array = run / "tokenize/train/000000.codes.0.npy"
+    content = bytearray(array.read_bytes())
+    content[-3] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000000\.codes\.0\.npy is damaged: expected sha256"):
+        _smalti("inspect", run)
+    _smalti("inspect", "--no-verify", run)
+    tar = run / "prepare/train/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512] + b"x" * 512)
+    with pytest.raises(UserError, match=r"train/000000\.tar is not the shard that prepare wrote"):
+        _smalti("inspect", run)
+
+
+def test_inspect_of_something_else_says_what_it_expected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a run, or its prepare or tokenize directory"):
+        _smalti("inspect", tmp_path)
+
+
+def test_export_writes_what_the_tokenizer_makes_of_every_crop_and_the_captions(run: Path, tmp_path: Path) -> None:
+    assert "10 pictures" in _smalti("export", run, "-o", tmp_path, "-n", 5)
+    captions = sorted(path.name for path in tmp_path.glob("*.txt"))
+    assert len(captions) == 5
+    key = captions[0].removesuffix(".txt")
+    assert (tmp_path / captions[0]).read_text() == f"picture number {int(key)}\n"
+    whole, crop = (np.asarray(Image.open(tmp_path / f"{key}{name}.png")) for name in ("", ".crop-1"))
+    assert whole.shape == (16, 16, 3)
+    assert (whole != crop).any()
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_export_refuses_tokenizers_that_did_not_make_the_arrays(run: Path, tmp_path: Path) -> None:
+    other = make_small_run(tmp_path / "other", 12, TokenizeConfig(), seed=1)
+    with pytest.raises(UserError, match="was made by another image-tokenizer"):
+        _smalti("export", run, "-o", tmp_path / "out", "--image-tokenizer", other / "image-tokenizer/model")
+
+
+def test_the_command_line_knows_no_torch() -> None:
+    code = "import sys, pipeline.data.commands, pipeline.data.inspect; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
