@@ -2,6 +2,7 @@
 
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
+smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
 smalti ui runs/openmoji                                   MLflow's page for a run
@@ -21,6 +22,7 @@ from pipeline.config import to_yaml
 from pipeline.data.commands import data
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.graph import STAGES, load_pipeline
+from pipeline.metrics.command import evaluate
 from pipeline.runs import config_of, source_name
 from pipeline.sampling.command import generate
 from pipeline.slurm.commands import COMMANDS as SLURM_COMMANDS
@@ -100,6 +102,7 @@ def _stage_command(name: str) -> click.Command:
 
 cli.add_command(data)
 cli.add_command(generate)  # with --config it is the stage
+cli.add_command(evaluate)  # likewise
 for _command in SLURM_COMMANDS:
     cli.add_command(_command)
 for _stage in STAGES:

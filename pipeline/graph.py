@@ -75,7 +75,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),
     Stage("transformer", inputs=("text-tokenizer", "image-tokenizer", "tokenize"), trains=True),
     Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer"), shards=True),
-    Stage("evaluate", inputs=("prepare", "image-tokenizer", "generate")),
+    Stage("evaluate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "generate"), shards=True),
     Stage(
         "report",
         inputs=("prepare", "text-tokenizer", "image-tokenizer", "tokenize", "transformer", "generate", "evaluate"),

@@ -1,63 +1,87 @@
 """Stage 7, evaluate: how good the generated pictures are, and the tokenizer's reconstructions.
 
-Reads generate/samples (a picture painted for each of many captions) and generate/prompts.json (the grid), prepare and
-image-tokenizer/model. Writes metrics.json: rows of figures with extractor, sample counts and warnings; the nearest
-training picture of each picture in the grid; and some reconstructions. See pipeline/metrics/evaluation.py.
+Reads generate/samples (a picture painted for each of many captions) and generate/prompts.json (the grid), prepare, and
+the models. Writes metrics.json: rows of figures with extractor, sample counts, intervals and warnings; the nearest
+training picture of each picture in the grid; some samples and reconstructions; with evaluate.sweep also sweep.json, the
+figures of other settings of sampling, and best.yaml, the best one as overrides. Array tasks share the extraction of
+features, the stage itself measures. See pipeline/metrics/evaluation.py and sweep.py.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pipeline import distributed
 from pipeline.files import write_json
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.compare import Row
 from pipeline.metrics.evaluation import (
+    PictureSets,
     RealPictures,
     generated_rows,
+    judged,
     nearest_training_pictures,
     save_reconstructions,
+    save_samples,
     tokenizer_rows,
 )
+from pipeline.metrics.feature_store import FeatureStore
 from pipeline.metrics.features import load_extractor
-from pipeline.metrics.pictures import named_pictures
+from pipeline.metrics.networks import CaptionJudge
+from pipeline.metrics.sweep import sweep
 from pipeline.stage import StageRun, run_stage
 
 
 def main(run: StageRun) -> None:
-    if distributed.is_main():
-        _evaluate(run)
+    config = run.config.evaluate
+    extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
+    store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
+    sets = PictureSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
+    for name, pictures in sets.all():
+        store.extract(pictures, *_share(run), description=f"features of {name} pictures")
+    distributed.barrier()
+    if run.array_task is None and distributed.is_main():
+        _measure(run, sets, store)
     distributed.barrier()
 
 
-def _evaluate(run: StageRun) -> None:
-    config, seed = run.config.evaluate, run.config.seed
-    prepare, generate = run.input("prepare"), run.input("generate")
-    extractor = load_extractor(config.extractor, distributed.device(), config.batch_size)
-    tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
+def _share(run: StageRun) -> tuple[int, int]:
+    return run.array_task or (distributed.rank(), distributed.world_size())
 
-    keys: list[str] = []
-    if run.config.generate.samples:
-        keys = [key for key, _ in named_pictures(generate / "samples")][: config.samples]
-    real = RealPictures(prepare, set(keys), config, extractor)
-    rows = generated_rows(generate / "samples", real, keys, extractor, config, seed) if keys else []
-    rows += tokenizer_rows(tokenizer, real, extractor, config)
-    shown = save_reconstructions(tokenizer, real, run.directory, config)
-    figures = {
+
+def _measure(run: StageRun, sets: PictureSets, store: FeatureStore) -> None:
+    config, seed, generate = run.config.evaluate, run.config.seed, run.input("generate")
+    tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
+    real = RealPictures(sets, store)
+    rows: list[Row] = []
+    scores: list[float] | None = None
+    if sets.generated:
+        rows = generated_rows(sets.generated, real, store, config, seed)
+        if config.clip:
+            judge = CaptionJudge(config.clip, distributed.device(), config.batch_size)
+            clip_rows, scores = judged(sets.generated, real, judge, store.folder, seed)
+            rows += clip_rows
+    rows += tokenizer_rows(tokenizer, real, store, config)
+    figures: dict[str, Any] = {
         "rows": [row.as_json() for row in rows],
-        "nearest": nearest_training_pictures(generate, real, extractor),
-        "reconstructions": shown,
+        "nearest": nearest_training_pictures(generate, real, store),
+        "samples": save_samples(sets.generated, scores, real, store, run.directory, config, seed),
+        "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
     }
+    if config.sweep:
+        figures["sweep"] = sweep(run, config.sweep, real, store)
     write_json(run.directory / "metrics.json", figures)
-    for file in ("metrics.json", *(entry["file"] for entry in shown)):
+    shown = [entry["file"] for entry in (*figures["samples"], *figures["reconstructions"])]
+    for file in ("metrics.json", *shown):
         run.add_output(file)
     run.tracker.log({_tracked_name(row): row.value for row in rows if row.value is not None}, step=0)
 
 
 def _tracked_name(row: Row) -> str:
     """Of the characters that MLflow allows in names: `FD Lite0/generated - other real pictures`."""
-    return re.sub(r"[^\w/ .:-]", "", f"{row.metric}/{row.compares.replace(', ', ' - ')}".replace("=", " "))
+    name = f"{row.metric}/{row.compares.replace(', ', ' - ')}".replace("=", " ").replace("∞", " infinity")
+    return re.sub(r"[^\w/ .:-]", "", name)
 
 
 if __name__ == "__main__":

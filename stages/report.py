@@ -1,6 +1,7 @@
 """Stage 8, report: everything worth showing, as one HTML file that opens without a server.
 
-Reads the directories of all stages before it; measures nothing itself. Writes index.html. See pipeline/report/build.py.
+Reads the directories of all stages before it; measures nothing itself. Writes index.html, and
+its plots as files for the tracking. See pipeline/report/build.py.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ def main(run: StageRun) -> None:
     if distributed.is_main():
         directories = {name: run.input(name) for name in run.stage.inputs}
         with progress(total=1, description="report", unit="page") as bar:
-            write_atomic(run.directory / "index.html", build_report(directories, run.config))
+            report = build_report(directories, run.config)
+            write_atomic(run.directory / "index.html", report.page)
+            run.add_output("index.html")
+            for name, svg in report.plots.items():
+                write_atomic(run.directory / "plots" / name, svg)
+                run.add_output(f"plots/{name}")
             bar.update()
-        run.add_output("index.html")
     distributed.barrier()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -137,10 +138,10 @@ def test_page_loads_nothing_from_anywhere(page: str) -> None:
 
 def test_page_tells_the_run(figures: dict[str, Any], page: str) -> None:
     text = " ".join("".join(References(page).text).split())
-    for entry in figures["nearest"]:
+    for entry in (*figures["nearest"], *figures["samples"]):
         assert entry["prompt"] in text
         assert f"nearest: {entry['caption']}" in text
-    for expected in ("CC BY-SA 4.0", "mostly reproduces them", "codebook_size: 64", "New prompts", "PSNR"):
+    for expected in ("CC BY-SA 4.0", "mostly reproduces them", "codebook_size: 64", "New prompts", "PSNR", "At random"):
         assert expected in text
 
 
@@ -148,6 +149,12 @@ def test_page_is_a_function_of_its_inputs(tiny_run: Path, tmp_path: Path, config
     run = again(tiny_run, tmp_path, config, "report")
     report.main(run)
     assert (run.directory / "index.html").read_text() == page
+    plots = sorted((run.directory / "plots").iterdir())
+    assert [path.name for path in plots if path.name.startswith("transformer-loss")]
+    for path in plots:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    manifest = json.loads((tiny_run / "report" / "manifest.json").read_text())
+    assert {f"plots/{path.name}" for path in plots} | {"index.html"} == set(manifest["outputs"])
 
 
 def test_ids_of_plots_do_not_clash(page: str) -> None:

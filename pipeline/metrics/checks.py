@@ -9,10 +9,11 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 Array = Tensor | np.ndarray
+BLOCK = 2048  # rows in float64 at a time, so that sets larger than memory allows in float64 can be measured
 
 
 def checked(values: Array, name: str, at_least: int = 1, reason: str = "one sample") -> Tensor:
-    """`values` as float64 `[samples, dimensions]` on its device.
+    """`values` as a tensor `[samples, dimensions]`, in its own type and on its device: nothing is copied.
 
     Raises:
         UserError: other than two dimensions, fewer than `at_least` samples (`reason` names what
@@ -23,8 +24,7 @@ def checked(values: Array, name: str, at_least: int = 1, reason: str = "one samp
         raise UserError(f"{name}: expected an array [samples, dimensions], found shape {tuple(tensor.shape)}")
     if len(tensor) < at_least:
         raise UserError(f"{name}: expected at least {at_least} samples ({reason}), found {len(tensor)}; add pictures")
-    tensor = tensor.double()
-    finite = torch.isfinite(tensor).all(dim=1)
+    finite = torch.cat([torch.isfinite(block).all(dim=1) for block in tensor.split(BLOCK)])
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise UserError(

@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.distributed import device
 from pipeline.errors import UserError
 from pipeline.metrics.config import EvaluateConfig
 from pipeline.metrics.features import FeatureSet, load_extractor
-from pipeline.metrics.frechet import frechet_distance
+from pipeline.metrics.frechet import frechet_deviation, frechet_distance, frechet_infinity
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.manifold import nearest, precision_recall_density_coverage
+from pipeline.metrics.manifold import membership, nearest
+from pipeline.metrics.networks import clip_scores, own_caption_ranks
+
+_RESAMPLES = 1000  # of a mean's bootstrap
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,26 @@ def compare_pictures(
     real: Iterable[Image.Image], generated: Iterable[Image.Image], config: EvaluateConfig, seed: int
 ) -> list[Row]:
     """Every figure of two sets of pictures; the larger set is cut to the size of the smaller one."""
-    extractor = load_extractor(config.extractor, device(), config.batch_size)
+    extractor = load_extractor(config.extractor, device(), config.batch_size, config.weights)
     real_set = extractor(real, description="real pictures")
-    generated_set = extractor(generated, description="generated pictures")
-    n = min(len(real_set), len(generated_set), config.samples or len(real_set))
-    rows = compare_sets(real_set.take(slice(n)), generated_set.take(slice(n)), "generated against real", config, seed)
-    return [*rows, inception_row(generated_set.take(slice(n)), "generated", config, seed)]
+    return compare_features(real_set, extractor(generated, description="generated pictures"), config, seed)
+
+
+def compare_features(real: FeatureSet, generated: FeatureSet, config: EvaluateConfig, seed: int) -> list[Row]:
+    """Every figure of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`."""
+    n = min(len(real), len(generated), config.samples or len(real))
+    rows = compare_sets(real.take(slice(n)), generated.take(slice(n)), "generated, real", config, seed)
+    return rows + inception_rows(generated.take(slice(n)), "generated", config, seed)
 
 
 def compare_sets(
     real: FeatureSet, generated: FeatureSet, compares: str, config: EvaluateConfig, seed: int
 ) -> list[Row]:
-    """Fréchet distance, KID, precision, recall, density and coverage of two sets of features."""
-    k = config.neighbours
-    rows = [frechet_row(real, generated, compares)]
+    """Fréchet distance and FD∞, KID, precision, recall, density and coverage of two sets of features."""
+    rows = [
+        frechet_row(real, generated, compares, bootstraps=config.bootstraps, seed=seed),
+        frechet_infinity_row(real, generated, compares, seed),
+    ]
     subset_size = min(config.kid_subset_size, min(len(real), len(generated)) // 2)
 
     def kid() -> tuple[float, float]:
@@ -71,32 +81,102 @@ def compare_sets(
 
     spread_of = f"± 1 standard deviation over {config.kid_subsets} subsets of {subset_size}"
     rows.append(_spread_row("KID", compares, "lower", real, generated, kid, spread_of))
-    values: tuple[float | None, ...]
+    return rows + manifold_rows(real, generated, compares, config.neighbours, seed)
+
+
+def manifold_rows(real: FeatureSet, generated: FeatureSet, compares: str, k: int, seed: int) -> list[Row]:
+    names = ("precision", "recall", "density", "coverage")
     try:
-        figures = precision_recall_density_coverage(real.features, generated.features, k)
-        values, warning = (figures.precision, figures.recall, figures.density, figures.coverage), None
+        values = membership(real.features, generated.features, k)
     except UserError as error:
-        values, warning = (None,) * 4, str(error)
-    for name, value in zip(("precision", "recall", "density", "coverage"), values, strict=True):
-        rows.append(_row(f"{name} k={k}", compares, value, "higher", real, generated, warning=warning))
+        return [_row(f"{name} k={k}", compares, None, "higher", real, generated, warning=str(error)) for name in names]
+    rows = []
+    for name in names:
+        each: Tensor = getattr(values, name)
+        interval = bootstrap_interval(each, seed)
+        of = f"95 % confidence, {_RESAMPLES} bootstraps of its samples, the other set held fixed"
+        row = _row(
+            f"{name} k={k}",
+            *(compares, each.mean().item(), "higher", real, generated),
+            interval=interval,
+            interval_of=of,
+        )
+        rows.append(row)
     return rows
 
 
-def frechet_row(real: FeatureSet, generated: FeatureSet, compares: str, prefix: str = "") -> Row:
+def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % confidence interval of the mean of `values` `[n]`: percentiles over resamples with replacement
+    (Efron & Tibshirani 1993, section 13.3)."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(_RESAMPLES)]
+    )
+    low, high = torch.quantile(means.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def frechet_row(
+    real: FeatureSet, generated: FeatureSet, compares: str, prefix: str = "", bootstraps: int = 0, seed: int = 0
+) -> Row:
     """Fréchet distance, named after the extractor; it is called FID only on the Inception network of that name."""
     n, dimensions = min(len(real), len(generated)), real.features.shape[1]
-    warning = None
+    more: dict[str, Any] = {}
     if n < dimensions:
-        warning = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
+        more["warning"] = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
+    value = None
     try:
         value = frechet_distance(real.features, generated.features)
+        if bootstraps > 1:
+            generator = torch.Generator().manual_seed(seed)
+            reach = 1.96 * frechet_deviation(real.features, generated.features, generator, bootstraps)
+            more["interval"] = (max(value - reach, 0.0), value + reach)
+            more["interval_of"] = f"95 % confidence at this n, normal, deviation of {bootstraps} bootstraps"
     except UserError as error:
-        value, warning = None, str(error)
-    return _row(f"{prefix}FD", compares, value, "lower", real, generated, warning=warning)
+        more["warning"] = str(error)
+    return _row(f"{prefix}{_frechet_name(generated)}", compares, value, "lower", real, generated, **more)
+
+
+def frechet_infinity_row(real: FeatureSet, generated: FeatureSet, compares: str, seed: int) -> Row:
+    name = f"{_frechet_name(generated)}∞"
+    try:
+        value = frechet_infinity(real.features, generated.features, torch.Generator().manual_seed(seed))
+    except UserError as error:
+        return _row(name, compares, None, "lower", real, generated, warning=str(error))
+    n, dimensions = min(len(real), len(generated)), real.features.shape[1]
+    warning = (
+        f"{n} samples for {dimensions} feature dimensions: too few for a straight line" if n < dimensions else None
+    )
+    return _row(name, compares, value, "lower", real, generated, warning=warning)
+
+
+def _frechet_name(features: FeatureSet) -> str:
+    return "FID" if features.extractor.name == "inception-v3" else "FD"
+
+
+def caption_rows(
+    images: FeatureSet, captions: Tensor, compares: str, seed: int, ks: tuple[int, ...] = (1, 5, 10)
+) -> list[Row]:
+    """CLIP score and retrieval R@k of pictures and their captions (networks.CaptionJudge)."""
+    scores = clip_scores(images.features, captions)
+    ranks = own_caption_ranks(images.features, captions)
+    measured = [("CLIP score", scores)] + [(f"R@{k}", (ranks < k).double()) for k in ks if k < len(captions)]
+    rows = []
+    for name, values in measured:
+        interval, of = bootstrap_interval(values, seed), f"95 % confidence, {_RESAMPLES} bootstraps"
+        more = {"interval": interval, "interval_of": of}
+        rows.append(_row(name, compares, values.mean().item(), "higher", None, images, **more))
+    return rows
+
+
+def inception_rows(pictures: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> list[Row]:
+    """Inception Score, if the extractor classifies."""
+    return [] if pictures.logits is None else [inception_row(pictures, compares, config, seed)]
 
 
 def inception_row(pictures: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> Row:
     def score() -> tuple[float, float]:
+        assert pictures.logits is not None
         return inception_score(pictures.logits, config.inception_splits, torch.Generator().manual_seed(seed))
 
     spread_of = f"± 1 standard deviation over {config.inception_splits} splits"
@@ -106,20 +186,23 @@ def inception_row(pictures: FeatureSet, compares: str, config: EvaluateConfig, s
 def pair_row(
     metric: str,
     compares: str,
-    figure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    pictures: torch.Tensor,
-    others: torch.Tensor,
+    figure: Callable[[Tensor, Tensor], Tensor],
+    pictures: Tensor,
+    others: Tensor,
+    better: str = "higher",
+    weights_sha256: str | None = None,
 ) -> Row:
-    """The mean of `figure` (PSNR, SSIM) over pairs of pictures `[n, 3, H, W]`, with its 95 % confidence interval."""
+    """The mean of `figure` (PSNR, SSIM, LPIPS) over pairs of pictures `[n, 3, H, W]`, with its 95 % interval."""
     n = len(pictures)
     try:
         values = figure(pictures, others)
     except UserError as error:
-        return Row(metric, compares, None, "higher", n, n, warning=str(error))
+        return Row(metric, compares, None, better, n, n, warning=str(error))
     mean = values.mean().item()
     error_95 = 1.96 * values.std().item() / n**0.5 if n > 1 else math.inf
     interval = (mean - error_95, mean + error_95) if math.isfinite(error_95) else None
-    return Row(metric, compares, mean, "higher", n, n, interval=interval, interval_of="95 % confidence, normal")
+    of = "95 % confidence, normal"
+    return Row(metric, compares, mean, better, n, n, weights_sha256=weights_sha256, interval=interval, interval_of=of)
 
 
 def distance_row(queries: FeatureSet, compares: str, training: FeatureSet) -> Row:

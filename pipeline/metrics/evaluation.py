@@ -8,21 +8,32 @@ pictures do. That last distance, own against other real pictures at the same n, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from pipeline.data.shards import Sample, read_index, read_samples
+from pipeline.data.shards import read_index
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.metrics.compare import Row, compare_sets, distance_row, frechet_row, inception_row, pair_row
+from pipeline.metrics.compare import (
+    Row,
+    caption_rows,
+    compare_sets,
+    distance_row,
+    frechet_row,
+    inception_rows,
+    pair_row,
+)
 from pipeline.metrics.config import EvaluateConfig
-from pipeline.metrics.features import Extractor, FeatureSet
+from pipeline.metrics.feature_store import FeatureStore
+from pipeline.metrics.features import FeatureSet
+from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.manifold import nearest
-from pipeline.metrics.pictures import decoded, named_pictures
+from pipeline.metrics.networks import CaptionJudge, clip_scores
+from pipeline.metrics.pictures import Picture, decoded, pictures_at
 from pipeline.metrics.reconstruction import psnr, reconstruct, ssim, stacked
 
 GENERATED_OWN = "generated, real pictures of the same captions"
@@ -30,15 +41,30 @@ GENERATED_OTHER = "generated, other real pictures"
 FLOOR = "real pictures, other real pictures (floor)"
 
 
-class RealPictures:
-    """The training pictures (at most `config.training_pictures`, and all that `wanted` names) and validation's."""
+class PictureSets:
+    """The sets that are compared: known before any is measured, so that array tasks can share their features."""
 
-    def __init__(self, prepare: Path, wanted: set[str], config: EvaluateConfig, extractor: Extractor) -> None:
-        self.samples = list(_samples(prepare, "train", wanted, config.training_pictures))
-        self.validation = list(_samples(prepare, "val", wanted, config.reconstructions))
-        training = (sample.image for sample in self.samples)
-        self.training = extractor(training, len(self.samples), "features of training pictures")
-        self._extractor = extractor
+    def __init__(self, prepare: Path, generate: Path, config: EvaluateConfig, samples: int) -> None:
+        self.generated: list[Picture] = []
+        if samples:
+            self.generated = pictures_at(generate / "samples")[: config.samples]
+        wanted = {picture.key for picture in self.generated}
+        self.training = _split(prepare, "train", wanted, config.training_pictures)
+        self.validation = _split(prepare, "val", wanted, config.reconstructions)
+
+    def all(self) -> list[tuple[str, list[Picture]]]:
+        """Name and pictures of each set that is not empty."""
+        named = [("training", self.training), ("generated", self.generated), ("validation", self.validation)]
+        return [(name, pictures) for name, pictures in named if pictures]
+
+
+class RealPictures:
+    """Features of the training pictures, and which of them belong to which caption."""
+
+    def __init__(self, sets: PictureSets, store: FeatureStore) -> None:
+        self.samples, self.validation = sets.training, sets.validation
+        self.training = store.features(self.samples, "features of training pictures")
+        self._store = store
 
     def own_and_other(self, keys: list[str], seed: int) -> tuple[FeatureSet, FeatureSet]:
         """Real pictures of these keys, in their order, and as many others as there are, drawn by `seed`."""
@@ -51,38 +77,53 @@ class RealPictures:
             )
         own = self.training.take([index[key] for key in keys if key in index])
         if len(own) < len(keys):
-            extra = [held_out[key].image for key in keys if key not in index]
-            own = own.joined(self._extractor(extra, len(extra), "features of validation pictures"))
-        rest = [i for i, sample in enumerate(self.samples) if sample.key not in set(keys)]
+            extra = [held_out[key] for key in keys if key not in index]
+            own = own.joined(self._store.features(extra, "features of validation pictures"))
+        known = set(keys)
+        rest = [i for i, sample in enumerate(self.samples) if sample.key not in known]
         chosen = sorted(random.Random(seed).sample(rest, min(len(rest), len(keys))))
         return own, self.training.take(chosen)
 
 
 def generated_rows(
-    samples: Path, real: RealPictures, keys: list[str], extractor: Extractor, config: EvaluateConfig, seed: int
+    pictures: list[Picture], real: RealPictures, store: FeatureStore, config: EvaluateConfig, seed: int
 ) -> list[Row]:
     """Every figure of the generated pictures, and of real pictures beside it."""
-    pictures = (picture for _, (_, picture) in zip(keys, named_pictures(samples), strict=False))
-    generated = extractor(pictures, len(keys), "features of generated pictures")
-    own, other = real.own_and_other(keys, seed)
+    generated = store.features(pictures, "features of generated pictures")
+    own, other = real.own_and_other([picture.key for picture in pictures], seed)
     rows = compare_sets(own, generated, GENERATED_OWN, config, seed)
     if len(other):
         n = slice(len(other))
         rows += compare_sets(other, generated.take(n), GENERATED_OTHER, config, seed)
         rows += compare_sets(other, own.take(n), FLOOR, config, seed)
-    rows += [inception_row(generated, "generated", config, seed), inception_row(own, "real", config, seed)]
+    rows += [*inception_rows(generated, "generated", config, seed), *inception_rows(own, "real", config, seed)]
     rows.append(distance_row(generated, "generated", real.training))
     if real.validation:
-        held_out = (sample.image for sample in real.validation)
-        validation = extractor(held_out, len(real.validation), "features of validation pictures")
+        validation = store.features(real.validation, "features of validation pictures")
         rows.append(distance_row(validation, "real, never trained on", real.training))
     return rows
 
 
+def judged(
+    pictures: list[Picture], real: RealPictures, judge: CaptionJudge, folder: Path, seed: int
+) -> tuple[list[Row], list[float]]:
+    """CLIP's figures of the generated and of the real pictures of the same captions; and each generated one's score."""
+    store = FeatureStore(folder, judge.images)
+    captions = judge.captions([picture.caption or "" for picture in pictures])
+    of_key = {picture.key: picture for picture in (*real.samples, *real.validation)}
+    generated = store.features(pictures, "CLIP's features of generated pictures")
+    rows = caption_rows(generated, captions, "generated, their captions", seed)
+    own = [replace(of_key[picture.key], caption_place=picture.caption_place) for picture in pictures]
+    features = store.features(own, "CLIP's features of real pictures")
+    rows += caption_rows(features, captions, "real, their captions", seed)
+    return rows, clip_scores(generated.features, captions).tolist()
+
+
 def tokenizer_rows(
-    tokenizer: ImageTokenizer, real: RealPictures, extractor: Extractor, config: EvaluateConfig
+    tokenizer: ImageTokenizer, real: RealPictures, store: FeatureStore, config: EvaluateConfig
 ) -> list[Row]:
-    """PSNR, SSIM and Fréchet distance of reconstructions, on validation and training pictures."""
+    """PSNR, SSIM, LPIPS (where its weights are) and Fréchet distance of reconstructions, by split."""
+    lpips = Lpips.from_folder(config.lpips).to(next(tokenizer.parameters()).device) if config.lpips else None
     rows = []
     for split, samples in (("validation", real.validation), ("training", real.samples)):
         samples = samples[: config.reconstructions]
@@ -93,29 +134,56 @@ def tokenizer_rows(
         compares = f"{split} pictures, their reconstructions"
         pair = stacked(pictures), stacked(reconstructions)
         rows += [pair_row("PSNR (dB)", compares, psnr, *pair), pair_row("SSIM", compares, ssim, *pair)]
-        originals = extractor(pictures, len(pictures), f"features of {split} pictures")
-        rebuilt = extractor(reconstructions, len(pictures), f"features of {split} reconstructions")
+        if lpips is not None:
+            rows.append(pair_row("LPIPS (VGG)", compares, lpips.batched, *pair, "lower", lpips.weights_sha256))
+        originals = store.features(samples, f"features of {split} pictures")
+        rebuilt = store.extractor(reconstructions, len(pictures), f"features of {split} reconstructions")
         rows.append(frechet_row(originals, rebuilt, compares, prefix="r"))
     return rows
 
 
-def nearest_training_pictures(generate: Path, real: RealPictures, extractor: Extractor) -> list[dict[str, Any]]:
+def nearest_training_pictures(generate: Path, real: RealPictures, store: FeatureStore) -> list[dict[str, Any]]:
     """For each picture of the prompt grid, the training picture that it comes closest to in feature space."""
-    prompts: list[dict[str, Any]] = read_json(generate / "prompts.json")
+    path = generate / "prompts.json"
+    prompts: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     if not prompts:
         return []
     pictures = [_read(generate, prompt["file"]) for prompt in prompts]
-    grid = extractor(pictures, len(pictures), "features of the prompt grid")
-    distances, indices = nearest(grid.features, real.training.features)
+    grid = store.extractor(pictures, len(pictures), "features of the prompt grid")
+    near = _nearest(grid, real)
     return [
-        {
-            **{name: prompt[name] for name in ("prompt", "kind", "file")},
-            "key": real.samples[index].key,
-            "caption": real.samples[index].caption,
-            "distance": distance,
-        }
-        for prompt, distance, index in zip(prompts, distances.tolist(), indices.tolist(), strict=True)
+        {**{name: prompt[name] for name in ("prompt", "kind", "file")}, **found}
+        for prompt, found in zip(prompts, near, strict=True)
     ]
+
+
+def save_samples(
+    pictures: list[Picture],
+    scores: list[float] | None,
+    real: RealPictures,
+    store: FeatureStore,
+    directory: Path,
+    config: EvaluateConfig,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Some generated pictures as files under `directory`/samples: drawn at random, and by score the best and worst."""
+    if not pictures or not config.samples_shown:
+        return []
+    count = min(config.samples_shown, len(pictures))
+    chosen = [("random", i) for i in sorted(random.Random(seed).sample(range(len(pictures)), count))]
+    if scores:
+        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        few = max(1, min(count // 2, len(ranked) // 2))
+        chosen += [("best", i) for i in ranked[:few]] + [("worst", i) for i in reversed(ranked[-few:])]
+    features = store.features(pictures, "features of generated pictures").take([i for _, i in chosen])
+    entries = []
+    for number, ((group, i), found) in enumerate(zip(chosen, _nearest(features, real), strict=True)):
+        file = f"samples/{number:02d}.png"
+        with atomic_path(directory / file) as temporary:
+            pictures[i].image.save(temporary, format="PNG")
+        entry = {"group": group, "prompt": pictures[i].caption or pictures[i].key, "file": file, **found}
+        entries.append(entry | ({"score": scores[i]} if scores else {}))
+    return entries
 
 
 def save_reconstructions(
@@ -140,16 +208,19 @@ def save_reconstructions(
     return entries
 
 
-def _samples(prepare: Path, split: str, wanted: set[str], limit: int) -> Iterator[Sample]:
-    """The first `limit` samples of a split, and those whose key is `wanted`."""
-    if read_index(prepare)["splits"][split]["samples"] == 0:
-        return
-    missing, taken = set(wanted), 0
-    for sample in read_samples(prepare, split):
-        if taken < limit or sample.key in missing:
-            missing.discard(sample.key)
-            taken += 1
-            yield sample
+def _nearest(features: FeatureSet, real: RealPictures) -> list[dict[str, Any]]:
+    distances, indices = nearest(features.features, real.training.features)
+    return [
+        {"key": real.samples[index].key, "caption": real.samples[index].caption, "distance": distance}
+        for distance, index in zip(distances.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _split(prepare: Path, split: str, wanted: set[str], limit: int) -> list[Picture]:
+    """The first `limit` pictures of a split, and those whose key is `wanted`."""
+    index = read_index(prepare)["splits"][split]
+    pictures = [picture for shard in index["shards"] for picture in pictures_at(prepare / shard["name"])]
+    return [picture for i, picture in enumerate(pictures) if i < limit or picture.key in wanted]
 
 
 def _read(generate: Path, file: str) -> Image.Image:

@@ -13,17 +13,17 @@ import torch
 from pipeline.metrics.checks import Array, checked
 
 
-def inception_score(logits: Array, splits: int, generator: torch.Generator) -> tuple[float, float]:
-    """Mean and standard deviation of the score over `splits` random parts of `logits` `[n, classes]`.
+def inception_score(logits: Array, splits: int, generator: torch.Generator | None) -> tuple[float, float]:
+    """Mean and deviation of the score over `splits` parts of `logits` `[n, classes]`; random parts with a generator.
 
     Raises:
         UserError: fewer samples than splits, NaN.
     """
     values = checked(logits, "logits", at_least=splits, reason="one a split")
-    values = values[torch.randperm(len(values), generator=generator)]
+    order = torch.arange(len(values)) if generator is None else torch.randperm(len(values), generator=generator)
     scores = []
-    for part in values.chunk(splits):
-        log_p = part.log_softmax(dim=1)
+    for part in order.chunk(splits):
+        log_p = values[part].double().log_softmax(dim=1)
         log_marginal = log_p.logsumexp(dim=0) - torch.tensor(len(part), dtype=log_p.dtype).log()
         scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp())
     result = torch.stack(scores)

@@ -31,7 +31,7 @@ def kernel_distance(
     for _ in range(subsets):
         chosen_x = torch.randperm(len(x), generator=generator)[:subset_size]
         chosen_y = torch.randperm(len(y), generator=generator)[:subset_size]
-        values.append(_squared_mmd(x[chosen_x], y[chosen_y]))
+        values.append(_squared_mmd(x[chosen_x].double(), y[chosen_y].double()))
     result = torch.stack(values)
     return result.mean().item(), result.std(unbiased=False).item()
 

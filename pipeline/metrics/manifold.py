@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.metrics.checks import Array, checked_pair
-
-_BLOCK = 2048
+from pipeline.metrics.checks import BLOCK, Array, checked_pair
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,26 @@ class ManifoldFigures:
     coverage: float
 
 
-def precision_recall_density_coverage(real: Array, generated: Array, neighbours: int) -> ManifoldFigures:
-    """The four figures of two sets `[n, d]`, `[m, d]` with k = `neighbours`.
+@dataclass(frozen=True)
+class Membership:
+    """What the four figures are the means of: a value a sample, float64."""
 
-    Distances are taken in blocks of 2,048 rows: memory grows with n + m, not with n × m.
+    precision: Tensor  # [m], 0 or 1
+    recall: Tensor  # [n], 0 or 1
+    density: Tensor  # [m], at least 0
+    coverage: Tensor  # [n], 0 or 1
+
+
+def precision_recall_density_coverage(real: Array, generated: Array, neighbours: int) -> ManifoldFigures:
+    """The four figures of two sets `[n, d]`, `[m, d]` with k = `neighbours`. Raises as `membership` does."""
+    values = membership(real, generated, neighbours)
+    return ManifoldFigures(**{name: value.mean().item() for name, value in vars(values).items()})
+
+
+def membership(real: Array, generated: Array, neighbours: int) -> Membership:
+    """Which samples of `[n, d]` and `[m, d]` lie in the other set's manifold.
+
+    Distances are taken in float64 in blocks of 2,048 × 2,048: beside the features, memory grows with n + m.
 
     Raises:
         UserError: `neighbours` or fewer samples in a set, unequal dimensions, NaN.
@@ -41,40 +55,61 @@ def precision_recall_density_coverage(real: Array, generated: Array, neighbours:
     x, y = checked_pair(real, generated, neighbours + 1, f"{neighbours} neighbours of each sample")
     radius_x, radius_y = _radii(x, neighbours), _radii(y, neighbours)
     balls_around_y = torch.zeros(len(y), dtype=torch.int64, device=x.device)  # how many B(x) hold each y
-    recalled, covered = [], []
-    for start in range(0, len(x), _BLOCK):
-        distance = _distances(x[start : start + _BLOCK], y)
-        inside = distance < radius_x[start : start + _BLOCK, None]
-        balls_around_y += inside.sum(dim=0)
-        covered.append(inside.any(dim=1))
-        recalled.append((distance < radius_y).any(dim=1))
-    return ManifoldFigures(
-        precision=(balls_around_y > 0).double().mean().item(),
-        recall=torch.cat(recalled).double().mean().item(),
-        density=balls_around_y.double().mean().item() / neighbours,
-        coverage=torch.cat(covered).double().mean().item(),
+    recalled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    covered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for rows in _blocks(len(x)):
+        block = x[rows].double()
+        for columns in _blocks(len(y)):
+            distance = _distances(block, y[columns].double())
+            inside = distance < radius_x[rows, None]
+            balls_around_y[columns] += inside.sum(dim=0)
+            covered[rows] |= inside.any(dim=1)
+            recalled[rows] |= (distance < radius_y[columns]).any(dim=1)
+    return Membership(
+        precision=(balls_around_y > 0).double(),
+        recall=recalled.double(),
+        density=balls_around_y.double() / neighbours,
+        coverage=covered.double(),
     )
 
 
 def nearest(queries: Array, references: Array) -> tuple[Tensor, Tensor]:
     """For each query `[n, d]` its nearest reference `[m, d]`: distances float64 `[n]`, indices int64 `[n]`."""
     x, y = checked_pair(references, queries)
-    blocks = [_distances(block, x).min(dim=1) for block in y.split(_BLOCK)]
-    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
+    best = torch.full((len(y),), torch.inf, dtype=torch.float64, device=y.device)
+    index = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+    for rows in _blocks(len(y)):
+        block = y[rows].double()
+        for columns in _blocks(len(x)):
+            found = _distances(block, x[columns].double()).min(dim=1)
+            closer = found.values < best[rows]
+            best[rows] = torch.where(closer, found.values, best[rows])
+            index[rows] = torch.where(closer, found.indices + columns.start, index[rows])
+    return best, index
 
 
 def _radii(x: Tensor, neighbours: int) -> Tensor:
     """Distance of each sample to its k-th nearest neighbour, itself not counted: `[n]`."""
     radii = []
-    for start in range(0, len(x), _BLOCK):
-        distance = _distances(x[start : start + _BLOCK], x)
-        rows = torch.arange(len(distance), device=x.device)
-        distance[rows, start + rows] = torch.inf
-        radii.append(distance.kthvalue(neighbours, dim=1).values)
+    for rows in _blocks(len(x)):
+        block = x[rows].double()
+        smallest = torch.full((len(block), neighbours), torch.inf, dtype=torch.float64, device=x.device)
+        for columns in _blocks(len(x)):
+            distance = _distances(block, x[columns].double())
+            if columns == rows:
+                distance.fill_diagonal_(torch.inf)
+            k = min(neighbours, distance.shape[1])
+            smallest = torch.cat([smallest, distance.topk(k, dim=1, largest=False).values], dim=1)
+            smallest = smallest.topk(neighbours, dim=1, largest=False).values
+        radii.append(smallest.max(dim=1).values)
     return torch.cat(radii)
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances `[len(a), len(b)]`."""
-    squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)
+    squared = torch.addmm(a.square().sum(dim=1)[:, None] + b.square().sum(dim=1), a, b.T, alpha=-2)
     return squared.clamp_(min=0).sqrt_()

@@ -1,10 +1,14 @@
-"""Pictures under names, from a folder of pictures, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …)."""
+"""Pictures by name, from a folder of pictures, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …).
+
+A `Picture` knows where its bytes are, and reads them when asked: a set of any size takes a few hundred bytes a picture.
+"""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -14,20 +18,61 @@ from pipeline.errors import UserError
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def named_pictures(path: Path) -> Iterator[tuple[str, Image.Image]]:
-    """(key, RGB picture) of every picture at `path`, sorted by file and, in tars, in the tar's order.
+@dataclass(frozen=True)
+class Place:
+    """Bytes in a file: all of it, or a member of a tar."""
+
+    file: Path
+    name: str  # for messages
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size is None else file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Picture:
+    key: str
+    place: Place
+    caption_place: Place | None = None
+
+    def content(self) -> bytes:
+        return self.place.read()
+
+    @property
+    def image(self) -> Image.Image:
+        """RGB. Raises UserError if it cannot be read."""
+        return decoded(self.content(), self.place.name)
+
+    @property
+    def caption(self) -> str | None:
+        return self.caption_place.read().decode().strip() if self.caption_place else None
+
+
+def pictures_at(path: Path) -> list[Picture]:
+    """Every picture at `path`, sorted by file and, in tars, in the tar's order; none is decoded yet.
 
     Raises:
-        UserError: nothing there, no picture in it, or one that cannot be read.
+        UserError: nothing there, or no picture in it.
     """
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    files = [] if tars else sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    if not tars and not files:
+    if tars:
+        found = [picture for tar in tars for picture in _in_tar(tar)]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+        found = [_in_folder(path, file) for file in files]
+    if not found:
         raise UserError(f"{path}: expected a folder of pictures, a tar or a folder of tars, found no picture or tar")
-    for file in files:
-        yield file.stem, decoded(file.read_bytes(), str(file))
-    for tar_path in tars:
-        yield from _in_tar(tar_path)
+    return found
+
+
+def named_pictures(path: Path) -> Iterator[tuple[str, Image.Image]]:
+    """(key, RGB picture) of every picture at `path`. Raises as `pictures_at` and `Picture.image` do."""
+    for picture in pictures_at(path):
+        yield picture.key, picture.image
 
 
 def decoded(content: bytes, where: str) -> Image.Image:
@@ -43,13 +88,32 @@ def decoded(content: bytes, where: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _in_tar(path: Path) -> Iterator[tuple[str, Image.Image]]:
+def _in_folder(folder: Path, file: Path) -> Picture:
+    caption = file.with_suffix(".txt")
+    return Picture(
+        key=file.relative_to(folder).with_suffix("").as_posix(),
+        place=Place(file, str(file)),
+        caption_place=Place(caption, str(caption)) if caption.is_file() else None,
+    )
+
+
+def _in_tar(path: Path) -> list[Picture]:
+    pictures: dict[str, Place] = {}
+    captions: dict[str, Place] = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, dot, suffix = member.name.partition(".")
-                file = tar.extractfile(member) if f"{dot}{suffix}".lower() in _SUFFIXES else None
-                if file:
-                    yield key, decoded(file.read(), f"{path}: {member.name}")
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: expected a tar of pictures, found a damaged one ({error}); write it again") from error
+                folder, slash, base = member.name.removeprefix("./").rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                key, suffix = f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
+                place = Place(path, f"{path}: {member.name}", member.offset_data, member.size)
+                if suffix in _SUFFIXES and member.isfile():
+                    pictures[key] = place
+                elif suffix == ".txt":
+                    captions[key] = place
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"{path}: expected an uncompressed tar of pictures, found something else or a damaged one ({error});"
+            " write it again"
+        ) from error
+    return [Picture(key, place, captions.get(key)) for key, place in pictures.items()]

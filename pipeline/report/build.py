@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from pipeline.config import to_yaml
 from pipeline.data.shards import read_samples
 from pipeline.files import read_json
 from pipeline.graph import PipelineConfig
-from pipeline.report.plots import panels
-from pipeline.report.run_facts import TRAINED, duration, read_facts
+from pipeline.report.plots import panels, standalone
+from pipeline.report.run_facts import TRAINED, duration, read_facts, size
+from pipeline.report.sweep_plots import sweep_facts
 
 _SMALL_PX = 48  # below, enlarging with interpolation shows nothing but blur
 _OPENMOJI_CREDIT = (
@@ -27,22 +29,36 @@ _OPENMOJI_CREDIT = (
 
 @dataclass(frozen=True)
 class Painted:
-    """A picture of the prompt grid, with the training picture that it comes closest to."""
+    """A painted picture, with the training picture that it comes closest to."""
 
     prompt: str
     picture: str  # data URI
     nearest_picture: str
     nearest_caption: str
     distance: float
+    score: float | None = None
 
 
-def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str:
-    """The page, from the directories of all stages before it (by stage name)."""
+@dataclass(frozen=True)
+class Report:
+    page: str
+    plots: dict[str, str]  # each of its plots as an SVG file of its own, by file name
+
+
+def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Report:
+    """The page and its plots, from the directories of all stages before it (by stage name)."""
     evaluation = read_json(directories["evaluate"] / "metrics.json")
     facts = read_facts(directories)
     originals = _training_pictures(directories["prepare"], evaluation)
-    painted = [_painted(entry, directories["generate"], originals) for entry in evaluation["nearest"]]
-    kinds = [entry["kind"] for entry in evaluation["nearest"]]
+    prompted = _grouped(evaluation["nearest"], "kind", directories["generate"], originals)
+    sampled = _grouped(evaluation["samples"], "group", directories["evaluate"], originals)
+    curves = {name: panels(facts.stages[name].history, name) for name in TRAINED}
+    sweep = sweep_facts(evaluation["sweep"]) if "sweep" in evaluation else None
+    plots = {
+        f"{name}-{re.sub(r'[^a-z0-9]+', '-', panel.title.lower())}.svg": standalone(panel.svg)
+        for name, found in (*curves.items(), ("sweep", sweep.panels if sweep else []))
+        for panel in found
+    }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -50,13 +66,15 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "figure": _figure, "count": lambda n: f"{n:,}"}
-    return environment.get_template("template.html").render(
+    environment.filters |= {"duration": duration, "size": size, "figure": _figure, "count": lambda n: f"{n:,}"}
+    page = environment.get_template("template.html").render(
         title=config.report.title or config.name,
         facts=facts,
         trained=[facts.stages[name] for name in TRAINED],
         seed=config.seed,
-        painted={kind: [p for p, k in zip(painted, kinds, strict=True) if k == kind] for kind in ("training", "new")},
+        painted=prompted,
+        sampled=sampled,
+        sweep=sweep,
         reconstructions=[
             {
                 **entry,
@@ -65,7 +83,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str
             }
             for entry in evaluation["reconstructions"]
         ],
-        panels={name: panels(facts.stages[name].history, name) for name in TRAINED},
+        panels=curves,
         tables=_tables(evaluation["rows"]),
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         warnings=_warnings(evaluation["rows"]),
@@ -73,21 +91,30 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> str
         credit=facts.index.get("credit") or (_OPENMOJI_CREDIT if config.prepare.source.kind == "openmoji" else None),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
     )
+    return Report(page, plots)
 
 
-def _painted(entry: dict[str, Any], generate: Path, originals: dict[str, str]) -> Painted:
-    return Painted(
-        prompt=entry["prompt"],
-        picture=_data_uri(generate / entry["file"]),
-        nearest_picture=originals[entry["key"]],
-        nearest_caption=entry["caption"],
-        distance=entry["distance"],
-    )
+def _grouped(
+    entries: list[dict[str, Any]], by: str, directory: Path, originals: dict[str, str]
+) -> dict[str, list[Painted]]:
+    groups: dict[str, list[Painted]] = {}
+    for entry in entries:
+        painted = Painted(
+            prompt=entry["prompt"],
+            picture=_data_uri(directory / entry["file"]),
+            nearest_picture=originals[entry["key"]],
+            nearest_caption=entry["caption"],
+            distance=entry["distance"],
+            score=entry.get("score"),
+        )
+        groups.setdefault(entry[by], []).append(painted)
+    return groups
 
 
 def _training_pictures(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
     """The real pictures that the page shows, by key, as data URIs."""
-    missing = {entry["key"] for entry in (*evaluation["nearest"], *evaluation["reconstructions"])}
+    shown = (*evaluation["nearest"], *evaluation["samples"], *evaluation["reconstructions"])
+    missing = {entry["key"] for entry in shown}
     splits = {"train", *(entry["split"] for entry in evaluation["reconstructions"])}
     found: dict[str, str] = {}
     for split in sorted(splits):

@@ -1,14 +1,16 @@
-"""Training curves as inline SVG that takes the page's own colours, light or dark."""
+"""Curves of training and of sweeps as inline SVG that takes the page's own colours, light or dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -55,20 +57,7 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
 
 def line_plot(series: Sequence[Series], salt: str) -> str:
     """Lines over steps as an `<svg>` element. `salt` keeps the ids of different plots on one page apart."""
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.edgecolor": _FAINT,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "grid.color": _FAINT,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+    with _drawn(salt) as (figure, buffer):
         axes = figure.add_subplot()
         for (label, steps, values), colour in zip(series, _LINES, strict=False):
             dense = len(values) > 200
@@ -83,15 +72,63 @@ def line_plot(series: Sequence[Series], salt: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.set_xlabel("step")
-        axes.grid(axis="y", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        if len(series) > 1:
-            axes.legend(frameon=False, handlelength=1.2)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        _bare(axes, legend=len(series) > 1)
     return _inline(buffer.getvalue())
+
+
+def curve_plot(series: Sequence[Series], marks: Sequence[Sequence[str]], x_label: str, y_label: str, salt: str) -> str:
+    """Points joined in their order, each with its mark (`marks[series][point]`), as an `<svg>` element."""
+    with _drawn(salt) as (figure, buffer):
+        axes = figure.add_subplot()
+        for i, ((label, x, y), texts) in enumerate(zip(series, marks, strict=True)):
+            colour = _LINES[i % len(_LINES)]
+            dashes = ("-", "--", ":")[i // len(_LINES) % 3]
+            axes.plot(x, y, dashes, color=colour, marker="o", markersize=3.5, linewidth=1.3, label=label)
+            for text, at_x, at_y in zip(texts, x, y, strict=True):
+                axes.annotate(text, (at_x, at_y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _bare(axes, legend=len(series) > 1)
+    return _inline(buffer.getvalue())
+
+
+def standalone(svg: str) -> str:
+    """An inline plot as a file of its own: in the colours of the light page."""
+    colours = "--ink-soft:#6c6860;--rule:#e4e0d7;--line-0:#a8431f;--line-1:#1f6f8b;--line-2:#6b7f2a;--line-3:#8a4f9e"
+    head, rest = svg.split(">", 1)
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = f"<style>svg{{{colours};background:#fff;font-family:sans-serif}}</style>"
+    return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{style}{rest}"
+
+
+@contextmanager
+def _drawn(salt: str) -> Iterator[tuple[Figure, io.StringIO]]:
+    """A figure to draw on; when the block ends, its SVG is in the buffer."""
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.edgecolor": _FAINT,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _FAINT,
+    }
+    with mpl.rc_context(style):
+        figure, buffer = Figure(figsize=(4.4, 2.5), layout="constrained"), io.StringIO()
+        yield figure, buffer
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _bare(axes: Axes, legend: bool) -> None:
+    axes.grid(axis="y", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if legend:
+        axes.legend(frameon=False, handlelength=1.2)
 
 
 def _smoothed(values: list[float], memory: float = 0.95) -> list[float]:

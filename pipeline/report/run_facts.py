@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from safetensors import safe_open
@@ -35,11 +36,18 @@ class StageFacts:
     name: str
     wall_time_s: float | None
     parameters: int | None
+    output_bytes: int
     history: list[dict[str, float]] = field(repr=False)  # metrics.jsonl, a dict a line
 
     @property
     def steps(self) -> int | None:
         return int(self.history[-1]["step"]) if self.history else None
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Median over the stage's logs."""
+        found = [line["samples_per_s"] for line in self.history if "samples_per_s" in line]
+        return median(found) if found else None
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
@@ -79,13 +87,24 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def size(number: int) -> str:
+    """`512 kB`, `3.1 MB`, `12 GB`."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.1f} {units[0]}" if 0 < value < 10 and units[0] != "B" else f"{value:.0f} {units[0]}"
+
+
 def _stage(name: str, directory: Path) -> StageFacts:
     timing = _json(directory / "timing.json") or _json(directory / "manifest.json")
     weights = directory / "model" / "model.safetensors"
+    outputs = _json(directory / "manifest.json").get("outputs", {})
     return StageFacts(
         name=name,
         wall_time_s=timing.get("wall_time_s"),
         parameters=_parameters(weights) if weights.is_file() else None,
+        output_bytes=sum(output["bytes"] for output in outputs.values()),
         history=_history(directory / "metrics.jsonl"),
     )
 

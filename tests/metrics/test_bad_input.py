@@ -74,7 +74,9 @@ def test_reconstructions_of_another_size() -> None:
 
 
 def test_unknown_extractor_names_the_known() -> None:
-    with pytest.raises(UserError, match="expected one of efficientnet-lite0, found 'inception'"):
+    with pytest.raises(
+        UserError, match="expected one of efficientnet-lite0, inception-v3, clip, dinov2, found 'inception'"
+    ):
         load_extractor("inception", torch.device("cpu"))
 
 

@@ -1,0 +1,98 @@
+"""LPIPS, a learned perceptual distance of two pictures (Zhang et al. 2018, section 3, eq. 1), on VGG-16, version 0.1.
+
+    d(x, y) = Σ_l  mean over positions of  w_l · (ŷ_l − x̂_l)²
+
+with x̂_l the activations of layer l scaled to unit length in each position, and w_l learned from people's judgements.
+From 0 (equal); smaller is better. The network's weights are in no package: `Lpips.from_folder` says where they go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.files import sha256_file
+
+BACKBONE, HEADS = "vgg16-397923af.pth", "vgg.pth"
+# Convolutions of VGG-16 (Simonyan & Zisserman 2015, table 1, D) by their place in the published state dict.
+_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_WIDTHS = (64, 128, 256, 512, 512)
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
+
+
+class Lpips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict()
+        width = 3
+        for places, out in zip(_LAYERS, _WIDTHS, strict=True):
+            for place in places:
+                self.features[str(place)] = nn.Conv2d(width, out, 3, padding=1)
+                width = out
+        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in _WIDTHS])
+        self.weights_sha256 = ""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Lpips:
+        """Frozen, from a folder with torchvision's VGG-16 and the heads of LPIPS 0.1.
+
+        Raises:
+            UserError: a file is missing or is something else.
+        """
+        for name, origin in (
+            (BACKBONE, "torchvision's ImageNet VGG-16, download.pytorch.org/models"),
+            (HEADS, "weights/v0.1/vgg.pth of the lpips package"),
+        ):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"evaluate.lpips: expected {name} ({origin}) in the folder {folder}, found none; put it there"
+                )
+        model = cls()
+        backbone = torch.load(folder / BACKBONE, map_location="cpu", weights_only=True)
+        heads = torch.load(folder / HEADS, map_location="cpu", weights_only=True)
+        try:
+            model.features.load_state_dict(
+                {name.removeprefix("features."): v for name, v in backbone.items() if name.startswith("features.")}
+            )
+            for i, head in enumerate(model.heads):
+                head.data.copy_(heads[f"lin{i}.model.1.weight"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"evaluate.lpips: the files in {folder} are not those of VGG-16 ({error})") from error
+        hashes = sha256_file(folder / BACKBONE) + sha256_file(folder / HEADS)
+        model.weights_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        return model.requires_grad_(False).eval()
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        """Distance of each pair of pictures `[n, 3, H, W]` in [0, 1], at least 16 × 16: float64 `[n]`."""
+        if pictures.shape != others.shape:
+            raise UserError(f"LPIPS: expected equal shapes, found {tuple(pictures.shape)} and {tuple(others.shape)}")
+        if min(pictures.shape[-2:]) < 16:
+            raise UserError(f"LPIPS: expected pictures of at least 16 × 16 pixels, found {tuple(pictures.shape[-2:])}")
+        distance = torch.zeros(len(pictures), dtype=torch.float64, device=pictures.device)
+        for head, x, y in zip(self.heads, self._activations(pictures), self._activations(others), strict=True):
+            distance += (head * (x - y).square()).sum(dim=1).mean(dim=(1, 2)).double()
+        return distance
+
+    @torch.inference_mode()
+    def batched(self, pictures: Tensor, others: Tensor, batch_size: int = 16) -> Tensor:
+        device = self.heads[0].device
+        pairs = zip(pictures.split(batch_size), others.split(batch_size), strict=True)
+        return torch.cat([self(x.float().to(device), y.float().to(device)).cpu() for x, y in pairs])
+
+    def _activations(self, pictures: Tensor) -> list[Tensor]:
+        """Of the last convolution of each group, each position scaled to unit length."""
+        x = 2 * pictures - 1
+        x = (x - x.new_tensor(_SHIFT).view(3, 1, 1)) / x.new_tensor(_SCALE).view(3, 1, 1)
+        found = []
+        for i, places in enumerate(_LAYERS):
+            if i:
+                x = F.max_pool2d(x, 2)
+            for place in places:
+                x = F.relu(self.features[str(place)](x))
+            found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
+        return found
