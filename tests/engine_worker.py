@@ -19,18 +19,20 @@ STEPS, BATCH, WIDTH = 10, 8, 16
 class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(WIDTH, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 1))
+        self.blocks = nn.Sequential(nn.Linear(WIDTH, 32), nn.LayerNorm(32), nn.GELU())
+        self.head = nn.Linear(32, 1)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return (self.net(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
+        return (self.head(self.blocks(batch["x"])) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
 
 
 def global_batch(step: int) -> dict[str, Tensor]:
     return {"x": torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))}
 
 
-def training(accumulation: int, processes: int) -> TrainingConfig:
+def training(accumulation: int, processes: int, optimizer: str = "adamw") -> TrainingConfig:
     return TrainingConfig(
+        optimizer=optimizer,  # type: ignore[arg-type]
         steps=STEPS,
         batch_size=BATCH,
         micro_batch_size=BATCH // processes // accumulation,
@@ -42,9 +44,9 @@ def training(accumulation: int, processes: int) -> TrainingConfig:
     )
 
 
-def main(kind: str, zero_stage: str, accumulation: str, output: str) -> None:
+def main(kind: str, optimizer: str, zero_stage: str, accumulation: str, output: str) -> None:
     distributed.init()
-    config = training(int(accumulation), distributed.world_size())
+    config = training(int(accumulation), distributed.world_size(), optimizer)
     torch.manual_seed(0)
     objective = Objective()
     zero = DeepSpeedConfig(zero_stage=int(zero_stage))

@@ -1,6 +1,7 @@
 """Both engines train as plain PyTorch does, on one process and on two, with and without accumulation."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def _plain_pytorch() -> tuple[dict[str, torch.Tensor], list[float]]:
     return objective.state_dict(), norms
 
 
+def _on_the_engine(
+    kind: str, optimizer: str, zero_stage: int, accumulation: int, folder: Path, processes: int
+) -> dict[str, Any]:
+    arguments = (kind, optimizer, str(zero_stage), str(accumulation), str(folder))
+    launch("tests.engine_worker", *arguments, processes=processes)
+    found: dict[str, Any] = torch.load(folder / "result.pt")
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "zero_stage", "processes", "accumulation"),
     [
@@ -42,11 +52,31 @@ def _plain_pytorch() -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_an_engine_equals_plain_pytorch(
     kind: str, zero_stage: int, processes: int, accumulation: int, tmp_path: Path
 ) -> None:
-    launch("tests.engine_worker", kind, str(zero_stage), str(accumulation), str(tmp_path), processes=processes)
-    found = torch.load(tmp_path / "result.pt")
+    found = _on_the_engine(kind, "adamw", zero_stage, accumulation, tmp_path, processes)
     weights, norms = _plain_pytorch()
     torch.testing.assert_close(found["weights"], weights, rtol=1e-5, atol=1e-6)
     assert found["norms"] == pytest.approx(norms, rel=1e-4)
+
+
+def test_muon_on_deepspeed_equals_torchs_muon(tmp_path: Path) -> None:
+    config = training(1, 1, "muon")
+    torch.manual_seed(0)
+    objective = Objective()
+    matrix = objective.blocks[0].weight
+    others = [parameter for parameter in objective.parameters() if parameter is not matrix]
+    assert isinstance(matrix, torch.nn.Parameter)
+    muon = torch.optim.Muon([matrix], lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+    for step in range(STEPS):
+        muon.param_groups[0]["lr"] = config.muon_learning_rate * schedule(config, step)
+        adamw.param_groups[0]["lr"] = config.learning_rate * schedule(config, step)
+        objective(global_batch(step), step)[0].backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    found = _on_the_engine("deepspeed", "muon", 1, 1, tmp_path, 1)["weights"]
+    # Both orthogonalise in bfloat16, whose rounding depends on the order of operations: 8 bits.
+    torch.testing.assert_close(found, objective.state_dict(), rtol=2**-7, atol=2e-3)
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
