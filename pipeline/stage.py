@@ -77,7 +77,8 @@ class StageRun:
 
     def add_output(self, path: Path | str, sha256: str | None = None) -> None:
         """Name a file of the result; it goes into the manifest. `sha256` if it is known already."""
-        self.outputs[self.directory / path] = sha256
+        full = Path(path) if Path(path).is_relative_to(self.directory) else self.directory / path
+        self.outputs[full] = sha256
 
     def finish(self) -> None:
         """Write the manifest and _SUCCESS; what is small becomes an artifact of the tracking."""

@@ -15,5 +15,5 @@ TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of `smalti run tests/configs/tiny.yaml`. Look, do not write."""
     folder = tmp_path_factory.mktemp("runs")
-    launch("pipeline", "run", str(TINY), f"runs={folder}")
-    return folder / "tiny"
+    launch("pipeline", "run", str(TINY), cwd=folder)  # below the current directory, as for most users
+    return folder / "runs" / "tiny"
