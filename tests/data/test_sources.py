@@ -1,4 +1,4 @@
-"""Sources beyond the plain ones: `datasets`, an S3 server on loopback, groups, near-duplicates, and sources that change."""
+"""Sources: `datasets`, an S3 server on loopback, groups, near-duplicates, and sources that go away or change."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_table_that_changes_or_disappears_halfway_stops(tmp_path: Path, kind: 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """An s3fs file system on a fresh S3 server (moto), with a bucket `pictures`; its settings are in the environment."""
+    """An s3fs file system on a fresh S3 server (moto) with a bucket `pictures`, which the environment names."""
     pytest.importorskip("moto", reason="moto is not installed: pip install 'smalti[test]'")
     s3fs = pytest.importorskip("s3fs")
     with socket.socket() as probe:

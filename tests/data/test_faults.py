@@ -1,0 +1,209 @@
+"""Faults that must lose nothing: real kills, a really full disk, two tasks on one shard, files swapped and bent."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.data.config import TokenizeConfig
+from pipeline.data.prepare import prepare
+from pipeline.data.tokenizing import all_shards, join, tokenize_shard
+from pipeline.data.tokens import TokenArrays
+from pipeline.errors import UserError
+from tests.data.pictures import folder_config, tree_bytes, write_folder
+from tests.data.small_run import load_encoders, make_small_run
+from tests.launch import environment
+
+PREPARE = """
+import sys
+from pathlib import Path
+from pipeline.data.prepare import prepare
+from pipeline.errors import UserError
+from tests.data.pictures import folder_config
+if __name__ == "__main__":
+    folder, out, workers = sys.argv[1:]
+    try:
+        prepare(Path(out), folder_config(Path(folder), shard_size=20, image_size=32, workers=int(workers)), seed=0)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+"""
+VALUES = {"shard_size": 20, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("pictures") / "in", 400)
+
+
+@pytest.fixture(scope="module")
+def fresh(folder: Path) -> dict[str, bytes]:
+    """What an undisturbed `prepare` makes of `folder`."""
+    prepare(folder.parent / "fresh", folder_config(folder, **VALUES), seed=0)
+    return tree_bytes(folder.parent / "fresh")
+
+
+def _script(tmp_path: Path) -> Path:
+    (tmp_path / "prepare_it.py").write_text(PREPARE)
+    return tmp_path / "prepare_it.py"
+
+
+def _wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((out / "parts").glob("0*.json"))) < count:
+        assert process.poll() is None, "ended too early to prove anything"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_worker_of_prepare_fails_the_stage_and_the_next_run_ends_with_the_same_bytes(
+    folder: Path, fresh: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(_script(tmp_path)), str(folder), str(out), "2"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    _wait_for_parts(out, 2, process)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if not child.children()]
+    busiest = max(workers, key=lambda worker: worker.cpu_times().user)
+    busiest.kill()
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "a worker process died" in messages
+    assert "finished shards are kept: run the same command again" in messages
+    prepare(out, folder_config(folder, **VALUES), seed=0)
+    assert tree_bytes(out) == fresh
+
+
+def _on_small_disk(
+    size: str, larger: str, disk: Path, command: list[str], copy_to: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` with `disk` a file system of `size`; make it `larger`; run it again; copy what is there."""
+    again = f'mount -o remount,size={larger} "$DISK" && "$@" && cp -a "$DISK"/. "$COPY"'
+    script = f'mount -t tmpfs -o size={size} none "$DISK" || exit 77; "$@" && exit 78; echo --- >&2; {again}'
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare (util-linux) for a small disk of its own")
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", script, "sh", *command],
+        env=environment(DISK=str(disk), COPY=str(copy_to)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("this system lets users mount no file system of their own: no small disk to fill")
+    return done
+
+
+def test_full_disk_stops_prepare_with_one_line_and_nothing_is_lost(
+    folder: Path, fresh: dict[str, bytes], tmp_path: Path
+) -> None:
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    copy.mkdir()
+    command = [sys.executable, str(_script(tmp_path)), str(folder), str(disk), "1"]
+    done = _on_small_disk("600k", "20m", disk, command, copy)
+    assert done.returncode == 0, done.stderr
+    assert "error: no space left for" in done.stderr.partition("---")[0]
+    assert "(nothing that was there is lost)" in done.stderr
+    assert tree_bytes(copy) == fresh
+
+
+# --- tokenize ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the tokenizers, and in tokenize/ what an undisturbed tokenize makes (4 crops)."""
+    return make_small_run(tmp_path_factory.mktemp("run"), 200, TokenizeConfig(crops=4, batch_size=8))
+
+
+def _task(run: Path, out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(out), str(task), str(tasks), "4"]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(run: Path, out: Path) -> int:
+    """As the stage does: what is missing, then the join. Returns how many shards were missing."""
+    encoders, config = load_encoders(run), TokenizeConfig(crops=4, batch_size=8)
+    shards = all_shards(run / "prepare")
+    made = [tokenize_shard(out, run / "prepare", split, shard, encoders, config, 0) for split, shard in shards]
+    join(out, run / "prepare", encoders, config, 0)
+    return sum(made)
+
+
+def _without_leftovers(out: Path) -> dict[str, bytes]:
+    return {name: content for name, content in tree_bytes(out).items() if not name.endswith(".tmp")}
+
+
+def test_killed_tokenize_task_goes_on_and_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    shards = len(all_shards(run / "prepare"))
+    for finished in (1, 4):
+        process = _task(run, tmp_path, 0, 1)
+        assert process.stdout is not None
+        for _ in range(finished):
+            assert process.stdout.readline().startswith("done")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/0*.json")}
+    assert 4 <= len(records) < shards, "killed too late to prove anything"
+    assert _finish(run, tmp_path) == shards - len(records)
+    assert all(path.stat().st_mtime_ns == when for path, when in records.items()), "a finished shard was made again"
+    assert _without_leftovers(tmp_path) == tree_bytes(run / "tokenize")
+
+
+def test_two_tasks_share_the_shards_and_two_that_are_given_the_same_ones_do_no_harm(run: Path, tmp_path: Path) -> None:
+    # Tasks 0 and 1 of 2 split the work; the third was given task 0's shards again.
+    tasks = [_task(run, tmp_path, task, 2) for task in (0, 1, 0)]
+    for task in tasks:
+        _, errors = task.communicate(timeout=300)
+        assert task.returncode == 0, errors
+    assert _finish(run, tmp_path) == 0
+    assert tree_bytes(tmp_path) == tree_bytes(run / "tokenize")
+
+
+def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, tmp_path: Path) -> None:
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    copy.mkdir()
+    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(disk), "0", "1", "4"]
+    done = _on_small_disk("160k", "20m", disk, command, copy)
+    assert done.returncode == 0, done.stderr
+    assert "no space left for" in done.stderr.partition("---")[0]
+    assert _finish(run, copy) == 0
+    assert tree_bytes(copy) == tree_bytes(run / "tokenize")
+
+
+@pytest.fixture
+def own_run(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_a_tar_replaced_by_another_of_the_same_name_is_not_tokenized(own_run: Path) -> None:
+    tars = [own_run / "prepare/train" / f"{n:06d}.tar" for n in (0, 1)]
+    tars[0].write_bytes(tars[1].read_bytes())
+    shutil.copy(tars[1].with_suffix(".index.npy"), tars[0].with_suffix(".index.npy"))
+    shutil.rmtree(own_run / "tokenize")
+    with pytest.raises(UserError, match=r"000000\.tar is not the shard that prepare wrote: expected sha256"):
+        _finish(own_run, own_run / "tokenize")
+
+
+def test_one_flipped_byte_in_an_array_is_found_by_its_checksum_and_only_that_shard_is_made_again(own_run: Path) -> None:
+    out = own_run / "tokenize"
+    before = tree_bytes(out)
+    array = out / "train/000003.codes.0.npy"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy is damaged"):
+        TokenArrays(out, "train").verify()
+    with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy: expected sha256"):
+        join(out, own_run / "prepare", load_encoders(own_run), TokenizeConfig(crops=4, batch_size=8), 0)
+    assert _finish(own_run, out) == 1
+    assert tree_bytes(out) == before
