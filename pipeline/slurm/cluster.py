@@ -38,7 +38,7 @@ class Resources(Config):
     tasks_per_node: int | None = Field(None, ge=1, description="processes of each node; None: one a GPU, else one")
     cpus_per_task: int = Field(1, ge=1)
     memory: str | None = Field(None, description="of each node, e.g. 64G")
-    array: int | None = Field(None, ge=1, le=1000, description="tokenize and generate: jobs that share the shards")
+    array: int | None = Field(None, ge=1, le=1000, description="tokenize, generate, evaluate: jobs that share the work")
     array_limit: int | None = Field(None, ge=1, description="of these, so many at once")
     flags: tuple[str, ...] = Field((), description="more lines for sbatch, e.g. --exclusive or --constraint=ib")
 
