@@ -11,10 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.errors import UserError
 from pipeline.graph import PipelineConfig, load_pipeline, stage_named
+from pipeline.metrics import feature_store
+from pipeline.metrics.config import SweepConfig
+from pipeline.report.build import build_report
 from pipeline.runs import RunDirectory
 from pipeline.stage import StageRun
 from pipeline.tracking import Tracker
@@ -46,7 +50,14 @@ def page(tiny_run: Path) -> str:
     return (tiny_run / "report" / "index.html").read_text()
 
 
-def again(tiny_run: Path, tmp_path: Path, config: PipelineConfig, name: str, *but: str) -> StageRun:
+def again(
+    tiny_run: Path,
+    tmp_path: Path,
+    config: PipelineConfig,
+    name: str,
+    *but: str,
+    array_task: tuple[int, int] | None = None,
+) -> StageRun:
     """The stage `name` of the tiny run once more, in a run directory of its own; inputs in `but` are left out."""
     run = RunDirectory(tmp_path / "again")
     run.path.mkdir(exist_ok=True)
@@ -54,13 +65,17 @@ def again(tiny_run: Path, tmp_path: Path, config: PipelineConfig, name: str, *bu
         if other not in but and not run.stage(other).exists():
             run.stage(other).symlink_to(tiny_run / other)
     run.stage(name).mkdir(exist_ok=True)
-    return StageRun(config, stage_named(name), run, Tracker(run.stage(name), None))
+    return StageRun(config, stage_named(name), run, Tracker(run.stage(name), None), array_task)
 
 
 def painted(directory: Path, samples: list[Sample]) -> None:
     """What the stage generate leaves, with these samples as what it painted."""
     write_shard(directory / "samples" / "000000.tar", samples)
     (directory / "prompts.json").write_text("[]")
+
+
+def changed(config: PipelineConfig, **evaluate: Any) -> PipelineConfig:
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=evaluate)})
 
 
 class References(HTMLParser):
@@ -107,7 +122,7 @@ def test_sets_are_compared_at_equal_n(figures: dict[str, Any]) -> None:
 
 
 def test_measuring_again_gives_the_same_bytes(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
-    evaluate.main(again(tiny_run, tmp_path, config, "evaluate"))
+    evaluate.main(again(tiny_run, tmp_path, changed(config, feature_cache=tmp_path / "cache"), "evaluate"))
     measured = tmp_path / "again" / "evaluate" / "metrics.json"
     assert measured.read_bytes() == (tiny_run / "evaluate" / "metrics.json").read_bytes()
 
@@ -173,4 +188,53 @@ def test_samples_of_another_run_are_found(tiny_run: Path, tmp_path: Path, config
     known = next(read_samples(tiny_run / "prepare", "train"))
     painted(run.input("generate"), [Sample(f"stranger-{known.key}", known.png, "caption", {})])
     with pytest.raises(UserError, match=r"expected keys of prepared pictures, found 'stranger-"):
+        evaluate.main(run)
+
+
+def test_array_tasks_share_the_features_and_the_stage_measures_the_same(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "PART", 64)  # the batches, and so the bits, of the tiny run's own evaluation
+    cached = changed(config, feature_cache=tmp_path / "cache")
+    for task in ((0, 2), (1, 2)):
+        evaluate.main(again(tiny_run, tmp_path, cached, "evaluate", array_task=task))
+    sets = sorted(path for path in (tmp_path / "cache").iterdir())
+    assert sorted(len(list(path.glob("part-*.npz"))) for path in sets) == [1, 1, 3]  # 179 training pictures
+    run = again(tiny_run, tmp_path, cached, "evaluate")
+    assert not (run.directory / "metrics.json").exists()
+    evaluate.main(run)
+    whole = (tiny_run / "evaluate" / "metrics.json").read_text()
+    assert (run.directory / "metrics.json").read_text() == whole
+
+
+def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
+    wanted = SweepConfig(temperature=[0.2, 1.0], top_k=[1, None], samples=16)
+    swept = changed(config, sweep=wanted)
+    run = again(tiny_run, tmp_path, swept, "evaluate")
+    evaluate.main(run)
+    sweep = json.loads((run.directory / "metrics.json").read_text())["sweep"]
+    tried = [(setting["temperature"], setting["top_k"]) for setting in sweep["settings"]]
+    assert tried == [(0.2, 1), (0.2, None), (1.0, 1), (1.0, None)]
+    distances = [setting["figures"]["FD (Lite0)"] for setting in sweep["settings"]]
+    assert distances[0] == distances[2]  # of one code, temperature changes nothing
+    assert len(set(distances)) == 3
+    best = yaml.safe_load((run.directory / "best.yaml").read_text())["generate"]["sampling"]
+    assert (best["temperature"], best["top_k"]) == tried[distances.index(min(distances))]
+    tars = {path: path.stat().st_mtime_ns for path in (run.directory / "sweep").glob("*.tar")}
+    assert len(tars) == 4
+    evaluate.main(run)
+    assert {path: path.stat().st_mtime_ns for path in tars} == tars  # painted once
+    directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
+    report = build_report(directories, swept)
+    assert "Settings of sampling" in report.page
+    assert [name for name in report.plots if name.startswith("sweep-fd-against-is")]
+
+
+def test_sweep_of_guidance_needs_caption_dropout(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
+    run = again(tiny_run, tmp_path, changed(config, sweep=SweepConfig(guidance=[1, 3], samples=8)), "evaluate")
+    assert config.transformer.caption_dropout == 0
+    with pytest.raises(UserError, match="guidance other than 1 needs a transformer trained with caption_dropout"):
+        evaluate.main(run)
+    run = again(tiny_run, tmp_path, changed(config, sweep=SweepConfig(samples=100)), "evaluate")
+    with pytest.raises(UserError, match="at most half of the 179 training pictures"):
         evaluate.main(run)

@@ -115,7 +115,8 @@ def frechet_deviation(real: Array, generated: Array, generator: torch.Generator,
     """Standard deviation of d² under the bootstrap: both sets drawn anew with replacement, `resamples` times.
 
     Its spread is that of d² at this n. Its mean is not: a resample repeats samples, which lifts d², so percentiles
-    of the bootstrap would miss the figure itself; hence a deviation, to be put around the figure.
+    of the bootstrap would miss the figure itself; hence a deviation, to be put around the figure. Where
+    hardly anything but the bias is left (d² near that of two halves of one set) it is too wide, not too narrow.
     """
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")
 

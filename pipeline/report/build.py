@@ -50,8 +50,8 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     evaluation = read_json(directories["evaluate"] / "metrics.json")
     facts = read_facts(directories)
     originals = _training_pictures(directories["prepare"], evaluation)
-    prompted = _grouped(evaluation["nearest"], "kind", directories["generate"], originals)
-    sampled = _grouped(evaluation["samples"], "group", directories["evaluate"], originals)
+    prompted = _grouped(evaluation["nearest"], "kind", ("training", "new"), directories["generate"], originals)
+    sampled = _grouped(evaluation["samples"], "group", ("random", "best", "worst"), directories["evaluate"], originals)
     curves = {name: panels(facts.stages[name].history, name) for name in TRAINED}
     sweep = sweep_facts(evaluation["sweep"]) if "sweep" in evaluation else None
     plots = {
@@ -95,9 +95,10 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
 
 
 def _grouped(
-    entries: list[dict[str, Any]], by: str, directory: Path, originals: dict[str, str]
+    entries: list[dict[str, Any]], by: str, groups: tuple[str, ...], directory: Path, originals: dict[str, str]
 ) -> dict[str, list[Painted]]:
-    groups: dict[str, list[Painted]] = {}
+    """The pictures of each of `groups`."""
+    found: dict[str, list[Painted]] = {group: [] for group in groups}
     for entry in entries:
         painted = Painted(
             prompt=entry["prompt"],
@@ -107,8 +108,8 @@ def _grouped(
             distance=entry["distance"],
             score=entry.get("score"),
         )
-        groups.setdefault(entry[by], []).append(painted)
-    return groups
+        found[entry[by]].append(painted)
+    return found
 
 
 def _training_pictures(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
