@@ -123,9 +123,11 @@ def test_a_sample_comes_back_when_what_it_repeated_is_gone(tmp_path: Path) -> No
     values = {"image_size": 32, "validation_fraction": 0, "shard_size": 7, "filters": {"near_duplicate_bits": 3}}
     config = folder_config(folder, **values, max_rejected_fraction=0.5)
     prepare(tmp_path / "out", config, seed=0)
-    (folder / "03.png").write_bytes(encoded(picture(77, (8, 8)).resize((64, 64))))
-    prepare(tmp_path / "out", config, seed=0)
-    assert "copy3" in [key for key, _ in _samples(tmp_path / "out")]
+    for number in (3, 9):
+        (folder / f"{number:02d}.png").write_bytes(encoded(picture(70 + number, (8, 8)).resize((64, 64))))
+    index = prepare(tmp_path / "out", config, seed=0)
+    assert index["rejected"]["samples"] == 0
+    assert {"copy3", "copy9"} <= {key for key, _ in _samples(tmp_path / "out")}
 
 
 def test_a_replaced_picture_is_noticed_by_the_next_run(tmp_path: Path) -> None:
