@@ -33,7 +33,11 @@ def progress(
     `shown=False` (ranks other than 0) gives a silent one.
     """
     live = sys.stderr.isatty()
-    options: dict[str, Any] = {"dynamic_ncols": live, "mininterval": 0.2 if live else 10.0, "maxinterval": 10.0 if live else 3600.0}
+    options: dict[str, Any] = {
+        "dynamic_ncols": live,
+        "mininterval": 0.2 if live else 10.0,
+        "maxinterval": 10.0 if live else 3600.0,
+    }
     if not live:
         options |= {"ncols": 110, "ascii": True, "bar_format": "{l_bar}{bar}{r_bar}\n"}
     return tqdm(

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from pipeline.config import Config, flatten
 from pipeline.files import read_json, write_atomic, write_json
+from pipeline.lock import Lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -201,7 +202,9 @@ class Mirror:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)
-        self._parent_id = self._resume_or_create(client, self._run_directory, self._pipeline, None, {})
+        # Stages that start at the same time share one parent: whoever comes first makes it.
+        with Lock(self._run_directory / "locks" / "mlflow.json", "the MLflow run", wait_s=60):
+            self._parent_id = self._resume_or_create(client, self._run_directory, self._pipeline, None, {})
         self._run_id = self._resume_or_create(
             client, self._run_directory / self._stage, self._stage, self._parent_id, self._parameters
         )
@@ -235,8 +238,10 @@ class Mirror:
         return run_id
 
     def _artifact_location(self) -> str | None:
-        """Beside the embedded database; a server decides for itself."""
-        return None if self.config.uri else (self._run_directory / "mlartifacts").absolute().as_uri()
+        """In the run directory, unless there is a server, which decides for itself."""
+        if self.uri.startswith("http"):
+            return None
+        return (self._run_directory / "mlartifacts").absolute().as_uri()
 
     def _copy(self) -> None:
         assert self._client is not None
