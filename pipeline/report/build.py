@@ -156,7 +156,7 @@ def _tables(rows: list[dict[str, Any]]) -> list[Table]:
         groups.setdefault(columns, []).append(metric)
     return [
         Table(
-            _title(columns[0][0]),
+            _title(metrics[0], columns[0][0]),
             list(columns),
             [(metric, cells[metric][0]["better"], cells[metric]) for metric in metrics],
         )
@@ -164,9 +164,13 @@ def _tables(rows: list[dict[str, Any]]) -> list[Table]:
     ]
 
 
-def _title(compares: str) -> str:
+def _title(metric: str, compares: str) -> str:
+    if "nearest training picture" in metric:
+        return "How near the training pictures are"
     if "reconstruction" in compares:
         return "Reconstructions of the image tokenizer"
+    if "captions" in compares and ", their" in compares:
+        return "Pictures against their captions"
     return "Set against set" if "," in compares else "Generated pictures beside real ones"
 
 

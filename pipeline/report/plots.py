@@ -37,7 +37,8 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
         ("Loss", [key for key in keys if "loss" in key.split("/") or key.split("/")[-1] == "reconstruction"]),
         ("PSNR, dB", [key for key in keys if "psnr" in key]),
         ("Accuracy of the next token", [key for key in keys if "accuracy" in key.split("/")]),
-        ("Codes in use", [key for key in keys if "usage" in key or "perplexity" in key]),
+        ("Share of codes in use", [key for key in keys if "usage" in key]),
+        ("Perplexity of the codebook", [key for key in keys if "perplexity" in key]),
         ("Learning rate", [key for key in keys if key == "learning_rate"]),
     )
     found = []
@@ -60,7 +61,7 @@ def line_plot(series: Sequence[Series], salt: str) -> str:
     with _drawn(salt) as (figure, buffer):
         axes = figure.add_subplot()
         for (label, steps, values), colour in zip(series, _LINES, strict=False):
-            dense = len(values) > 200
+            dense = len(values) > 200 and "learning" not in label
             if dense:
                 axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
             axes.plot(steps, _smoothed(values) if dense else values, color=colour, linewidth=1.5, label=label)
@@ -131,7 +132,7 @@ def _bare(axes: Axes, legend: bool) -> None:
         axes.legend(frameon=False, handlelength=1.2)
 
 
-def _smoothed(values: list[float], memory: float = 0.95) -> list[float]:
+def _smoothed(values: list[float], memory: float = 0.85) -> list[float]:
     """Exponential moving average, corrected for its start."""
     average, weight, result = 0.0, 0.0, []
     for value in values:
