@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -27,6 +28,17 @@ def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _prepared(tiny_run: Path, folder: Path, *stages: str) -> Path:
+    """A run in `folder` of which only these stages are finished, copied from the finished run."""
+    run = folder / "tiny"
+    run.mkdir(parents=True)
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(tiny_run / name, run)
+    for stage in stages:
+        shutil.copytree(tiny_run / stage, run / stage)
+    return run
 
 
 def _wait_for(happened: Callable[[], bool], runner: subprocess.Popen[str], timeout_s: float = 120) -> None:
@@ -75,9 +87,10 @@ def _before_first_checkpoint(directory: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     """One run whose training stages are killed before, during and after a save, and each time started again."""
     folder = tmp_path_factory.mktemp("killed")
+    _prepared(tiny_run, folder, "prepare", "text-tokenizer")
     for stage in ("image-tokenizer", "transformer"):
         for moment in (_before_first_checkpoint, _after_first_checkpoint, _during_a_later_save):
             _killed(folder, stage, moment)
@@ -94,6 +107,7 @@ def test_killed_before_during_and_after_a_save_ends_with_the_same_bits(
 
 
 def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_path: Path, tiny_run: Path) -> None:
+    _prepared(tiny_run, tmp_path, "prepare", "text-tokenizer")
     runner = _start(tmp_path)
     _wait_for(lambda: _after_first_checkpoint(tmp_path / "tiny" / "image-tokenizer"), runner)
     stage = psutil.Process(runner.pid).children()[0]
@@ -105,8 +119,28 @@ def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_
     assert _outputs(tmp_path / "tiny", "image-tokenizer") == _outputs(tiny_run, "image-tokenizer")
 
 
+def test_two_processes_killed_in_the_middle_end_with_the_same_bits(tmp_path: Path, tiny_run: Path) -> None:
+    finished = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
+    undisturbed, killed = (_prepared(tiny_run, tmp_path / name, *finished) for name in ("undisturbed", "killed"))
+    arguments = ["--config", str(killed / "config.yaml")]
+    launcher = subprocess.Popen(
+        command("stages.transformer", arguments, processes=2), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not _after_first_checkpoint(killed / "transformer"):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+        process.kill()
+    launcher.wait()
+    assert "goes on from step" in launch("stages.transformer", *arguments, processes=2)
+    launch("stages.transformer", "--config", str(undisturbed / "config.yaml"), processes=2)
+    assert _outputs(killed, "transformer") == _outputs(undisturbed, "transformer")
+    assert _figures(killed, "transformer") == _figures(undisturbed, "transformer")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, tmp_path: Path, tiny_run: Path) -> None:
+    _prepared(tiny_run, tmp_path, "prepare", "text-tokenizer")
     runner = _start(tmp_path, "image_tokenizer.training.checkpoint_every=1000")
     directory = tmp_path / "tiny" / "image-tokenizer"
     _wait_for(lambda: _before_first_checkpoint(directory), runner)
