@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
-from pipeline.config import to_yaml
 from pipeline.data.shards import read_samples
 from pipeline.files import read_json
 from pipeline.graph import PipelineConfig
@@ -87,7 +87,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         tables=_tables(evaluation["rows"]),
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         warnings=_warnings(evaluation["rows"]),
-        config=to_yaml(config),
+        config=_config(config),
         credit=facts.index.get("credit") or (_OPENMOJI_CREDIT if config.prepare.source.kind == "openmoji" else None),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
     )
@@ -186,6 +186,12 @@ def _figure(value: float | None) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def _config(config: PipelineConfig) -> str:
+    """Without what only says where and how the run ran: the page is the same wherever the run directory lies."""
+    values = config.model_dump(mode="json", exclude={"runs", "processes", "tracking"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _rendering(config: PipelineConfig, image_size: int) -> str:
