@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline import distributed
 from pipeline.errors import UserError
-from pipeline.files import fsync_directory, fsync_file, read_json, sha256_file, write_json
+from pipeline.files import fsync_directory, fsync_file, is_full, no_space, read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,12 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        write(temporary)
+        try:
+            write(temporary)
+        except Exception as error:
+            if is_full(temporary, error):
+                raise no_space(final) from error
+            raise
         distributed.barrier()
         files = _files(temporary)
         mine = {}

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +25,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_file(temporary)
         temporary.replace(path)
         fsync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
+        full = is_full(path.parent, error)  # before the half-written file makes room again
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left for {path}: free some, then run the same command again (nothing that was there is lost)"
-            ) from error
+        if full:
+            raise no_space(path) from error
         raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def is_full(directory: Path, error: BaseException) -> bool:
+    """Is `error` that of a full disk? Libraries that write through C++ hide the reason, so the disk is asked too."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(directory).free < 1 << 20
+
+
+def no_space(path: Path) -> UserError:
+    return UserError(
+        f"no space left for {path}: free some, then run the same command again (nothing that was there is lost)"
+    )
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -12,6 +12,7 @@ The contract of a stage process:
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import runpy
@@ -113,6 +114,13 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         if distributed.is_main():
             log.error("error: %s", error)
         status = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            log.exception("%s crashed", name)
+            status = 1
+        else:
+            log.error("error: no space left (%s): free some, then run the same command again, it goes on", error)
+            status = 2
     except SystemExit as leaving:  # --help
         status = int(leaving.code or 0)
     except BaseException:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -162,3 +162,27 @@ def test_a_second_process_in_the_same_run_is_refused_and_the_first_goes_on(tmp_p
     finally:
         first.kill()
         first.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of six megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("a file system of its own needs root and the right to mount one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_gets_one_line_and_the_run_goes_on_when_there_is_room(
+    small_disk: Path, tiny_run: Path
+) -> None:
+    run = _prepared(tiny_run, small_disk, "prepare", "text-tokenizer", "image-tokenizer", "tokenize")
+    config = ["--config", str(run / "config.yaml")]
+    output = launch("stages.transformer", *config, check=False)  # its second checkpoint does not fit
+    assert "error: no space left for" in output
+    assert "Traceback" not in output
+    subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
+    launch("stages.transformer", *config)
+    assert _outputs(run, "transformer") == _outputs(tiny_run, "transformer")
