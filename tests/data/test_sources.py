@@ -120,7 +120,7 @@ def test_near_duplicates_are_counted_and_the_first_is_kept(tmp_path: Path) -> No
 
 def test_a_sample_comes_back_when_what_it_repeated_is_gone(tmp_path: Path) -> None:
     folder = _smooth_folder(tmp_path / "in")
-    values = {"image_size": 32, "validation_fraction": 0, "shard_size": 7, "filters": {"near_duplicate_bits": 3}}
+    values = {"image_size": 32, "validation_fraction": 0, "shard_size": 6, "filters": {"near_duplicate_bits": 3}}
     config = folder_config(folder, **values, max_rejected_fraction=0.5)
     prepare(tmp_path / "out", config, seed=0)
     for number in (3, 9):
