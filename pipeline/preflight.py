@@ -26,6 +26,7 @@ from pipeline.runs import RunDirectory
 
 CLOCK_TOLERANCE_S = 10.0
 _FILES_LOOKED_AT = 64
+_FAREWELL_S = 5.0
 BAD_HOSTS, NO_HOST_TO_BLAME = 3, 4
 
 
@@ -54,7 +55,8 @@ def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeou
         os._exit(BAD_HOSTS if set(found) & set(names) else NO_HOST_TO_BLAME)
     if rank == 0:
         seconds = time.monotonic() - started
-        click.echo(f"preflight: {processes} processes on {', '.join(names)} are fit, {seconds:.1f} s", err=True)
+        done = ", and all-reduce" if processes > 1 else ""
+        click.echo(f"preflight: {processes} processes on {', '.join(names)} are fit{done}, {seconds:.1f} s", err=True)
     os._exit(0)  # gloo's destructors sometimes abort
 
 
@@ -109,15 +111,18 @@ def _meet(rank: int, processes: int, hosts: list[str], problem: str | None, time
     store.set(f"seen/{rank}", problem or "")
     if rank == 0:
         found = _collect(store, "seen", processes, hosts, timeout_s, "no sign of rank {} within {:.0f} s")
-        store.set("go", "" if found else "no")
+        store.set("verdict", "stop" if found else "go")
     try:
-        go = store.get("go") == b""
+        go = store.get("verdict") == b"go"
     except RuntimeError:
         return {}
     if go:
         store.set(f"reduced/{rank}", _all_reduce(torch, dist, store, rank, processes, patience))
     if rank:
+        store.set(f"done/{rank}", "")
         return {}
+    # The store ends with this process, and the others are still reading: wait for those that were seen.
+    _collect(store, "done", processes, hosts, _FAREWELL_S, "", first=1)
     if not go:
         return found
     failures = _collect(store, "reduced", processes, hosts, timeout_s, "rank {} did not end the all-reduce in {:.0f} s")
@@ -128,11 +133,13 @@ def _meet(rank: int, processes: int, hosts: list[str], problem: str | None, time
     return failures
 
 
-def _collect(store, prefix: str, processes: int, hosts: list[str], timeout_s: float, missing: str) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def _collect(  # type: ignore[no-untyped-def]
+    store, prefix: str, processes: int, hosts: list[str], timeout_s: float, missing: str, first: int = 0
+) -> dict[str, str]:
     """What the ranks said of themselves, by host; silence counts as bad. An empty word is a good one."""
     deadline = time.monotonic() + timeout_s
     found: dict[str, str] = {}
-    for rank in range(processes):
+    for rank in range(first, processes):
         host = hosts[rank * len(hosts) // processes]
         left_s = max(deadline - time.monotonic(), 0.1)
         try:
