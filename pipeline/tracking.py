@@ -197,8 +197,8 @@ class Mirror:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # what fails is told once, by _warn
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        for noisy in ("alembic", "mlflow", "urllib3"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+        for noisy in ("alembic", "mlflow", "sqlalchemy", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)
