@@ -1,0 +1,83 @@
+"""The commands of README.md run as they stand there, on the tiny pipeline in place of the demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tests.launch import ROOT, command, environment, launch
+
+README = (ROOT / "README.md").read_text()
+# What stands for an argument of the user's own choice, and a small choice.
+CHOICES = {"a.b=c": "report.title=tiny", "<stage>": "text-tokenizer", "configs/openmoji.yaml": str(TINY)}
+TESTED_ON_A_REAL_SLURM = {"submit", "status", "logs", "cancel", "resubmit"}  # tests/slurm/
+SERVERS = {"ui"}
+
+
+def _commands() -> list[list[str]]:
+    lines = re.findall(r"^    smalti (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def _runnable() -> list[list[str]]:
+    return [words for words in _commands() if words[0] not in TESTED_ON_A_REAL_SLURM | SERVERS]
+
+
+@pytest.mark.parametrize("words", _runnable(), ids=" ".join)
+def test_a_command_of_the_readme_runs(words: list[str], tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")
+    chosen = [CHOICES.get(word, word).replace("runs/openmoji", "runs/tiny") for word in words]
+    launch("pipeline", *chosen, cwd=tmp_path)
+    for written in (chosen[i + 1] for i, word in enumerate(chosen) if word == "-o"):
+        assert (tmp_path / written).exists()
+
+
+def test_smalti_ui_serves_the_run(tiny_run: Path) -> None:
+    assert ["ui", "runs/openmoji"] in _commands()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = command("pipeline", ["ui", str(tiny_run), "--port", str(port)])
+    server = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                assert urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read() == b"OK"
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.2)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    targets = re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_module_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], env=environment(), capture_output=True, text=True
+    )
+    assert "run" in done.stdout
+    assert "generate" in done.stdout
