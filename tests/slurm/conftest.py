@@ -55,7 +55,7 @@ class Slurm:
         return found[1]
 
 
-def wait_until(what: str, condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(what: str, condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for this: {what}"

@@ -35,9 +35,9 @@ class Training:
 
     def wait_for_steps(self, life: int) -> list[int]:
         """Wait until life number `life` of the job has trained a little; its processes, all four asleep."""
-        wait_until(f"life {life}", lambda: self.notes().count("started") > life, 120)
+        wait_until(f"life {life}", lambda: self.notes().count("started") > life)
         before = self.step()
-        wait_until("a step", lambda: self.step() not in (before, 150) and len(self.ranks()) == 4, 120)
+        wait_until("a step", lambda: self.step() not in (before, 150) and len(self.ranks()) == 4)
         ranks = self.ranks()
         signal_all(ranks, signal.SIGSTOP)
         return ranks
@@ -53,7 +53,7 @@ class Training:
         return self.slurm.job(self.id, "JobState")
 
     def wait_for_the_end(self) -> None:
-        wait_until("the end", lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED"), 150)
+        wait_until("the end", lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED"))
 
 
 def _run_into_the_time_limit(training: Training, ranks: list[int]) -> None:
@@ -162,7 +162,7 @@ def test_a_host_that_cannot_read_the_inputs_is_named_and_left(slurm: Slurm, run_
     cluster = cluster_file(run_copy.parent, stages="{transformer: {nodes: 1, gpus: 2}}")
     slurm.smalti("submit", str(run_copy / "config.yaml"), "--cluster", str(cluster), "--only", "transformer")
     job = json.loads((run_copy / "slurm" / "jobs.json").read_text())[-1]["id"]
-    wait_until("work on the other node", lambda: processes_of(job, "stages.transformer"), 90)
+    wait_until("work on the other node", lambda: processes_of(job, "stages.transformer"))
     assert slurm.job(job, "NodeList") == "node2"
     assert slurm.job(job, "ExcNodeList") == "node1"
     log = slurm.smalti("logs", str(run_copy), "transformer", "-n", "0")

@@ -38,7 +38,7 @@ def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitt
     jobs = {entry["script"]: entry["id"] for entry in json.loads((path / "slurm" / "jobs.json").read_text())}
     seen = Submitted(path, jobs)
 
-    wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"), 180)
+    wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
     os.kill(processes_of(jobs["tokenize.tasks"], "stages.tokenize")[0], signal.SIGKILL)
     histories = path / "slurm"
     wait_until(
@@ -46,7 +46,7 @@ def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitt
     )
     seen.join_state_after_death = slurm.job(jobs["tokenize"], "JobState")
 
-    wait_until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"), 120)
+    wait_until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"))
     seen.again = slurm.smalti(*submit)
     seen.jobs_after_again = set(slurm.states())
 
