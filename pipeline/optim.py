@@ -56,7 +56,8 @@ def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # its kernels are torch.compile'd, which on a CPU costs a C++ compiler and half a minute
         torch.compiler.set_stance("force_eager")
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         parameter.use_muon = parameter.ndim == 2 and "blocks." in name  # type: ignore[attr-defined]
         (matrices if parameter.use_muon else rest).append(parameter)  # type: ignore[attr-defined]
