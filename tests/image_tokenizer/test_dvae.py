@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.config import CosineRamp, DVAEConfig
 from pipeline.image_tokenizer.evaluation import evaluate, reconstruction_grid
-from pipeline.optim import build_optimizer
+from pipeline.optim import build_adamw
 from pipeline.train_config import TrainingConfig
 
 SMALL = {
@@ -204,7 +204,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
     tokenizer = small(**changes).train()
     objective = tokenizer.objective()
     training = TrainingConfig(steps=100, batch_size=8, learning_rate=3e-3, warmup_steps=10)
-    optimizer = build_optimizer(objective, training)
+    optimizer = build_adamw(objective, training)
     before = evaluate(tokenizer, [{"images": emoji}])
     losses = []
     for step in range(100):
