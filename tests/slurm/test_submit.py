@@ -14,7 +14,8 @@ from pipeline.graph import STAGE_NAMES
 from tests.conftest import TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+# Four ranks, two nodes and a controller on a machine of two cores: a life may come late once; a second try is told.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.flaky(reruns=1)]
 
 
 @dataclass
@@ -64,7 +65,10 @@ def test_all_stages_end_completed_with_the_weights_of_a_local_run(submitted: Sub
     assert all((submitted.path / stage / "_SUCCESS").exists() for stage in STAGE_NAMES)
     for stage in ("image-tokenizer", "transformer"):
         assert weights(submitted.path, stage) == weights(local_run, stage)
-    assert {json.loads((run / "generate" / "manifest.json").read_text())["hash"] for run in (submitted.path, local_run)}
+    pictures, locally = (
+        json.loads((run / "generate" / "manifest.json").read_text())["outputs"] for run in (submitted.path, local_run)
+    )
+    assert pictures == locally
 
 
 def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted: Submitted) -> None:
