@@ -19,6 +19,7 @@ from pipeline.data.shards import read_samples
 from pipeline.data.sources import Part, open_source
 from pipeline.errors import UserError
 from tests.data.pictures import encoded, folder_config, picture, prepare_config, tree_bytes, write_folder, write_tar
+from tests.launch import environment
 
 
 def _samples(directory: Path, *splits: str) -> list[tuple[str, str]]:
@@ -291,6 +292,15 @@ def test_a_folder_in_s3_gives_the_same_bytes_as_a_local_one(bucket: Any, tmp_pat
     assert tree_bytes(tmp_path / "local/train") == tree_bytes(tmp_path / "remote/train")
 
 
+_PREPARE = """
+import sys
+from pathlib import Path
+from pipeline.data.config import PrepareConfig
+from pipeline.data.prepare import prepare
+prepare(Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[1]), seed=0)
+"""
+
+
 def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(bucket: Any, tmp_path: Path) -> None:
     _tar_config(tmp_path, 5)
     _upload(bucket, tmp_path / "in", "tars")
@@ -308,7 +318,9 @@ def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(buck
     ]
     for number, source in enumerate(sources):
         config = prepare_config(source, shard_size=3, validation_fraction=0, workers=2 if number == 2 else 1)
-        prepare(tmp_path / f"out{number}", config, seed=0)
+        # A process of its own: the server that this one forks workers from may be older than the S3 server's address.
+        arguments = [config.model_dump_json(), str(tmp_path / f"out{number}")]
+        subprocess.run([sys.executable, "-c", _PREPARE, *arguments], env=environment(), check=True)
         assert len(_samples(tmp_path / f"out{number}")) == 5
 
 
