@@ -65,8 +65,11 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value, start)
-        # One new position sees all of the cache; several at once happen only at the start of the sequence.
-        mixed = attend(query, key, value, causal=length > 1)
+        if start and length > 1:  # several positions at once, after what is cached
+            seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=x_BSD.device).tril(start)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        else:  # one new position sees all of the cache
+            mixed = attend(query, key, value, causal=length > 1)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -4,7 +4,7 @@
     text_logits, level_logits = model(text, codes)         # training: every position at once
     cache = model.new_cache(batch); hidden = model.read_text(text, cache)     # sampling: the prompt once,
     logits = model.level_logits(hidden, level)                                # then a code at a time
-    hidden = model.read_code(code, index, cache)
+    hidden = model.read_code(code, index, cache)                              # or several: read_codes
 
 Every part predicts only over its own vocabulary: text positions text, each level its codebook. That is
 the softmax over the one vocabulary with the impossible ids masked, at a fraction of the cost.
@@ -103,11 +103,17 @@ class Transformer(nn.Module):
 
     def read_code(self, code_B: Tensor, index: int, cache: Cache) -> Tensor:
         """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
-        level = self.layout.level_at(index)
-        row, column = divmod(index - self.layout.level_starts[level], self.layout.levels[level].width)
-        place_D = self.rows[level][row] + self.columns[level][column]
-        x_BD = self.embedding(code_B + self.layout.level_offsets[level]) + place_D
-        return self._read(x_BD[:, None], cache, self.layout.text_length + 1 + index)
+        return self.read_codes(code_B[:, None], index, cache)
+
+    def read_codes(self, codes_Bn: Tensor, start: int, cache: Cache) -> Tensor:
+        """Put codes `start` .. `start + n - 1` of the N into the cache; returns the hidden state [B, D] that predicts
+        code `start + n`.
+
+        Each level's own ids, as `forward` takes them; they may cross from one level to the next. The text and the
+        codes before `start` must be in the cache.
+        """
+        x_BnD = self._embed_codes(codes_Bn, start)
+        return self._read(x_BnD, cache, self.layout.text_length + 1 + start)
 
     def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
         x_BSD = working_precision(x_BSD)
@@ -121,11 +127,23 @@ class Transformer(nn.Module):
         start_B1 = ids_BT.new_full((len(ids_BT), 1), self.layout.start_id)
         return self.embedding(torch.cat([start_B1, ids_BT], dim=1)) + self.text_position.weight
 
-    def _embed_codes(self, codes_BN: Tensor) -> Tensor:
-        places = [
-            (row[:, None] + column[None]).flatten(0, 1) for row, column in zip(self.rows, self.columns, strict=True)
-        ]
-        return self.embedding(codes_BN + self.code_offsets) + torch.cat(places)
+    def _embed_codes(self, codes_Bn: Tensor, start: int = 0) -> Tensor:
+        """Codes `start` .. `start + n - 1` of the N: [B, n, D]."""
+        end = start + codes_Bn.shape[1]
+        return self.embedding(codes_Bn + self.code_offsets[start:end]) + self._places(start, end)
+
+    def _places(self, start: int, end: int) -> Tensor:
+        """Row + column embedding of codes start .. end - 1 of the N: [n, D]. Makes only the rows that it needs."""
+        places = []
+        for (begin, size), level, row, column in zip(
+            self._parts, self.layout.levels, self.rows, self.columns, strict=True
+        ):
+            low, high = max(start - begin, 0), min(end - begin, size)
+            if low < high:
+                first, last = low // level.width, -(-high // level.width)
+                grid = (row[first:last, None] + column[None]).flatten(0, 1)
+                places.append(grid[low - first * level.width : high - first * level.width])
+        return torch.cat(places)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors (float32) and config.json."""

@@ -64,6 +64,23 @@ def test_cached_logits_equal_the_full_pass_at_every_position(layout: Layout, qk_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_prefix_read_at_once_is_one_read_code_by_code(layout: Layout) -> None:
+    model = built(layout)
+    text, codes = batch(layout)
+    _, expected = model(text, codes)
+    for first, second in ((1, 2), (3, layout.image_length - 4)):
+        cache = model.new_cache(len(text))
+        model.read_text(text, cache)
+        model.read_codes(codes[:, :first], 0, cache)
+        hidden = model.read_codes(codes[:, first : first + second], first, cache)
+        index = first + second
+        level = layout.level_at(index)
+        logits = model.level_logits(hidden, level)
+        torch.testing.assert_close(logits, expected[level][:, index - layout.level_starts[level]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_attention_equals_that_of_inference(layout: Layout) -> None:
     model = built(layout)
     text, codes = batch(layout)
