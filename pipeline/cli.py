@@ -2,6 +2,7 @@
 
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
+smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
 smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
@@ -22,6 +23,7 @@ from pipeline.config import to_yaml
 from pipeline.data.commands import data
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.graph import STAGES, load_pipeline
+from pipeline.image_tokenizer.commands import reconstruct
 from pipeline.metrics.command import evaluate
 from pipeline.runs import config_of, source_name
 from pipeline.sampling.command import generate
@@ -101,6 +103,7 @@ def _stage_command(name: str) -> click.Command:
 
 
 cli.add_command(data)
+cli.add_command(reconstruct)
 cli.add_command(generate)  # with --config it is the stage
 cli.add_command(evaluate)  # likewise
 for _command in SLURM_COMMANDS:
