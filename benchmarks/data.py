@@ -1,17 +1,19 @@
 """How fast data is, beside what it has to keep up with. Prints tables; figures and what they mean: docs/data.md.
 
-    python -m benchmarks.data stream       image stream beside plain webdataset pipelines; resume at 90 % of an epoch
-    python -m benchmarks.data sampler      token sampler beside a training step of the demo's transformer; 10^9 samples
-    python -m benchmarks.data tokenize     tokenize beside the encoder alone
-    python -m benchmarks.data duplicates   search for equal keys and near pictures among 2^24 samples
+    python -m benchmarks.data stream [PREPARE...]   image stream beside webdataset pipelines; resume at 90 % of an epoch
+    python -m benchmarks.data sampler               token sampler beside training steps of small models; 10^9 samples
+    python -m benchmarks.data tokenize              tokenize beside the encoder alone
+    python -m benchmarks.data duplicates            search for equal keys and near pictures among 2^24 samples
 
-Alternatives take turns, and each figure is the median of its rounds. `stream` also counts processor time, workers'
-included, which other work on the machine disturbs less than the clock. It reads OpenMoji at 64 x 64, or the directory
-of a finished `prepare`: python -m benchmarks.data stream --shards runs/x/prepare
+Alternatives take turns, and each figure is the median of its rounds. `stream` reads OpenMoji at 64 x 64, or the
+directories of finished `prepare` stages (runs/x/prepare); it also counts processor time, workers' included, which
+other work on the machine disturbs less than the clock.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import resource
 import statistics
 import sys
@@ -29,24 +31,36 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from pipeline.config import load_config
+from pipeline.data import png
 from pipeline.data.config import PrepareConfig, TokenizeConfig
 from pipeline.data.duplicates import same_key, same_picture
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.data.tokenizing import Encoders, all_shards, tokenize_shard
-from pipeline.data.tokens import Level, token_dtype
+from pipeline.data.tokenizing import Encoders, all_shards, tokenize_shards
+from pipeline.data.tokens import Level
 from pipeline.files import write_json
 from pipeline.graph import PipelineConfig
 from pipeline.image_tokenizer.base import build
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.transformer.config import TransformerConfig
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 
 BATCH = 64
 ROUNDS = 3
+STEADY_BATCHES = 60
 DEMO = Path(__file__).parents[1] / "configs" / "openmoji.yaml"
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table."""
+    print()
+    for cells in (header, ["---"] * len(header), *rows):
+        print("|", " | ".join(cells), "|")
+    print(flush=True)
 
 
 def shards(folder: Path, image_size: int) -> Path:
@@ -63,16 +77,33 @@ def to_pixels(sample: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(sample["png"]).permute(2, 0, 1)
 
 
-def plain_webdataset(prepared: Path, workers: int) -> Iterator[torch.Tensor]:
+def to_pixels_fast(sample: dict[str, Any]) -> torch.Tensor:
+    """Our decoder inside of webdataset's pipeline."""
+    return torch.from_numpy(png.decode(sample["png"]))
+
+
+def plain_webdataset(prepared: Path, workers: int, fast: bool = False) -> Iterator[torch.Tensor]:
     """As its documentation has it: shuffle shards, shuffle samples, decode, batch in the worker."""
     urls = sorted(str(path) for path in (prepared / "train").glob("*.tar"))
     data = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=webdataset.split_by_node).shuffle(1000)
-    data = data.decode("rgb8").map(to_pixels).batched(BATCH, collation_fn=torch.stack, partial=False)
+    data = data.map(to_pixels_fast) if fast else data.decode("rgb8").map(to_pixels)
+    data = data.batched(BATCH, collation_fn=torch.stack, partial=False)
     return iter(DataLoader(data.repeat(), batch_size=None, num_workers=workers))
 
 
 def our_stream(prepared: Path, threads: int, cache_bytes: int) -> Iterator[Any]:
     return ImageStream(prepared, "train", 0, threads=threads, cache_bytes=cache_bytes).batches(0, BATCH)
+
+
+PIPELINES: dict[str, Callable[[Path], Iterator[Any]]] = {
+    "webdataset, no worker": lambda prepared: plain_webdataset(prepared, 0),
+    "webdataset, 1 worker": lambda prepared: plain_webdataset(prepared, 1),
+    "webdataset, 2 workers": lambda prepared: plain_webdataset(prepared, 2),
+    "webdataset, 2 workers, our PNG decoder": lambda prepared: plain_webdataset(prepared, 2, fast=True),
+    "stream, 1 thread, no cache": lambda prepared: our_stream(prepared, 1, 0),
+    "stream, 2 threads, no cache": lambda prepared: our_stream(prepared, 2, 0),
+    "stream as it comes (decoded once, then cached)": lambda prepared: our_stream(prepared, 1, 512 << 20),
+}
 
 
 def cpu_seconds() -> float:
@@ -82,55 +113,79 @@ def cpu_seconds() -> float:
     return float(sum(spent.user + spent.system for spent in times))
 
 
-def rates_of(batches: Iterator[Any], warm: int, count: int) -> tuple[float, float]:
-    """Pictures a second, and pictures a second of processor time."""
-    for _ in islice(batches, warm):
+def drop_from_page_cache(folder: Path) -> None:
+    os.sync()
+    for path in folder.rglob("*.*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def rates_of(prepared: Path, make: Callable[[Path], Iterator[Any]], epoch: int) -> tuple[float, float, float]:
+    """Seconds of the first epoch (cold files, start-up included); then pictures a second, and a processor second."""
+    drop_from_page_cache(prepared / "train")
+    started = time.perf_counter()
+    batches = make(prepared)
+    for _ in islice(batches, epoch):
         pass
+    cold = time.perf_counter() - started
     started, cpu = time.perf_counter(), cpu_seconds()
-    for _ in islice(batches, count):
+    for _ in islice(batches, STEADY_BATCHES):
         pass
-    wall = time.perf_counter() - started
-    return count * BATCH / wall, count * BATCH / (cpu_seconds() - cpu)
+    wall, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    del batches
+    return cold, STEADY_BATCHES * BATCH / wall, STEADY_BATCHES * BATCH / cpu
 
 
-def stream(given: str | None) -> None:
+def stream(given: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(given) if given else shards(Path(folder), 64)
-        epoch = len(ImageStream(prepared, "train", 0)) // BATCH
-        pipelines: dict[str, Callable[[], Iterator[Any]]] = {
-            "webdataset, no worker": lambda: plain_webdataset(prepared, 0),
-            "webdataset, 1 worker": lambda: plain_webdataset(prepared, 1),
-            "webdataset, 2 workers": lambda: plain_webdataset(prepared, 2),
-            "stream, 1 thread, no cache": lambda: our_stream(prepared, 1, 0),
-            "stream, 2 threads, no cache": lambda: our_stream(prepared, 2, 0),
-            "stream, default (cache)": lambda: our_stream(prepared, 1, 512 << 20),
-        }
-        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
-        for _ in range(ROUNDS):
-            for name, make in pipelines.items():
-                batches = make()
-                # The first epoch fills caches (the system's, and ours where it is on).
-                rates[name].append(rates_of(batches, epoch + 2 if "cache)" in name else 10, 40))
-                del batches
-        for name, values in rates.items():
-            wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
-            print(f"{name:<32}{wall:>10,.0f} pictures/s{cpu:>12,.0f} pictures a processor second")
-        resume(prepared)
+        for prepared in [Path(path) for path in given] or [shards(Path(folder), 64)]:
+            whole = ImageStream(prepared, "train", 0)
+            print(
+                f"\n{len(whole):,} pictures of {whole.image_size} px in {len(whole.shards)} shards, batches of {BATCH}"
+            )
+            found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in PIPELINES}
+            for _ in range(ROUNDS):
+                for name, make in PIPELINES.items():
+                    found[name].append(rates_of(prepared, make, len(whole) // BATCH))
+            medians = {
+                name: [statistics.median(column) for column in zip(*values, strict=True)]
+                for name, values in found.items()
+            }
+            rows = [[name, f"{v[0]:.2f} s", f"{v[1]:,.0f}", f"{v[2]:,.0f}"] for name, v in medians.items()]
+            table(["", "first epoch, cold", "then pictures/s", "a processor second"], rows)
+            rate = {name: values[1] for name, values in medians.items()}
+            ours, theirs = ([name for name in rate if name.startswith(s)] for s in ("stream", "webdataset"))
+            mine, plain = max(rate[name] for name in ours[:2]), max(rate[name] for name in theirs[:3])
+            print(f"1 thread / 1 worker: {rate[ours[0]] / rate[theirs[1]]:.2f} x")
+            print(f"2 threads / 2 workers: {rate[ours[1]] / rate[theirs[2]]:.2f} x")
+            print(f"best without cache / best plain webdataset: {mine / plain:.2f} x")
+            print(f"best without cache / webdataset with our decoder: {mine / rate[theirs[3]]:.2f} x")
+            resume(prepared)
 
 
 def resume(prepared: Path) -> None:
-    image_stream = ImageStream(prepared, "train", 0, cache_bytes=0)
-    whole, late = [], []
-    for _ in range(ROUNDS):
+    """How long the first sample, and the first batch, take at 90 % of an epoch, beside the whole epoch; warm files."""
+
+    def seconds(position: int, batch: int, count: int) -> float:
         started = time.perf_counter()
-        for _ in islice(image_stream.batches(0, BATCH), len(image_stream) // BATCH):
+        batches = ImageStream(prepared, "train", 0, cache_bytes=0).batches(position, batch)
+        for _ in islice(batches, count):
             pass
-        whole.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        next(ImageStream(prepared, "train", 0, cache_bytes=0).batches(int(0.9 * len(image_stream)), BATCH))
-        late.append(time.perf_counter() - started)
-    epoch_s, late_s = statistics.median(whole), statistics.median(late)
-    print(f"an epoch {epoch_s:.3f} s; first batch at 90 % of it {late_s:.4f} s: {late_s / epoch_s:.1%}")
+        taken = time.perf_counter() - started
+        batches.close()  # type: ignore[attr-defined]
+        return taken
+
+    samples = len(ImageStream(prepared, "train", 0))
+    rounds = [
+        (seconds(0, BATCH, samples // BATCH), seconds(samples * 9 // 10, 1, 1), seconds(samples * 9 // 10, BATCH, 1))
+        for _ in range(3 * ROUNDS)
+    ]
+    epoch, sample, batch = (statistics.median(column) for column in zip(*rounds, strict=True))
+    rows = [["the whole epoch", f"{epoch * 1e3:,.1f} ms", ""]]
+    for name, taken in (("first sample", sample), (f"first batch of {BATCH}", batch)):
+        rows.append([f"{name} at 90 %", f"{taken * 1e3:,.1f} ms", f"{taken / epoch:.1%}"])
+    table(["from nothing (index, threads, files) to", "", "of the epoch"], rows)
 
 
 # --- sampler -----------------------------------------------------------------------------------------------------
@@ -139,12 +194,14 @@ def resume(prepared: Path) -> None:
 def hollow_arrays(folder: Path, shard_count: int, samples: int, text: int, side: int) -> Path:
     """Token arrays of zeros that take no room on disk, to see what a size costs."""
     entries = []
+    (folder / "train").mkdir(parents=True)
     for number in range(shard_count):
         names = {"text": f"train/{number:06d}.text.npy", "codes": [f"train/{number:06d}.codes.0.npy"]}
         for name, shape in ((names["text"], (samples, text)), (names["codes"][0], (samples, 1, side * side))):
-            path = folder / str(name)
-            path.parent.mkdir(exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", token_dtype(1024), shape)
+            with open(folder / str(name), "wb") as file:
+                header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + 2 * math.prod(shape))
         entries.append({**names, "keys": "", "samples": samples, "crops": 1, "sha256": {}})
     index = {
         "levels": [{"height": side, "width": side, "codebook_size": 1024}],
@@ -158,53 +215,70 @@ def hollow_arrays(folder: Path, shard_count: int, samples: int, text: int, side:
 
 def sampler() -> None:
     config = load_config(PipelineConfig, DEMO)
-    text, side = config.text_tokenizer.text_length, 8
+    demo = config.transformer
+    models = {"the demo's, 2 layers of 256, 8 + 64 positions": (demo, 8, 8)}
+    larger = demo.model_copy(update={"layers": 6, "heads": 8})
+    models["6 layers of 256, 32 + 256 positions"] = (larger, 32, 16)
+    rows = []
+    for name, (transformer, text, side) in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            arrays = hollow_arrays(Path(folder) / "arrays", 64, 10_000, text, side)
+            for batch in (8, 32):
+                used, given = training_samples_s(transformer, text, side, batch), sampled_s(arrays, batch)
+                rows.append([name, str(batch), f"{used:,.0f}", f"{given:,.0f}", f"{given / used:.0f} x"])
+    table(["transformer", "batch", "training uses samples/s", "the sampler gives", ""], rows)
     with tempfile.TemporaryDirectory() as folder:
-        small = hollow_arrays(Path(folder), 8, 256, text, side)
-        batch = config.transformer.training.batch_size
-        step = training_step(config, text, side, batch)
-        rates = []
-        for _ in range(ROUNDS):
-            batches = TokenSampler(small, "train", 0).batches(0, batch)
-            next(batches)
-            started = time.perf_counter()
-            for _ in islice(batches, 300):
-                pass
-            rates.append(300 * batch / (time.perf_counter() - started))
-        given = statistics.median(rates)
-        print(f"sampler {given:,.0f} samples/s; training step uses {step:,.0f} samples/s: {given / step:.0f} x")
-    with tempfile.TemporaryDirectory() as folder:
-        hollow_arrays(Path(folder), 1_000, 1_000_000, text, side)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for position in (0, 10**9, 10**9 - 17, 7 * 10**11):
-            started = time.perf_counter()
-            samples = TokenSampler(Path(folder), "train", 0)
-            opened = time.perf_counter()
-            batches = samples.batches(position, BATCH)
-            next(batches)
-            first = time.perf_counter()
-            for _ in islice(batches, 100):
-                pass
-            after = 100 * BATCH / (time.perf_counter() - first)
-            print(
-                f"10^9 samples in 1,000 shards, from {position:>15,}: index {opened - started:.4f} s, "
-                f"first batch {first - opened:.4f} s, then {after:,.0f} samples/s"
-            )
-        print(f"memory: {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.1f} MB more than before")
+        billion(hollow_arrays(Path(folder) / "arrays", 1_000, 1_000_000, 8, 8))
 
 
-def training_step(config: PipelineConfig, text: int, side: int, batch: int) -> float:
-    """Samples/s of forward and backward of the demo's transformer."""
+def sampled_s(arrays: Path, batch: int) -> float:
+    rates = []
+    batches = TokenSampler(arrays, "train", 0).batches(0, batch)
+    for _ in islice(batches, 100):  # opens all shards
+        pass
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for _ in islice(batches, 300):
+            pass
+        rates.append(300 * batch / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def training_samples_s(config: TransformerConfig, text: int, side: int, batch: int) -> float:
+    """Samples/s of forward, backward and AdamW, without an engine around them."""
     layout = Layout.of(text, 2048, [(side, side, 1024)])
-    objective = JointObjective(Transformer(layout, config.transformer), config.transformer)
+    objective = JointObjective(Transformer(layout, config), config)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     inputs = {"text": torch.ones(batch, text).long(), "codes": torch.zeros(batch, side * side).long()}
     times = []
     for _ in range(ROUNDS + 1):
         started = time.perf_counter()
         loss, _ = objective(inputs, 0)
         loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         times.append(time.perf_counter() - started)
     return batch / statistics.median(times[1:])
+
+
+def billion(arrays: Path) -> None:
+    """10^9 samples in 1,000 shards (files of zeros without blocks): the real sampler from several positions."""
+    rows = []
+    resident = psutil.Process().memory_info
+    for position in (0, 10**9, 10**9 - 17, 7 * 10**11):
+        before = resident().rss
+        started = time.perf_counter()
+        samples = TokenSampler(arrays, "train", 0)
+        batches = samples.batches(position, BATCH)
+        next(batches)
+        first = time.perf_counter()
+        after_start = resident().rss
+        for _ in islice(batches, 200):
+            pass
+        later = 200 * BATCH / (time.perf_counter() - first)
+        grown = [f"{(size - before) / 2**20:.1f} MB" for size in (after_start, resident().rss)]
+        rows.append([f"{position:,}", f"{first - started:.4f} s", f"{later:,.0f}", *grown])
+    table(["10^9 samples, from", "first batch after", "then samples/s", "memory then", "after 200 batches more"], rows)
 
 
 # --- tokenize ----------------------------------------------------------------------------------------------------
@@ -216,25 +290,28 @@ def tokenize() -> None:
     tokenizer = build(config.image_tokenizer.model, size).eval()
     levels = [Level(*level) for level in tokenizer.levels]
     hashes = {"image-tokenizer": "", "text-tokenizer": ""}
-    encoders = Encoders(tokenizer.encode, lambda captions: np.ones((len(captions), 8), np.int64), levels, 8, 8, hashes)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         prepared = shards(Path(folder) / "prepare", size)
+        captions = [sample.caption for sample in read_samples(prepared, "train")]
+        text = TextTokenizer.train(captions, config.text_tokenizer)
+        encoders = Encoders(tokenizer.encode, text.encode, levels, text.text_length, text.vocab_size, hashes)
         pictures = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
         batches = torch.split(pictures.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
+        train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]
         alone, whole = [], []
-        for number in range(ROUNDS):
+        for number in range(ROUNDS + 1):
             started = time.perf_counter()
             for batch in batches:
                 tokenizer.encode(batch)
             alone.append(len(pictures) / (time.perf_counter() - started))
             started = time.perf_counter()
-            for split, shard in all_shards(prepared):
-                if split == "train":
-                    out = Path(folder) / f"tokens{number}"
-                    tokenize_shard(out, prepared, split, shard, encoders, TokenizeConfig(batch_size=BATCH), 0)
+            out = Path(folder) / f"tokens{number}"
+            list(tokenize_shards(out, prepared, train, encoders, TokenizeConfig(batch_size=BATCH), 0))
             whole.append(len(pictures) / (time.perf_counter() - started))
-        encode, all_of_it = statistics.median(alone), statistics.median(whole)
-        print(f"encoder alone {encode:,.0f} pictures/s; tokenize {all_of_it:,.0f}: {all_of_it / encode:.2f} x")
+    encode, all_of_it = statistics.median(alone[1:]), statistics.median(whole[1:])
+    rows = [["the demo's encoder alone", f"{encode:,.0f}", ""]]
+    rows.append(["tokenize: read, decode, encode, write", f"{all_of_it:,.0f}", f"{all_of_it / encode:.2f} x"])
+    table(["", "pictures/s", ""], rows)
 
 
 # --- duplicates --------------------------------------------------------------------------------------------------
@@ -260,10 +337,10 @@ def duplicates() -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    at = arguments.index("--shards") if "--shards" in arguments else len(arguments)
-    for name in arguments[:at] or ["stream", "sampler", "tokenize", "duplicates"]:
-        if name == "stream":
-            stream(arguments[at + 1] if at < len(arguments) else None)
-        else:
-            {"sampler": sampler, "tokenize": tokenize, "duplicates": duplicates}[name]()
+    name, *given = sys.argv[1:] or [""]
+    if name == "stream":
+        stream(given)
+    elif name in ("sampler", "tokenize", "duplicates") and not given:
+        {"sampler": sampler, "tokenize": tokenize, "duplicates": duplicates}[name]()
+    else:
+        sys.exit(__doc__)

@@ -31,7 +31,9 @@ class PipelineConfig(Config):
     runs: Path = operational(Path("runs"), description="the run directory is <runs>/<name>")
     seed: int = Field(0, ge=0)
     processes: int | None = operational(
-        None, ge=1, description="processes of each training stage on this machine; default: one a GPU, or one"
+        None,
+        ge=1,
+        description="processes of each stage that trains or splits, on this machine; default: one a GPU, or one",
     )
     tracking: TrackingConfig = operational(TrackingConfig())
 

@@ -1,7 +1,8 @@
 """The local runner behind `smalti run`: every stage that is not up to date, one after the other.
 
-Each stage is a process of its own (torchrun starts several when there are several GPUs), so a crash
-or a `kill -9` takes nothing else along. Imports no torch: a run with nothing to do takes a second.
+Each stage is a process of its own, so a crash or a `kill -9` takes nothing else along. With `processes` above 1 (or
+several GPUs) torchrun starts several of a stage that trains; a stage that splits gets as many array tasks side by
+side, and then the process that joins them. Imports no torch: a run with nothing to do takes a second.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -45,39 +47,69 @@ def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -
 
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:
-    if not stage.trains:
+    if not (stage.trains or stage.shards):
         return 1
     return config.processes or max(len(_gpus()), 1)
 
 
 def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
-    command = [sys.executable, "-m"]
     processes = local_processes(config, stage)
     environment = os.environ | {RUNNER_VARIABLE: str(os.getpid())}
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-        # Two threads on one busy core are many times slower than one.
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    command += [stage.module, "--config", str(runs.path / "config.yaml")]
-    child = subprocess.Popen(command, env=environment)
-    stopping = _forward_signals_to(child)
-    status = child.wait()
-    if status and not stopping:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed (exit {status})"
+    arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
+    alone = [sys.executable, "-m", *arguments]
+    if processes == 1:
+        _run_processes(stage, runs, [alone], [environment])
+        return
+    # Two threads on one busy core are many times slower than one.
+    several = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | environment
+    if stage.trains:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        _run_processes(stage, runs, [[sys.executable, "-m", *torchrun, *arguments]], [several])
+        return
+    tasks = range(processes)
+    commands = [[*alone, "--array-task", f"{task}/{processes}"] for task in tasks]
+    if _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks]):
+        _run_processes(stage, runs, [alone], [environment])
+
+
+def _run_processes(
+    stage: Stage, runs: RunDirectory, commands: list[list[str]], environments: list[dict[str, str]]
+) -> bool:
+    """Run these side by side to their end; False if a signal asked to stop. One that fails stops the others.
+
+    Raises:
+        UserError: one failed.
+    """
+    children = [subprocess.Popen(c, env=environment) for c, environment in zip(commands, environments, strict=True)]
+    stopping = _forward_signals_to(children)
+    waiting, failed = list(children), 0
+    while waiting:
+        with suppress(subprocess.TimeoutExpired):
+            waiting[0].wait(timeout=0.2 if len(waiting) > 1 else None)
+        for child in [child for child in waiting if child.poll() is not None]:
+            waiting.remove(child)
+            if child.returncode and not failed:
+                failed = child.returncode
+                for other in waiting:
+                    other.terminate()  # it finishes what it has in hand
+    if failed and not stopping:
+        how = f"was killed by {signal.Signals(-failed).name}" if failed < 0 else f"failed (exit {failed})"
         raise UserError(
             f"{stage.name} {how}: its last lines are above and in {runs.path / 'logs' / stage.name}.log;"
             f" put the cause right and run the same command again, it goes on from there"
         )
+    return not stopping
 
 
-def _forward_signals_to(child: subprocess.Popen[bytes]) -> list[str]:
+def _forward_signals_to(children: list[subprocess.Popen[bytes]]) -> list[str]:
     """The stage saves and exits on a signal, and the runner waits for it. Returns the signals that came."""
     received: list[str] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, forward)

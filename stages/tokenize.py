@@ -1,17 +1,16 @@
 """Stage 4, tokenize: image shards -> token arrays.
 
 Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
-(train/, val/), and index.json with checksums. Ranks and array tasks share the shards; a finished one is verified, not
-made again. The index is made by the stage itself, after the tasks.
+(train/, val/), and index.json with checksums. Array tasks share the shards; a finished one is verified, not made
+again. The index is made by the stage itself, after the tasks.
 See pipeline/data/tokenizing.py.
 """
 
 from __future__ import annotations
 
 from pipeline import distributed, stop
-from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shard
+from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shards
 from pipeline.data.tokens import Level
-from pipeline.errors import StoppedOnRequest
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.progress import progress
 from pipeline.stage import StageRun, run_stage
@@ -39,15 +38,11 @@ def load_encoders(run: StageRun) -> Encoders:
 def main(run: StageRun) -> None:
     config, prepare_dir = run.config.tokenize, run.input("prepare")
     encoders = load_encoders(run)
-    mine = run.my_share(all_shards(prepare_dir))[distributed.rank() :: distributed.world_size()]
-    for split, shard in progress(mine, description="tokenize", unit="shard", shown=distributed.is_main()):
-        if stop.requested():
-            break
-        tokenize_shard(run.directory, prepare_dir, split, shard, encoders, config, run.seed)
-    if distributed.any_rank(stop.requested() is not None):
-        raise StoppedOnRequest(f"stopped by {stop.requested() or 'another rank'}")
-    distributed.barrier()
-    if distributed.is_main() and run.array_task is None:
+    mine = run.my_share(all_shards(prepare_dir))
+    made = tokenize_shards(run.directory, prepare_dir, mine, encoders, config, run.seed)
+    for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
+        stop.check()
+    if run.array_task is None:
         index = join(run.directory, prepare_dir, encoders, config, run.seed)
         for split_index in index["splits"].values():
             for entry in split_index["shards"]:

@@ -38,6 +38,8 @@ class Workload:
         tokens = run.input("tokenize")
         self.train = TokenSampler(tokens, "train", run.config.seed)
         self.validation = TokenSampler(tokens, "val", run.config.seed)
+        self.train.verify()
+        self.validation.verify()
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
         torch.manual_seed(run.config.seed)

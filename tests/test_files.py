@@ -23,6 +23,18 @@ def test_an_interrupted_write_leaves_the_old_content_and_no_debris(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_one_file_do_not_meet_in_a_temporary_one(tmp_path: Path) -> None:
+    # As two array tasks on two hosts may, with the same process id.
+    path = tmp_path / "file"
+    with atomic_path(path) as first:
+        first.write_text("first")
+        with atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     # /dev/full is a real device on which every write fails with ENOSPC.
     path = tmp_path / "file"

@@ -32,7 +32,7 @@ def export_tokens(
     Returns how many pictures were written.
 
     Raises:
-        UserError: there are no token arrays, or they were made by other tokenizers.
+        UserError: there are no token arrays, they are damaged, or they were made by other tokenizers.
     """
     directory = path / "tokenize" if (path / "tokenize").is_dir() else path
     arrays = TokenArrays(directory, split)
@@ -42,6 +42,7 @@ def export_tokens(
     _check(directory, "image-tokenizer", image_dir, ["config.json", "model.safetensors"])
     _check(directory, "text-tokenizer", text_dir, ["config.json", "tokenizer.json"])
     samples = np.unique(np.linspace(0, len(arrays) - 1, min(count, len(arrays))).astype(np.int64))
+    arrays.verify(np.unique(arrays.shard_of(samples)).tolist())
     numbers = np.repeat(samples, arrays.crops)
     crops = np.tile(np.arange(arrays.crops), len(samples))
     shown = []
@@ -74,9 +75,8 @@ def _decoded(tokenizer: ImageTokenizer, codes: torch.Tensor, arrays: TokenArrays
 
 
 def _key(arrays: TokenArrays, number: int) -> str:
-    ends = np.cumsum(arrays.counts)
-    shard = int(np.searchsorted(ends, number, side="right"))
-    return arrays.keys(shard)[number - int(ends[shard] - arrays.counts[shard])]
+    shard = int(arrays.shard_of(np.array(number)))
+    return arrays.keys(shard)[number - int(arrays.counts[:shard].sum())]
 
 
 def _png(picture: Image.Image) -> bytes:

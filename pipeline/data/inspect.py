@@ -12,8 +12,9 @@ import numpy as np
 
 from pipeline.data.images import grid
 from pipeline.data.shards import SPLITS, Shard, ShardFile, check_shard, read_samples, read_shard
+from pipeline.data.tokens import check_arrays
 from pipeline.errors import UserError
-from pipeline.files import read_json, sha256_file, write_atomic
+from pipeline.files import read_json, write_atomic
 from pipeline.progress import progress
 
 _CAPTIONS = 100_000  # read for the statistics of captions
@@ -104,7 +105,7 @@ def _tokens(folder: Path, index: dict[str, Any], verify: bool) -> Iterator[str]:
             yield from _usage(folder, split, index, entry["shards"])
         if verify:
             for shard in progress(entry["shards"], description="verify", unit="shard", shown=len(names) > 20):
-                _check_arrays(folder, shard)
+                check_arrays(folder, shard)
     if verify:
         yield "  every array is what its checksum says"
 
@@ -125,16 +126,6 @@ def _array(path: Path) -> Any:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
-
-
-def _check_arrays(folder: Path, shard: dict[str, Any]) -> None:
-    for name, sha256 in shard["sha256"].items():
-        found = sha256_file(folder / name) if (folder / name).is_file() else "no file"
-        if found != sha256:
-            raise UserError(
-                f"{folder / name} is damaged: expected sha256 {sha256[:12]}, found {found[:12]}: "
-                "remove it and run the stage tokenize again"
-            )
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -357,6 +357,7 @@ def _join(directory: Path, config: PrepareConfig, tasks: list[Task]) -> dict[str
         "splits": splits,
         "rejected": rejected,
         "conversions": dict(sorted(conversions.items())),
+        "credit": _opened(config.source, config.image_size).credit,
     }
     write_json(directory / "index.json", index)
     return index

@@ -22,6 +22,7 @@ from pipeline import distributed
 from pipeline.data.order import key_of, permute
 from pipeline.data.stream import rank_share
 from pipeline.data.tokens import TokenArrays
+from pipeline.errors import UserError
 
 
 def shuffled(positions: NDArray[np.int64], samples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -52,6 +53,20 @@ class TokenSampler:
     def __len__(self) -> int:
         """Samples of the split."""
         return len(self.arrays)
+
+    def verify(self) -> None:
+        """Compare every array with its checksum, each rank a share of the shards; for the start of a stage.
+
+        Raises, on every rank, UserError that names the first file that is not as the stage tokenize wrote it.
+        """
+        error = None
+        try:
+            self.arrays.verify(range(self.rank, len(self.arrays.shards), self.world_size))
+        except UserError as damage:
+            error = damage
+        for found in distributed.all_gather_objects(error):
+            if found is not None:
+                raise found
 
     def batches(self, consumed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Endless batches from global sample `consumed` on; `{"text": int64 [b, T], "codes": int64 [b, N]}`.

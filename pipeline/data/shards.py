@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,9 @@ from pipeline.files import atomic_path, read_json, sha256_file
 
 SPLITS = ("train", "val")
 _BLOCK = 512  # tar pads every member to whole blocks
+_NPY_1_0 = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
+_PLACE = struct.Struct("<3q")  # a row of .index.npy
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,26 @@ class ShardFile:
         self.path = path
         try:
             self._file = io.FileIO(path)
-            self._places = np.load(path.with_suffix(".index.npy"), mmap_mode="r")
-        except (OSError, ValueError) as error:
+            self._index = io.FileIO(path.with_suffix(".index.npy"))
+        except OSError as error:
             raise UserError(f"{path} is missing or damaged: {error}: run the stage prepare again") from error
-        size = os.fstat(self._file.fileno()).st_size
-        if size != shard.bytes or len(self._places) != shard.samples:
+        # Not by np.load: a resume opens as many shards as there are streams, and this is a tenth of the time.
+        header = self._index.read(_NPY_HEADER.size)
+        kind, length = _NPY_HEADER.unpack(header) if len(header) == _NPY_HEADER.size else (b"", 0)
+        self._begin = _NPY_HEADER.size + length
+        size, index_size = (os.fstat(file.fileno()).st_size for file in (self._file, self._index))
+        places = (index_size - self._begin) / _PLACE.size if kind == _NPY_1_0 else 0
+        if size != shard.bytes or places != shard.samples:
             raise UserError(
                 f"{path} is another file than prepare wrote: expected {shard.bytes} bytes and {shard.samples} samples, "
-                f"found {size} and {len(self._places)}: run the stage prepare again"
+                f"found {size} and {places:g}: run the stage prepare again"
             )
 
     def read(self, row: int) -> bytes:
         """The bytes of the picture of sample `row`. Raises UserError when they are not those that prepare wrote."""
-        begin, size, checksum = self._places[row].tolist()
-        content = os.pread(self._file.fileno(), size, begin)
+        place = os.pread(self._index.fileno(), _PLACE.size, self._begin + row * _PLACE.size)
+        begin, size, checksum = _PLACE.unpack(place)
+        content = os.pread(self._file.fileno(), size, begin) if begin >= 0 and 0 <= size < 1 << 31 else b""
         if zlib.crc32(content) != checksum:
             raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")
         return content
@@ -149,9 +159,12 @@ def read_index(prepare_dir: Path) -> dict[str, Any]:
     return index
 
 
-def read_shards(prepare_dir: Path, split: str) -> list[Shard]:
-    """The shards of a split in their fixed order. Raises UserError when the split holds no samples."""
-    splits = read_index(prepare_dir)["splits"]
+def read_shards(prepare_dir: Path, split: str, index: dict[str, Any] | None = None) -> list[Shard]:
+    """The shards of a split in their fixed order. Raises UserError when the split holds no samples.
+
+    `index`: what `read_index` returned, to save reading it again.
+    """
+    splits = (index or read_index(prepare_dir))["splits"]
     if split not in splits:
         raise UserError(f"expected a split among {', '.join(splits)}, found '{split}'")
     shards = [Shard(**entry) for entry in splits[split]["shards"]]

@@ -29,12 +29,12 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.data import png
 from pipeline.data.ahead import ahead
-from pipeline.data.order import ShardOrder
+from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
 from pipeline.data.shards import ShardFile, read_index, read_shards
 from pipeline.errors import UserError
 
 _BATCHES_AHEAD = 4
-_OPEN_SHARDS = 256
+_OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
 _DECODE_TOGETHER = 16  # pictures a task of the thread pool: small ones would cost more to hand out than to decode
 
 
@@ -62,8 +62,9 @@ class ImageStream:
             UserError: there are no shards, or the split is empty.
         """
         self.directory = Path(prepare_dir)
-        self.image_size: int = read_index(self.directory)["image_size"]
-        self.shards = read_shards(self.directory, split)
+        index = read_index(self.directory)
+        self.image_size: int = index["image_size"]
+        self.shards = read_shards(self.directory, split, index)
         self.order = ShardOrder([shard.samples for shard in self.shards], seed)
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size

@@ -1,18 +1,21 @@
 """Image shards -> token arrays (format: `tokens.py`), shard by shard.
 
-`tokenize_shard` makes the arrays of one image shard and is independent of all others: ranks share the shards, and
-it may die and be run again. `join` checks that all are there and whole, and writes the index.
+`tokenize_shards` makes the arrays of each image shard on its own: tasks share the shards, and a task may die and be run
+again. `join` checks that all are there and whole, and writes the index.
 
-A thread reads, decodes and crops the next batches and encodes their captions while the current one is in the image
-tokenizer. On a GPU, pictures travel as bytes from pinned memory, and codes come back one batch late, so that neither
-way waits. All pictures of a shard are of one size, so batches need no sorting to be full.
+While a batch is in the image tokenizer, one thread reads, decodes and crops the next ones and encodes their captions,
+also those of the next shard, and another writes the arrays of the shard before. On a GPU, pictures travel as bytes from
+pinned memory, and codes come back one batch late, so that neither way waits. All pictures of a shard are of one size,
+so batches need no sorting to be full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from pipeline.data.ahead import ahead
 from pipeline.data.config import TokenizeConfig
 from pipeline.data.images import random_of
 from pipeline.data.shards import SPLITS, Sample, Shard, check_shard, read_index, read_shard
-from pipeline.data.tokens import Level, token_dtype
+from pipeline.data.tokens import Level, check_arrays, token_dtype
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json, sha256_file, write_atomic, write_json
 
@@ -60,6 +63,15 @@ class _Batch:
     images: torch.Tensor  # uint8 [n * crops, 3, H, W], the crops of a sample one after the other
 
 
+@dataclass(frozen=True)
+class _End:
+    """Comes after the last batch of a shard."""
+
+    shard: Shard
+    crops: int
+    made_from: str | None  # None: its arrays were there
+
+
 def hash_of_files(folder: Path, names: list[str]) -> str:
     """One hash of the contents of the named files of a folder."""
     return digest([[name, sha256_file(folder / name)] for name in names])
@@ -71,44 +83,73 @@ def all_shards(prepare_dir: Path) -> list[tuple[str, Shard]]:
     return [(split, Shard(**entry)) for split in SPLITS for entry in splits[split]["shards"]]
 
 
-def tokenize_shard(
-    directory: Path, prepare_dir: Path, split: str, shard: Shard, encoders: Encoders, config: TokenizeConfig, seed: int
-) -> bool:
-    """Make the token arrays of one image shard in `directory`, unless they are there and whole.
+def tokenize_shards(
+    directory: Path,
+    prepare_dir: Path,
+    shards: Sequence[tuple[str, Shard]],
+    encoders: Encoders,
+    config: TokenizeConfig,
+    seed: int,
+) -> Iterator[bool]:
+    """Make the token arrays of these (split, image shard) in `directory`, unless they are there and whole.
 
-    Returns True if there was something to do.
+    Yields for each shard in turn, when its arrays lie on the disk, whether there was something to do.
 
     Raises:
-        UserError: the image shard is damaged, or a code is out of range.
+        UserError: an image shard is damaged, a code is out of range, or the disk is full.
     """
-    record_path = directory / f"{shard.stem}.json"
-    made_from = digest([shard.sha256, encoders.hashes, identity(config), seed])
-    if _is_finished(directory, record_path, made_from):
-        return False
-    check_shard(prepare_dir / shard.name, shard)
-    crops = config.crops if split == "train" else 1
-    keys: list[str] = []
-    text: list[NDArray[np.int64]] = []
-    codes: list[list[torch.Tensor]] = [[] for _ in encoders.levels]
+    batches = ahead(_all_batches(directory, prepare_dir, shards, encoders, config, seed), _BATCHES_AHEAD)
+    arrays = _Arrays([])
     # Codes stay on the device until the next batch is in its queue: fetching them would wait for their own.
     late: list[torch.Tensor] = []
-    with closing(ahead(_batches(prepare_dir, shard, crops, encoders, config, seed), _BATCHES_AHEAD)) as batches:
+    writing: deque[Future[bool]] = deque()  # a shard is written while the next one is computed
+    with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         for batch in batches:
-            keys += batch.keys
-            text.append(batch.text)
-            found = _encoded(batch.images, encoders, config.batch_size)
-            _fetch(late, codes)
-            late = found
-    _fetch(late, codes)
-    names = {"text": f"{shard.stem}.text.npy", "keys": f"{shard.stem}.keys.txt"}
-    code_names = [f"{shard.stem}.codes.{level}.npy" for level in range(len(codes))]
-    _save(directory / names["text"], np.concatenate(text), encoders.text_vocab_size)
-    for name, level, parts in zip(code_names, encoders.levels, codes, strict=True):
-        _save(directory / name, torch.cat(parts).view(len(keys), crops, -1).numpy(), level.codebook_size)
-    write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in keys))
+            if isinstance(batch, _Batch):
+                arrays.keys += batch.keys
+                arrays.text.append(batch.text)
+                found = _encoded(batch.images, encoders, config.batch_size)
+                arrays.fetch(late)
+                late = found
+                continue
+            if batch.made_from is None:
+                writing.append(writer.submit(bool))
+            else:
+                arrays.fetch(late)
+                writing.append(writer.submit(_write, directory, batch, arrays, encoders))
+                arrays, late = _Arrays([]), []
+            if len(writing) > 1:
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
+
+
+@dataclass
+class _Arrays:
+    """What is known of the shard at hand."""
+
+    keys: list[str]
+    text: list[NDArray[np.int64]] = field(default_factory=list)
+    codes: list[list[torch.Tensor]] = field(default_factory=list)  # batches, each of every level
+
+    def fetch(self, late: list[torch.Tensor]) -> None:
+        """Add a batch's codes of every level, from wherever they are."""
+        if late:
+            self.codes.append([level_codes.cpu() for level_codes in late])
+
+
+def _write(directory: Path, end: _End, arrays: _Arrays, encoders: Encoders) -> bool:
+    """Write the arrays of a shard, and then the record that vouches for them."""
+    stem, count = end.shard.stem, len(arrays.keys)
+    names = {"text": f"{stem}.text.npy", "keys": f"{stem}.keys.txt"}
+    code_names = [f"{stem}.codes.{level}.npy" for level in range(len(encoders.levels))]
+    _save(directory / names["text"], np.concatenate(arrays.text), encoders.text_vocab_size)
+    for name, level, parts in zip(code_names, encoders.levels, zip(*arrays.codes, strict=True), strict=True):
+        _save(directory / name, torch.cat(parts).view(count, end.crops, -1).numpy(), level.codebook_size)
+    write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in arrays.keys))
     checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
-    entry = {**names, "codes": code_names, "samples": len(keys), "crops": crops, "sha256": checksums}
-    write_json(record_path, {"made_from": made_from, "shard": entry})
+    entry = {**names, "codes": code_names, "samples": count, "crops": end.crops, "sha256": checksums}
+    write_json(directory / f"{stem}.json", {"made_from": end.made_from, "shard": entry})
     return True
 
 
@@ -120,16 +161,11 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
     splits: dict[str, Any] = {split: {"samples": 0, "shards": []} for split in SPLITS}
     for split, shard in all_shards(prepare_dir):
         record_path = directory / f"{shard.stem}.json"
-        made_from = digest([shard.sha256, encoders.hashes, identity(config), seed])
+        made_from = _made_from(shard, encoders, config, seed)
         record = read_json(record_path) if record_path.is_file() else {}
         if record.get("made_from") != made_from or record["shard"]["samples"] != shard.samples:
             raise UserError(f"{record_path}: expected the tokens of {shard.name}, found none of it: run tokenize again")
-        for name, sha256 in record["shard"]["sha256"].items():
-            found = sha256_file(directory / name) if (directory / name).is_file() else "no file"
-            if found != sha256:
-                raise UserError(
-                    f"{directory / name}: expected sha256 {sha256[:12]}, found {found[:12]}: run tokenize again"
-                )
+        check_arrays(directory, record["shard"])
         splits[split]["shards"].append(record["shard"])
         splits[split]["samples"] += shard.samples
     index = {
@@ -152,6 +188,26 @@ def crop_of(picture: Image.Image, crop: int, min_scale: float, *name: object) ->
     side = size * rng.uniform(min_scale, 1.0)
     left, top = rng.uniform(0, size - side), rng.uniform(0, size - side)
     return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def _all_batches(
+    directory: Path,
+    prepare_dir: Path,
+    shards: Sequence[tuple[str, Shard]],
+    encoders: Encoders,
+    config: TokenizeConfig,
+    seed: int,
+) -> Iterator[_Batch | _End]:
+    """For each shard, unless it is finished, its batches; then its end."""
+    for split, shard in shards:
+        made_from = _made_from(shard, encoders, config, seed)
+        if _is_finished(directory, directory / f"{shard.stem}.json", made_from):
+            yield _End(shard, 0, None)
+            continue
+        check_shard(prepare_dir / shard.name, shard)
+        crops = config.crops if split == "train" else 1
+        yield from _batches(prepare_dir, shard, crops, encoders, config, seed)
+        yield _End(shard, crops, made_from)
 
 
 def _batches(
@@ -187,11 +243,6 @@ def _encoded(images: torch.Tensor, encoders: Encoders, batch_size: int) -> list[
     return [torch.cat(parts) for parts in found]
 
 
-def _fetch(late: list[torch.Tensor], codes: list[list[torch.Tensor]]) -> None:
-    for number, level_codes in enumerate(late):
-        codes[number].append(level_codes.cpu())
-
-
 def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     while chunk := list(islice(samples, size)):
         yield chunk
@@ -202,6 +253,10 @@ def _save(path: Path, array: NDArray[np.int64], vocabulary: int) -> None:
         raise UserError(f"{path.name}: expected codes in [0, {vocabulary}), found {array.min()} to {array.max()}")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array.astype(token_dtype(vocabulary)))
+
+
+def _made_from(shard: Shard, encoders: Encoders, config: TokenizeConfig, seed: int) -> str:
+    return digest([shard.sha256, encoders.hashes, identity(config), seed])
 
 
 def _is_finished(directory: Path, record_path: Path, made_from: str) -> bool:

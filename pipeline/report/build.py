@@ -20,11 +20,6 @@ from pipeline.report.run_facts import TRAINED, duration, read_facts, size
 from pipeline.report.sweep_plots import sweep_facts
 
 _SMALL_PX = 48  # below, enlarging with interpolation shows nothing but blur
-_OPENMOJI_CREDIT = (
-    "Pictures: all emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
-    " (https://creativecommons.org/licenses/by-sa/4.0/). Rendered and scaled down for training; the painted pictures"
-    " here are derived from them and shared under the same licence."
-)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         warnings=_warnings(evaluation["rows"]),
         config=_config(config),
-        credit=facts.index.get("credit") or (_OPENMOJI_CREDIT if config.prepare.source.kind == "openmoji" else None),
+        credit=facts.index["credit"],
         rendering=_rendering(config, facts.index.get("image_size", 0)),
     )
     return Report(page, plots)

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.config import TokenizeConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shard
+from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shards
 from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer import TextTokenizer
@@ -43,8 +43,8 @@ def make_small_run(directory: Path, samples: int, config: TokenizeConfig | None,
     text_tokenizer.save_pretrained(directory / "text-tokenizer")
     if config is not None:
         encoders = load_encoders(directory)
-        for split, shard in all_shards(directory / "prepare"):
-            tokenize_shard(directory / "tokenize", directory / "prepare", split, shard, encoders, config, 0)
+        shards = all_shards(directory / "prepare")
+        list(tokenize_shards(directory / "tokenize", directory / "prepare", shards, encoders, config, 0))
         join(directory / "tokenize", directory / "prepare", encoders, config, 0)
     return directory
 
@@ -69,9 +69,9 @@ def run_task(directory: Path, out: Path, task: int, tasks: int, crops: int) -> N
     """The share of one array task, written to `out`."""
     torch.set_num_threads(1)
     encoders, config = load_encoders(directory), TokenizeConfig(crops=crops, batch_size=8)
-    for split, shard in all_shards(directory / "prepare")[task::tasks]:
-        tokenize_shard(out, directory / "prepare", split, shard, encoders, config, 0)
-        print(f"done {shard.name}", flush=True)
+    mine = all_shards(directory / "prepare")[task::tasks]
+    for _ in tokenize_shards(out, directory / "prepare", mine, encoders, config, 0):
+        print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,7 @@ def test_openmoji_renders_named_emoji_with_their_licence(tmp_path: Path) -> None
     prepare(tmp_path / "out", config, seed=0)
     samples = list(read_samples(tmp_path / "out", "train"))
     assert len(samples) == 30
+    assert "OpenMoji" in json.loads((tmp_path / "out/index.json").read_text())["credit"]
     assert all(s.meta["license"] == "CC BY-SA 4.0" and s.meta["credit"] == "OpenMoji" for s in samples)
     assert all(s.image.size == (32, 32) and s.image.getpixel((0, 0)) == (255, 255, 255) for s in samples)
     assert all(np.asarray(s.image).std() > 5 for s in samples)

@@ -227,6 +227,28 @@ def test_a_table_that_changes_or_disappears_halfway_stops(tmp_path: Path, kind: 
         list(source.records(parts[1]))
 
 
+def test_thousands_of_tars_are_listed_without_opening_one(tmp_path: Path) -> None:
+    for number in range(3_000):
+        (tmp_path / f"{number:05d}.tar").touch()
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]).endswith(".tar"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    try:
+        for urls in ("*.tar", "{00000..02999}.tar"):
+            config = prepare_config({"kind": "webdataset", "urls": f"{tmp_path}/{urls}"})
+            assert len(list(open_source(config.source, 8).parts(1_000))) == 3_000
+        assert not opened
+        (tmp_path / "00000.tar").read_bytes()
+        assert opened, "the watch sees nothing"
+    finally:
+        watching = False
+
+
 # --- S3, a real server on loopback -----------------------------------------------------------------------------------
 
 
@@ -302,11 +324,16 @@ prepare(Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[1]), seed=
 
 
 def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(bucket: Any, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
     _tar_config(tmp_path, 5)
     _upload(bucket, tmp_path / "in", "tars")
     write_folder(tmp_path / "tables" / "pictures", 5)
     rows = [{"file": f"pictures/{n:05d}.png", "caption": f"number {n}"} for n in range(5)]
     (tmp_path / "tables/t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = [row | {"image": (tmp_path / "tables" / row["file"]).read_bytes()} for row in rows]
+    pq.write_table(pyarrow.Table.from_pylist(pictures), tmp_path / "tables/t.parquet", row_group_size=3)
     _upload(bucket, tmp_path / "tables", "tables")
     _saved_dataset(str(tmp_path / "saved"), 5)
     _upload(bucket, tmp_path / "saved", "saved")
@@ -314,6 +341,7 @@ def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(buck
         {"kind": "webdataset", "urls": "s3://pictures/tars/*.tar"},
         {"kind": "webdataset", "urls": "s3://pictures/tars/{0..0}.tar"},
         {"kind": "table", "path": "s3://pictures/tables/t.jsonl", "path_column": "file"},
+        {"kind": "table", "path": "s3://pictures/tables/t.parquet", "bytes_column": "image"},
         {"kind": "huggingface", "path": "s3://pictures/saved", "split": "train"},
     ]
     for number, source in enumerate(sources):

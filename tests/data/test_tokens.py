@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
 import time
 from collections import Counter
 from itertools import islice
@@ -15,7 +17,7 @@ from pipeline.data.config import TokenizeConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler, shuffled
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shard
+from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards
 from pipeline.data.tokens import Level, TokenArrays
 from pipeline.errors import UserError
 from tests.data.pictures import folder_config, tree_bytes, write_folder
@@ -46,7 +48,7 @@ ENCODERS = Encoders(
 
 
 def _tokenize(prepared: Path, out: Path, config: TokenizeConfig, encoders: Encoders = ENCODERS) -> list[bool]:
-    made = [tokenize_shard(out, prepared, split, shard, encoders, config, 0) for split, shard in all_shards(prepared)]
+    made = list(tokenize_shards(out, prepared, all_shards(prepared), encoders, config, 0))
     join(out, prepared, encoders, config, 0)
     return made
 
@@ -168,6 +170,39 @@ def test_a_billion_samples_start_anywhere_at_once() -> None:
         samples, _ = shuffled(np.arange(consumed, consumed + 64), 10**9, seed=0)
         assert len(np.unique(samples)) == 64
     assert time.perf_counter() - started < 1
+
+
+def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
+    config = folder_config(write_folder(tmp_path / "in", 80), shard_size=1, validation_fraction=0)
+    prepare(tmp_path / "out", config, seed=0)
+    _tokenize(tmp_path / "out", tmp_path / "tokens", TokenizeConfig())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        rows = _rows(TokenSampler(tmp_path / "tokens", "train", seed=0), 0, 16, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(Counter(rows).values()) == {2}
+
+
+def test_a_flipped_byte_is_found_at_the_start_of_a_stage_and_named(prepared: Path, tmp_path: Path) -> None:
+    _tokenize(prepared, tmp_path, TokenizeConfig())
+    sampler = TokenSampler(tmp_path, "train", seed=0)
+    sampler.verify()
+    array = tmp_path / "train/000001.codes.1.npy"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000001\.codes\.1\.npy is damaged: expected sha256"):
+        sampler.verify()
+
+
+def test_a_cut_array_is_an_error_that_names_it(prepared: Path, tmp_path: Path) -> None:
+    _tokenize(prepared, tmp_path, TokenizeConfig())
+    array = tmp_path / "train/000001.codes.1.npy"
+    array.write_bytes(array.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"train/000001\.codes\.1\.npy is damaged: expected a \.npy file with"):
+        _rows(TokenSampler(tmp_path, "train", seed=0), 0, SAMPLES, 1)
 
 
 def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:

@@ -57,6 +57,10 @@ class UnreadableFile(Exception):
 
 
 class Source(Protocol):
+    @property
+    def credit(self) -> str | None:
+        """What a page that shows these pictures has to say about their origin; None: nothing is known."""
+
     def parts(self, size: int) -> Iterator[Part]:
         """The whole source in its fixed order, cut into parts of at most `size` records where it is not cut yet."""
 

@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 
 
 class Folder:
+    credit = None
+
     def __init__(self, config: FolderSource) -> None:
         self.config = config
         self.files, root = url_to_fs(config.path)

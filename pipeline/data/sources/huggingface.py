@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 
 
 class HuggingFace:
+    credit = None
+
     def __init__(self, config: HuggingFaceSource) -> None:
         try:
             import datasets

@@ -14,11 +14,18 @@ from pipeline.data.config import OpenMojiSource
 from pipeline.data.sources import Part, Record, Unreadable, missing_package
 
 LICENSE = {"license": "CC BY-SA 4.0", "credit": "OpenMoji", "url": "https://openmoji.org"}
+CREDIT = (
+    "Pictures: all emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
+    " (https://creativecommons.org/licenses/by-sa/4.0/). Rendered and scaled down for training; pictures painted by a"
+    " model trained on them are derived from them and shared under the same licence."
+)
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _VARIATION_SELECTOR = "\ufe0f"
 
 
 class OpenMoji:
+    credit = CREDIT
+
     def __init__(self, config: OpenMojiSource, image_size: int) -> None:
         try:
             import emoji

@@ -34,6 +34,8 @@ from pipeline.errors import UserError
 
 
 class Table:
+    credit = None
+
     def __init__(self, config: TableSource) -> None:
         self.config = config
         self.files, self.path = url_to_fs(config.path)

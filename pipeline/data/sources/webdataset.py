@@ -23,6 +23,8 @@ _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class WebDataset:
+    credit = None
+
     def __init__(self, config: WebDatasetSource) -> None:
         self.config = config
 
