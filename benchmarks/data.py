@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -138,6 +139,7 @@ def rates_of(prepared: Path, make: Callable[[Path], Iterator[Any]], epoch: int) 
 
 
 def stream(given: list[str]) -> None:
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of webdataset's decoder
     with tempfile.TemporaryDirectory() as folder:
         for prepared in [Path(path) for path in given] or [shards(Path(folder), 64)]:
             whole = ImageStream(prepared, "train", 0)

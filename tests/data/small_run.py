@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,13 +32,15 @@ MODEL = {
 }
 
 
-def make_small_run(directory: Path, samples: int, config: TokenizeConfig | None, seed: int = 0) -> Path:
+def make_small_run(
+    directory: Path, samples: int, config: TokenizeConfig | None, seed: int = 0, model: dict[str, Any] = MODEL
+) -> Path:
     """`config` None: everything but tokenize."""
     folder = write_folder(directory / "in", samples)
     values = {"shard_size": 16, "image_size": 16, "validation_fraction": 0.1}
     prepare(directory / "prepare", folder_config(folder, **values), seed=0)
     torch.manual_seed(seed)
-    build(MODEL, 16).save_pretrained(directory / "image-tokenizer/model")
+    build(model, 16).save_pretrained(directory / "image-tokenizer/model")
     captions = [sample.caption for sample in read_samples(directory / "prepare", "train")]
     text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))
     text_tokenizer.save_pretrained(directory / "text-tokenizer")

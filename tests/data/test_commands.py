@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.cli import cli
 from pipeline.data.config import TokenizeConfig
+from pipeline.data.shards import read_samples
 from pipeline.data.tokens import TokenArrays
 from pipeline.errors import UserError
+from pipeline.image_tokenizer.base import KINDS, ImageTokenizer
 from tests.data.small_run import make_small_run
+from tests.data.two_levels import KIND
 
 SAMPLES = 40
 
@@ -73,6 +77,23 @@ def test_export_writes_what_the_tokenizer_makes_of_every_crop_and_the_captions(r
     assert whole.shape == (16, 16, 3)
     assert (whole != crop).any()
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_a_tokenizer_of_two_levels_is_tokenized_inspected_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "two-levels", KIND)
+    run = make_small_run(tmp_path, 20, TokenizeConfig(crops=2, batch_size=8), model={"kind": "two-levels"})
+    assert "codes 2x2 of 16, 4x4 of 70,000" in _smalti("inspect", run)
+    _smalti("export", run, "-o", tmp_path / "out", "-n", 3)
+    tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer/model")
+    originals = {sample.key: np.array(sample.image) for sample in read_samples(run / "prepare", "train")}
+    captions = list((tmp_path / "out").glob("*.txt"))
+    assert len(captions) == 3
+    for caption in captions:
+        images = torch.from_numpy(originals[caption.stem]).permute(2, 0, 1)[None].float() / 255
+        expected = tokenizer.decode(tokenizer.encode(images))[0].mul(255).round().byte().permute(1, 2, 0)
+        assert (np.asarray(Image.open(caption.with_suffix(".png"))) == expected.numpy()).all()
 
 
 def test_export_refuses_tokenizers_that_did_not_make_the_arrays(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from pipeline.data.prepare import prepare
 from pipeline.data.tokenizing import all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from pipeline.errors import UserError
+from pipeline.graph import STAGE_NAMES
+from tests.conftest import TINY
 from tests.data.pictures import folder_config, tree_bytes, write_folder
 from tests.data.small_run import load_encoders, make_small_run
-from tests.launch import environment
+from tests.launch import command, environment, launch
 
 PREPARE = """
 import sys
@@ -165,6 +168,55 @@ def test_two_tasks_share_the_shards_and_two_that_are_given_the_same_ones_do_no_h
         assert task.returncode == 0, errors
     assert _finish(run, tmp_path) == 0
     assert tree_bytes(tmp_path) == tree_bytes(run / "tokenize")
+
+
+def test_tokenize_in_two_processes_one_of_them_killed_goes_on_and_ends_with_the_same_bytes(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    before = tree_bytes(run / "tokenize")
+    shutil.rmtree(run / "tokenize")
+    smalti = command("pipeline", ["run", str(TINY), f"runs={tmp_path}", "processes=2"])
+    process = subprocess.Popen(smalti, env=environment(), stderr=subprocess.PIPE, text=True)
+    records = sorted(name for name in before if re.fullmatch(r"(train|val)/\d+\.json", name))
+    second = next(run / "tokenize" / name for name in records[1::2])  # the first shard of the second task
+    deadline = time.monotonic() + 120
+    while not second.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    tasks = {name: child for child in psutil.Process(process.pid).children() for name in child.cmdline()[-1:]}
+    assert set(tasks) <= {"0/2", "1/2"}
+    tasks["1/2"].kill()
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "tokenize was killed by SIGKILL" in messages
+    assert not (run / "tokenize" / "_SUCCESS").exists()
+    done = {path: path.stat().st_mtime_ns for path in (run / "tokenize").glob("*/0*.json")}
+    assert len(done) < len(records), "killed too late to prove anything"
+    output = subprocess.run(smalti, env=environment(), stderr=subprocess.PIPE, text=True, check=True).stderr
+    up_to_date = {line.split()[0] for line in output.splitlines() if line.endswith("up to date")}
+    assert set(STAGE_NAMES) - up_to_date == {"tokenize"}, "what reads these arrays must not notice"
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "a finished shard was made again"
+    assert (run / "tokenize" / "tasks" / "0-of-2").exists()
+    assert (run / "tokenize" / "tasks" / "1-of-2").exists()
+    results = [name for name in before if name.startswith(("train", "val", "index"))]
+    assert {name: (run / "tokenize" / name).read_bytes() for name in results} == {
+        name: before[name] for name in results
+    }
+
+
+def test_a_flipped_byte_stops_the_transformer_before_it_trains_and_is_made_good(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    array = run / "tokenize/train/000001.codes.0.npy"
+    whole = array.read_bytes()
+    array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    arguments = [str(TINY), f"runs={tmp_path}", "transformer.layers=1"]  # another model, on the same arrays
+    output = launch("stages.transformer", "--config", *arguments, check=False)
+    assert "train/000001.codes.0.npy is damaged: expected sha256" in output
+    assert not list((run / "transformer").glob("checkpoints/*"))
+    array.unlink()
+    launch("stages.tokenize", "--config", *arguments)
+    assert array.read_bytes() == whole
 
 
 def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, tmp_path: Path) -> None:

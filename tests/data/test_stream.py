@@ -53,14 +53,15 @@ def test_every_sample_comes_exactly_once_an_epoch(prepared: Path, cache_bytes: i
     assert len({tuple(epoch) for epoch in epochs}) == 6
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_global_order_is_the_same_at_any_number_of_ranks(prepared: Path, world_size: int, cache_bytes: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("threads", "cache_bytes"), [(1, 0), (3, 0), (3, 1 << 20)])
+def test_global_order_is_the_same_at_any_number_of_ranks_and_threads(
+    prepared: Path, world_size: int, threads: int, cache_bytes: int
+) -> None:
     alone = _take(ImageStream(prepared, "train", seed=1), 36, 12, 10)
+    options = {"world_size": world_size, "threads": threads, "cache_bytes": cache_bytes}
     ranks = [
-        ImageStream(prepared, "train", seed=1, rank=rank, world_size=world_size, cache_bytes=cache_bytes).batches(
-            36, 12
-        )
+        ImageStream(prepared, "train", seed=1, rank=rank, **options).batches(36, 12)  # type: ignore[arg-type]
         for rank in range(world_size)
     ]
     together = [picture.numpy().tobytes() for _ in range(10) for rank in ranks for picture in next(rank)["images"]]

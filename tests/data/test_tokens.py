@@ -21,15 +21,9 @@ from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards
 from pipeline.data.tokens import Level, TokenArrays
 from pipeline.errors import UserError
 from tests.data.pictures import folder_config, tree_bytes, write_folder
+from tests.data.two_levels import encode
 
 SAMPLES = 70
-
-
-def _encode_images(images: torch.Tensor) -> list[torch.Tensor]:
-    """A real, if small, two-level tokenizer: mean brightness of 2x2 and 4x4 patches, in 16 and 70,000 steps."""
-    grey = images.mean(dim=1, keepdim=True)
-    coarse, fine = (torch.nn.functional.adaptive_avg_pool2d(grey, side).flatten(1) for side in (2, 4))
-    return [(coarse * 15.99).long(), (fine * 69_999).long()]
 
 
 def _encode_text(captions: list[str]) -> torch.Tensor:
@@ -38,7 +32,7 @@ def _encode_text(captions: list[str]) -> torch.Tensor:
 
 
 ENCODERS = Encoders(
-    encode_images=_encode_images,
+    encode_images=encode,
     encode_text=_encode_text,
     levels=[Level(2, 2, 16), Level(4, 4, 70_000)],
     text_length=3,
@@ -76,7 +70,7 @@ def test_arrays_hold_what_the_tokenizers_say_for_every_sample(prepared: Path, to
         assert [key for shard in range(len(arrays.shards)) for key in arrays.keys(shard)] == [s.key for s in samples]
         text, codes = arrays.gather(np.arange(len(samples)), np.zeros(len(samples), np.int64))
         images = torch.from_numpy(np.stack([np.asarray(s.image) for s in samples])).permute(0, 3, 1, 2).float() / 255
-        assert (codes == torch.cat(_encode_images(images), dim=1).numpy()).all()
+        assert (codes == torch.cat(encode(images), dim=1).numpy()).all()
         assert (text == _encode_text([s.caption for s in samples]).numpy()).all()
         arrays.verify()
 
@@ -173,13 +167,13 @@ def test_a_billion_samples_start_anywhere_at_once() -> None:
 
 
 def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
-    config = folder_config(write_folder(tmp_path / "in", 80), shard_size=1, validation_fraction=0)
+    config = folder_config(write_folder(tmp_path / "in", 50), shard_size=1, validation_fraction=0)
     prepare(tmp_path / "out", config, seed=0)
     _tokenize(tmp_path / "out", tmp_path / "tokens", TokenizeConfig())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, hard))
     try:
-        rows = _rows(TokenSampler(tmp_path / "tokens", "train", seed=0), 0, 16, 10)
+        rows = _rows(TokenSampler(tmp_path / "tokens", "train", seed=0), 0, 10, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert set(Counter(rows).values()) == {2}
