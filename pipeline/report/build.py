@@ -83,7 +83,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         warnings=_warnings(evaluation["rows"]),
         config=_config(config),
-        credit=facts.index["credit"],
+        credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
     )
     return Report(page, plots)
