@@ -8,6 +8,8 @@ See pipeline/data/tokenizing.py.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from pipeline import distributed, stop
 from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shards
 from pipeline.data.tokens import Level
@@ -39,9 +41,9 @@ def main(run: StageRun) -> None:
     config, prepare_dir = run.config.tokenize, run.input("prepare")
     encoders = load_encoders(run)
     mine = run.my_share(all_shards(prepare_dir))
-    made = tokenize_shards(run.directory, prepare_dir, mine, encoders, config, run.seed)
-    for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
-        stop.check()
+    with closing(tokenize_shards(run.directory, prepare_dir, mine, encoders, config, run.seed)) as made:
+        for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
+            stop.check()
     if run.array_task is None:
         index = join(run.directory, prepare_dir, encoders, config, run.seed)
         for split_index in index["splits"].values():

@@ -12,7 +12,7 @@ neither way waits. All pictures of a shard are of one size, so batches need no s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -89,10 +89,11 @@ def tokenize_shards(
     encoders: Encoders,
     config: TokenizeConfig,
     seed: int,
-) -> Iterator[bool]:
+) -> Generator[bool, None, None]:
     """Make the token arrays of these (split, image shard) in `directory`, unless they are there and whole.
 
-    Yields for each shard in turn, when its arrays lie on the disk, whether there was something to do.
+    Yields for each shard in turn, when its arrays lie on the disk, whether there was something to do. When closed early
+    it still writes the shard that is computed.
 
     Raises:
         UserError: an image shard is damaged, a code is out of range, or the disk is full.
