@@ -89,6 +89,32 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), (total / world_size()).tolist(), strict=True))
 
 
+def sum_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def broadcast_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Rank 0's `value`, of the same shape on every rank."""
+    if world_size() > 1:
+        value = value.contiguous().clone()
+        dist.broadcast(value, src=0)
+    return value
+
+
+def mean_with_gradient(value: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks, whose gradient goes to this rank's `value` as if it were the whole mean.
+
+    DistributedDataParallel averages gradients over ranks, which makes that the gradient of a function of the mean.
+    """
+    if world_size() == 1:
+        return value
+    return value + (sum_tensor(value.detach()) / world_size() - value.detach())
+
+
 def leave(status: int) -> NoReturn:
     """End this process at once after the group has met.
 

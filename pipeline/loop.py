@@ -42,7 +42,11 @@ class Workload(Protocol):
 
     @property
     def objective(self) -> nn.Module:
-        """`forward(batch, step) -> (loss, metrics)`; all its randomness comes from torch's global generator."""
+        """`forward(batch, step) -> (loss, metrics)`; all its randomness comes from torch's global generator.
+
+        If it has `after_update(applied: bool)`, that is called once a step on every rank, behind the optimizer: for
+        what does not learn by gradients.
+        """
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """This rank's slice of each global batch, from global sample `consumed` on, without end."""
@@ -89,6 +93,7 @@ class Trainer:
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training)
+        self._after_update = getattr(engine.objective, "after_update", None)
         self.ema = Ema(engine.objective, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()
@@ -133,6 +138,8 @@ class Trainer:
             last = index == self.accumulation - 1
             parts.append(self.engine.accumulate(micro, state.step, 1 / self.accumulation, last))
         update = self.engine.update(schedule(self.training, state.step))
+        if self._after_update:
+            self._after_update(update.applied)
         metrics = {name: sum(float(part[name]) for part in parts) / len(parts) for name in parts[0]}
         metrics = self._agree(metrics)
         if update.applied:

@@ -102,7 +102,9 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self._parameters = dict(module.named_parameters())
-        self.average = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        # Rows first in memory, whatever the layout of the weights: safetensors saves no other.
+        packed = torch.contiguous_format
+        self.average = {n: p.detach().float().clone(memory_format=packed) for n, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:

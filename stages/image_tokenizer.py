@@ -7,6 +7,7 @@ reconstructions.png: training and validation pictures above what their codes dec
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -17,10 +18,17 @@ from pipeline import distributed
 from pipeline.data.stream import ImageStream
 from pipeline.files import atomic_path
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.image_tokenizer.evaluation import evaluate, reconstruction_grid
+from pipeline.image_tokenizer.evaluation import (
+    Evaluation,
+    collapsed,
+    evaluate,
+    reconstruction_grid,
+    usage_histogram,
+)
 from pipeline.loop import train
 from pipeline.stage import StageRun, run_stage
 
+log = logging.getLogger(__name__)
 _PICTURES = 32  # of each split
 
 
@@ -34,14 +42,17 @@ class Workload:
         torch.manual_seed(run.config.seed)
         self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
         self.objective = self.tokenizer.objective()
+        self.evaluation: Evaluation | None = None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         return self.train.batches(consumed, self.config.training.batch_size)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Figures of one pass over the validation split, on hard codes."""
-        figures = evaluate(self.tokenizer, self._validation_slices())
-        return {f"val/{name}": value for name, value in figures.items()}
+        self.evaluation = evaluate(self.tokenizer, self._validation_slices())
+        if distributed.is_main() and (warning := collapsed(self.evaluation, self.config.usage_floor)):
+            log.warning("%s", warning)
+        return {f"val/{name}": value for name, value in self.evaluation.figures.items()}
 
     def _validation_slices(self) -> Iterator[dict[str, Tensor]]:
         """This rank's part of the validation split, each picture once."""
@@ -62,7 +73,10 @@ class Workload:
             for s in ("train", "val")
         ]
         images = [next(stream.batches(0, _PICTURES))["images"] for stream in streams]
-        return {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(images))}
+        found = {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(images))}
+        if self.evaluation:
+            found["codebook-usage"] = usage_histogram(self.evaluation.counts)
+        return found
 
 
 def main(run: StageRun) -> None:

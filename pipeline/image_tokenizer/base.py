@@ -21,9 +21,14 @@ from torch import Tensor, nn
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json, write_json
+from pipeline.image_tokenizer.config import ArchitectureConfig
 
 # kind -> module and class; imported on first use, so that kinds do not load each other
-KINDS = {"dvae": ("pipeline.image_tokenizer.dvae", "DiscreteVAE")}
+KINDS = {
+    "dvae": ("pipeline.image_tokenizer.dvae", "DiscreteVAE"),
+    "vqvae": ("pipeline.image_tokenizer.vqvae", "VQVAE"),
+    "vqvae2": ("pipeline.image_tokenizer.vqvae", "VQVAE2"),
+}
 
 
 class Level(NamedTuple):
@@ -106,6 +111,14 @@ class ImageTokenizer(nn.Module, ABC):
                 f"the image tokenizer takes pictures of {self.image_size}×{self.image_size}, 3 channels; found"
                 f" {list(images.shape)}: resize them, or train a tokenizer at that size"
             )
+
+
+def check_size(image_size: int, config: ArchitectureConfig) -> None:
+    if image_size % config.factor:
+        raise UserError(
+            f"pictures of {image_size}×{image_size} cannot be cut into codes of {config.factor}×{config.factor}"
+            f" pixels: choose an image size that is a multiple of {config.factor}, or other widths or patch_size"
+        )
 
 
 def build(model: Config | dict[str, Any], image_size: int, where: str = "image_tokenizer.model") -> ImageTokenizer:

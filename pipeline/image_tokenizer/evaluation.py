@@ -4,43 +4,96 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipeline import distributed
 from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.metrics.reconstruction import ssim
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found."""
+
+    figures: dict[str, float]
+    counts: list[Tensor]  # how often each code of a level occurs, float64 [K] a level
 
 
 @torch.no_grad()
-def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) -> Evaluation:
     """Reconstruction and codebook figures over the `batches` {"images": uint8 [b,3,H,W]} of all ranks. Collective.
 
-    psnr: mean over pictures, dB, of 10·log10(1 / MSE) with pixels in [0,1]. For each level (suffix `_0`, `_1`, …
-    where there are several): codebook_usage, the share of codes that occur at all, in [0,1]; codebook_perplexity,
-    exp of the entropy of how often they occur, in [1, K]; code_entropy_bits, the same entropy in bits.
+    psnr: mean over pictures, dB, of 10·log10(1 / MSE) with pixels in [0,1]. ssim: mean over pictures (left out below
+    11 pixels). For each level (suffix `_0`, `_1`, … where there are several): codebook_usage, the share of codes that
+    occur at all, in [0,1]; codebook_perplexity, exp of the entropy of how often they occur, in [1, K];
+    code_entropy_bits, the same entropy in bits. bits_per_pixel: what a picture's codes take at that entropy.
     """
     counts = [torch.zeros(level.codebook_size, dtype=torch.float64) for level in tokenizer.levels]
-    psnr_sum, pictures = 0.0, 0
+    sums = {"psnr": 0.0, "ssim": 0.0}
+    count = 0
     for batch in batches:
         images = _to_device(batch["images"], tokenizer)
         codes = tokenizer.encode(images)
-        for count, level_codes in zip(counts, codes, strict=True):
-            count += torch.bincount(level_codes.flatten().cpu(), minlength=len(count))
-        psnr_sum += psnr(images, tokenizer.decode(codes)).sum().item()
-        pictures += len(images)
-    everywhere = distributed.all_gather_objects((psnr_sum, pictures, counts))
+        for level_counts, level_codes in zip(counts, codes, strict=True):
+            level_counts += torch.bincount(level_codes.flatten().cpu(), minlength=len(level_counts))
+        reconstructions = tokenizer.decode(codes)
+        sums["psnr"] += psnr(images, reconstructions).sum().item()
+        if tokenizer.image_size >= 11:
+            sums["ssim"] += ssim(images, reconstructions).sum().item()
+        count += len(images)
+    everywhere = distributed.all_gather_objects((sums, count, counts))
     counts = [torch.stack(level).sum(0) for level in zip(*(part[2] for part in everywhere), strict=True)]
-    figures = {"psnr": sum(part[0] for part in everywhere) / max(1, sum(part[1] for part in everywhere))}
-    for i, count in enumerate(counts):
+    pictures = max(1, sum(part[1] for part in everywhere))
+    figures = {name: sum(part[0][name] for part in everywhere) / pictures for name in sums}
+    if tokenizer.image_size < 11:
+        del figures["ssim"]
+    figures["bits_per_pixel"] = 0.0
+    for i, (level, level_counts) in enumerate(zip(tokenizer.levels, counts, strict=True)):
         suffix = f"_{i}" if len(counts) > 1 else ""
-        share = count / count.sum().clamp_min(1)
+        share = level_counts / level_counts.sum().clamp_min(1)
         entropy = -torch.xlogy(share, share).sum().item()
-        figures[f"codebook_usage{suffix}"] = (count > 0).double().mean().item()
+        figures[f"codebook_usage{suffix}"] = (level_counts > 0).double().mean().item()
         figures[f"codebook_perplexity{suffix}"] = math.exp(entropy)
         figures[f"code_entropy_bits{suffix}"] = entropy / math.log(2)
-    return figures
+        figures["bits_per_pixel"] += entropy / math.log(2) * level.height * level.width / tokenizer.image_size**2
+    return Evaluation(figures, counts)
+
+
+def collapsed(evaluation: Evaluation, floor: float) -> str | None:
+    """One line on the levels that use less than `floor` of their codes, and what to try; None when all use more."""
+    usage = [(counts > 0).double().mean().item() for counts in evaluation.counts]
+    low = [f"{share:.1%} on level {i}" for i, share in enumerate(usage) if share < floor]
+    if not low:
+        return None
+    return (
+        f"codebook collapse: expected at least {floor:.0%} of the codes in use on the validation split, found"
+        f" {', '.join(low)}: lower training.learning_rate, or raise revive_below (codebooks), usage_weight with logits:"
+        " distance (dvae, gumbel) or entropy_weight (lfq), or take a smaller codebook"
+    )
+
+
+def usage_histogram(counts: list[Tensor]) -> Image.Image:
+    """How often each code occurs, most frequent first, as a multiple of an even share; a line a level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, level in enumerate(counts):
+        ordered = (level.sort(descending=True).values * len(level) / level.sum().clamp_min(1)).numpy()
+        used = int((level > 0).sum())
+        axes.plot(range(1, len(level) + 1), ordered, label=f"level {i}: {used} of {len(level)} codes occur")
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="code, most frequent first", ylabel="occurrences / even share", yscale="symlog")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:

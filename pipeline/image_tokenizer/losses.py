@@ -1,4 +1,4 @@
-"""Likelihoods and the KL term of the discrete VAE's evidence lower bound.
+"""Losses: likelihoods of pictures, and the divergences that keep codes in use.
 
 Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.1 and appendix A.3.
 """
@@ -9,7 +9,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline import distributed
 
 EPSILON = 0.1  # keeps pixels away from 0 and 1, where the logit is infinite
 
@@ -32,6 +34,27 @@ def logit_laplace_nll(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     return math.log(2) + ln_b + torch.log(x * (1 - x)) + (torch.logit(x) - mu).abs() * torch.exp(-ln_b)
 
 
+class ReconstructionLoss(nn.Module):
+    """How far the decoder's output is from the pictures: what every objective starts from.
+
+    Further terms on pictures (perceptual, adversarial) belong here: an objective knows none of them.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: Tensor, output: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss a pixel value, and metrics. `images` [B,3,H,W] in [0,1]; `output`: see `output_channels`."""
+        loss = reconstruction_loss(self.kind, images, output)
+        return loss, {"reconstruction": loss.detach()}
+
+
+def output_channels(kind: str) -> int:
+    """Channels that a decoder gives for a pixel: μ and ln b of three colours, or the colours themselves."""
+    return 6 if kind == "logit_laplace" else 3
+
+
 def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
     """Mean loss a pixel value. `images` [B,3,H,W] in [0,1]; `output` [B,6,H,W] (μ, ln b) or [B,3,H,W]."""
     if kind == "logit_laplace":
@@ -40,6 +63,13 @@ def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
     if kind == "l1":
         return F.l1_loss(output, images)
     return F.mse_loss(output, images)
+
+
+def pictures(kind: str, output: Tensor) -> Tensor:
+    """The decoder's output as pictures [B,3,H,W] in [0,1]."""
+    if kind == "logit_laplace":
+        return unshrink(torch.sigmoid(output[:, :3]))
+    return output.clamp(0, 1)
 
 
 def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
@@ -51,10 +81,15 @@ def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
 def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
     """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
 
-    0 when the codes are used evenly over the batch (this rank's part of it), ln K when all collapse into one.
+    0 when the codes are used evenly over the micro-batch of all ranks, ln K when all collapse into one. A small
+    micro-batch seems to use few codes: the figure depends on its size, though not on the number of ranks that share it.
     """
-    mean = q.flatten(0, -2).mean(0)
-    return math.log(q.shape[-1]) + torch.xlogy(mean, mean.clamp_min(1e-12)).sum()
+    return math.log(q.shape[-1]) - entropy(distributed.mean_with_gradient(q.flatten(0, -2).mean(0)))
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy of a categorical [K], a scalar in nats."""
+    return -torch.xlogy(p, p.clamp_min(1e-12)).sum()
 
 
 def sample_gumbel(like: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
     objective = tokenizer.objective()
     training = TrainingConfig(steps=100, batch_size=8, learning_rate=3e-3, warmup_steps=10)
     optimizer = build_adamw(objective, training)
-    before = evaluate(tokenizer, [{"images": emoji}])
+    before = evaluate(tokenizer, [{"images": emoji}]).figures
     losses = []
     for step in range(100):
         loss, metrics = objective({"images": emoji}, step)
@@ -213,7 +213,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
         loss.backward()
         optimizer.step()
         losses.append(metrics["reconstruction"].item())
-    after = evaluate(tokenizer, [{"images": emoji}])
+    after = evaluate(tokenizer, [{"images": emoji}]).figures
     assert sum(losses[-10:]) < sum(losses[:10])
     assert after["psnr"] > before["psnr"] + 1
 
@@ -238,7 +238,7 @@ def test_around_the_codes_everything_is_float32_under_autocast() -> None:
 def test_usage_and_perplexity_count_the_codes_that_occur() -> None:
     tokenizer = small()
     images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    figures = evaluate(tokenizer, [{"images": images[:4]}, {"images": images[4:]}])
+    figures = evaluate(tokenizer, [{"images": images[:4]}, {"images": images[4:]}]).figures
     codes = tokenizer.encode(images.float() / 255)[0]
     share = torch.bincount(codes.flatten(), minlength=32) / codes.numel()
     assert figures["codebook_usage"] == pytest.approx(len(codes.unique()) / 32)

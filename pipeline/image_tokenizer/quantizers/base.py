@@ -1,0 +1,90 @@
+"""What every quantizer is, and the search for the best of many codes.
+
+Shapes: B pictures, N positions, C channels of features, D of a code's vector, K codes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of features in training."""
+
+    vectors: Tensor  # [B,N,D] float32, what the decoder sees, with a gradient to the features
+    loss: Tensor  # what is added to the reconstruction loss
+    metrics: dict[str, Tensor]
+
+
+class Quantizer(nn.Module, ABC):
+    """Feature vectors to codes, one or (residual) several a position, and codes to vectors. Float32 throughout.
+
+    Attributes:
+        codebook_sizes: K of each code of a position, coarse to fine.
+        code_width: D, channels of the vectors that the decoder gets.
+    """
+
+    codebook_sizes: list[int]
+    code_width: int
+
+    def forward(self, features_BNC: Tensor, step: int) -> Quantized:
+        """The training pass. All its randomness comes from torch's global generator."""
+        with torch.autocast(features_BNC.device.type, enabled=False):
+            return self._quantize(features_BNC.float(), step)
+
+    @torch.no_grad()
+    def encode(self, features_BNC: Tensor) -> list[Tensor]:
+        """Codes, an int64 [B,N] for each of `codebook_sizes`."""
+        with torch.autocast(features_BNC.device.type, enabled=False):
+            return self._codes(features_BNC.float())
+
+    def vectors(self, codes: list[Tensor]) -> Tensor:
+        """The vectors [B,N,D] of codes as `encode` gives them."""
+        with torch.autocast(codes[0].device.type, enabled=False):
+            return self._vectors(codes)
+
+    @abstractmethod
+    def _quantize(self, features_BNC: Tensor, step: int) -> Quantized: ...
+
+    @abstractmethod
+    def _codes(self, features_BNC: Tensor) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _vectors(self, codes: list[Tensor]) -> Tensor: ...
+
+    def after_update(self, applied: bool) -> None:
+        """Collective, once an optimizer update. `applied`: the update was finite and changed the weights."""
+        return
+
+
+_ROWS, _BLOCK = 256, 64  # a slab of scores that stays in the cache; codes of a block
+
+
+def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None) -> Tensor:
+    """argmax over k of v·c_k + bias_k for each vector, int64 [n].
+
+    A slab of rows at a time, and in two steps: the maximum of each block of codes (vectorised, unlike an argmax),
+    then the place in the best block. Ties go to the lowest code. In the precision of its inputs: give it float32.
+    """
+    K = len(codes_KD)
+    transposed = codes_KD.T.contiguous()
+    found = []
+    for rows in vectors_nD.split(_ROWS):
+        scores = rows @ transposed if bias_K is None else torch.addmm(bias_K, rows, transposed)
+        if K % _BLOCK or K <= 2 * _BLOCK:
+            found.append(scores.argmax(-1))
+            continue
+        blocks = scores.view(len(rows), -1, _BLOCK)
+        block = blocks.amax(-1).argmax(-1)
+        inside = blocks[torch.arange(len(rows), device=rows.device), block].argmax(-1)
+        found.append(block * _BLOCK + inside)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=vectors_nD.device)
+
+
+def nearest_code(vectors_nD: Tensor, codebook_KD: Tensor) -> Tensor:
+    """The code with the smallest ‖v − e_k‖ for each vector, int64 [n]; ‖v‖² is the same for all k."""
+    return best_code(vectors_nD, codebook_KD, -0.5 * codebook_KD.square().sum(-1))

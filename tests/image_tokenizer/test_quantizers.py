@@ -1,0 +1,210 @@
+"""Promises that every quantizer keeps, and what each kind is known for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.image_tokenizer.config import VQVAE2Config, VQVAEConfig
+from pipeline.image_tokenizer.quantizers import Quantizer, build_quantizer
+from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
+from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
+
+KINDS = {
+    "ema": {"kind": "ema", "codebook_size": 64, "code_width": 8},
+    "gradient": {"kind": "gradient", "codebook_size": 64, "code_width": 8},
+    "rotation": {"kind": "ema", "codebook_size": 64, "code_width": 8, "gradient": "rotation"},
+    "normalized": {"kind": "gradient", "codebook_size": 64, "code_width": 4, "normalize": True},
+    "residual": {"kind": "ema", "codebook_size": 64, "code_width": 8, "depth": 3},
+    "fsq": {"kind": "fsq", "channels": (4, 4, 4)},
+    "lfq": {"kind": "lfq", "bits": 6},
+    "bsq": {"kind": "lfq", "bits": 6, "spherical": True},
+    "gumbel": {"kind": "gumbel", "codebook_size": 64, "code_width": 8},
+    "gumbel linear": {"kind": "gumbel", "codebook_size": 64, "code_width": 8, "logits": "linear"},
+}
+
+
+def quantizer(name: str, **changes: object) -> Quantizer:
+    config = parse_config(VQVAEConfig, {"kind": "vqvae", "quantizer": KINDS[name] | changes}, "test").quantizer
+    torch.manual_seed(0)
+    return build_quantizer(config, 16, 48)
+
+
+def features(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_vectors_of_codes_are_what_the_decoder_sees_in_training(name: str) -> None:
+    if name.startswith("gumbel"):
+        pytest.skip("the decoder sees mixtures in training")
+    made, x = quantizer(name).train(), features(4, 9)
+    seen = made(x, 0).vectors
+    codes = made.eval().encode(x)
+    assert [code.shape for code in codes] == [(4, 9)] * len(made.codebook_sizes)
+    assert all(code.min() >= 0 and code.max() < size for code, size in zip(codes, made.codebook_sizes, strict=True))
+    torch.testing.assert_close(made.vectors(codes), seen, atol=1e-5, rtol=1e-4)
+    assert made.vectors(codes).shape == (4, 9, made.code_width)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_changes_no_code_and_no_bit(name: str) -> None:
+    made, x = quantizer(name).train(), features(4, 9)
+    torch.manual_seed(3)
+    plain = made(x, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(3)
+        cast = made(x, 0)
+        codes = made.encode(x)
+    assert torch.equal(plain.vectors, cast.vectors)
+    assert cast.vectors.dtype == cast.loss.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(codes, made.encode(x), strict=True))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_parameter_and_the_features_get_a_gradient(name: str) -> None:
+    made, x = quantizer(name).train(), features(4, 9).requires_grad_()
+    found = made(x, 0)
+    (found.vectors.square().sum() + found.loss).backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("K", [7, 64, 1024, 8192])
+def test_search_in_blocks_finds_the_first_best_code(K: int) -> None:
+    codebook = torch.randint(-3, 4, (K, 3), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    z = torch.randint(-3, 4, (700, 3), generator=torch.Generator().manual_seed(1)).float()
+    assert torch.equal(best_code(z, codebook), (z @ codebook.T).argmax(-1))
+    distance = (z[:, None] - codebook).square().sum(-1)
+    assert torch.equal(nearest_code(z, codebook), distance.argmin(-1))
+
+
+def test_ema_codebook_moves_as_the_library_moves_its_own() -> None:
+    """Reference: vector-quantize-pytorch's codebook, from the same state, on the same batches."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import Codebook as Reference
+
+    ours = codebook("ema", decay=0.9, revive_below=0.0)
+    reference = Reference(8, 64, decay=0.9, threshold_ema_dead_code=0, eps=0.0).train()
+    ours.used.fill_(1.0)
+    ours.sums.copy_(ours.embedding)
+    ours.started.fill_(True)
+    reference.embed.copy_(ours.embedding[None])
+    reference.embed_avg.copy_(ours.embedding[None])
+    for step in range(5):
+        z = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(step))
+        _, codes, _ = reference(z)
+        assert torch.equal(ours.nearest(z), codes)
+        ours(z)
+        ours.after_update(applied=True)
+        torch.testing.assert_close(ours.embedding, reference.embed[0], atol=1e-5, rtol=1e-4)
+
+
+def codebook(kind: str, **changes: object) -> Codebook:
+    made = quantizer("ema", kind=kind, **changes).train().codebooks[0]  # type: ignore[index, union-attr]
+    assert isinstance(made, Codebook)
+    return made
+
+
+def test_codebook_learns_once_an_update_from_all_micro_batches_and_not_from_a_skipped_one() -> None:
+    z = torch.randn(6, 16, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = codebook("ema", revive_below=0.0), codebook("ema", revive_below=0.0)
+    for made in (whole, parts):
+        torch.manual_seed(1)
+        made._start(z[:2].flatten(0, 1))
+    before = whole.embedding.clone()
+    whole(z)
+    for part in z.split(2):
+        parts(part)
+    assert torch.equal(parts.embedding, before)
+    whole.after_update(applied=True)
+    parts.after_update(applied=True)
+    torch.testing.assert_close(whole.embedding, parts.embedding)
+    assert not torch.equal(whole.embedding, before)
+    after = whole.embedding.clone()
+    whole(torch.full_like(z, math.nan))
+    whole.after_update(applied=False)
+    whole.after_update(applied=True)
+    assert torch.equal(whole.embedding, after)
+
+
+def test_unused_codes_come_back_to_where_the_vectors_are() -> None:
+    made = codebook("ema", codebook_size=32, decay=0.5, kmeans_iterations=0)
+    made(torch.zeros(1, 1, 8))  # starts with random codes
+    made.after_update(applied=False)
+    made.embedding[1:] += 100  # a collapse: all but one are far from everything
+    for step in range(12):
+        z = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(step))
+        made(z)
+        made.after_update(applied=True)
+    assert len(made.nearest(z).unique()) > 24
+
+
+def test_a_batch_that_is_not_finite_starts_no_codebook() -> None:
+    made = codebook("ema")
+    made(torch.full((1, 4, 8), math.nan))
+    assert not made.started
+    made.after_update(applied=False)
+    made(torch.randn(1, 4, 8))
+    assert made.started
+
+
+def test_kmeans_finds_clusters_and_fills_up_where_vectors_are_few() -> None:
+    torch.manual_seed(0)
+    centres = 10 * torch.randn(8, 4)
+    vectors = (centres[:, None] + 0.1 * torch.randn(8, 50, 4)).flatten(0, 1)
+    means, counts = kmeans(vectors, 64, 10)
+    assert counts.sum() == 400
+    error = (vectors[:, None] - means).square().sum(-1).min(1).values.mean()
+    assert error < 0.04
+    means, _ = kmeans(vectors[:10], 64, 10)
+    assert len(means.unique(dim=0)) == 64
+
+
+def test_each_further_codebook_of_a_residual_quantizer_brings_vectors_nearer() -> None:
+    made = quantizer("residual").train()
+    for step in range(20):
+        made(features(8, 16, seed=step), step)
+        made.after_update(applied=True)
+    x = features(8, 16, seed=99)
+    z, codes = made.project(x), made.eval().encode(x)  # type: ignore[operator]
+    total, errors = torch.zeros_like(z), []
+    for code, book in zip(codes, made.codebooks, strict=True):  # type: ignore[arg-type]
+        total = total + book.vectors()[code]
+        errors.append((z - total).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 3
+
+
+def test_entropies_of_binary_codes_are_those_of_the_whole_table() -> None:
+    """Against the definition with all 2^d codes written out, as the library computes it."""
+    made = quantizer("bsq", bits=5)
+    z = torch.nn.functional.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    table = made.vectors([torch.arange(32)])
+    p = (2 * z @ table.T / made.config.entropy_temperature).softmax(-1)  # type: ignore[union-attr]
+    position, batch = made._entropies(z)  # type: ignore[operator]
+    torch.testing.assert_close(position, -(p * p.log()).sum(-1).mean())
+    torch.testing.assert_close(batch, -(p.mean(0) * p.mean(0).log()).sum())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "vqvae", "quantizer": {"kind": "ema", "normalize": True, "depth": 2}}, "normalize needs depth 1"),
+        ({"kind": "vqvae", "quantizer": {"kind": "fsq", "channels": [2, 8]}}, "channels must be at least 3"),
+        ({"kind": "vqvae", "quantizer": {"kind": "ema", "codebook_size": 2**21}}, "less than or equal to 1048576"),
+        ({"kind": "vqvae", "quantizer": {"kind": "emma"}}, "'ema', 'gradient'"),
+        ({"kind": "vqvae", "quantizer": {"kind": "ema", "codebok_size": 8}}, "did you mean .*codebook_size"),
+        ({"kind": "vqvae2", "quantizers": [KINDS["ema"]] * 3, "widths": [8, 8]}, "3 quantizers need as many"),
+    ],
+)
+def test_config_says_what_to_change(model: dict[str, object], message: str) -> None:
+    cls = VQVAE2Config if model["kind"] == "vqvae2" else VQVAEConfig
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(cls, model, "test")
+    assert "\n" not in str(caught.value)
