@@ -38,14 +38,18 @@ def main() -> None:
 @click.option("--samples", default=2_500)
 @click.option("--dimensions", default=2048)
 @click.option("--rank", type=int, help="of the features; default: full")
-def parity(samples: int, dimensions: int, rank: int | None) -> None:
+@click.option(
+    "--centred", is_flag=True, help="features around 0, instead of non-negative ones as a network's last ReLU"
+)
+def parity(samples: int, dimensions: int, rank: int | None, centred: bool) -> None:
     """Relative differences from the references on the same features, float64."""
     from prdc import compute_prdc
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    real, generated = features(samples, dimensions, 1, rank), features(samples, dimensions, 2, rank) + 0.01
+    real, generated = (features(samples, dimensions, seed, rank, centred) for seed in (1, 2))
+    generated += 0.01
     network = _FeaturesAreTheInput()
     network.num_features = dimensions
     fid = FrechetInceptionDistance(feature=network, input_img_size=(dimensions,)).set_dtype(torch.float64)
@@ -54,7 +58,12 @@ def parity(samples: int, dimensions: int, rank: int | None) -> None:
         metric.update(real, real=True)
         metric.update(generated, real=False)
     row("figure", "ours", "reference", "relative difference")
-    compare("FID, torchmetrics", frechet_distance(real, generated), fid.compute().item())
+    ours, expected = frechet_distance(real, generated), fid.compute().item()
+    compare("FID, torchmetrics", ours, expected)
+    if rank:
+        exact = exact_distance(samples, dimensions, rank, centred)
+        compare("FID, exact in the features' span", ours, exact)
+        compare("torchmetrics' FID, exact in the span", expected, exact)
     torch.manual_seed(5)
     expected = kid.compute()[0].item()
     ours = kernel_distance(real, generated, 5, 1000, torch.Generator().manual_seed(5))[0]
@@ -146,12 +155,28 @@ class _FeaturesAreTheInput(nn.Module):
         return x
 
 
-def features(n: int, dimensions: int, seed: int, rank: int | None = None) -> Tensor:
+def features(n: int, dimensions: int, seed: int, rank: int | None = None, centred: bool = False) -> Tensor:
     """Correlated float64 features `[n, dimensions]` of full or given rank."""
-    inner = rank or dimensions
-    z = torch.rand(n, inner, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    mixing = torch.rand(inner, dimensions, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    return z @ mixing / inner**0.5
+    z, mixing = _parts(n, dimensions, seed, rank or dimensions, centred)
+    return z @ mixing
+
+
+def exact_distance(n: int, dimensions: int, rank: int, centred: bool) -> float:
+    """The Fréchet distance of `parity`'s features, from their coordinates in the span that they live in."""
+    inside = []
+    for seed in (1, 2):
+        z, mixing = _parts(n, dimensions, seed, rank, centred)
+        basis = torch.linalg.qr(mixing.T)
+        inside.append(z @ basis.R.T)
+    moved = inside[1].mean(dim=0) - inside[0].mean(dim=0)
+    everywhere = basis.Q @ moved + 0.01
+    return frechet_distance(*inside) - moved.square().sum().item() + everywhere.square().sum().item()
+
+
+def _parts(n: int, dimensions: int, seed: int, rank: int, centred: bool) -> tuple[Tensor, Tensor]:
+    z = torch.rand(n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mixing = torch.rand(rank, dimensions, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return z - 0.5 * centred, (mixing - 0.5 * centred) / rank**0.5
 
 
 def timed(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:

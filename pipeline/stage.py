@@ -90,7 +90,8 @@ class StageRun:
         self._runs.finish(self.stage, self.outputs)
         small = [p for p in sorted(self.outputs) if p.suffix != ".tar" and p.stat().st_size <= _ARTIFACT_LIMIT_BYTES]
         for path in (self.directory / "config.yaml", self.directory / "manifest.json", *small):
-            self.tracker.artifact(path)
+            folder = path.relative_to(self.directory).parent  # samples/00.png and reconstructions/00.png are two
+            self.tracker.artifact(path, str(folder) if folder.parts else None)
 
 
 def run_stage(name: str, body: Callable[[StageRun], None]) -> None:

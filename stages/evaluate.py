@@ -2,9 +2,10 @@
 
 Reads generate/samples (a picture painted for each of many captions) and generate/prompts.json (the grid), prepare, and
 the models. Writes metrics.json: rows of figures with extractor, sample counts, intervals and warnings; the nearest
-training picture of each picture in the grid; some samples and reconstructions; with evaluate.sweep also sweep.json, the
-figures of other settings of sampling, and best.yaml, the best one as overrides. Array tasks share the extraction of
-features, the stage itself measures. See pipeline/metrics/evaluation.py and sweep.py.
+training picture of each picture in the grid; some samples and reconstructions; with evaluate.sweep also the figures of
+other settings of sampling, their pictures, and best.yaml, the best one as a section of a config. Array tasks share the
+extraction of features and the painting of the sweep, the stage itself measures. See pipeline/metrics/evaluation.py and
+sweep.py.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from pipeline.metrics.evaluation import (
     save_samples,
     tokenizer_rows,
 )
-from pipeline.metrics.feature_store import FeatureStore
+from pipeline.metrics.feature_store import FeatureStore, trim
 from pipeline.metrics.features import load_extractor
 from pipeline.metrics.networks import CaptionJudge
-from pipeline.metrics.sweep import sweep
+from pipeline.metrics.sweep import Sweep
 from pipeline.stage import StageRun, run_stage
 
 
@@ -38,19 +39,24 @@ def main(run: StageRun) -> None:
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
     store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
     sets = PictureSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
+    judge = CaptionJudge(config.clip, distributed.device(), config.batch_size) if config.clip else None
+    sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
+    share = run.array_task or (0, 1)
     for name, pictures in sets.all():
-        store.extract(pictures, *_share(run), description=f"features of {name} pictures")
-    distributed.barrier()
-    if run.array_task is None and distributed.is_main():
-        _measure(run, sets, store)
-    distributed.barrier()
+        store.extract(pictures, *share, description=f"features of {name} pictures")
+    if judge and sets.generated:
+        for pictures in (sets.generated, sets.own):
+            FeatureStore(store.folder, judge.images).extract(pictures, *share, description="CLIP's features")
+    if sweep:
+        sweep.paint(*share)
+    if run.array_task is None:
+        _measure(run, sets, store, judge, sweep)
+        trim(store.folder, config.feature_cache_gb)
 
 
-def _share(run: StageRun) -> tuple[int, int]:
-    return run.array_task or (distributed.rank(), distributed.world_size())
-
-
-def _measure(run: StageRun, sets: PictureSets, store: FeatureStore) -> None:
+def _measure(
+    run: StageRun, sets: PictureSets, store: FeatureStore, judge: CaptionJudge | None, sweep: Sweep | None
+) -> None:
     config, seed, generate = run.config.evaluate, run.config.seed, run.input("generate")
     tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
     real = RealPictures(sets, store)
@@ -58,19 +64,19 @@ def _measure(run: StageRun, sets: PictureSets, store: FeatureStore) -> None:
     scores: list[float] | None = None
     if sets.generated:
         rows = generated_rows(sets.generated, real, store, config, seed)
-        if config.clip:
-            judge = CaptionJudge(config.clip, distributed.device(), config.batch_size)
-            clip_rows, scores = judged(sets.generated, real, judge, store.folder, seed)
+        if judge:
+            clip_rows, scores = judged(sets, judge, store.folder, seed)
             rows += clip_rows
-    rows += tokenizer_rows(tokenizer, real, store, config)
+    rows += tokenizer_rows(tokenizer, real, store, config, seed)
     figures: dict[str, Any] = {
         "rows": [row.as_json() for row in rows],
         "nearest": nearest_training_pictures(generate, real, store),
+        "judge": "CLIP score" if scores else None,
         "samples": save_samples(sets.generated, scores, real, store, run.directory, config, seed),
         "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
     }
-    if config.sweep:
-        figures["sweep"] = sweep(run, config.sweep, real, store)
+    if sweep:
+        figures["sweep"] = sweep.measure(real)
     write_json(run.directory / "metrics.json", figures)
     shown = [entry["file"] for entry in (*figures["samples"], *figures["reconstructions"])]
     for file in ("metrics.json", *shown):

@@ -1,7 +1,7 @@
 """Stage 8, report: everything worth showing, as one HTML file that opens without a server.
 
 Reads the directories of all stages before it; measures nothing itself. Writes index.html, and
-its plots as files for the tracking. See pipeline/report/build.py.
+what it shows as files of their own for the tracking. See pipeline/report/build.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def main(run: StageRun) -> None:
             report = build_report(directories, run.config)
             write_atomic(run.directory / "index.html", report.page)
             run.add_output("index.html")
-            for name, svg in report.plots.items():
-                write_atomic(run.directory / "plots" / name, svg)
-                run.add_output(f"plots/{name}")
+            for name, content in report.files.items():
+                write_atomic(run.directory / name, content)
+                run.add_output(name)
             bar.update()
     distributed.barrier()
 

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
+from PIL import Image
 
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.errors import UserError
@@ -23,6 +25,8 @@ from pipeline.runs import RunDirectory
 from pipeline.stage import StageRun
 from pipeline.tracking import Tracker
 from stages import evaluate, report
+from tests.launch import launch
+from tests.metrics.tiny_clip import save_clip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,6 +131,13 @@ def test_measuring_again_gives_the_same_bytes(tiny_run: Path, tmp_path: Path, co
     assert measured.read_bytes() == (tiny_run / "evaluate" / "metrics.json").read_bytes()
 
 
+def test_reconstructions_carry_intervals(figures: dict[str, Any]) -> None:
+    rows = [row for row in figures["rows"] if row["compares"].endswith("their reconstructions")]
+    assert {row["metric"] for row in rows} == {"PSNR (dB)", "SSIM", "rFD (Lite0)"}
+    assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
+    assert all("bootstraps" in row["interval_of"] for row in rows)
+
+
 def test_copies_of_training_pictures_show_as_copies(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
     samples = list(read_samples(tiny_run / "prepare", "train"))[:24]
     run = again(tiny_run, tmp_path, config, "evaluate", "generate")
@@ -160,16 +171,23 @@ def test_page_tells_the_run(figures: dict[str, Any], page: str) -> None:
         assert expected in text
 
 
-def test_page_is_a_function_of_its_inputs(tiny_run: Path, tmp_path: Path, config: PipelineConfig, page: str) -> None:
+def test_page_is_a_function_of_its_inputs(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig, page: str, figures: dict[str, Any]
+) -> None:
     run = again(tiny_run, tmp_path, config, "report")
     report.main(run)
     assert (run.directory / "index.html").read_text() == page
     plots = sorted((run.directory / "plots").iterdir())
+    grids = sorted((run.directory / "grids").iterdir())
+    assert [path.stem for path in grids] == ["prompts-new", "prompts-training", "random"]
+    assert len((run.directory / "figures.csv").read_text().splitlines()) == 1 + len(figures["rows"])
+    assert json.loads((run.directory / "costs.json").read_text())["stages"]["transformer"]["wall_time_s"] > 0
     assert [path.name for path in plots if path.name.startswith("transformer-loss")]
     for path in plots:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     manifest = json.loads((tiny_run / "report" / "manifest.json").read_text())
-    assert {f"plots/{path.name}" for path in plots} | {"index.html"} == set(manifest["outputs"])
+    shown = {str(path.relative_to(run.directory)) for path in (*plots, *grids)}
+    assert shown | {"index.html", "figures.csv", "costs.json"} == set(manifest["outputs"])
 
 
 def test_ids_of_plots_do_not_clash(page: str) -> None:
@@ -207,10 +225,65 @@ def test_array_tasks_share_the_features_and_the_stage_measures_the_same(
     assert (run.directory / "metrics.json").read_text() == whole
 
 
+def test_best_and_worst_by_clip_are_shown(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
+    captions = [sample.caption for sample in read_samples(tiny_run / "prepare", "train")]
+    clip = save_clip(tmp_path / "clip", captions)
+    judged = changed(config, clip=str(clip), samples_shown=4, feature_cache=tmp_path / "cache")
+    evaluate.main(again(tiny_run, tmp_path, judged, "evaluate", array_task=(0, 1)))
+    sets = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/part-*.npz")}
+    assert len(sets) == 5  # three for the figures, two for CLIP
+    run = again(tiny_run, tmp_path, judged, "evaluate")
+    evaluate.main(run)
+    measured = json.loads((run.directory / "metrics.json").read_text())
+    scores = {group: [e["score"] for e in measured["samples"] if e["group"] == group] for group in ("best", "worst")}
+    assert min(scores["best"]) >= max(scores["worst"])
+    assert {"CLIP score (CLIP)", "R@5 (CLIP)"} <= {row["metric"] for row in measured["rows"]}
+    directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
+    report = build_report(directories, judged)
+    text = " ".join("".join(References(report.page).text).split())
+    assert "the best and the worst of those by CLIP score" in text
+    assert "Lite0: features of efficientnet-lite0" in text
+    assert "CLIP: features of clip" in text
+    assert {"grids/best.png", "grids/worst.png"} <= report.files.keys()
+
+
+def test_what_the_page_shows_is_an_artifact(tiny_run: Path) -> None:
+    def artifacts(stage: str) -> set[str]:
+        record = json.loads((tiny_run / stage / "mlflow.json").read_text())
+        client, found, folders = MlflowClient(record["uri"]), set[str](), [""]
+        for folder in folders:
+            for entry in client.list_artifacts(record["run_id"], folder or None):
+                (folders.append if entry.is_dir else found.add)(entry.path)
+        return found
+
+    for stage in ("evaluate", "report"):
+        outputs = json.loads((tiny_run / stage / "manifest.json").read_text())["outputs"]
+        assert artifacts(stage) >= {*outputs, "config.yaml", "manifest.json"}
+    assert {"prompts.png", "prompts/00.png"} <= artifacts("generate")
+
+
+def test_best_setting_paints(tiny_run: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "run.json", "text-tokenizer", "image-tokenizer", "transformer"):
+        (tmp_path / name).symlink_to(tiny_run / name)
+    arguments = ("pipeline", "generate", str(tmp_path), "red joker", "--best", "-o", str(tmp_path / "out"))
+    assert "expected the result of a sweep at" in launch(*arguments, check=False)
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "best.yaml").write_text(
+        "generate: {sampling: {temperature: 0.0, top_k: 3, guidance: 1.0}}"
+    )
+    launch(*arguments)
+    recorded = "".join(Image.open(tmp_path / "out" / "0000.png").text.values())  # type: ignore[attr-defined]
+    assert '"temperature": 0.0' in recorded
+    assert '"top_k": 3' in recorded
+
+
 def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
     wanted = SweepConfig(temperature=[0.2, 1.0], top_k=[1, None], samples=16)
-    swept = changed(config, sweep=wanted)
+    swept = changed(config, sweep=wanted, feature_cache=tmp_path / "cache")
+    evaluate.main(again(tiny_run, tmp_path, swept, "evaluate", array_task=(1, 2)))
     run = again(tiny_run, tmp_path, swept, "evaluate")
+    shared = {path.name for path in (run.directory / "sweep").glob("*.tar")}
+    assert shared == {f"guidance-1.0-temperature-{t}-top_k-all.tar" for t in (0.2, 1.0)}
     evaluate.main(run)
     sweep = json.loads((run.directory / "metrics.json").read_text())["sweep"]
     tried = [(setting["temperature"], setting["top_k"]) for setting in sweep["settings"]]
@@ -227,7 +300,7 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
     report = build_report(directories, swept)
     assert "Settings of sampling" in report.page
-    assert [name for name in report.plots if name.startswith("sweep-fd-against-is")]
+    assert [name for name in report.files if name.startswith("plots/sweep-fd-against-is")]
 
 
 def test_sweep_of_guidance_needs_caption_dropout(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:

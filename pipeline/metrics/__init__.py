@@ -5,6 +5,7 @@
     features.py          extractors by name: pictures -> features and class logits
     efficientnet_lite.py inception_v3.py networks.py       their networks; CLIP also judges captions
     feature_store.py     features on disk by content hash; feature files
+    reference.py         mean and covariance of reference sets, likewise
     frechet.py  kid.py  inception_score.py  manifold.py    figures of sets, from features or logits
     reconstruction.py  lpips.py                            PSNR, SSIM and LPIPS, figures of pairs
     compare.py           all of them over two sets, as the rows of metrics.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ _CACHE = Path("runs/.cache/features")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cache", type=_PATH, default=_CACHE, show_default=True, help="folder of features by content hash")
+@click.option("--cache-gb", "feature_cache_gb", type=float, help="bound of the cache  [default: 20]")
 @click.option("-o", "--output", type=_PATH, help="write the figures there, as JSON")
 @click.option("--save-real", type=_PATH, help="write the features of --real there (.npz), for later comparisons")
 @click.option("--save-fake", type=_PATH, help="likewise of --fake")
@@ -72,13 +74,16 @@ def evaluate(
     from pipeline.distributed import init, is_main
     from pipeline.files import write_json
     from pipeline.metrics.config import EvaluateConfig
+    from pipeline.metrics.feature_store import trim
 
     init()
-    config = parse_config(EvaluateConfig, options, where="smalti evaluate")
+    given = {name: value for name, value in options.items() if value is not None}
+    config = parse_config(EvaluateConfig, given, where="smalti evaluate")
     sets = _feature_sets(real, fake, config, cache)
     if not is_main():
         return
     rows = _rows(*sets, fake, config, cache, seed)
+    trim(cache, config.feature_cache_gb)
     for path, features in ((save_real, sets[0]), (save_fake, sets[1])):
         if path:
             from pipeline.metrics.feature_store import save_features
@@ -104,12 +109,14 @@ def _feature_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -
         extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
         store = FeatureStore(cache, extractor)
     found = []
+    sizes: dict[str, Counter[tuple[int, int]]] = {}
     for path, what in ((real, "real"), (fake, "fake")):
         if store is None or is_feature_file(path):
             found.append(read_features(path))
             continue
         pictures = pictures_at(path)
         store.extract(pictures, distributed.rank(), distributed.world_size(), f"{what} pictures")
+        sizes[what] = store.sizes(pictures)
         distributed.barrier()
         if distributed.is_main():
             found.append(store.features(pictures, f"{what} pictures"))
@@ -117,13 +124,28 @@ def _feature_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -
         if not distributed.is_main():
             found.append(store.features(pictures))
     check_same_extractor(*found)
+    if distributed.is_main():
+        _tell_sizes(sizes)
     return found[0], found[1]
+
+
+def _tell_sizes(sizes: dict[str, Counter[tuple[int, int]]]) -> None:
+    """Warn of mixed sizes: every picture is resized on its own, and an enlarged one looks blurred to a network."""
+    for what, found in (*sizes.items(), ("real and fake", sum(sizes.values(), Counter()))):
+        if len(found) > 1 and (what != "real and fake" or all(len(other) == 1 for other in sizes.values())):
+            shown = ", ".join(f"{count} of {width} × {height}" for (width, height), count in found.most_common(3))
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            click.echo(
+                f"warning: {what} pictures: expected one size, found {len(found)} ({shown}{more}); each is resized on "
+                "its own, which the figures see",
+                err=True,
+            )
 
 
 def _rows(real: FeatureSet, fake: FeatureSet, path: Path, config: EvaluateConfig, cache: Path, seed: int) -> list[Row]:
     from pipeline.metrics.compare import caption_rows, compare_features
 
-    rows = compare_features(real, fake, config, seed)
+    rows = compare_features(real, fake, config, seed, cache)
     if config.clip:
         from pipeline.distributed import device
         from pipeline.metrics.feature_store import FeatureStore

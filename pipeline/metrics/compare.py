@@ -6,9 +6,9 @@ rows = compare_pictures(real, generated, config, seed)      # two iterables of P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from pipeline.distributed import device
 from pipeline.errors import UserError
+from pipeline.metrics.checks import checked_pair
 from pipeline.metrics.config import EvaluateConfig
 from pipeline.metrics.features import FeatureSet, load_extractor
-from pipeline.metrics.frechet import frechet_deviation, frechet_distance, frechet_infinity
+from pipeline.metrics.frechet import Gaussian, frechet_deviation, frechet_distance, frechet_infinity
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
+from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.manifold import membership, nearest
 from pipeline.metrics.networks import clip_scores, own_caption_ranks
+from pipeline.metrics.reference import reference_gaussian
 
 _RESAMPLES = 1000  # of a mean's bootstrap
 
@@ -58,20 +61,36 @@ def compare_pictures(
     return compare_features(real_set, extractor(generated, description="generated pictures"), config, seed)
 
 
-def compare_features(real: FeatureSet, generated: FeatureSet, config: EvaluateConfig, seed: int) -> list[Row]:
-    """Every figure of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`."""
+def compare_features(
+    real: FeatureSet, generated: FeatureSet, config: EvaluateConfig, seed: int, cache: Path | None = None
+) -> list[Row]:
+    """Every figure of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`.
+
+    Raises:
+        UserError: a set is empty, or has features that are NaN or of other dimensions.
+    """
     n = min(len(real), len(generated), config.samples or len(real))
-    rows = compare_sets(real.take(slice(n)), generated.take(slice(n)), "generated, real", config, seed)
+    rows = compare_sets(real.take(slice(n)), generated.take(slice(n)), "generated, real", config, seed, cache)
     return rows + inception_rows(generated.take(slice(n)), "generated", config, seed)
 
 
 def compare_sets(
-    real: FeatureSet, generated: FeatureSet, compares: str, config: EvaluateConfig, seed: int
+    real: FeatureSet,
+    generated: FeatureSet,
+    compares: str,
+    config: EvaluateConfig,
+    seed: int,
+    cache: Path | None = None,
 ) -> list[Row]:
-    """Fréchet distance and FD∞, KID, precision, recall, density and coverage of two sets of features."""
+    """Fréchet distance and FD∞, KID, precision, recall, density and coverage of two sets of features.
+
+    `cache`: a folder that keeps the statistics of real sets. Raises as `compare_features` does.
+    """
+    checked_pair(real.features, generated.features, at_least=2, reason="a covariance")
+    reference = reference_gaussian(real.features, cache)
     rows = [
-        frechet_row(real, generated, compares, bootstraps=config.bootstraps, seed=seed),
-        frechet_infinity_row(real, generated, compares, seed),
+        frechet_row(real, generated, compares, bootstraps=config.bootstraps, seed=seed, reference=reference),
+        frechet_infinity_row(real, generated, compares, seed, reference),
     ]
     subset_size = min(config.kid_subset_size, min(len(real), len(generated)) // 2)
 
@@ -105,42 +124,57 @@ def manifold_rows(real: FeatureSet, generated: FeatureSet, compares: str, k: int
     return rows
 
 
-def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """95 % confidence interval of the mean of `values` `[n]`: percentiles over resamples with replacement
-    (Efron & Tibshirani 1993, section 13.3)."""
+def bootstrap_interval(
+    values: Tensor, seed: int, statistic: Callable[[Tensor], Tensor] = torch.mean
+) -> tuple[float, float]:
+    """95 % confidence interval of the mean (or another statistic) of `values` `[n]`: percentiles over resamples with
+    replacement (Efron & Tibshirani 1993, section 13.3)."""
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(_RESAMPLES)]
+    found = torch.stack(
+        [statistic(values[torch.randint(len(values), (len(values),), generator=generator)]) for _ in range(_RESAMPLES)]
     )
-    low, high = torch.quantile(means.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(found.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
 def frechet_row(
-    real: FeatureSet, generated: FeatureSet, compares: str, prefix: str = "", bootstraps: int = 0, seed: int = 0
+    real: FeatureSet,
+    generated: FeatureSet,
+    compares: str,
+    prefix: str = "",
+    bootstraps: int = 0,
+    seed: int = 0,
+    reference: Gaussian | None = None,
+    paired: bool = False,
 ) -> Row:
-    """Fréchet distance, named after the extractor; it is called FID only on the Inception network of that name."""
+    """Fréchet distance, named after the extractor; it is called FID only on the Inception network of that name.
+
+    `paired`: each generated picture belongs to the real one of its place, as reconstructions do.
+    """
     n, dimensions = min(len(real), len(generated)), real.features.shape[1]
     more: dict[str, Any] = {}
     if n < dimensions:
         more["warning"] = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
     value = None
     try:
-        value = frechet_distance(real.features, generated.features)
+        value = frechet_distance(real.features, generated.features, reference)
         if bootstraps > 1:
             generator = torch.Generator().manual_seed(seed)
-            reach = 1.96 * frechet_deviation(real.features, generated.features, generator, bootstraps)
+            reach = 1.96 * frechet_deviation(real.features, generated.features, generator, bootstraps, paired)
             more["interval"] = (max(value - reach, 0.0), value + reach)
-            more["interval_of"] = f"95 % confidence at this n, normal, deviation of {bootstraps} bootstraps"
+            of = f"{bootstraps} bootstraps{' of pairs' if paired else ''}"
+            more["interval_of"] = f"95 % confidence at this n, normal, deviation of {of}"
     except UserError as error:
         more["warning"] = str(error)
     return _row(f"{prefix}{_frechet_name(generated)}", compares, value, "lower", real, generated, **more)
 
 
-def frechet_infinity_row(real: FeatureSet, generated: FeatureSet, compares: str, seed: int) -> Row:
-    name = f"{_frechet_name(generated)}∞"
+def frechet_infinity_row(
+    real: FeatureSet, generated: FeatureSet, compares: str, seed: int, reference: Gaussian | None = None
+) -> Row:
+    name, generator = f"{_frechet_name(generated)}∞", torch.Generator().manual_seed(seed)
     try:
-        value = frechet_infinity(real.features, generated.features, torch.Generator().manual_seed(seed))
+        value = frechet_infinity(real.features, generated.features, generator, reference=reference)
     except UserError as error:
         return _row(name, compares, None, "lower", real, generated, warning=str(error))
     n, dimensions = min(len(real), len(generated)), real.features.shape[1]
@@ -186,32 +220,33 @@ def inception_row(pictures: FeatureSet, compares: str, config: EvaluateConfig, s
 def pair_row(
     metric: str,
     compares: str,
-    figure: Callable[[Tensor, Tensor], Tensor],
-    pictures: Tensor,
-    others: Tensor,
+    values: Tensor | UserError,
+    n: int,
+    seed: int,
     better: str = "higher",
-    weights_sha256: str | None = None,
+    network: Lpips | None = None,
 ) -> Row:
-    """The mean of `figure` (PSNR, SSIM, LPIPS) over pairs of pictures `[n, 3, H, W]`, with its 95 % interval."""
-    n = len(pictures)
-    try:
-        values = figure(pictures, others)
-    except UserError as error:
-        return Row(metric, compares, None, better, n, n, warning=str(error))
-    mean = values.mean().item()
-    error_95 = 1.96 * values.std().item() / n**0.5 if n > 1 else math.inf
-    interval = (mean - error_95, mean + error_95) if math.isfinite(error_95) else None
-    of = "95 % confidence, normal"
-    return Row(metric, compares, mean, better, n, n, weights_sha256=weights_sha256, interval=interval, interval_of=of)
+    """The mean of a figure of n pairs of pictures (PSNR, SSIM, LPIPS): `values` `[n]`, or why there are none."""
+    about: dict[str, Any] = {}
+    if network:
+        about = {"extractor": network.name, "weights_sha256": network.weights_sha256, "resize": "not resized"}
+    if isinstance(values, UserError):
+        return Row(metric, compares, None, better, n, n, warning=str(values), **about)
+    if torch.isfinite(values).all():  # the PSNR of equal pictures is infinite
+        about["interval"] = bootstrap_interval(values, seed)
+        about["interval_of"] = f"95 % confidence, {_RESAMPLES} bootstraps"
+    return Row(metric, compares, values.mean().item(), better, n, n, **about)
 
 
-def distance_row(queries: FeatureSet, compares: str, training: FeatureSet) -> Row:
+def distance_row(queries: FeatureSet, compares: str, training: FeatureSet, seed: int) -> Row:
     """Median distance in feature space from a picture to its nearest training picture; near 0 are copies."""
     distances, _ = nearest(queries.features, training.features)
     warning = None if len(queries) >= 10 else f"only {len(queries)} pictures"
     median = distances.median().item()
     name = "median distance to the nearest training picture"
-    return _row(name, compares, median, "higher", training, queries, warning=warning)
+    interval, of = bootstrap_interval(distances, seed, torch.median), f"95 % confidence, {_RESAMPLES} bootstraps"
+    more = {"interval": interval, "interval_of": of, "warning": warning}
+    return _row(name, compares, median, "higher", training, queries, **more)
 
 
 def _spread_row(

@@ -55,6 +55,7 @@ class EvaluateConfig(Config):
     feature_cache: Path | None = operational(
         None, description="folder of features by content hash, shared by runs; None: .cache/features beside the runs"
     )
+    feature_cache_gb: float = operational(20.0, ge=0, description="above it, what was not used for longest is removed")
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:

@@ -8,7 +8,6 @@ pictures do. That last distance, own against other real pictures at the same n, 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.manifold import nearest
 from pipeline.metrics.networks import CaptionJudge, clip_scores
 from pipeline.metrics.pictures import Picture, decoded, pictures_at
-from pipeline.metrics.reconstruction import psnr, reconstruct, ssim, stacked
+from pipeline.metrics.reconstruction import measure_pairs, psnr, reconstruct, ssim, stacked
 
 GENERATED_OWN = "generated, real pictures of the same captions"
 GENERATED_OTHER = "generated, other real pictures"
@@ -51,6 +50,13 @@ class PictureSets:
         wanted = {picture.key for picture in self.generated}
         self.training = _split(prepare, "train", wanted, config.training_pictures)
         self.validation = _split(prepare, "val", wanted, config.reconstructions)
+        real = {picture.key: picture for picture in (*self.validation, *self.training)}
+        if strangers := [picture.key for picture in self.generated if picture.key not in real]:
+            raise UserError(
+                f"generate/samples: expected keys of prepared pictures, found '{strangers[0]}' and "
+                f"{len(strangers) - 1} more that prepare does not hold; run generate again"
+            )
+        self.own = [real[picture.key] for picture in self.generated]  # of the same captions
 
     def all(self) -> list[tuple[str, list[Picture]]]:
         """Name and pictures of each set that is not empty."""
@@ -70,11 +76,6 @@ class RealPictures:
         """Real pictures of these keys, in their order, and as many others as there are, drawn by `seed`."""
         index = {sample.key: i for i, sample in enumerate(self.samples)}
         held_out = {sample.key: sample for sample in self.validation}
-        if strangers := [key for key in keys if key not in index and key not in held_out]:
-            raise UserError(
-                f"generate/samples: expected keys of prepared pictures, found '{strangers[0]}' and "
-                f"{len(strangers) - 1} more that prepare does not hold; run generate again"
-            )
         own = self.training.take([index[key] for key in keys if key in index])
         if len(own) < len(keys):
             extra = [held_out[key] for key in keys if key not in index]
@@ -91,36 +92,35 @@ def generated_rows(
     """Every figure of the generated pictures, and of real pictures beside it."""
     generated = store.features(pictures, "features of generated pictures")
     own, other = real.own_and_other([picture.key for picture in pictures], seed)
-    rows = compare_sets(own, generated, GENERATED_OWN, config, seed)
+    rows = compare_sets(own, generated, GENERATED_OWN, config, seed, store.folder)
     if len(other):
         n = slice(len(other))
-        rows += compare_sets(other, generated.take(n), GENERATED_OTHER, config, seed)
-        rows += compare_sets(other, own.take(n), FLOOR, config, seed)
+        rows += compare_sets(other, generated.take(n), GENERATED_OTHER, config, seed, store.folder)
+        rows += compare_sets(other, own.take(n), FLOOR, config, seed, store.folder)
     rows += [*inception_rows(generated, "generated", config, seed), *inception_rows(own, "real", config, seed)]
-    rows.append(distance_row(generated, "generated", real.training))
+    rows.append(distance_row(generated, "generated", real.training, seed))
     if real.validation:
         validation = store.features(real.validation, "features of validation pictures")
-        rows.append(distance_row(validation, "real, never trained on", real.training))
+        rows.append(distance_row(validation, "real, never trained on", real.training, seed))
     return rows
 
 
-def judged(
-    pictures: list[Picture], real: RealPictures, judge: CaptionJudge, folder: Path, seed: int
-) -> tuple[list[Row], list[float]]:
-    """CLIP's figures of the generated and of the real pictures of the same captions; and each generated one's score."""
+def judged(sets: PictureSets, judge: CaptionJudge, folder: Path, seed: int) -> tuple[list[Row], list[float]]:
+    """CLIP's figures of the generated and of the real pictures of the same captions; and each generated one's score.
+
+    `folder`: of the feature cache.
+    """
     store = FeatureStore(folder, judge.images)
-    captions = judge.captions([picture.caption or "" for picture in pictures])
-    of_key = {picture.key: picture for picture in (*real.samples, *real.validation)}
-    generated = store.features(pictures, "CLIP's features of generated pictures")
+    captions = judge.captions([picture.caption or "" for picture in sets.generated])
+    generated = store.features(sets.generated, "CLIP's features of generated pictures")
     rows = caption_rows(generated, captions, "generated, their captions", seed)
-    own = [replace(of_key[picture.key], caption_place=picture.caption_place) for picture in pictures]
-    features = store.features(own, "CLIP's features of real pictures")
-    rows += caption_rows(features, captions, "real, their captions", seed)
+    own = store.features(sets.own, "CLIP's features of real pictures")
+    rows += caption_rows(own, captions, "real, their captions", seed)
     return rows, clip_scores(generated.features, captions).tolist()
 
 
 def tokenizer_rows(
-    tokenizer: ImageTokenizer, real: RealPictures, store: FeatureStore, config: EvaluateConfig
+    tokenizer: ImageTokenizer, real: RealPictures, store: FeatureStore, config: EvaluateConfig, seed: int
 ) -> list[Row]:
     """PSNR, SSIM, LPIPS (where its weights are) and Fréchet distance of reconstructions, by split."""
     lpips = Lpips.from_folder(config.lpips).to(next(tokenizer.parameters()).device) if config.lpips else None
@@ -129,16 +129,15 @@ def tokenizer_rows(
         samples = samples[: config.reconstructions]
         if not samples:
             continue
-        pictures = [sample.image for sample in samples]
-        reconstructions = reconstruct(tokenizer, pictures, config.batch_size)
         compares = f"{split} pictures, their reconstructions"
-        pair = stacked(pictures), stacked(reconstructions)
-        rows += [pair_row("PSNR (dB)", compares, psnr, *pair), pair_row("SSIM", compares, ssim, *pair)]
-        if lpips is not None:
-            rows.append(pair_row("LPIPS (VGG)", compares, lpips.batched, *pair, "lower", lpips.weights_sha256))
+        figures = {"PSNR (dB)": psnr, "SSIM": ssim} | ({"LPIPS (VGG)": lpips.batched} if lpips else {})
+        values, rebuilt = measure_pairs(tokenizer, samples, figures, store.extractor, config.batch_size)
+        for name, found in values.items():
+            network = lpips if name.startswith("LPIPS") else None
+            rows.append(pair_row(name, compares, found, len(samples), seed, "lower" if network else "higher", network))
         originals = store.features(samples, f"features of {split} pictures")
-        rebuilt = store.extractor(reconstructions, len(pictures), f"features of {split} reconstructions")
-        rows.append(frechet_row(originals, rebuilt, compares, prefix="r"))
+        row = frechet_row(originals, rebuilt, compares, "r", config.bootstraps, seed, paired=True)
+        rows.append(row)
     return rows
 
 

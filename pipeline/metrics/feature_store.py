@@ -8,12 +8,19 @@
     <folder>/<hash>/part-00003.npz                                    1,024 pictures of one in the making
 
 A part is whole or not there, so a killed extraction goes on where it was; a set that was seen before, in whichever
-run, costs the reading of its pictures. A finished folder is a feature file of its own (`read_features`).
+run, costs the reading of its pictures. A finished folder is a feature file of its own (`read_features`). `trim` keeps
+the folder within a bound: what was not used for longest goes first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -27,24 +34,41 @@ import torch
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json, write_atomic, write_json
 from pipeline.metrics.features import Credentials, Extractor, FeatureSet
-from pipeline.metrics.pictures import Picture
+from pipeline.metrics.pictures import Picture, Place, size_of
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "smalti features 1"
 PART = 1024  # pictures
+_IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
 
 
 class FeatureStore:
     def __init__(self, folder: Path, extractor: Extractor) -> None:
         self.folder, self.extractor = folder, extractor
+        self._seen: dict[tuple[Place, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
 
     def place(self, pictures: Sequence[Picture]) -> Path:
         """Where the features of these pictures, in this order, are or will be."""
-        digest = hashlib.sha256(_FORMAT.encode())
-        for value in asdict(self.extractor.credentials).values():
-            digest.update(f"\n{value}".encode())
-        for picture in pictures:
-            digest.update(hashlib.sha256(picture.content()).digest())
-        return self.folder / digest.hexdigest()[:32]
+        return self._read(pictures)[0]
+
+    def sizes(self, pictures: Sequence[Picture]) -> Counter[tuple[int, int]]:
+        """How many pictures there are of each width and height. Raises UserError at what is no picture."""
+        return self._read(pictures)[1]
+
+    def _read(self, pictures: Sequence[Picture]) -> tuple[Path, Counter[tuple[int, int]]]:
+        """All bytes of all pictures, once in a process."""
+        places = tuple(picture.place for picture in pictures)
+        if places not in self._seen:
+            digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
+            for value in asdict(self.extractor.credentials).values():
+                digest.update(f"\n{value}".encode())
+            for place in places:
+                content = place.read()
+                digest.update(hashlib.sha256(content).digest())
+                sizes[size_of(content, place.name)] += 1
+            self._seen[places] = self.folder / digest.hexdigest()[:32], sizes
+        return self._seen[places]
 
     def extract(self, pictures: Sequence[Picture], which: int = 0, of: int = 1, description: str = "features") -> Path:
         """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's place."""
@@ -52,6 +76,7 @@ class FeatureStore:
             raise UserError(f"{description}: expected pictures, found none")
         place = self.place(pictures)
         if (place / "about.json").is_file():
+            os.utime(place / "about.json")  # for trim
             return place
         missing = [part for part in range(which, _parts(pictures), of) if not _part_path(place, part).is_file()]
         for part in missing:
@@ -84,6 +109,29 @@ class FeatureStore:
         for part in range(_parts(pictures)):
             with suppress(FileNotFoundError):
                 _part_path(place, part).unlink()
+
+
+def trim(folder: Path, limit_gb: float) -> None:
+    """Remove what was not used for longest until `folder` holds at most `limit_gb`; nothing of the last six hours."""
+    used: dict[Path, float] = {}
+    sizes: dict[Path, int] = {}
+    for file in folder.glob("*/*"):
+        entry = file if file.parent.name == "statistics" else file.parent
+        if not re.fullmatch("[0-9a-f]{32}", entry.stem):  # somebody else's
+            continue
+        with suppress(FileNotFoundError):  # another process trims, too
+            status = file.stat()
+            used[entry] = max(used.get(entry, 0.0), status.st_mtime)
+            sizes[entry] = sizes.get(entry, 0) + status.st_size
+    excess, removed = sum(sizes.values()) - limit_gb * 1e9, 0
+    for entry in sorted(used, key=lambda entry: used[entry]):
+        if excess <= 0 or time.time() - used[entry] < _IDLE_S:
+            break
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        excess -= sizes[entry]
+        removed += 1
+    if removed:
+        log.info("%s: removed %d sets of features, to keep within %g GB", folder, removed, limit_gb)
 
 
 def read_features(path: Path) -> FeatureSet:

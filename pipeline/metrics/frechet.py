@@ -17,6 +17,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.metrics.checks import BLOCK, Array, checked_pair
 
+_TOLERANCE = 1e-5  # relative
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -49,22 +51,32 @@ class Gaussian:
         """d². Σ₁Σ₂ = R₁R₁ᵀR₂R₂ᵀ has the nonzero eigenvalues of MᵀM with M = R₁ᵀR₂: the trace of its root is the sum
         of M's singular values. MᵀM is symmetric and never indefinite, so no imaginary part can appear."""
         m = self.root.T @ other.root
-        if min(m.shape) < m.shape[0] or min(m.shape) < m.shape[1]:
-            singular = torch.linalg.svdvals(m)
-        else:
-            singular = torch.linalg.eigvalsh(m.T @ m).clamp(min=0).sqrt()  # five times as fast as svdvals
-        distance = (self.mean - other.mean).square().sum() + self.trace + other.trace - 2 * singular.sum()
-        return max(distance.item(), 0.0)
+        apart = (self.mean - other.mean).square().sum() + self.trace + other.trace
+        if m.shape[0] == m.shape[1]:
+            values = torch.linalg.eigvalsh(m.T @ m).clamp(min=0)  # five times as fast as svdvals
+            distance = (apart - 2 * values.sqrt().sum()).item()
+            if 2 * _lost_by_squaring(values) <= _TOLERANCE * distance:
+                return distance
+        return max((apart - 2 * torch.linalg.svdvals(m).sum()).item(), 0.0)
 
 
-def frechet_distance(real: Array, generated: Array) -> float:
-    """d² of two sets `[n, d]` and `[m, d]`.
+def _lost_by_squaring(values: Tensor) -> float:
+    """Bound of the error of Σ √λ over eigenvalues λ of MᵀM, each of which is off by a rounding of the largest.
+
+    It counts where M has lost rank: every √λ that should be 0 is then up to 1e-8 of the largest, thousands of times.
+    """
+    noise = 4 * torch.finfo(values.dtype).eps * values.max()
+    return torch.minimum(noise.sqrt(), noise / (2 * values.sqrt()).clamp(min=1e-300)).sum().item()
+
+
+def frechet_distance(real: Array, generated: Array, reference: Gaussian | None = None) -> float:
+    """d² of two sets `[n, d]` and `[m, d]`. `reference`: the Gaussian of `real`, where it is known (reference.py).
 
     Raises:
         UserError: fewer than 2 samples, unequal dimensions, NaN.
     """
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")
-    return Gaussian.of(x).distance(Gaussian.of(y))
+    return (reference or Gaussian.of(x)).distance(Gaussian.of(y))
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +97,13 @@ def frechet_distance_of_moments(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, c
     return Gaussian.of_moments(mean_x, cov_x).distance(Gaussian.of_moments(mean_y, cov_y))
 
 
-def frechet_infinity(real: Array, generated: Array, generator: torch.Generator, points: int = 15) -> float:
+def frechet_infinity(
+    real: Array,
+    generated: Array,
+    generator: torch.Generator,
+    points: int = 15,
+    reference: Gaussian | None = None,
+) -> float:
     """FD∞, what d² tends to for infinitely many generated samples (Chong & Forsyth 2020, section 3).
 
     d² of N samples is, to first order, a straight line in 1/N: it is measured for `points` sizes N, from a tenth of
@@ -98,7 +116,7 @@ def frechet_infinity(real: Array, generated: Array, generator: torch.Generator, 
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")
     if len(y) < 20:
         raise UserError(f"FD∞: expected at least 20 generated samples, found {len(y)}; add pictures")
-    reference = Gaussian.of(x)
+    reference = reference or Gaussian.of(x)
     sizes = torch.linspace(len(y) / 10, len(y), points).round().long().tolist()
     distances = []
     for size in sizes:
@@ -111,18 +129,24 @@ def frechet_infinity(real: Array, generated: Array, generator: torch.Generator, 
     return float(line[1])
 
 
-def frechet_deviation(real: Array, generated: Array, generator: torch.Generator, resamples: int) -> float:
+def frechet_deviation(
+    real: Array, generated: Array, generator: torch.Generator, resamples: int, paired: bool = False
+) -> float:
     """Standard deviation of d² under the bootstrap: both sets drawn anew with replacement, `resamples` times.
 
+    `paired`: sample i of one set belongs to sample i of the other (reconstructions), so pairs are drawn.
     Its spread is that of d² at this n. Its mean is not: a resample repeats samples, which lifts d², so percentiles
     of the bootstrap would miss the figure itself; hence a deviation, to be put around the figure. Where
     hardly anything but the bias is left (d² near that of two halves of one set) it is too wide, not too narrow.
     """
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")
 
-    def drawn(values: Tensor) -> Gaussian:
-        rows = torch.randint(len(values), (len(values),), generator=generator)
-        return Gaussian.of(values[rows.to(values.device)])
+    def rows(values: Tensor) -> Tensor:
+        return torch.randint(len(values), (len(values),), generator=generator).to(values.device)
 
-    distances = [drawn(x).distance(drawn(y)) for _ in range(resamples)]
+    distances = []
+    for _ in range(resamples):
+        of_x = rows(x)
+        of_y = of_x if paired else rows(y)
+        distances.append(Gaussian.of(x[of_x]).distance(Gaussian.of(y[of_y])))
     return torch.tensor(distances, dtype=torch.float64).std().item()

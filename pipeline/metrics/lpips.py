@@ -26,6 +26,8 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures 
 
 
 class Lpips(nn.Module):
+    name = "vgg-16 with the heads of LPIPS 0.1"
+
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.ModuleDict()

@@ -90,19 +90,25 @@ def nearest(queries: Array, references: Array) -> tuple[Tensor, Tensor]:
 
 def _radii(x: Tensor, neighbours: int) -> Tensor:
     """Distance of each sample to its k-th nearest neighbour, itself not counted: `[n]`."""
-    radii = []
-    for rows in _blocks(len(x)):
+    smallest = torch.full((len(x), neighbours), torch.inf, dtype=torch.float64, device=x.device)
+    blocks = _blocks(len(x))
+    for i, rows in enumerate(blocks):
         block = x[rows].double()
-        smallest = torch.full((len(block), neighbours), torch.inf, dtype=torch.float64, device=x.device)
-        for columns in _blocks(len(x)):
+        for columns in blocks[i:]:  # a distance is that of both its ends
             distance = _distances(block, x[columns].double())
             if columns == rows:
                 distance.fill_diagonal_(torch.inf)
-            k = min(neighbours, distance.shape[1])
-            smallest = torch.cat([smallest, distance.topk(k, dim=1, largest=False).values], dim=1)
-            smallest = smallest.topk(neighbours, dim=1, largest=False).values
-        radii.append(smallest.max(dim=1).values)
-    return torch.cat(radii)
+            else:
+                smallest[columns] = _k_smallest(smallest[columns], distance.T)
+            smallest[rows] = _k_smallest(smallest[rows], distance)
+    return smallest.max(dim=1).values
+
+
+def _k_smallest(known: Tensor, more: Tensor) -> Tensor:
+    """Of each row of both, as many as are `known`."""
+    k = known.shape[1]
+    found = more.topk(min(k, more.shape[1]), dim=1, largest=False).values
+    return torch.cat([known, found], dim=1).topk(k, dim=1, largest=False).values
 
 
 def _blocks(n: int) -> list[slice]:

@@ -77,15 +77,31 @@ def named_pictures(path: Path) -> Iterator[tuple[str, Image.Image]]:
 
 def decoded(content: bytes, where: str) -> Image.Image:
     """An RGB picture from a file's bytes; transparent parts become white."""
+    picture = _opened(content, where)
     try:
-        picture: Image.Image = Image.open(io.BytesIO(content))
         picture.load()
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: expected a picture, found something unreadable ({error}); remove it") from error
+    except (OSError, SyntaxError, ValueError) as error:  # whatever the formats raise at damaged data
+        raise _unreadable(where, error) from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def size_of(content: bytes, where: str) -> tuple[int, int]:
+    """Width and height in pixels, from the file's head. Raises UserError if it has none."""
+    return _opened(content, where).size
+
+
+def _opened(content: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: expected a picture, found something unreadable ({error}); remove it")
 
 
 def _in_folder(folder: Path, file: Path) -> Picture:

@@ -1,8 +1,15 @@
-"""report/index.html: one self-contained file. Pictures are data URIs, plots inline SVG, styles inline CSS."""
+"""report/index.html: one self-contained file. Pictures are data URIs, plots inline SVG, styles inline CSS.
+
+What is on the page is also there as files of its own, for MLflow: plots/*.svg, grids/*.png (painted pictures with the
+nearest training picture beside each), figures.csv and costs.json.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import io
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +18,15 @@ from typing import Any
 
 import jinja2
 import yaml
+from PIL import Image
 
 from pipeline.data.shards import read_samples
 from pipeline.files import read_json
 from pipeline.graph import PipelineConfig
 from pipeline.report.plots import panels, standalone
-from pipeline.report.run_facts import TRAINED, duration, read_facts, size
+from pipeline.report.run_facts import TRAINED, RunFacts, duration, read_facts, size
 from pipeline.report.sweep_plots import sweep_facts
+from pipeline.sampling.grid import Group, Tile, grid
 
 _SMALL_PX = 48  # below, enlarging with interpolation shows nothing but blur
 
@@ -33,15 +42,19 @@ class Painted:
     distance: float
     score: float | None = None
 
+    @property
+    def both(self) -> tuple[str, str]:
+        return self.picture, self.nearest_picture
+
 
 @dataclass(frozen=True)
 class Report:
     page: str
-    plots: dict[str, str]  # each of its plots as an SVG file of its own, by file name
+    files: dict[str, str | bytes]  # what it shows as files of their own, by path
 
 
 def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Report:
-    """The page and its plots, from the directories of all stages before it (by stage name)."""
+    """The page and its parts, from the directories of all stages before it (by stage name)."""
     evaluation = read_json(directories["evaluate"] / "metrics.json")
     facts = read_facts(directories)
     originals = _training_pictures(directories["prepare"], evaluation)
@@ -49,11 +62,14 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     sampled = _grouped(evaluation["samples"], "group", ("random", "best", "worst"), directories["evaluate"], originals)
     curves = {name: panels(facts.stages[name].history, name) for name in TRAINED}
     sweep = sweep_facts(evaluation["sweep"]) if "sweep" in evaluation else None
-    plots = {
-        f"{name}-{re.sub(r'[^a-z0-9]+', '-', panel.title.lower())}.svg": standalone(panel.svg)
+    files: dict[str, str | bytes] = {
+        f"plots/{name}-{re.sub(r'[^a-z0-9]+', '-', panel.title.lower())}.svg": standalone(panel.svg)
         for name, found in (*curves.items(), ("sweep", sweep.panels if sweep else []))
         for panel in found
     }
+    groups = {**{f"prompts-{kind}": found for kind, found in prompted.items()}, **sampled}
+    files |= {f"grids/{name}.png": sheet(name, found) for name, found in groups.items() if found}
+    files |= {"figures.csv": _csv(evaluation["rows"]), "costs.json": _costs(facts)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,12 +97,14 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         panels=curves,
         tables=_tables(evaluation["rows"]),
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
+        extractors=_extractors(evaluation["rows"]),
+        judge=evaluation.get("judge"),
         warnings=_warnings(evaluation["rows"]),
         config=_config(config),
         credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
     )
-    return Report(page, plots)
+    return Report(page, files)
 
 
 def _grouped(
@@ -105,6 +123,61 @@ def _grouped(
         )
         found[entry[by]].append(painted)
     return found
+
+
+def sheet(title: str, pictures: list[Painted]) -> bytes:
+    """A PNG of the painted pictures, beside each the training picture that is nearest to it."""
+    tiles = []
+    for painted in pictures:
+        pair = [Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB") for uri in painted.both]
+        width, height = pair[0].size
+        both = Image.new("RGB", (2 * width, 2 * width), "white")
+        both.paste(pair[0], (0, (2 * width - height) // 2))
+        both.paste(pair[1].resize(pair[0].size, Image.Resampling.NEAREST), (width, (2 * width - height) // 2))
+        score = f" · {painted.score:.3g}" if painted.score is not None else ""
+        tiles.append(Tile(both, f"{painted.prompt}{score}"))
+    note = "Left what was painted, right the training picture that it comes nearest to."
+    result = io.BytesIO()
+    grid([Group(title.replace("-", ", ").capitalize(), tiles, note)], columns=6, side=160).save(result, format="PNG")
+    return result.getvalue()
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """Every figure, a row each."""
+    text = io.StringIO()
+    names = [name for name in rows[0] if name != "interval"] if rows else []
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "interval_low", "interval_high"])
+    for row in rows:
+        writer.writerow([*(row[name] for name in names), *(row["interval"] or ("", ""))])
+    return text.getvalue()
+
+
+def _costs(facts: RunFacts) -> str:
+    stages = {
+        name: {
+            "wall_time_s": stage.wall_time_s,
+            "samples_per_s": stage.samples_per_s,
+            "written_bytes": stage.output_bytes,
+            "parameters": stage.parameters,
+        }
+        for name, stage in facts.stages.items()
+    }
+    about = {"stages": stages, "wall_time_s": facts.wall_time_s, "versions": facts.versions, "code": facts.code}
+    return json.dumps(about, indent=2) + "\n"
+
+
+def _extractors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each network that figures come from, with the labels by which they are named."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["extractor"]:
+            entry = {name: row[name] for name in ("extractor", "weights_sha256", "resize")}
+            label = row["metric"].rpartition("(")[2].rstrip(")")
+            labels = found.setdefault(tuple(entry.values()), entry | {"labels": []})["labels"]
+            if label not in labels:
+                labels.append(label)
+    return list(found.values())
 
 
 def _training_pictures(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
@@ -178,9 +251,9 @@ def _figure(value: float | None) -> str:
     """Three significant digits, as people write them."""
     if value is None:
         return "–"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+    size = abs(value)
+    text = f"{size:,.0f}" if size >= 100 else f"{size:.{1 if size >= 10 else 2 if size >= 1 else 3}f}"
+    return f"−{text}" if value < 0 and text.strip("0.") else text
 
 
 def _config(config: PipelineConfig) -> str:

@@ -77,10 +77,20 @@ def line_plot(series: Sequence[Series], salt: str) -> str:
     return _inline(buffer.getvalue())
 
 
-def curve_plot(series: Sequence[Series], marks: Sequence[Sequence[str]], x_label: str, y_label: str, salt: str) -> str:
-    """Points joined in their order, each with its mark (`marks[series][point]`), as an `<svg>` element."""
-    with _drawn(salt) as (figure, buffer):
+def curve_plot(
+    series: Sequence[Series],
+    marks: Sequence[Sequence[str]],
+    best: tuple[float, float] | None,
+    x_label: str,
+    y_label: str,
+    salt: str,
+) -> str:
+    """Points joined in their order, each with its mark (`marks[series][point]`), and a ring around the point `best`,
+    as an `<svg>` element."""
+    with _drawn(salt, height=2.9 + 0.17 * -(-len(series) // 2)) as (figure, buffer):
         axes = figure.add_subplot()
+        if best:
+            axes.plot(*best, "o", color=_LINES[0], markersize=12, markerfacecolor="none", markeredgewidth=1)
         for i, ((label, x, y), texts) in enumerate(zip(series, marks, strict=True)):
             colour = _LINES[i % len(_LINES)]
             dashes = ("-", "--", ":")[i // len(_LINES) % 3]
@@ -89,7 +99,9 @@ def curve_plot(series: Sequence[Series], marks: Sequence[Sequence[str]], x_label
                 axes.annotate(text, (at_x, at_y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _bare(axes, legend=len(series) > 1)
+        _bare(axes, legend=False)
+        if len(series) > 1:  # below the plot, where it covers no line
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=1.6, fontsize=8)
     return _inline(buffer.getvalue())
 
 
@@ -103,7 +115,7 @@ def standalone(svg: str) -> str:
 
 
 @contextmanager
-def _drawn(salt: str) -> Iterator[tuple[Figure, io.StringIO]]:
+def _drawn(salt: str, height: float = 2.5) -> Iterator[tuple[Figure, io.StringIO]]:
     """A figure to draw on; when the block ends, its SVG is in the buffer."""
     style: Any = {
         "svg.fonttype": "none",
@@ -118,7 +130,7 @@ def _drawn(salt: str) -> Iterator[tuple[Figure, io.StringIO]]:
         "grid.color": _FAINT,
     }
     with mpl.rc_context(style):
-        figure, buffer = Figure(figsize=(4.4, 2.5), layout="constrained"), io.StringIO()
+        figure, buffer = Figure(figsize=(4.4, height), layout="constrained"), io.StringIO()
         yield figure, buffer
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
 

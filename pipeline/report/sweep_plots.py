@@ -8,13 +8,16 @@ from typing import Any
 from pipeline.report.plots import Panel, Series, curve_plot
 
 _NAMES = {"guidance": "guidance", "temperature": "temperature", "top_k": "top-k"}
+_DISTANCES = ("FD (", "FID (")
 
 
 @dataclass(frozen=True)
 class SweepFacts:
     panels: list[Panel]
     columns: list[str]  # names of the settings and of the figures
-    rows: list[tuple[bool, list[str], list[float | None]]]  # whether it is the best one, its setting, its figures
+    rows: list[
+        tuple[bool, list[str], list[float | None]]
+    ]  # nearest first: whether it is the best one, its setting, its figures
     best: str
     compares: str
     samples: int
@@ -25,20 +28,21 @@ def sweep_facts(sweep: dict[str, Any]) -> SweepFacts:
     settings = sweep["settings"]
     varied = [name for name in _NAMES if len({setting[name] for setting in settings}) > 1] or ["temperature"]
     figures = list(settings[0]["figures"])
-    shown = [name for name in figures if name.startswith(("FD (", "FID (", "KID", "IS", "precision", "recall"))]
+    shown = [name for name in figures if name.startswith((*_DISTANCES, "KID", "IS", "precision", "recall"))]
+    distance = next(name for name in shown if name.startswith(_DISTANCES))
     rows = [
         (i == sweep["best"], [_text(s[name]) for name in _NAMES], [s["figures"][name] for name in shown])
-        for i, s in enumerate(settings)
+        for i, s in sorted(enumerate(settings), key=lambda pair: pair[1]["figures"][distance])
     ]
     best = settings[sweep["best"]]
     told = ", ".join(f"{_NAMES[name]} {_text(best[name])}" for name in _NAMES)
     columns = [*_NAMES.values(), *shown]
-    return SweepFacts(_panels(settings, varied, shown), columns, rows, told, sweep["compares"], sweep["samples"])
+    return SweepFacts(_panels(settings, best, varied, shown), columns, rows, told, sweep["compares"], sweep["samples"])
 
 
-def _panels(settings: list[dict[str, Any]], varied: list[str], figures: list[str]) -> list[Panel]:
+def _panels(settings: list[dict[str, Any]], best: dict[str, Any], varied: list[str], figures: list[str]) -> list[Panel]:
     """Fréchet distance against Inception Score and precision against recall, along the setting with most values."""
-    distance = next(name for name in figures if name.startswith(("FD (", "FID (")))
+    distance = next(name for name in figures if name.startswith(_DISTANCES))
     pairs = [(_with("IS", figures), distance), (_with("recall", figures), _with("precision", figures))]
     along = max(varied, key=lambda name: len({setting[name] for setting in settings}))
     panels = []
@@ -54,8 +58,11 @@ def _panels(settings: list[dict[str, Any]], varied: list[str], figures: list[str
             (label, [s["figures"][x] for s in line], [s["figures"][y] for s in line]) for label, line in lines.items()
         ]
         marks = [[_text(s[along]) for s in line] for line in lines.values()]
+        ring = (
+            (best["figures"][x], best["figures"][y]) if None not in (best["figures"][x], best["figures"][y]) else None
+        )
         title = f"{y.split(' (')[0]} against {x.split(' (')[0]}, along {_NAMES[along]}"
-        panels.append(Panel(title, curve_plot(series, marks, x, y, salt=f"sweep {title}")))
+        panels.append(Panel(title, curve_plot(series, marks, ring, x, y, salt=f"sweep {title}")))
     return panels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,7 @@ from pipeline.stage import run_stage_here
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
 @click.option("--guidance", type=float, help="classifier-free guidance scale; 1: off")
+@click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
 def generate(
@@ -30,6 +32,7 @@ def generate(
     seed: int,
     output: Path,
     batch_size: int,
+    best: bool,
     config_path: str | None,
     **sampling: float | None,
 ) -> None:
@@ -55,7 +58,8 @@ def generate(
 
     run_directory = Path(arguments[0])
     config = load_pipeline(config_of(run_directory))
-    chosen = config.generate.sampling.model_dump() | {k: v for k, v in sampling.items() if v is not None}
+    chosen = config.generate.sampling.model_dump() | (_best(run_directory) if best else {})
+    chosen |= {k: v for k, v in sampling.items() if v is not None}
     settings = parse_config(SamplingConfig, chosen, where="sampling")
     if settings.guidance != 1 and config.transformer.caption_dropout == 0:
         raise UserError("--guidance needs a transformer trained with caption_dropout above 0; this run's has none")
@@ -72,6 +76,20 @@ def generate(
             save_picture(picture, output / f"{index:04d}.png", about)
         save_picture(sheet, output / "grid.png", {"prompts": wanted, "seed": seed})
     click.echo(f"{len(pictures)} pictures in {output}", err=True)
+
+
+def _best(run_directory: Path) -> dict[str, Any]:
+    """What the stage evaluate wrote down as the best setting of its sweep."""
+    import yaml
+
+    path = run_directory / "evaluate" / "best.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"--best: expected the result of a sweep at {path}, found none; "
+            "run `smalti evaluate --config` with evaluate.sweep first"
+        )
+    found: dict[str, Any] = yaml.safe_load(path.read_text())["generate"]["sampling"]
+    return found
 
 
 def _lines(path: Path | None) -> list[str]:

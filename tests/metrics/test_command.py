@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from PIL import Image
 
 from pipeline.data.shards import Sample, write_shard
 from pipeline.errors import UserError
-from pipeline.metrics import feature_store
+from pipeline.metrics import feature_store, frechet
 from pipeline.metrics.feature_store import FeatureStore, check_same_extractor, read_features, save_features
 from pipeline.metrics.features import Extractor, load_extractor
+from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.pictures import Picture, pictures_at
+from pipeline.metrics.reference import reference_gaussian
 from tests.launch import launch
 
 
@@ -145,6 +149,69 @@ def test_features_of_another_extractor_are_refused(sets: Path, tmp_path: Path, e
         check_same_extractor(ours, read_features(tmp_path / "other.npz"))
     save_features(ours, tmp_path / "ours.npz")
     check_same_extractor(ours, read_features(tmp_path / "ours.npz"))
+
+
+def test_mixed_sizes_are_told(sets: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for i in range(6):
+        painted(i).resize((12 + 4 * (i % 2), 12)).save(mixed / f"{i}.png")
+    arguments = ("pipeline", "evaluate", "--fake", str(mixed), "--cache", str(tmp_path / "cache"))
+    output = launch(*arguments, "--real", str(sets / "real"))
+    assert "warning: fake pictures: expected one size, found 2 (3 of 12 × 12, 3 of 16 × 12)" in output
+    assert "real pictures: expected" not in output
+
+
+def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
+    features = np.ones((9, 8), np.float32)
+    np.savez(tmp_path / "real.npz", features=features)
+    features[3] = np.nan
+    np.savez(tmp_path / "fake.npz", features=features)
+    files = ("--real", str(tmp_path / "real.npz"), "--fake", str(tmp_path / "fake.npz"))
+    output = launch("pipeline", "evaluate", *files, check=False)
+    assert (
+        "generated: expected finite numbers, found NaN or infinity in 1 of 9 samples (the first is sample 3)" in output
+    )
+    assert "Traceback" not in output
+
+
+def test_statistics_of_a_reference_set_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    generated = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+    plain = frechet_distance(real, generated)
+    made = reference_gaussian(real, tmp_path)
+    (kept,) = (tmp_path / "statistics").iterdir()
+    monkeypatch.setattr(frechet, "moments", None)  # whoever sums up again, fails
+    read = reference_gaussian(real.clone(), tmp_path)
+    monkeypatch.undo()
+    assert read.distance(made) == made.distance(read) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(real, generated, read) == plain
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert frechet_distance(real, generated, reference_gaussian(real, tmp_path)) == plain
+    reference_gaussian(real + 1, tmp_path)
+    assert len(list((tmp_path / "statistics").iterdir())) == 2
+
+
+def test_cache_keeps_within_its_bound(sets: Path, tmp_path: Path, extractor: Extractor) -> None:
+    store = FeatureStore(tmp_path, extractor)
+    pictures = pictures_at(sets / "real")
+    for n in (2, 3, 4):
+        store.features(pictures[:n])
+    places = [store.place(pictures[:n]) for n in (2, 3, 4)]
+    feature_store.trim(tmp_path, limit_gb=0)
+    assert all(place.is_dir() for place in places)  # used a moment ago
+    now = time.time()
+    for hours, place in ((30, places[0]), (20, places[1]), (10, places[2])):
+        for file in place.iterdir():
+            os.utime(file, (now - 3600 * hours, now - 3600 * hours))
+    store.extract(pictures[:2])  # the oldest one is used again
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("not ours")
+    os.utime(tmp_path / "thesis" / "chapter.txt", (0, 0))
+    size = sum(file.stat().st_size for place in places for file in place.iterdir())
+    feature_store.trim(tmp_path, limit_gb=(size - 1) / 1e9)
+    assert [place.is_dir() for place in places] == [True, False, True]
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
 def test_what_is_no_feature_file_is_said(tmp_path: Path) -> None:

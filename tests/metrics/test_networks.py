@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
@@ -27,9 +20,9 @@ from pipeline.metrics.inception_v3 import InceptionV3
 from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.networks import CaptionJudge, clip_scores, own_caption_ranks
 from tests.metrics import seeded
+from tests.metrics.tiny_clip import PROCESSOR, save_clip
 
 CPU = torch.device("cpu")
-PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 CAPTIONS = ["a red heart", "a blue cat", "a green tree", "a yellow sun"]
 
 
@@ -40,21 +33,7 @@ def pictures(n: int, seed: int = 0) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=tower | {"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 1, "bos_token_id": 0},
-        vision_config=tower | {"image_size": 32, "patch_size": 16},
-        projection_dim=12,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    words = ["<s>", "</s>", *sorted({word for caption in CAPTIONS for word in caption.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"), CAPTIONS)
 
 
 @pytest.fixture(scope="module")

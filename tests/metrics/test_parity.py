@@ -69,6 +69,15 @@ def test_frechet_distance_of_known_gaussians() -> None:
     assert frechet_distance(y, 3 * y - 2 * y.mean()) == pytest.approx(4 * y.var().item(), rel=1e-9)
 
 
+def test_lost_rank_costs_no_digits() -> None:
+    """Features that live in 30 of 512 dimensions, far from 0 as a network's are: exact within those 30."""
+    z = [torch.rand(n, 30, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (700, 800)]
+    mixing = 10 * torch.rand(30, 512, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    inside = torch.linalg.qr(mixing.T).R.T
+    exact = frechet_distance(z[0] @ inside, z[1] @ inside)
+    assert frechet_distance(z[0] @ mixing, z[1] @ mixing) == pytest.approx(exact, rel=1e-8)
+
+
 def test_both_ways_to_the_frechet_distance_agree() -> None:
     real, generated = CASES["fewer samples than dimensions"]
     through_moments = frechet_distance_of_moments(*moments(real), *moments(generated))
