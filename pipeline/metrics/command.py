@@ -164,16 +164,20 @@ def _rows(real: FeatureSet, fake: FeatureSet, path: Path, config: EvaluateConfig
 
 def table(rows: list[Row]) -> str:
     """A line a figure, then which extractor saw how many pictures, then the warnings."""
+    from pipeline.metrics.compare import warnings
+
     width = max(len(row.metric) for row in rows)
     lines = []
     for row in rows:
         value = "–" if row.value is None else f"{row.value:.5g}"
         interval = f"   {row.interval[0]:.5g} … {row.interval[1]:.5g}" if row.interval else ""
         lines.append(f"{row.metric:<{width}}  {'↓' if row.better == 'lower' else '↑'} {value:>10}{interval}")
-    extractors = {
-        f"{row.extractor}, weights {(row.weights_sha256 or '')[:12]}, resized to {row.resize}": row for row in rows
-    }
-    for about, row in extractors.items():
-        lines.append(f"\nfeatures: {about}; {row.n_real or 'no'} real and {row.n_generated} fake pictures")
-    lines += dict.fromkeys(f"warning: {row.metric}: {row.warning}" for row in rows if row.warning)
+    seen: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        about = f"{row.extractor}, weights {(row.weights_sha256 or '')[:12]}, resized to {row.resize}"
+        real, fake = seen.get(about, (0, 0))
+        seen[about] = max(real, row.n_real), max(fake, row.n_generated)
+    for about, (real, fake) in seen.items():
+        lines.append(f"\nfeatures: {about}; {real or 'no'} real and {fake} fake pictures")
+    lines += [f"warning: {text}" for text in warnings(row.as_json() for row in rows)]
     return "\n".join(lines)

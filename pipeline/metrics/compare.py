@@ -52,6 +52,15 @@ class Row:
         return asdict(self)
 
 
+def warnings(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Each warning of rows of metrics.json once, with the figures that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        if row["warning"]:
+            about.setdefault(row["warning"], []).append(row["metric"])
+    return [f"{', '.join(dict.fromkeys(metrics))}: {text}" for text, metrics in about.items()]
+
+
 def compare_pictures(
     real: Iterable[Image.Image], generated: Iterable[Image.Image], config: EvaluateConfig, seed: int
 ) -> list[Row]:

@@ -23,6 +23,7 @@ from PIL import Image
 from pipeline.data.shards import read_samples
 from pipeline.files import read_json
 from pipeline.graph import PipelineConfig
+from pipeline.metrics.compare import warnings
 from pipeline.report.plots import panels, standalone
 from pipeline.report.run_facts import TRAINED, RunFacts, duration, read_facts, size
 from pipeline.report.sweep_plots import sweep_facts
@@ -99,7 +100,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         extractors=_extractors(evaluation["rows"]),
         judge=evaluation.get("judge"),
-        warnings=_warnings(evaluation["rows"]),
+        warnings=warnings(evaluation["rows"]),
         config=_config(config),
         credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
@@ -240,11 +241,6 @@ def _title(metric: str, compares: str) -> str:
     if "captions" in compares and ", their" in compares:
         return "Pictures against their captions"
     return "Set against set" if "," in compares else "Generated pictures beside real ones"
-
-
-def _warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """Each warning once, in the order of the rows."""
-    return list(dict.fromkeys(f"{row['metric']}: {row['warning']}" for row in rows if row["warning"]))
 
 
 def _figure(value: float | None) -> str:

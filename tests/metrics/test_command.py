@@ -60,6 +60,7 @@ def test_folder_against_folder_then_feature_files(sets: Path, tmp_path: Path) ->
     output = launch("pipeline", *arguments, "-o", str(tmp_path / "folders.json"))
     assert "FD (Lite0)" in output
     assert "efficientnet-lite0, weights" in output
+    assert "20 real and 20 fake pictures" in output
     assert "20 samples for 1280 feature dimensions" in output
     measured = rows(tmp_path / "folders.json")
     assert measured["FD (Lite0)"]["n_real"] == measured["FD (Lite0)"]["n_generated"] == 20
