@@ -111,6 +111,10 @@ class ImageTokenizer(nn.Module, ABC):
                 f"the image tokenizer takes pictures of {self.image_size}×{self.image_size}, 3 channels; found"
                 f" {list(images.shape)}: resize them, or train a tokenizer at that size"
             )
+        if not images.is_floating_point():
+            raise UserError(
+                f"the image tokenizer takes floats in [0, 1], found {images.dtype}: use images.float() / 255"
+            )
 
 
 def check_size(image_size: int, config: ArchitectureConfig) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from pipeline.image_tokenizer.architecture import Decoder, Encoder
 from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
 from pipeline.image_tokenizer.config import DVAEConfig
-from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures
+from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures, sample_gumbel
+from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.gumbel import closeness, divergences, gumbel_softmax
 
 
@@ -75,8 +76,26 @@ class DiscreteVAE(ImageTokenizer):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
+        """Codes by argmax of the logits, without noise (appendix A.3), and without writing all the logits out."""
         self._check_images(images)
-        return [self.logits(images).argmax(-1)]
+        features_BCN = self.encoder(images).flatten(2)
+        flat = features_BCN.transpose(1, 2).flatten(0, 1)
+        with torch.autocast(flat.device.type, enabled=False):
+            if self.config.logits == "distance":
+                codes = nearest_code(self.to_logits(flat.float()), self.codebook)
+            else:
+                codes = best_code(flat.float(), self.to_logits.weight, self.to_logits.bias)
+        return [codes.view(features_BCN.shape[0], -1)]
+
+    @torch.no_grad()
+    def sample(self, images: Tensor) -> list[Tensor]:
+        """Codes drawn from q(code | picture) instead of its argmax, by the Gumbel-max trick (Maddison et al. 2014).
+
+        With torch's global generator. Ramesh et al. 2021, section 2.2, footnote: a regulariser for the transformer.
+        """
+        self._check_images(images)
+        logits_BNK = self.logits(images)
+        return [(logits_BNK + sample_gumbel(logits_BNK)).argmax(-1)]
 
     @torch.no_grad()
     def decode(self, codes: list[Tensor]) -> Tensor:

@@ -131,6 +131,23 @@ def test_pictures_of_another_size_are_refused() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_bytes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"floats in \[0, 1\], found torch.uint8"):
+        small().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("logits", ["linear", "distance"])
+def test_codes_are_the_argmax_and_samples_follow_the_posterior(logits: str) -> None:
+    tokenizer = small(logits=logits, codebook_size=6)
+    image = torch.rand(1, 3, 16, 16)
+    q = tokenizer.logits(image).softmax(-1)[0]  # type: ignore[operator]
+    assert torch.equal(tokenizer.encode(image)[0][0], q.argmax(-1))
+    torch.manual_seed(0)
+    drawn = torch.cat([tokenizer.sample(image.expand(500, -1, -1, -1))[0] for _ in range(8)])  # type: ignore[operator]
+    share = torch.nn.functional.one_hot(drawn, 6).double().mean(0)
+    torch.testing.assert_close(share, q.double(), atol=0.04, rtol=0)
+
+
 def _edit(directory: Path, **changes: object) -> None:
     values = json.loads((directory / "config.json").read_text())
     values["model"] |= changes

@@ -61,7 +61,7 @@ class Quantizer(nn.Module, ABC):
         return
 
 
-_ROWS, _BLOCK = 256, 64  # a slab of scores that stays in the cache; codes of a block
+_ROWS, _BLOCK = 64, 64  # a slab of scores that stays in the cache; codes of a block
 
 
 def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None) -> Tensor:

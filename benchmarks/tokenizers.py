@@ -1,0 +1,407 @@
+"""Every kind of image tokenizer, trained for the same time on the same pictures, beside two peers.
+
+    python -m benchmarks.tokenizers --data DIR --minutes 5         trains what is not in the results yet; the table
+    python -m benchmarks.tokenizers --data DIR --minutes 2 --seeds 0,1,2 --kinds ema,fsq
+    python -m benchmarks.tokenizers --encode                       `encode` beside the bare encoder, K = 8192
+    python -m benchmarks.tokenizers --table                        the table of what the results hold
+
+DIR holds train/ and val/, folders of WebDataset tars or of pictures; without it, OpenMoji, every 16th picture for
+validation. Each (kind, seed) is a process of its own whose line is appended to `--results`: a broken run goes on there.
+Schedules (learning rate, temperature, weights) run on the clock: a faster kind takes more steps in the same time.
+32×32 pictures to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16, figures on the validation split.
+docs/tokenizers.md says what they mean. The peers: benchmarks/peers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.evaluation import psnr
+from pipeline.metrics.pictures import named_pictures
+from pipeline.metrics.reconstruction import ssim
+from pipeline.optim import Ema, build_adamw, schedule, set_learning_rates
+from pipeline.train_config import TrainingConfig
+
+SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000
+
+ARCHITECTURE = {"patch_size": 4, "widths": [128], "blocks": 2, "block_kernels": [3, 1], "bottleneck": 1}
+ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
+TWO_RESOLUTIONS = ARCHITECTURE | {"patch_size": 2, "widths": [128, 128]}
+CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 32}
+
+
+def ramp(start: float, end: float, until: float = 0.9) -> dict[str, float]:
+    return {"start": start, "end": end, "steps": int(NOMINAL_STEPS * until)}
+
+
+RELAXED = {"codebook_size": K, "code_width": 32, "logits": "distance", "kl_weight": ramp(0, 0)}
+RELAXED |= {"usage_weight": ramp(0.01, 0), "temperature": ramp(1.0, 0.05)}
+
+
+def vqvae(**quantizer: Any) -> dict[str, Any]:
+    return {"kind": "vqvae", **ARCHITECTURE, "quantizer": quantizer}
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "dvae": {"kind": "dvae", **ARCHITECTURE, **RELAXED},
+    "gumbel": vqvae(kind="gumbel", **RELAXED),
+    "ema": vqvae(**CODEBOOK),
+    "gradient": vqvae(**CODEBOOK | {"kind": "gradient"}),
+    "rotation": vqvae(**CODEBOOK, gradient="rotation"),
+    "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "code_width": 8}, normalize=True),
+    "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
+    "lfq": vqvae(kind="lfq", bits=10),
+    "bsq": vqvae(kind="lfq", bits=10, spherical=True),
+    "residual": vqvae(**CODEBOOK, depth=4),
+    "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
+    "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
+}
+TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.0, "warmup_steps": 300}
+TRAINING_OF: dict[str, dict[str, Any]] = {}
+
+
+class Contestant:
+    """A tokenizer in training: a loss to minimise; then codes of pictures, and pictures of codes."""
+
+    module: nn.Module
+
+    def loss(self, images: Tensor, progress: float) -> Tensor:
+        """Of uint8 pictures [B,3,H,W], at `progress` in [0,1] of the training."""
+        raise NotImplementedError
+
+    def after_update(self, applied: bool) -> None:
+        return
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+
+class Ours(Contestant):
+    def __init__(self, model: dict[str, Any]) -> None:
+        self.tokenizer = build(model, SIZE)
+        self.module: Any = self.tokenizer.objective()
+        self.encode, self.decode = self.tokenizer.encode, self.tokenizer.decode  # type: ignore[method-assign]
+        self.sizes = [level.codebook_size for level in self.tokenizer.levels]
+
+    def loss(self, images: Tensor, progress: float) -> Tensor:
+        loss, _ = self.module({"images": images}, int(progress * NOMINAL_STEPS))
+        return loss
+
+    def after_update(self, applied: bool) -> None:
+        if hasattr(self.module, "after_update"):
+            self.module.after_update(applied)
+
+
+class DallePytorch(Contestant):
+    """`DiscreteVAE` of dalle-pytorch, its defaults but for sizes; temperature falls as in its training script."""
+
+    def __init__(self) -> None:
+        from benchmarks.peers import dalle_pytorch
+
+        found = dalle_pytorch()
+        if found is None:
+            raise ModuleNotFoundError("dalle-pytorch")
+        self.module = found.DiscreteVAE(
+            image_size=SIZE, num_tokens=K, codebook_dim=96, num_layers=2, num_resnet_blocks=2, hidden_dim=96
+        )
+        self.sizes = [K]
+
+    def loss(self, images: Tensor, progress: float) -> Tensor:
+        return self.module(images.float() / 255, return_loss=True, temp=max(0.5, 1.0 - 0.5 * progress))
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return [self.module.get_codebook_indices(images)]  # type: ignore[operator]
+
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        return (self.module.decode(codes[0]).float() * 0.5 + 0.5).clamp(0, 1)  # type: ignore[operator]
+
+
+class PlainVectorQuantize(Contestant):
+    """A convolutional auto-encoder around vector-quantize-pytorch's `VectorQuantize`, as in its examples."""
+
+    def __init__(self) -> None:
+        from vector_quantize_pytorch import VectorQuantize
+
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2), nn.GELU(),
+            nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(64, 32, 3, padding=1),
+        )  # fmt: skip
+        self.quantizer = VectorQuantize(
+            dim=32, codebook_size=K, accept_image_fmap=True, kmeans_init=True, threshold_ema_dead_code=2
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(32, 64, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, padding=1), nn.GELU(),
+            nn.Upsample(scale_factor=2), nn.Conv2d(32, 3, 3, padding=1),
+        )  # fmt: skip
+        self.module = nn.ModuleList([self.encoder, self.quantizer, self.decoder])
+        self.sizes = [K]
+
+    def loss(self, images: Tensor, progress: float) -> Tensor:
+        pictures = images.float() / 127.5 - 1
+        z, _, commitment = self.quantizer(self.encoder(pictures))
+        return F.mse_loss(self.decoder(z).float(), pictures) + commitment
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [self.quantizer(self.encoder(2 * images - 1))[1].flatten(1)]
+
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        side = math.isqrt(codes[0].shape[1])
+        with torch.no_grad():
+            z = self.quantizer.get_output_from_indices(codes[0].view(-1, side, side))
+            z = z if z.shape[1] == 32 else z.permute(0, 3, 1, 2)
+            return (self.decoder(z).float() * 0.5 + 0.5).clamp(0, 1)
+
+
+PEERS: dict[str, Callable[[], Contestant]] = {
+    "dalle-pytorch DiscreteVAE": DallePytorch,
+    "vector-quantize-pytorch": PlainVectorQuantize,
+}
+PEER_TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 300}
+
+
+def contestant(kind: str) -> Contestant:
+    return PEERS[kind]() if kind in PEERS else Ours(OURS[kind])
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def pictures_of(folder: Path) -> Tensor:
+    """uint8 [n,3,32,32]."""
+    arrays = [np.asarray(p.resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for _, p in named_pictures(folder)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def splits(data: Path | None, cache: Path) -> tuple[Tensor, Tensor]:
+    """Training and validation pictures, decoded once."""
+    if not cache.exists():
+        if data:
+            found = {split: pictures_of(data / split) for split in ("train", "val")}
+        else:
+            every = openmoji()
+            held = torch.arange(len(every)) % 16 == 0
+            found = {"train": every[~held], "val": every[held]}
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, cache)
+    found = torch.load(cache)
+    return found["train"], found["val"]
+
+
+def openmoji() -> Tensor:
+    from benchmarks.data import shards
+    from pipeline.data.shards import read_samples
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = shards(Path(folder), SIZE)
+        arrays = [np.asarray(sample.image) for split in ("train", "val") for sample in read_samples(prepared, split)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Train one kind and measure it: the line of the results."""
+    train_pictures, val_pictures = pictures
+    torch.manual_seed(seed)
+    made = contestant(kind)
+    settings = (PEER_TRAINING if kind in PEERS else TRAINING) | TRAINING_OF.get(kind, {})
+    config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
+    optimizer = build_adamw(made.module, config)
+    ema = Ema(made.module, config.ema_decay) if config.ema_decay else None
+    generator = torch.Generator().manual_seed(seed)
+    order, used = torch.randperm(len(train_pictures), generator=generator), 0
+    step = skipped = 0
+    started = time.perf_counter()
+    made.module.train()
+    while True:
+        spent = (time.perf_counter() - started) / (60 * minutes) if steps is None else step / steps
+        if spent >= 1:
+            break
+        if used + config.batch_size > len(order):
+            order, used = torch.randperm(len(train_pictures), generator=generator), 0
+        batch = train_pictures[order[used : used + config.batch_size]]
+        used += config.batch_size
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = made.loss(batch, spent)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0)
+        if torch.isfinite(norm):
+            set_learning_rates(optimizer, schedule(config, int(spent * NOMINAL_STEPS)))
+            optimizer.step()
+            if ema:
+                ema.update()
+        else:
+            skipped += 1
+        made.after_update(bool(torch.isfinite(norm)))
+        step += 1
+    seconds = time.perf_counter() - started
+    if ema:
+        ema.copy_to_module()
+    line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
+    line |= {"pictures_per_s": step * config.batch_size / seconds, "skipped": skipped}
+    line["parameters"] = sum(p.numel() for p in made.module.parameters())
+    return line | figures(made, val_pictures)
+
+
+@torch.no_grad()
+def figures(made: Contestant, pictures: Tensor) -> dict[str, Any]:
+    """In float32, on hard codes."""
+    made.module.eval()
+    counts = [torch.zeros(size) for size in made.sizes]  # type: ignore[attr-defined]
+    decibels, similarity, bits = [], [], 0.0
+    for batch in pictures.split(64):
+        images = batch.float() / 255
+        codes = made.encode(images)
+        for count, level in zip(counts, codes, strict=True):
+            count += torch.bincount(level.flatten(), minlength=len(count))
+        reconstructions = made.decode(codes)
+        decibels.append(psnr(images, reconstructions))
+        similarity.append(ssim(images, reconstructions))
+    perplexity = []
+    for count in counts:
+        share = count / count.sum()
+        entropy = -torch.xlogy(share, share).sum().item()
+        perplexity.append(math.exp(entropy))
+        bits += entropy / math.log(2) * count.sum().item() / (len(pictures) * SIZE**2)
+    return {
+        "psnr": torch.cat(decibels).mean().item(),
+        "ssim": torch.cat(similarity).mean().item(),
+        "usage": [(count > 0).float().mean().item() for count in counts],
+        "perplexity": perplexity,
+        "bits_per_pixel": bits,
+    }
+
+
+# --- encode ------------------------------------------------------------------------------------------------------
+
+
+def encode_speed(rounds: int = 7) -> None:
+    """`encode` beside the bare encoder's forward pass, float32, K = 8192: best of the rounds, which take turns."""
+    images = torch.rand(64, 3, SIZE, SIZE)
+    large: dict[str, dict[str, Any]] = {}
+    for kind, model in OURS.items():
+        text = json.dumps(model).replace('"codebook_size": 1024', '"codebook_size": 8192')
+        text = text.replace('"bits": 10', '"bits": 13').replace("[8, 5, 5, 5]", "[8, 8, 8, 4, 4]")
+        large[kind] = json.loads(text)
+    print("| kind | encoder, pictures/s | encode, pictures/s | ratio |\n|---|---|---|---|")
+    for kind, model in large.items():
+        tokenizer = build(model, SIZE).eval()
+        encoder, bare, whole = without_quantizer(tokenizer), [], []
+        with torch.no_grad():
+            for _ in range(rounds):
+                begin = time.perf_counter()
+                encoder(images)
+                middle = time.perf_counter()
+                tokenizer.encode(images)
+                bare.append(middle - begin)
+                whole.append(time.perf_counter() - middle)
+        fast = [len(images) / min(times) for times in (bare, whole)]
+        print(f"| {kind} | {fast[0]:,.0f} | {fast[1]:,.0f} | {fast[1] / fast[0]:.2f} |", flush=True)
+
+
+def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], Any]:
+    """`encode` with every code 0 for nothing: the encoder alone, and what finer grids need of the decoder."""
+    bare: Any = deepcopy(tokenizer)
+    if not hasattr(bare, "quantizers"):
+        encoder: Callable[[Tensor], Any] = bare.encoder
+        return encoder
+    for quantizer in bare.quantizers:
+        levels = len(quantizer.codebook_sizes)
+        quantizer.encode = lambda features, n=levels: [features.new_zeros(features.shape[:2], dtype=torch.int64)] * n
+    encode: Callable[[Tensor], Any] = bare.encode
+    return encode
+
+
+# --- table -------------------------------------------------------------------------------------------------------
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row a kind, medians over seeds; usage is the lowest of all seeds and levels."""
+    rows = ["| kind | PSNR, dB | SSIM | lowest usage | perplexity | bits a pixel | pictures/s | parameters | seeds |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        mine = [line for line in lines if line["kind"] == kind]
+        middle = {name: statistics.median(line[name] for line in mine) for name in MEDIANS}
+        spread = f" ({min(x['psnr'] for x in mine):.2f} to {max(x['psnr'] for x in mine):.2f})" if len(mine) > 1 else ""
+        perplexity = ", ".join(f"{value:,.0f}" for value in mine[0]["perplexity"])
+        usage = min(min(line["usage"]) for line in mine)
+        rows.append(
+            f"| {kind} | {middle['psnr']:.2f}{spread} | {middle['ssim']:.3f} | {usage:.0%} | {perplexity} |"
+            f" {middle['bits_per_pixel']:.2f} | {middle['pictures_per_s']:,.0f} | {middle['parameters'] / 1e6:.2f} M |"
+            f" {len(mine)} |"
+        )
+    return "\n".join(rows)
+
+
+MEDIANS = ("psnr", "ssim", "bits_per_pixel", "pictures_per_s", "parameters")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each")
+    parser.add_argument("--steps", type=int, help="so many steps instead of minutes, for a machine that is not quiet")
+    parser.add_argument("--seeds", default="0", help="0,1,2")
+    parser.add_argument("--kinds", help=f"all, or some of: {'; '.join([*OURS, *PEERS])}")
+    parser.add_argument("--results", type=Path, default=Path("tokenizers.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing")
+    parser.add_argument("--encode", action="store_true", help="measure the speed of encode and do nothing else")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    cache = given.results.with_suffix(".pictures.pt")
+    if given.one:
+        line = train(given.one[0], int(given.one[1]), given.minutes, given.steps, splits(given.data, cache))
+        with open(given.results, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return
+    if given.encode:
+        encode_speed()
+        return
+    if not given.table:
+        kinds = given.kinds.split(",") if given.kinds else [*OURS, *PEERS]
+        if unknown := [kind for kind in kinds if kind not in {*OURS, *PEERS}]:
+            parser.error(f"unknown kind '{unknown[0]}'; known: {'; '.join([*OURS, *PEERS])}")
+        splits(given.data, cache)
+        for seed in given.seeds.split(","):
+            for kind in kinds:
+                done = {(line["kind"], str(line["seed"]), line["minutes"]) for line in read(given.results)}
+                if (kind, seed, given.minutes) in done:
+                    continue
+                command = [sys.executable, "-m", "benchmarks.tokenizers", "--one", kind, seed, "--minutes"]
+                command += [str(given.minutes), "--results", str(given.results)]
+                command += ["--steps", str(given.steps)] if given.steps else []
+                status = subprocess.run(command).returncode
+                print(f"{kind}, seed {seed}: {'done' if status == 0 else f'failed ({status}), left out'}", flush=True)
+    print(table([line for line in read(given.results) if given.table or line["minutes"] == given.minutes]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Run by test_codebook_over_ranks.py, under one or two processes: a codebook learns from this rank's part."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import distributed
+from pipeline.image_tokenizer.losses import kl_of_mean_to_uniform
+from pipeline.image_tokenizer.quantizer_config import CodebookConfig
+from pipeline.image_tokenizer.quantizers.codebook import Codebook
+from pipeline.loop import seed_step
+
+
+def main(output: str) -> None:
+    distributed.init()
+    rank, world = distributed.rank(), distributed.world_size()
+    torch.manual_seed(rank)  # ranks that begin apart
+    config = CodebookConfig(kind="ema", codebook_size=16, code_width=4, decay=0.5, revive_below=0.2)
+    made = Codebook(config).train()
+    for step in range(6):
+        seed_step(0, step, rank)
+        z = torch.randn(8, 20, 4, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+        made(z)
+        made.after_update(applied=True)
+    logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mine = logits.chunk(world)[rank]
+    kl = kl_of_mean_to_uniform(mine.softmax(-1))
+    kl.backward()
+    assert logits.grad is not None
+    # As DistributedDataParallel does: the mean over ranks of each one's gradient.
+    gradient = distributed.sum_tensor(logits.grad) / world
+    torch.save(
+        {"state": made.state_dict(), "kl": kl.detach(), "gradient": gradient}, Path(output) / f"{world}-{rank}.pt"
+    )
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
