@@ -3,6 +3,7 @@
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
 smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
+smalti export runs/openmoji FOLDER                     its models as one folder, with a model card
 smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
@@ -27,6 +28,7 @@ from pipeline.image_tokenizer.commands import reconstruct
 from pipeline.metrics.command import evaluate
 from pipeline.runs import config_of, source_name
 from pipeline.sampling.command import generate
+from pipeline.sampling.export import export
 from pipeline.slurm.commands import COMMANDS as SLURM_COMMANDS
 from pipeline.stage import run_stage_here
 
@@ -106,6 +108,7 @@ cli.add_command(data)
 cli.add_command(reconstruct)
 cli.add_command(generate)  # with --config it is the stage
 cli.add_command(evaluate)  # likewise
+cli.add_command(export)
 for _command in SLURM_COMMANDS:
     cli.add_command(_command)
 for _stage in STAGES:

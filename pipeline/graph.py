@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config, identity, load_config, operational
 from pipeline.data.config import PrepareConfig, TokenizeConfig
 from pipeline.image_tokenizer.config import ImageTokenizerConfig
 from pipeline.metrics.config import EvaluateConfig
 from pipeline.report.config import ReportConfig
+from pipeline.reranker.config import RerankerConfig
 from pipeline.sampling.config import GenerateConfig
 from pipeline.text_tokenizer_config import TextTokenizerConfig
 from pipeline.tracking import TrackingConfig
@@ -42,9 +43,18 @@ class PipelineConfig(Config):
     image_tokenizer: ImageTokenizerConfig
     tokenize: TokenizeConfig
     transformer: TransformerConfig
+    reranker: RerankerConfig = RerankerConfig()
     generate: GenerateConfig
     evaluate: EvaluateConfig
     report: ReportConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> PipelineConfig:
+        if self.generate.candidates > 1 and not self.reranker.enabled:
+            raise ValueError(
+                f"generate.candidates={self.generate.candidates} needs a reranker to choose: set reranker.enabled=true"
+            )
+        return self
 
     @property
     def run_directory(self) -> Path:
@@ -76,7 +86,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("image-tokenizer", inputs=("prepare",), trains=True),
     Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),
     Stage("transformer", inputs=("text-tokenizer", "image-tokenizer", "tokenize"), trains=True),
-    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer"), shards=True),
+    Stage("reranker", inputs=("prepare", "text-tokenizer"), trains=True),
+    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker"), shards=True),
     Stage("evaluate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "generate"), shards=True),
     Stage(
         "report",
@@ -88,6 +99,17 @@ STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
 
 def stage_named(name: str) -> Stage:
     return STAGES[STAGE_NAMES.index(name)]
+
+
+def stages_of(config: PipelineConfig) -> tuple[Stage, ...]:
+    """The stages of this pipeline, in order: all but those whose section says `enabled: false`."""
+    return tuple(stage for stage in STAGES if getattr(config.section(stage.name), "enabled", True))
+
+
+def inputs_of(config: PipelineConfig, stage: Stage) -> tuple[str, ...]:
+    """What `stage` reads in this pipeline."""
+    names = {stage.name for stage in stages_of(config)}
+    return tuple(name for name in stage.inputs if name in names)
 
 
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from types import FrameType
 import click
 
 from pipeline.errors import StoppedOnRequest, UserError
-from pipeline.graph import STAGES, PipelineConfig, Stage
+from pipeline.graph import PipelineConfig, Stage, stages_of
 from pipeline.lock import Lock
 from pipeline.runs import RunDirectory
 from pipeline.stage import RUNNER_VARIABLE
@@ -35,7 +35,7 @@ def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -
     runs.check(source, take_over)
     with Lock(runs.lock("run"), f"the run in {runs.path}"):
         runs.open(config, source)
-        for stage in STAGES:
+        for stage in stages_of(config):
             reasons = runs.why_not_done(config, stage)
             if not reasons:
                 _say(stage, "up to date")

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.config import differences, digest, to_yaml
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_atomic, write_json
-from pipeline.graph import PipelineConfig, Stage, stage_identity, stage_named
+from pipeline.graph import PipelineConfig, Stage, inputs_of, stage_identity, stage_named
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class RunDirectory:
             UserError: an input is missing, unfinished or damaged.
         """
         inputs: dict[str, str] = {}
-        for name in stage.inputs:
+        for name in inputs_of(config, stage):
             manifest = self.manifest(name)
             if manifest is None:
                 raise UserError(f"{stage.name} needs {name}, which is not finished in {self.path}: run {name} first")
@@ -91,7 +91,7 @@ class RunDirectory:
         if manifest is None:
             return ["not finished"] if self.stage(stage.name).exists() else ["not run yet"]
         reasons = differences(manifest["config"], stage_identity(config, stage.name))
-        for name in stage.inputs:
+        for name in inputs_of(config, stage):
             current = self.manifest(name)
             if current is None or manifest["inputs"].get(name) != current["hash"]:
                 reasons.append(f"its input {name} is another one")
@@ -105,7 +105,7 @@ class RunDirectory:
     def stale_inputs(self, config: PipelineConfig, stage: Stage) -> list[str]:
         """Inputs (direct or not) that were made from another config than this one, a reason a line."""
         reasons: list[str] = []
-        for name in stage.inputs:
+        for name in inputs_of(config, stage):
             upstream = stage_named(name)
             own = [f"{name}: {reason}" for reason in self.why_not_done(config, upstream)]
             reasons += self.stale_inputs(config, upstream) or own

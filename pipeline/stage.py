@@ -29,7 +29,7 @@ import click
 from pipeline import stop
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, write_json
-from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline, stage_identity, stage_named
+from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline, stage_identity, stage_named, stages_of
 from pipeline.lock import Lock, refuse_if_held
 from pipeline.runs import RunDirectory, source_name
 from pipeline.tracking import Mirror, Tracker
@@ -171,6 +171,8 @@ def _prepare_ground(
     array_task: tuple[int, int] | None,
     held: ExitStack,
 ) -> bool:
+    if stage not in stages_of(config):
+        raise UserError(f"{stage.name} is not part of this pipeline: set {stage.name.replace('-', '_')}.enabled=true")
     if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # they have opened the run
         runs.check(source)
         with Lock(runs.lock("run"), f"the run in {runs.path}"):

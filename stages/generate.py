@@ -1,6 +1,7 @@
 """Stage 6, generate: paint the prompts for the eye, and captions of the train split for the figures.
 
-Reads prepare (captions) and the three models. Writes prompts/00.png ..., prompts.json and the grid
+Reads prepare (captions), the three models, and the reranker where there is one, which then scores every picture and
+keeps the best of `generate.candidates`. Writes prompts/00.png ..., prompts.json and the grid
 prompts.png, then samples/000000.tar ... (KEY.png, KEY.txt, KEY.json; KEY is that of the caption's own
 picture), a shard at a time: after a stop or a crash the finished ones stay. Array tasks share these
 shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
@@ -9,18 +10,19 @@ shards, and the stage itself, after them, adds the prompts. See pipeline/samplin
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
 from pipeline import distributed, stop
 from pipeline.data.shards import Sample, read_samples, write_shard
-from pipeline.errors import UserError
-from pipeline.files import atomic_path, write_json
+from pipeline.files import write_json
 from pipeline.progress import progress
 from pipeline.sampling.grid import Group, Tile, grid
-from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.pipeline import Painted, Pipeline
 from pipeline.sampling.prompts import check_against_training, sampled_rows
+from pipeline.sampling.save import save_picture
 from pipeline.stage import StageRun, run_stage
 
 _NOTES = {
@@ -33,8 +35,6 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     config = run.config.generate
-    if config.sampling.guidance > 1 and run.config.transformer.caption_dropout == 0:
-        raise UserError("generate.sampling.guidance above 1 needs a transformer trained with caption_dropout above 0")
     captions = [(sample.key, sample.caption) for sample in read_samples(run.input("prepare"), "train")]
     check_against_training(config, [caption for _, caption in captions])
     chosen = [captions[row] for row in sampled_rows(len(captions), config.samples, run.config.seed)]
@@ -50,12 +50,14 @@ def _paint_prompts(run: StageRun, pipeline: Pipeline) -> None:
     entries += [(prompt, "new") for prompt in config.new_prompts]
     if not entries:
         return
-    prompts = [prompt for prompt, _ in entries]
-    pictures = pipeline.generate(prompts, 1, run.config.seed, config.sampling, batch_size=config.batch_size)
+    painted = _paint(run, pipeline, [prompt for prompt, _ in entries])
+    pictures = [one.picture for one in painted]
     listed = []
-    for number, ((prompt, kind), picture) in enumerate(zip(entries, pictures, strict=True)):
-        listed.append({"prompt": prompt, "kind": kind, "file": f"prompts/{number:02d}.png"})
-        _save(run, picture, listed[-1]["file"])
+    for number, ((prompt, kind), one) in enumerate(zip(entries, painted, strict=True)):
+        file = f"prompts/{number:02d}.png"
+        listed.append({"prompt": prompt, "kind": kind, "file": file} | _score(one))
+        about = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
+        _save(run, one.picture, file, about | _drawn(pipeline, one))
     write_json(run.directory / "prompts.json", listed)
     run.add_output("prompts.json")
     groups = []
@@ -71,37 +73,58 @@ def _paint_prompts(run: StageRun, pipeline: Pipeline) -> None:
 
 def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, str]]) -> None:
     config = run.config.generate
-    bar = progress(total=len(chosen), description="generate", unit="picture")
+    tokens = pipeline.transformer.layout.image_length * config.candidates  # a picture
+    bar = progress(total=len(chosen) * tokens, description="generate", unit="token")
     for start in run.my_share(range(0, len(chosen), config.shard_size)):
         part = chosen[start : start + config.shard_size]
         path = run.directory / "samples" / f"{start // config.shard_size:06d}.tar"
         if path.exists():
-            bar.update(len(part))
+            bar.update(len(part) * tokens)
         else:
             stop.check()
-            prompts = [caption for _, caption in part]
-            pictures = pipeline.generate(
-                *(prompts, 1, run.config.seed, config.sampling),
-                batch_size=config.batch_size,
-                first_prompt=start,
-                on_pictures=bar.update,
-            )
-            write_shard(path, [_sample(*pair, picture) for pair, picture in zip(part, pictures, strict=True)])
+            painted = _paint(run, pipeline, [caption for _, caption in part], start, bar.update)
+            write_shard(path, [_sample(*pair, pipeline, one) for pair, one in zip(part, painted, strict=True)])
         run.add_output(path)
         run.add_output(path.with_suffix(".index.npy"))
     bar.close()
 
 
-def _sample(key: str, caption: str, picture: Image.Image) -> Sample:
+def _paint(
+    run: StageRun,
+    pipeline: Pipeline,
+    prompts: list[str],
+    first: int = 0,
+    on_tokens: Callable[[int], object] | None = None,
+) -> list[Painted]:
+    """A picture a prompt: where there is a reranker, the one of the candidates that it likes best."""
+    config = run.config.generate
+    return pipeline.paint(
+        *(prompts, config.candidates, run.seed, config.sampling),
+        keep=1 if pipeline.ranker is not None else None,
+        batch_size=config.batch_size,
+        first_prompt=first,
+        compiled=config.compile,
+        on_tokens=on_tokens,
+    )
+
+
+def _sample(key: str, caption: str, pipeline: Pipeline, one: Painted) -> Sample:
     content = io.BytesIO()
-    picture.save(content, format="png")
-    return Sample(key, content.getvalue(), caption, {"key": key, "caption": caption, "generated": True})
+    one.picture.save(content, format="png")
+    about = {"key": key, "caption": caption, "generated": True} | _drawn(pipeline, one)
+    return Sample(key, content.getvalue(), caption, about)
 
 
-def _save(run: StageRun, picture: Image.Image, name: str) -> None:
-    path = Path(run.directory / name)
-    with atomic_path(path) as temporary:
-        picture.save(temporary, format="png")
+def _drawn(pipeline: Pipeline, one: Painted) -> dict[str, Any]:
+    return {"prompt_number": one.prompt, "candidate": one.candidate, "model": pipeline.source.model_hash} | _score(one)
+
+
+def _score(one: Painted) -> dict[str, float]:
+    return {} if one.score is None else {"score": round(one.score, 4)}
+
+
+def _save(run: StageRun, picture: Image.Image, name: str, about: dict[str, Any] | None = None) -> None:
+    save_picture(picture, run.directory / name, about or {})
     run.add_output(name)
 
 

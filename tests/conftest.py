@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.graph import load_pipeline, stages_of
 from tests.launch import ROOT, launch
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+STAGE_NAMES = tuple(stage.name for stage in stages_of(load_pipeline(TINY)))
 
 
 @pytest.fixture(scope="session")

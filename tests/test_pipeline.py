@@ -10,9 +10,9 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline.graph import STAGE_NAMES, load_pipeline
+from pipeline.graph import load_pipeline
 from pipeline.tracking import default_uri
-from tests.conftest import TINY
+from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
 
 

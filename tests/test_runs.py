@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.graph import STAGE_NAMES, STAGES, PipelineConfig, load_pipeline, stage_named
+from pipeline.graph import PipelineConfig, load_pipeline, stage_named, stages_of
 from pipeline.runs import RunDirectory
-from tests.launch import ROOT, environment
-
-TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+from tests.conftest import STAGE_NAMES, TINY
+from tests.launch import environment
 
 
 def _config(tmp_path: Path, *overrides: str) -> PipelineConfig:
@@ -48,7 +47,7 @@ def runs(config: PipelineConfig) -> RunDirectory:
 
 
 def _outdated(runs: RunDirectory, config: PipelineConfig) -> dict[str, list[str]]:
-    reasons = {stage.name: runs.why_not_done(config, stage) for stage in STAGES}
+    reasons = {stage.name: runs.why_not_done(config, stage) for stage in stages_of(config)}
     return {name: why for name, why in reasons.items() if why}
 
 

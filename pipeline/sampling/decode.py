@@ -3,12 +3,13 @@
     codes = draw_codes(model, text, prompt_of, uniforms, SamplingConfig())      # int64 [B, N]
 
 The prompts are read once and their cache is copied to their candidates; guidance (Ho & Salimans 2022)
-runs the prompted and the unprompted half in one batch. Every candidate owns its random numbers
+runs the prompted and the unprompted half in one batch. Codes that are known already (an image prompt) are
+not drawn: those at the start are read in one go, with the prompt. Every candidate owns its random numbers
 (`candidate_uniforms`), drawn up front, so its codes do not depend on who shares the batch. (Matrix
 products of another batch size may round the last bit of a logit differently: in float32 that moves a
 draw with a probability of about 1e-6, in bfloat16 of about 1e-2, hence float32 by default.)
 
-Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels, V codebook size.
+Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import torch
 from torch import Tensor
 
 from pipeline.sampling.config import SamplingConfig
+from pipeline.sampling.filters import draw
+from pipeline.sampling.step import CodeReader
 from pipeline.text_tokenizer import PAD_ID
-from pipeline.transformer.blocks import LayerCache
 from pipeline.transformer.model import Cache, Transformer
+
+UNKNOWN = -1  # in `known`: a code that is to be drawn
 
 
 def candidate_uniforms(seed: int, prompt_index: int, candidate_index: int, count: int) -> Tensor:
@@ -39,77 +43,97 @@ def draw_codes(
     prompt_of_B: Tensor,
     uniforms_BN: Tensor,
     sampling: SamplingConfig,
-    on_code: Callable[[int], object] | None = None,
+    known_PN: Tensor | None = None,
+    on_code: Callable[[int, Tensor], object] | None = None,
+    compiled: bool = False,
 ) -> Tensor:
-    """Draw all codes of B candidates, coarse to fine, raster order.
+    """Draw the codes of B candidates, coarse to fine, raster order.
 
     Args:
         text_PT: text ids of the prompts (0: pad).
         prompt_of_B: which prompt each candidate belongs to.
         uniforms_BN: each candidate's own random numbers.
-        on_code: called with the number of codes drawn so far, after each.
+        known_PN: codes that each prompt's candidates have from the start; UNKNOWN (-1) where one is to be drawn.
+        on_code: called after each code with the number of codes there are by now, and all codes [B, N].
+        compiled: run the step through `torch.compile`.
 
     Returns:
         int64 [B, N], each level's own ids (no offsets).
     """
-    guided = sampling.guidance != 1.0
-    rows = prompt_of_B
-    if guided:  # one unprompted row is read after the prompts and shared by every candidate
-        text_PT = torch.cat([text_PT, torch.full_like(text_PT[:1], PAD_ID)])
-        rows = torch.cat([prompt_of_B, torch.full_like(prompt_of_B, len(text_PT) - 1)])
-    prompt_cache = model.new_cache(len(text_PT))
-    hidden = model.read_text(text_PT, prompt_cache)[rows]
-    cache = _share(model, prompt_cache, rows)
     count = model.layout.image_length
-    codes_BN = torch.zeros(len(prompt_of_B), count, dtype=torch.int64, device=text_PT.device)
-    for index in range(count):
+    if known_PN is None:
+        known_PN = torch.full((len(text_PT), count), UNKNOWN, device=text_PT.device)
+    codes_BN = known_PN[prompt_of_B].clamp(min=0)
+    given = _given_at_start(known_PN)
+    if given == count:
+        return codes_BN
+    forced = (known_PN != UNKNOWN).any(0).tolist()
+    guided = sampling.guidance != 1.0
+    hidden, cache = _read_prompts(model, text_PT, prompt_of_B, known_PN[:, :given], guided)
+    reader = CodeReader(model, cache, compiled)
+    for index in range(given, count):
+        scale = sampling.guidance_at(index / max(count - 1, 1))
         logits = model.level_logits(hidden, model.layout.level_at(index)).float()
         if guided:
             prompted, unprompted = logits.chunk(2)
-            logits = unprompted + sampling.guidance * (prompted - unprompted)
-        codes_BN[:, index] = draw(logits, uniforms_BN[:, index], sampling)
+            logits = prompted if scale == 1 else torch.lerp(unprompted, prompted, scale)
+        code_B = draw(logits, uniforms_BN[:, index], sampling)
+        if forced[index]:
+            known_B = known_PN[prompt_of_B, index]
+            code_B = torch.where(known_B == UNKNOWN, code_B, known_B)
+        codes_BN[:, index] = code_B
         if on_code is not None:
-            on_code(index + 1)
+            on_code(index + 1, codes_BN)
         if index + 1 < count:
-            code = codes_BN[:, index]
-            hidden = model.read_code(torch.cat([code, code]) if guided else code, index, cache)
+            hidden = reader.read(torch.cat([code_B, code_B]) if guided else code_B, index)
     return codes_BN
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tensor:
-    """One code a row by inverting the cumulative distribution at the row's uniform number: int64 [B]."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = _filter(logits_BV / sampling.temperature, sampling)
-    # float64: a sum over thousands of codes must end at 1, and the uniform has 53 bits.
-    cumulative = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
-    target = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
-    # side "right": a code of probability 0 is never drawn, not even by a uniform of exactly 0.
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
+def _given_at_start(known_PN: Tensor) -> int:
+    """How many codes from the first on every prompt has."""
+    holes = (known_PN == UNKNOWN).any(0).nonzero()
+    return int(holes[0]) if len(holes) else known_PN.shape[1]
 
 
-def _filter(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits_BV.sort(dim=-1, descending=True)
-        probability = ordered.softmax(dim=-1)
-        # A code stays while the ones before it hold less than top_p, so the first always stays.
-        dropped = probability.cumsum(dim=-1) - probability >= sampling.top_p
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    return logits_BV
+def _read_prompts(
+    model: Transformer, text_PT: Tensor, prompt_of_B: Tensor, given_Pn: Tensor, guided: bool
+) -> tuple[Tensor, Cache]:
+    """Prompts and first codes into a cache with a row a candidate, and the hidden state that predicts the next code.
 
-
-def _share(model: Transformer, prompt_cache: Cache, rows: Tensor) -> Cache:
-    """A cache with a row for each candidate, beginning with its prompt's keys and values."""
+    With guidance the unprompted rows follow the prompted ones.
+    """
+    rows = prompt_of_B
+    if guided:
+        # Prompts that share all their known codes (none) share one unprompted row.
+        first, inverse = given_Pn.unique(dim=0, return_inverse=True) if given_Pn.shape[1] else (given_Pn[:1], None)
+        own = torch.zeros_like(prompt_of_B) if inverse is None else inverse[prompt_of_B]
+        rows = torch.cat([prompt_of_B, len(text_PT) + own])
+        text_PT = torch.cat([text_PT, text_PT.new_full((len(first), text_PT.shape[1]), PAD_ID)])
+        given_Pn = torch.cat([given_Pn, first])
+    prompt_cache = model.new_cache(len(text_PT))
+    hidden = model.read_text(text_PT, prompt_cache)
+    if given_Pn.shape[1]:
+        hidden = model.read_codes(given_Pn, 0, prompt_cache)
+    read = model.layout.text_length + 1 + given_Pn.shape[1]
     cache = model.new_cache(len(rows))
-    read = model.layout.text_length + 1
-    for own, prompt in zip(cache, prompt_cache, strict=True):
-        _copy(own, prompt, rows, read)
-    return cache
+    for own_layer, prompt in zip(cache, prompt_cache, strict=True):
+        own_layer.keys[:, :, :read] = prompt.keys[rows, :, :read]
+        own_layer.values[:, :, :read] = prompt.values[rows, :, :read]
+    return hidden[rows], cache
 
 
-def _copy(own: LayerCache, prompt: LayerCache, rows: Tensor, read: int) -> None:
-    own.keys[:, :, :read] = prompt.keys[rows, :, :read]
-    own.values[:, :, :read] = prompt.values[rows, :, :read]
+@torch.inference_mode()
+def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_N: Tensor) -> Tensor:
+    """log p, in nats, of the known codes that come after the first drawn one, given all before each: float32 [B].
+
+    It ranks the ways to fill a hole: a good one makes what stays behind it likely.
+    """
+    _, level_logits = model(text_BT, codes_BN)
+    targets = codes_BN.split([logits.shape[1] for logits in level_logits], dim=1)
+    parts = [
+        logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        for logits, target in zip(level_logits, targets, strict=True)
+    ]
+    counted = known_N != UNKNOWN
+    counted[: _given_at_start(known_N[None])] = False
+    return (torch.cat(parts, dim=1) * counted).sum(dim=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph import STAGES, PipelineConfig, Stage, load_pipeline
+from pipeline.graph import PipelineConfig, Stage, load_pipeline, stages_of
 from pipeline.lock import owner_of
 from pipeline.runs import RunDirectory, config_of
 from pipeline.slurm import scheduler
@@ -58,7 +58,7 @@ def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
             problem = str(error)
     known = {job.id for job in jobs}
     ended = scheduler.ended_states([number for number in recorded.values() if number not in known]) if recorded else {}
-    return [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in STAGES], problem
+    return [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in stages_of(config)], problem
 
 
 def _stage_status(

@@ -20,7 +20,16 @@ import click
 from pipeline.config import differences, to_yaml
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomic, write_json
-from pipeline.graph import STAGE_NAMES, STAGES, PipelineConfig, Stage, load_pipeline, stage_identity
+from pipeline.graph import (
+    STAGE_NAMES,
+    STAGES,
+    PipelineConfig,
+    Stage,
+    inputs_of,
+    load_pipeline,
+    stage_identity,
+    stages_of,
+)
 from pipeline.lock import Lock
 from pipeline.runs import RunDirectory
 from pipeline.slurm import scheduler
@@ -79,7 +88,7 @@ def submit_pipeline(
 
 def check_processes(config: PipelineConfig, cluster: ClusterConfig) -> None:
     """What would fail hours later, in the queue: raises UserError if a stage's processes do not divide its batch."""
-    for stage in STAGES:
+    for stage in stages_of(config):
         processes = cluster.resources(stage).world_size
         training = getattr(config.section(stage.name), "training", None)
         if training is not None and training.batch_size % processes:
@@ -96,14 +105,14 @@ def make_plan(
     """What is to be submitted, in the order of the graph, and what is not, and why."""
     plan: list[Planned] = []
     coming: dict[str, Planned] = {}  # the last job of each stage that is queued or will be
-    for stage in STAGES:
+    for stage in stages_of(config):
         mine = [job for job in jobs if job.script == stage.name]
         if mine:
             last = Planned(stage, id=mine[-1].id, why=mine[-1].state.lower())
             plan.append(last)
             coming[stage.name] = last
             continue
-        waits_for = [coming[name] for name in stage.inputs if name in coming]
+        waits_for = [coming[name] for name in inputs_of(config, stage) if name in coming]
         reasons = [] if waits_for else runs.why_not_done(config, stage)
         if not waits_for and not reasons:
             plan.append(Planned(stage, why="finished"))
@@ -147,7 +156,7 @@ def _jobs_of_stage(
 
 
 def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, coming: set[str]) -> None:
-    for name in stage.inputs:
+    for name in inputs_of(config, stage):
         if name not in coming and (reasons := runs.why_not_done(config, STAGES[STAGE_NAMES.index(name)])):
             raise UserError(
                 f"{stage.name} needs {name}, which is neither finished nor queued ({'; '.join(reasons[:3])}):"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.sampling.config import SamplingConfig
-from pipeline.sampling.decode import candidate_uniforms, draw, draw_codes
+from pipeline.sampling.decode import UNKNOWN, candidate_uniforms, draw_codes
 from pipeline.transformer.config import TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -65,36 +63,48 @@ def test_drawing_at_temperature_0_follows_the_full_pass(guidance: float) -> None
     assert torch.equal(codes, torch.cat(best, dim=1))
 
 
-def test_draws_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    n = 20_000
-    drawn = draw(probabilities.log().expand(n, 4), torch.linspace(0, 1, n + 1)[:-1], SamplingConfig())
-    torch.testing.assert_close(drawn.bincount(minlength=4) / n, probabilities, atol=1e-3, rtol=0)
-
-
-def test_filters_keep_exactly_the_codes_they_promise() -> None:
-    logits = torch.tensor([0.4, 0.05, 0.3, 0.25]).log().expand(1000, 4)
-    spread = torch.linspace(0, 1, 1001)[:-1]
-    kept = {
-        "top_k 1": (SamplingConfig(top_k=1), {0}),
-        "top_k 2": (SamplingConfig(top_k=2), {0, 2}),
-        "top_p 0.5": (SamplingConfig(top_p=0.5), {0, 2}),
-        "top_p tiny": (SamplingConfig(top_p=1e-9), {0}),
-        "top_p 0.9": (SamplingConfig(top_p=0.9), {0, 2, 3}),
-        "top_k above the codebook": (SamplingConfig(top_k=99), {0, 1, 2, 3}),
-    }
-    for name, (sampling, expected) in kept.items():
-        assert set(draw(logits, spread, sampling).tolist()) == expected, name
-
-
-def test_extreme_uniforms_never_draw_impossible_codes() -> None:
-    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
-    for uniform in (0.0, math.nextafter(1.0, 0.0)):
-        assert draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig()).tolist() == [1]
-
-
 def test_every_candidate_has_a_stream_of_its_own() -> None:
     keys = [(s, i, j) for s in range(3) for i in range(3) for j in range(3)]
     streams = {tuple(candidate_uniforms(*key, 5).tolist()) for key in keys}
     assert len(streams) == len(keys)
     assert torch.equal(candidate_uniforms(7, 1, 2, 5), candidate_uniforms(7, 1, 2, 9)[:5])
+
+
+GUIDED = SamplingConfig(guidance=2.5, guidance_schedule="cosine", guidance_interval=(0.1, 0.8), min_p=0.01)
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), GUIDED])
+@pytest.mark.parametrize("given", [1, 4, 9, LAYOUT.image_length])
+def test_a_picture_completed_from_its_own_first_codes_is_the_same_picture(given: int, sampling: SamplingConfig) -> None:
+    model = built()
+    pairs = [(0, 0), (1, 0), (2, 0), (1, 0)]
+    whole = codes_of(model, pairs, sampling)
+    known = whole[:3].clone()
+    known[:, given:] = UNKNOWN
+    prompt_of = torch.tensor([i for i, _ in pairs])
+    assert torch.equal(draw_codes(model, TEXT, prompt_of, uniforms(pairs), sampling, known), whole)
+
+
+def test_known_codes_stay_and_what_comes_before_them_does_not_know_them() -> None:
+    model = built()
+    free = codes_of(model, [(0, 0), (0, 1)], SamplingConfig())
+    known = torch.full((1, LAYOUT.image_length), UNKNOWN)
+    known[0, 10] = (free[0, 10] + 1) % 32
+    filled = draw_codes(model, TEXT[:1], torch.tensor([0, 0]), uniforms([(0, 0), (0, 1)]), SamplingConfig(), known)
+    assert (filled[:, 10] == known[0, 10]).all()
+    assert torch.equal(filled[:, :10], free[:, :10])
+    assert not torch.equal(filled[0, 11:], free[0, 11:])
+
+
+def test_outside_of_its_interval_guidance_is_off() -> None:
+    model = built()
+    half = LAYOUT.image_length // 2
+    early, off = SamplingConfig(guidance=8, guidance_interval=(0, 0.5)), SamplingConfig()
+    late = SamplingConfig(guidance=8, guidance_interval=(0.5, 1))
+    pairs = [(i, 0) for i in range(3)]
+    free = codes_of(model, pairs, off)
+    assert torch.equal(codes_of(model, pairs, late)[:, : half - 1], free[:, : half - 1])
+    known = codes_of(model, pairs, early).clone()
+    known[:, half + 1 :] = UNKNOWN
+    rest = draw_codes(model, TEXT, torch.arange(3), uniforms(pairs), off, known)
+    assert torch.equal(rest, codes_of(model, pairs, early))

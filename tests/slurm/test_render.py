@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.graph import STAGE_NAMES, stage_named
+from pipeline.graph import stage_named
 from pipeline.slurm.cluster import load_cluster
-from tests.conftest import TINY
+from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
 from tests.slurm.conftest import assert_clean
 

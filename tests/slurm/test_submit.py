@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.graph import STAGE_NAMES
-from tests.conftest import TINY
+from tests.conftest import STAGE_NAMES, TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
 
 # Four ranks, two nodes and a controller on a machine of two cores: a life may come late once; a second try is told.

@@ -1,0 +1,162 @@
+"""The bars of sampling, as a table: image tokens a second beside other systems, in one run on this machine.
+
+    python benchmarks/sampling.py            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
+    python benchmarks/sampling.py --no-peers # ours alone: bf16, torch.compile
+
+Peers: `dalle-pytorch` 1.6.6 `generate_images` with its cache on, and `transformers` `generate()` on a Llama of the same
+shape (its dynamic cache, multinomial sampling). All weights are random: the work is the same. See benchmarks/peers.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.peers import dalle_pytorch
+from pipeline.sampling.config import SamplingConfig
+from pipeline.sampling.decode import candidate_uniforms, draw_codes
+from pipeline.transformer.config import TransformerShape
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
+
+LAYERS, WIDTH, HEADS, TEXT, SIDE, TEXT_CODES, CODES = 6, 256, 4, 32, 16, 2048, 8192
+IMAGE = SIDE * SIDE
+BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
+
+
+@click.command()
+@click.option("--threads", default=2, show_default=True)
+@click.option("--repeats", default=5, show_default=True, help="turns; the median counts")
+@click.option("--peers/--no-peers", default=True, show_default=True)
+def main(threads: int, repeats: int, peers: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = _model()
+    half = deepcopy(model).bfloat16()
+    others = _peers() if peers else {}
+    print(f"{threads} threads; {LAYERS} layers, width {WIDTH}, {HEADS} heads, {TEXT}+{IMAGE} tokens, {CODES} codes")
+    for batch in (1, 8):
+        work: dict[str, Callable[[], object]] = {
+            "smalti fp32": partial(_ours, model, batch),
+            "smalti guided": partial(_ours, model, batch, guidance=3.0),
+            "smalti bf16": partial(_ours, half, batch),
+            **{name: partial(generate, batch) for name, generate in others.items()},
+        }
+        seconds = _medians(work, repeats)
+        ours = seconds["smalti fp32"]
+        for name, own in seconds.items():
+            against, holds = "", None
+            if name in BARS:
+                against, holds = f"smalti {own / ours:.1f} x (bar {BARS[name][batch]})", own / ours >= BARS[name][batch]
+            elif name == "smalti guided":
+                against, holds = _bar(own / ours, 1.9), own <= 1.9 * ours
+            _row(f"{name}, batch {batch}", batch * IMAGE / own, against, holds)
+        first, last = _quarters(model, batch, repeats)
+        _row(f"smalti last quarter, batch {batch}", batch / last, _bar(last / first, 1.3), last <= 1.3 * first)
+
+
+def _model() -> Transformer:
+    layout = Layout.of(TEXT, TEXT_CODES, [(SIDE, SIDE, CODES)])
+    model = Transformer(layout, TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS))
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    return model.eval()
+
+
+def _ours(
+    model: Transformer, batch: int, on_code: Callable[[int, Tensor], object] | None = None, **sampling: float
+) -> Tensor:
+    text = torch.randint(1, TEXT_CODES, (batch, TEXT), generator=torch.Generator().manual_seed(0))
+    uniforms = torch.stack([candidate_uniforms(0, i, 0, IMAGE) for i in range(batch)])
+    return draw_codes(model, text, torch.arange(batch), uniforms, SamplingConfig(**sampling), on_code=on_code)
+
+
+def _quarters(model: Transformer, batch: int, repeats: int) -> tuple[float, float]:
+    """Median seconds a code in the first and in the last quarter of the picture."""
+    first: list[float] = []
+    last: list[float] = []
+    for _ in range(repeats):
+        times = _times(model, batch)
+        first.append(statistics.median(_differences(times[: IMAGE // 4])))
+        last.append(statistics.median(_differences(times[-IMAGE // 4 :])))
+    return statistics.median(first), statistics.median(last)
+
+
+def _times(model: Transformer, batch: int) -> list[float]:
+    times: list[float] = []
+    _ours(model, batch, on_code=lambda *_: times.append(time.perf_counter()))
+    return times
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def _peers() -> dict[str, Callable[[int], object]]:
+    found: dict[str, Callable[[int], object]] = {}
+    if (module := dalle_pytorch()) is not None:
+        vae = module.DiscreteVAE(image_size=4 * SIDE, num_layers=2, num_tokens=CODES, codebook_dim=16, hidden_dim=8)
+        dalle = module.DALLE(
+            dim=WIDTH, vae=vae, num_text_tokens=TEXT_CODES, text_seq_len=TEXT, depth=LAYERS, heads=HEADS,
+            dim_head=WIDTH // HEADS, attn_types=("full",),
+        ).eval()  # fmt: skip
+
+        def paint(batch: int) -> object:
+            return dalle.generate_images(torch.randint(1, TEXT_CODES, (batch, TEXT)), use_cache=True)
+
+        found["dalle-pytorch"] = paint
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = model_hidden()
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=TEXT_CODES + CODES, hidden_size=WIDTH, intermediate_size=shape, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, max_position_embeddings=TEXT + IMAGE, bos_token_id=0, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+
+    @torch.inference_mode()
+    def write(batch: int) -> object:
+        text = torch.randint(1, TEXT_CODES, (batch, TEXT))
+        mask = torch.ones_like(text)
+        return llama.generate(text, attention_mask=mask, max_new_tokens=IMAGE, do_sample=True, top_k=0, pad_token_id=0)
+
+    found["transformers"] = write
+    return found
+
+
+def model_hidden() -> int:
+    return TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS).hidden
+
+
+def _medians(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turns, so that a slow minute of the machine is everybody's."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(repeats):
+        for name, run in work.items():
+            if name == "dalle-pytorch" and turn not in (0, repeats - 1):  # the longest by far
+                continue
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _bar(value: float, limit: float) -> str:
+    return f"{value:.2f} x (bar {limit})"
+
+
+def _row(name: str, rate: float, against: str = "", holds: bool | None = None) -> None:
+    verdict = "" if holds is None else ("holds" if holds else "MISSED")
+    print(f"{name:32} {rate:8.1f} tokens/s  {against:28} {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A small CLIP (Radford et al. 2021): two towers whose embeddings meet where picture and caption belong together.
+
+Shapes: B batch, P patches, T text positions, D width, E dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, read_json, write_json
+from pipeline.reranker.config import TowerConfig
+from pipeline.text_tokenizer import PAD_ID
+
+_INIT_STD = 0.02
+_MAX_SCALE = math.log(100)  # as Radford et al. 2021, section 2.5
+
+
+class TwoTowers(nn.Module):
+    """`images(pixels)` and `captions(ids)` give unit vectors [B, E]; their cosine is the fit."""
+
+    def __init__(self, config: TowerConfig, image_size: int, text_length: int, text_vocab_size: int) -> None:
+        super().__init__()
+        if image_size % config.patch_size:
+            raise UserError(
+                f"reranker.model.patch_size: expected a divisor of prepare.image_size {image_size}, found"
+                f" {config.patch_size}"
+            )
+        self.config, self.image_size = config, image_size
+        self.text_length, self.text_vocab_size = text_length, text_vocab_size
+        self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.image_position = nn.Parameter(torch.empty((image_size // config.patch_size) ** 2, config.width))
+        self.embedding = nn.Embedding(text_vocab_size, config.width)
+        self.text_position = nn.Parameter(torch.empty(text_length, config.width))
+        self.image_tower, self.text_tower = _tower(config), _tower(config)
+        self.image_out = nn.Linear(config.width, config.dimensions, bias=False)
+        self.text_out = nn.Linear(config.width, config.dimensions, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        for weight in (self.image_position, self.text_position, self.embedding.weight):
+            nn.init.normal_(weight, std=_INIT_STD)
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 or float in [0, 1], [B, 3, H, W] -> unit vectors [B, E]."""
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        x_BPD = self.patches(pixels * 2 - 1).flatten(2).transpose(1, 2) + self.image_position
+        return F.normalize(self.image_out(self.image_tower(x_BPD).mean(dim=1)).float(), dim=-1)
+
+    def captions(self, text_BT: Tensor) -> Tensor:
+        """Ids of the text tokenizer (0: pad) -> unit vectors [B, E]."""
+        pads_BT = text_BT == PAD_ID
+        pads_BT = pads_BT & ~pads_BT.all(dim=1, keepdim=True)  # a caption of nothing but pads attends to them
+        x_BTD = self.text_tower(self.embedding(text_BT) + self.text_position, src_key_padding_mask=pads_BT)
+        kept_BT1 = (~pads_BT)[..., None].to(x_BTD.dtype)
+        return F.normalize(self.text_out((x_BTD * kept_BT1).sum(1) / kept_BT1.sum(1)).float(), dim=-1)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes model.safetensors and config.json."""
+        directory = Path(directory)
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        with atomic_path(directory / "model.safetensors") as temporary:
+            save_file(weights, temporary)
+        sizes = {name: getattr(self, name) for name in ("image_size", "text_length", "text_vocab_size")}
+        write_json(directory / "config.json", {"kind": "towers", "model": self.config.model_dump(), **sizes})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> TwoTowers:
+        """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
+        directory = Path(directory)
+        for name in ("model.safetensors", "config.json"):
+            if not (directory / name).is_file():
+                raise UserError(f"no reranker in {directory}: expected {name}; run the reranker stage first")
+        values = read_json(directory / "config.json")
+        where = f"{directory}/config.json"
+        sizes = [values[name] for name in ("image_size", "text_length", "text_vocab_size")]
+        model = cls(parse_config(TowerConfig, values["model"], where), *sizes)
+        try:
+            model.load_state_dict(load_file(directory / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{directory}/model.safetensors does not fit config.json: {reason}") from error
+        return model.eval()
+
+
+class ContrastiveObjective(nn.Module):
+    """InfoNCE in both directions: each picture finds its caption among the batch's, and the reverse.
+
+    The negatives are those of one process and micro-batch. `forward(batch, step) -> (loss, metrics)`, with
+    `batch` "images" uint8 [B, 3, H, W] and "text" int64 [B, T].
+    """
+
+    def __init__(self, towers: TwoTowers) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        text = batch["text"]
+        images, captions = self.towers.images(batch["images"]), self.towers.captions(text)
+        scale = self.towers.log_scale.clamp(max=_MAX_SCALE).exp()
+        logits = scale * images @ captions.T
+        # Two pictures with one caption are both right.
+        same = (text[:, None] == text[None]).all(-1).float()
+        targets = same / same.sum(dim=1, keepdim=True)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        with torch.no_grad():
+            hits = same.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return loss, {"accuracy": hits, "scale": scale.detach()}
+
+
+def _tower(config: TowerConfig) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        config.width, config.heads, 4 * config.width, config.dropout, "gelu", batch_first=True, norm_first=True
+    )
+    norm = nn.LayerNorm(config.width)
+    tower = nn.TransformerEncoder(layer, config.layers, norm, enable_nested_tensor=False)
+    for parameter in tower.parameters():  # copies of one layer would all start the same
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    return tower

@@ -1,0 +1,61 @@
+"""What is wrong with prompts and settings, told before anything is painted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from pipeline.errors import UserError
+from pipeline.sampling.config import SamplingConfig
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.transformer.layout import Layout
+
+log = logging.getLogger(__name__)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises UserError unless `prompts` is a non-empty list of non-empty strings."""
+    if isinstance(prompts, str) or not prompts:
+        raise UserError(f"expected a list of at least one prompt, found {prompts!r}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"prompt {index}: expected some text, found {prompt!r}: write what the picture should show")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"prompt {index}: expected Unicode text, found half a character ({error.reason})"
+            ) from error
+
+
+def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: bool) -> None:
+    """Raises UserError for settings that this model has no use for."""
+    codes = max(level.codebook_size for level in layout.levels)
+    if sampling.top_k is not None and sampling.top_k > codes:
+        raise UserError(f"top_k: expected at most the {codes} codes of the image tokenizer, found {sampling.top_k}")
+    if sampling.guidance != 1 and not guidance_trained:
+        raise UserError(
+            f"guidance {sampling.guidance:g} needs a transformer trained with transformer.caption_dropout above 0;"
+            " this one was not: train it again, or leave guidance at 1"
+        )
+
+
+def warn_of_prompts(prompts: Sequence[str], tokenizer: TextTokenizer) -> None:
+    """A line for prompts that are cut, and one for prompts without a word."""
+    window = tokenizer.text_length
+    cut = [p for p, n in zip(prompts, tokenizer.token_counts(prompts), strict=True) if n > window]
+    if cut:
+        log.warning(
+            "%d of %d prompts are longer than the window of %d tokens and were cut; shorten them, the first: '%s'",
+            *(len(cut), len(prompts), window, _short(cut[0])),
+        )
+    wordless = [p for p in prompts if not any(character.isalnum() for character in p)]
+    if wordless:
+        log.warning(
+            "%d of %d prompts hold no letter or digit, and captions are words: write some; the first: '%s'",
+            *(len(wordless), len(prompts), _short(wordless[0])),
+        )
+
+
+def _short(prompt: str, limit: int = 200) -> str:
+    return prompt if len(prompt) <= limit else prompt[:limit] + "…"

@@ -1,0 +1,85 @@
+"""`smalti export RUN DIR`: the models of a run as one folder that needs nothing else.
+
+    DIR/  README.md  pipeline.json  text-tokenizer/  image-tokenizer/  transformer/  reranker/  prompts.png
+
+Weights are safetensors, everything else is JSON or text: loading it runs no code. `Pipeline.from_pretrained(DIR)` and
+`smalti generate DIR "a prompt"` take it like a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, fsync_directory, read_json, write_atomic, write_json
+
+
+@click.command("export")
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
+def export(run_directory: Path, target: Path) -> None:
+    """Export a finished run to one self-contained folder with a model card."""
+    export_run(run_directory, target)
+    click.echo(f'exported to {target}; try: smalti generate {target} "red heart" -o picture.png', err=True)
+
+
+def export_run(run_directory: Path, target: Path) -> None:
+    """Writes beside `target` first, so the folder is whole or not there.
+
+    Raises:
+        UserError: the run is not finished, or `target` holds something.
+    """
+    from pipeline import __version__
+    from pipeline.sampling.card import model_card
+    from pipeline.sampling.sources import EXPORT_RECORD, open_source
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"expected a new or empty folder at {target}, found something there: choose another")
+    source = open_source(run_directory)
+    draft = target.with_name(f".{target.name}.exporting")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    _copy(source.text_tokenizer, draft / "text-tokenizer", "tokenizer.json", "config.json")
+    _copy(source.image_tokenizer, draft / "image-tokenizer", "model.safetensors", "config.json")
+    _copy(source.transformer, draft / "transformer", "model.safetensors", "config.json")
+    if source.reranker:
+        _export_reranker(source.reranker, draft / "reranker")
+    grid = run_directory / "generate" / "prompts.png"
+    if grid.is_file():
+        _copy(grid.parent, draft, grid.name)
+    record = {
+        "model_hash": source.model_hash,
+        "guidance_trained": source.guidance_trained,
+        "sampling": source.sampling.model_dump(mode="json"),
+        "smalti": __version__,
+    }
+    write_json(draft / EXPORT_RECORD, record)
+    write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=grid.is_file()))
+    if target.exists():
+        target.rmdir()
+    draft.rename(target)
+    fsync_directory(target.parent)
+
+
+def _copy(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+
+
+def _export_reranker(source: Path, target: Path) -> None:
+    """The run's own; of a pretrained CLIP its whole folder, so that the export stays whole."""
+    values = read_json(source / "config.json")
+    if values.get("kind") == "clip":
+        folder = Path(values["path"])
+        names = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt"))
+        if "model.safetensors" not in names:
+            raise UserError(
+                f"{folder}: expected model.safetensors to export, found none: save this CLIP as safetensors"
+            )
+        _copy(folder, target, *names)
+    else:
+        _copy(source, target, "model.safetensors", "config.json")

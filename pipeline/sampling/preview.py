@@ -1,0 +1,47 @@
+"""A picture in the terminal that fills in row by row, as two pixels a character (upper half block, 24-bit colours)."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from pipeline.sampling.pipeline import Pipeline
+
+_SIDE = 32  # characters a row, and twice the lines
+
+
+class Preview:
+    """`pipeline.paint(…, on_row=Preview(pipeline))`: draws the first picture of the batch over itself."""
+
+    def __init__(self, pipeline: Pipeline, stream: TextIO = sys.stderr) -> None:
+        self.pipeline, self.stream = pipeline, stream
+        self._lines = 0  # of the last drawing, to go up
+
+    def __call__(self, codes_BN: Tensor, there: int) -> None:
+        picture = self.pipeline.decode(codes_BN[:1])[0]
+        levels = self.pipeline.transformer.layout.levels
+        into_last = max(there - sum(level.positions for level in levels[:-1]), 0)
+        painted = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
+        self._draw(picture, painted)
+        if there == codes_BN.shape[1]:  # the next batch is drawn below
+            self._lines = 0
+
+    def _draw(self, picture: Image.Image, painted: float) -> None:
+        pixels = np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX))
+        rows = round(_SIDE * painted)
+        lines = []
+        for row in range(0, rows - rows % 2, 2):
+            pairs = zip(pixels[row], pixels[row + 1], strict=True)
+            lines.append("".join(f"\x1b[38;2;{_rgb(a)};48;2;{_rgb(b)}m▀" for a, b in pairs) + "\x1b[0m")
+        up = f"\x1b[{self._lines}A" if self._lines else ""
+        self.stream.write("\r\x1b[K" + up + "".join(f"\x1b[K{line}\n" for line in lines))
+        self.stream.flush()
+        self._lines = len(lines)
+
+
+def _rgb(pixel: np.ndarray) -> str:
+    return ";".join(map(str, pixel.tolist()))

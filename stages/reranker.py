@@ -1,0 +1,98 @@
+"""Optional stage, reranker: learn which picture fits a caption, to keep the best of many candidates.
+
+Reads prepare (image shards with captions) and text-tokenizer. Trains a small CLIP through accelerate, or takes the
+pretrained one at `reranker.clip`. Writes model/ (`Ranker.from_pretrained` loads it) and retrieval.json: how often a
+picture of the validation split finds its caption, and a caption its picture. See pipeline/reranker/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.data.shards import read_samples
+from pipeline.data.stream import ImageStream
+from pipeline.files import write_json
+from pipeline.loop import train
+from pipeline.reranker.model import ContrastiveObjective, TwoTowers
+from pipeline.reranker.ranker import Ranker, retrieval
+from pipeline.stage import StageRun, run_stage
+from pipeline.text_tokenizer import TextTokenizer
+
+_MEASURED = 5_000  # pictures of the validation split, at most
+
+
+class Workload:
+    """What the training loop needs: objective, batches, validation figures, pictures."""
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.config = run, run.config.reranker
+        self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
+        self.stream = ImageStream(run.input("prepare"), "train", run.config.seed)
+        captions = [sample.caption for sample in read_samples(run.input("prepare"), "train")]
+        self.text_NT = self.text_tokenizer.encode(captions).to(torch.int32)
+        self.first_row = np.cumsum([0, *(shard.samples for shard in self.stream.shards)])
+        torch.manual_seed(run.config.seed)
+        text = self.text_tokenizer
+        self.towers = TwoTowers(self.config.model, self.stream.image_size, text.text_length, text.vocab_size)
+        self.objective = ContrastiveObjective(self.towers)
+
+    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        """Pictures in the stream's order, each with its caption's ids."""
+        size, share = self.config.training.batch_size, self.config.training.batch_size // distributed.world_size()
+        start = consumed + distributed.rank() * share
+        for batch in self.stream.batches(consumed, size):
+            shards, rows = self.stream.order.locate(np.arange(start, start + share))
+            yield batch | {"text": self.text_NT[self.first_row[shards] + rows].long()}
+            start += size
+
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        """Retrieval over the validation split, on every rank alike."""
+        figures = retrieval(self.ranker(), read_samples(self.run.input("prepare"), "val"), _MEASURED)
+        return {f"val/{name}": value for name, value in figures.items()}
+
+    def ranker(self) -> Ranker:
+        return Ranker(self.towers, self.text_tokenizer)
+
+    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
+        return {}
+
+
+def main(run: StageRun) -> None:
+    if run.config.reranker.clip:
+        ranker = _pretrained(run, run.config.reranker.clip)
+    else:
+        workload = Workload(run)
+        train(run, run.config.reranker.training, workload, engine="accelerate")
+        workload.objective.eval()
+        ranker = workload.ranker()
+        if distributed.is_main():
+            workload.towers.save_pretrained(run.directory / "model")
+            run.add_output("model/model.safetensors")
+            run.add_output("model/config.json")
+    if not distributed.is_main():
+        return
+    figures = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
+    write_json(run.directory / "retrieval.json", figures)
+    run.add_output("retrieval.json")
+    run.tracker.log({f"retrieval/{name}": value for name, value in figures.items()}, run.config.reranker.training.steps)
+
+
+def _pretrained(run: StageRun, clip: str) -> Ranker:
+    ranker = Ranker.from_pretrained(
+        Path(clip), TextTokenizer.from_pretrained(run.input("text-tokenizer")), distributed.device()
+    )
+    if distributed.is_main():
+        write_json(run.directory / "model" / "config.json", {"kind": "clip", "path": str(Path(clip).resolve())})
+        run.add_output("model/config.json")
+    return ranker
+
+
+if __name__ == "__main__":
+    run_stage("reranker", main)

@@ -1,0 +1,112 @@
+"""Promises of pipeline/reranker/ and of its stage."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.shards import Sample, read_samples
+from pipeline.errors import UserError
+from pipeline.reranker.config import TowerConfig
+from pipeline.reranker.model import ContrastiveObjective, TwoTowers
+from pipeline.reranker.ranker import Ranker, retrieval
+from pipeline.sampling.pipeline import Pipeline
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer_config import TextTokenizerConfig
+from tests.launch import launch
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (120, 120, 120)}
+SMALL = TowerConfig(width=32, layers=1, heads=2, patch_size=4, dimensions=16, dropout=0)
+
+
+def samples() -> list[Sample]:
+    """Squares of four colours on the left or right: eight captions."""
+    found = []
+    for name, colour in COLOURS.items():
+        for side, left in (("left", 0), ("right", 4)):
+            picture = Image.new("RGB", (8, 8), "white")
+            picture.paste(colour, (left, 2, left + 4, 6))
+            content = io.BytesIO()
+            picture.save(content, format="png")
+            found.append(Sample(f"{name}-{side}", content.getvalue(), f"{name} square on the {side}", {}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    captions = [sample.caption for sample in samples()]
+    tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=280, text_length=16))
+    torch.manual_seed(0)
+    towers = TwoTowers(SMALL, 8, tokenizer.text_length, tokenizer.vocab_size)
+    ranker, objective = Ranker(towers, tokenizer), ContrastiveObjective(towers)
+    pixels = [torch.tensor(list(sample.image.tobytes()), dtype=torch.uint8) for sample in samples()]
+    images = torch.stack(pixels).view(-1, 8, 8, 3).permute(0, 3, 1, 2)
+    optimizer = torch.optim.AdamW(towers.parameters(), lr=3e-3)
+    for step in range(120):
+        loss, _ = objective({"images": images, "text": tokenizer.encode(captions)}, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    towers.eval()
+    return ranker
+
+
+def test_it_learns_which_caption_belongs_to_which_picture(trained: Ranker) -> None:
+    figures = retrieval(trained, samples(), 100)
+    assert figures == {
+        "image to text R@1": 1, "image to text R@5": 1, "text to image R@1": 1, "text to image R@5": 1, "samples": 8,
+    }  # fmt: skip
+    red = samples()[0].image
+    own, other = trained.scores([red, red], ["red square on the left", "blue square on the right"])
+    assert own > other + 20
+
+
+def test_saved_and_loaded_it_scores_the_same(trained: Ranker, tmp_path: Path) -> None:
+    assert isinstance(trained.towers, TwoTowers)
+    trained.towers.save_pretrained(tmp_path)
+    loaded = Ranker.from_pretrained(tmp_path, trained.text_tokenizer, torch.device("cpu"))
+    pictures, captions = [s.image for s in samples()], [s.caption for s in samples()]
+    assert loaded.scores(pictures, captions) == trained.scores(pictures, captions)
+    other = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=280, text_length=9))
+    with pytest.raises(UserError, match="expected a text tokenizer of length and vocabulary"):
+        Ranker.from_pretrained(tmp_path, other, torch.device("cpu"))
+
+
+def test_equal_captions_are_both_right() -> None:
+    torch.manual_seed(0)
+    objective = ContrastiveObjective(TwoTowers(SMALL, 8, 4, 30)).eval()
+    text = torch.tensor([[5, 6, 0, 0]] * 3)
+    loss, metrics = objective({"images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "text": text}, 0)
+    assert float(loss) == pytest.approx(float(torch.tensor(3.0).log()), rel=1e-4)
+    assert float(metrics["accuracy"]) == 1
+
+
+def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    config = ["--config", str(run / "config.yaml"), "reranker.enabled=true", "generate.candidates=2"]
+    config += ["reranker.model.width=32", "reranker.model.layers=1", "reranker.model.heads=2"]
+    config += ["reranker.training.steps=8", "reranker.training.batch_size=32", "reranker.training.warmup_steps=2"]
+    launch("stages.reranker", *config)
+    figures = json.loads((run / "reranker" / "retrieval.json").read_text())
+    assert figures["samples"] == len(list(read_samples(run / "prepare", "val")))
+    assert 0 <= figures["image to text R@1"] <= figures["image to text R@5"] <= 1
+    logged = (run / "reranker" / "metrics.jsonl").read_text()
+    assert "val/text to image R@1" in logged
+    launch("stages.generate", *config)
+    pipeline = Pipeline.from_pretrained(run)
+    painted = pipeline.paint(["joker"], 2, keep=2)
+    listed = json.loads((run / "generate" / "prompts.json").read_text())
+    assert listed[0]["score"] == pytest.approx(painted[0].score, abs=1e-3)
+    output = launch("stages.reranker", "--config", str(run / "config.yaml"), "reranker.enabled=false", check=False)
+    assert "reranker is not part of this pipeline: set reranker.enabled=true" in output
+
+
+def test_candidates_without_a_reranker_are_refused_by_the_config(tiny_run: Path) -> None:
+    output = launch("pipeline", "run", str(tiny_run / "config.yaml"), "generate.candidates=4", check=False)
+    assert "generate.candidates=4 needs a reranker to choose: set reranker.enabled=true" in output

@@ -1,0 +1,203 @@
+"""Promises of `Pipeline`, image prompts, `smalti generate` and `smalti export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.sampling.batch import Job, paint_into_folder, paint_onto_sheet
+from pipeline.sampling.config import SamplingConfig
+from pipeline.sampling.export import export_run
+from pipeline.sampling.image_prompt import ImagePrompt, known_codes
+from pipeline.sampling.pipeline import Painted, Pipeline, best
+from pipeline.sampling.save import read_about
+from tests.launch import launch
+
+PROMPTS = ["joker", "red joker", "Brazil"]
+EVERYTHING = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, guidance=2.0, guidance_schedule="linear")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run: Path) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_run)
+
+
+def same(one: list[Image.Image], other: list[Image.Image]) -> bool:
+    return len(one) == len(other) and all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), EVERYTHING])
+def test_a_picture_depends_on_seed_prompt_and_candidate_alone(pipeline: Pipeline, sampling: SamplingConfig) -> None:
+    few = pipeline.generate(PROMPTS, 2, 7, sampling, batch_size=1)
+    many = pipeline.generate(PROMPTS, 3, 7, sampling, batch_size=5)
+    assert same(few, [many[i] for i in (0, 1, 3, 4, 6, 7)])
+    assert same(pipeline.generate(PROMPTS[2:], 2, 7, sampling, first_prompt=2), few[4:])
+    assert not same(pipeline.generate(PROMPTS, 2, 8, sampling), few)
+
+
+def test_a_completed_picture_keeps_its_first_rows_and_a_filled_one_what_is_outside_of_the_mask(
+    pipeline: Pipeline,
+) -> None:
+    picture = pipeline.generate(["joker"], seed=3)[0]
+    tokenizer = pipeline.image_tokenizer
+    level = tokenizer.levels[0]
+    own = known_codes(tokenizer, ImagePrompt(picture, mask=_mask(16, (0, 0, 16, 16))), torch.device("cpu"))
+    assert (own == -1).all()
+    rows = known_codes(tokenizer, ImagePrompt(picture, keep_rows=3), torch.device("cpu"))
+    assert ((rows != -1).view(level.height, level.width).all(1) == (torch.arange(level.height) < 3)).all()
+    hole = known_codes(tokenizer, ImagePrompt(picture, mask=_mask(16, (3, 5, 4, 9))), torch.device("cpu"))
+    side = 16 // level.height
+    expected = np.zeros((level.height, level.width), bool)
+    expected[5 // side : 8 // side + 1, 3 // side : 3 // side + 1] = True
+    assert np.array_equal((hole == -1).view(level.height, level.width).numpy(), expected)
+    filled = pipeline.paint(["joker"], 6, 0, keep=2, image_prompt=ImagePrompt(picture, mask=_mask(16, (3, 5, 4, 9))))
+    assert len(filled) == 2
+    assert filled[0].score >= filled[1].score  # type: ignore[operator]
+
+
+def test_the_best_candidates_of_each_prompt_are_kept_best_first() -> None:
+    picture = Image.new("RGB", (1, 1))
+    scores = {0: [1.0, 3.0, 2.0], 1: [-5.0, -4.0, -4.0]}
+    painted = [Painted(picture, prompt, j, score) for prompt, row in scores.items() for j, score in enumerate(row)]
+    assert [(one.prompt, one.candidate) for one in best(painted, 2)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def _mask(side: int, box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", (side, side))
+    mask.paste(255, box)
+    return mask
+
+
+def test_an_export_paints_the_same_pictures_without_the_run(tiny_run: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    export_run(tiny_run, tmp_path / "export")
+    suffixes = {path.suffix for path in (tmp_path / "export").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors", ".md", ".png"}
+    exported = Pipeline.from_pretrained(tmp_path / "export")
+    assert exported.source.model_hash == pipeline.source.model_hash
+    assert same(exported.generate(["joker"], 2, 5), pipeline.generate(["joker"], 2, 5))
+    card = (tmp_path / "export" / "README.md").read_text()
+    for told in (
+        "CC BY-SA 4.0",
+        "180 captioned",
+        "2 layers, width 64",
+        "val/loss/image",
+        "FD (Lite0)",
+        pipeline.source.model_hash,
+    ):
+        assert told in card, told
+    with pytest.raises(UserError, match="expected a new or empty folder"):
+        export_run(tiny_run, tmp_path / "export")
+
+
+def test_a_stopped_job_goes_on_and_other_settings_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    job = Job(PROMPTS, candidates=2, batch_size=2, seed=4)
+    assert paint_into_folder(pipeline, job, tmp_path) == 6
+    pictures = sorted(tmp_path.glob("0*.png"))
+    before = {path: path.read_bytes() for path in pictures}
+    about = read_about(pictures[3])
+    assert about is not None
+    assert (about["prompt"], about["candidate"], about["seed"]) == ("red joker", 1, 4)
+    assert about["model"] == pipeline.source.model_hash
+    assert about["sampling"]["temperature"] == 1.0
+    pictures[3].unlink()
+    kept = pictures[0].stat().st_mtime_ns
+    paint_into_folder(pipeline, job, tmp_path)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.glob("0*.png"))} == before
+    assert pictures[0].stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match="was painted with another seed"):
+        paint_into_folder(pipeline, Job(PROMPTS, candidates=2, seed=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": "joker"}, "expected a list"),
+        ({"prompts": ["joker", "  "]}, "prompt 1: expected some text"),
+        ({"prompts": [3]}, "prompt 0: expected some text, found 3"),
+        ({"prompts": ["half \ud83d"]}, "expected Unicode text"),
+        ({"sampling": SamplingConfig(top_k=65)}, "at most the 64 codes"),
+        ({"keep": 1}, "no reranker"),
+        ({"candidates": 0}, "at least 1"),
+    ],
+)
+def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as found:
+        pipeline.paint(**({"prompts": ["joker"]} | arguments))  # type: ignore[arg-type]
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        (
+            {"keep_rows": 2, "keep_levels": 1},
+            "needs one of keep_rows, keep_levels and mask, found keep_rows and keep_l",
+        ),
+        ({}, "found none"),
+        ({"keep_rows": 8}, "keep_rows: expected 1 to 7"),
+        ({"keep_levels": 1}, "keep_levels: expected 1 to 0 .* has keep_rows"),
+        ({"mask": Image.new("L", (16, 16))}, "found none"),
+        ({"mask": Image.new("L", (8, 16))}, "a mask of 16×16 pixels, found 8×16"),
+        ({"keep_rows": 2, "picture": Image.new("RGB", (32, 32))}, "a picture of 16×16 pixels, found 32×32: resize"),
+    ],
+)
+def test_a_wrong_image_prompt_gets_one_line(pipeline: Pipeline, prompt: dict[str, object], complaint: str) -> None:
+    def complete() -> None:
+        image_prompt = ImagePrompt(**({"picture": Image.new("RGB", (16, 16))} | prompt))  # type: ignore[arg-type]
+        pipeline.generate(["joker"], image_prompt=image_prompt)
+
+    with pytest.raises(UserError, match=complaint):
+        complete()
+
+
+def test_over_long_and_wordless_prompts_are_told_and_painted(
+    pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = pipeline.generate(["joker " * 50, "🙂🙂"])
+    assert len(pictures) == 2
+    assert "1 of 2 prompts are longer than the window of 8 tokens and were cut; shorten them" in caplog.text
+    assert "1 of 2 prompts hold no letter or digit" in caplog.text
+
+
+def test_guidance_without_caption_dropout_and_unfinished_runs_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
+    for stage in ("text-tokenizer", "image-tokenizer", "transformer"):
+        (tmp_path / stage).symlink_to(tiny_run / stage)
+    config = (tmp_path / "config.yaml").read_text()
+    assert "caption_dropout: 0.1" in config
+    (tmp_path / "config.yaml").write_text(config.replace("caption_dropout: 0.1", "caption_dropout: 0.0"))
+    with pytest.raises(UserError, match="guidance 2 needs a transformer trained with transformer.caption_dropout"):
+        Pipeline.from_pretrained(tmp_path).generate(["joker"], sampling=SamplingConfig(guidance=2))
+    (tmp_path / "transformer").unlink()
+    with pytest.raises(UserError, match="the stage transformer has not finished training: run `smalti run`"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    (tmp_path / "prompts.txt").write_text("joker\n\nred joker\n")
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "red.png"), "--keep-rows", "4"]
+    output = launch("pipeline", "generate", str(tiny_run), *options, "--guidance", "2", "-o", str(tmp_path / "out"))
+    assert "2 pictures in" in output
+    assert "token/s" in output
+    assert (tmp_path / "out" / "grid.png").exists()
+    tokenizer = ImageTokenizer.from_pretrained(tiny_run / "image-tokenizer" / "model")
+    about = read_about(tmp_path / "out" / "000001-00.png")
+    assert about is not None
+    assert about["image_prompt"]["keep_rows"] == "4"
+    assert tokenizer.image_size == 16
+    wrong = launch("pipeline", "generate", str(tiny_run), "joker", "--keep-rows", "4", check=False)
+    assert wrong.strip() == "error: --keep-rows needs a picture to start from: add --image PICTURE"
+
+
+def test_a_sheet_of_too_many_pictures_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a sheet holds 1024"):
+        paint_onto_sheet(pipeline, Job(["joker"], candidates=1025), tmp_path / "sheet.png")
