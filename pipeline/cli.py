@@ -3,7 +3,7 @@
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
 smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
 smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
-smalti export runs/openmoji FOLDER                     its models as one folder, with a model card
+smalti export runs/openmoji FOLDER                        its models as one folder, with a model card
 smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel

@@ -70,11 +70,10 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
 def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
     """bool [h*w] a level: which codes stay."""
     if prompt.keep_levels is not None:
+        if len(levels) == 1:
+            raise UserError("keep_levels needs an image tokenizer of several levels, found one: use keep_rows")
         if not 1 <= prompt.keep_levels < len(levels):
-            raise UserError(
-                f"keep_levels: expected 1 to {len(levels) - 1} of the tokenizer's {len(levels)} levels, found"
-                f" {prompt.keep_levels}; a tokenizer of one level has keep_rows"
-            )
+            raise UserError(f"keep_levels: expected 1 to {len(levels) - 1} levels, found {prompt.keep_levels}")
         return [torch.full((v.height * v.width,), i < prompt.keep_levels) for i, v in enumerate(levels)]
     if prompt.keep_rows is not None:
         finest = levels[-1].height

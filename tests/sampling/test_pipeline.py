@@ -20,7 +20,7 @@ from pipeline.sampling.save import read_about
 from tests.launch import launch
 
 PROMPTS = ["joker", "red joker", "Brazil"]
-EVERYTHING = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, guidance=2.0, guidance_schedule="linear")
+EVERYTHING = SamplingConfig(temperature=5, top_k=60, top_p=0.99, min_p=0.001, guidance=2.0, guidance_schedule="linear")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_an_export_paints_the_same_pictures_without_the_run(tiny_run: Path, pipe
     card = (tmp_path / "export" / "README.md").read_text()
     for told in (
         "CC BY-SA 4.0",
-        "180 captioned",
+        "captioned pictures for training",
         "2 layers, width 64",
         "val/loss/image",
         "FD (Lite0)",
@@ -141,8 +141,8 @@ def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object
             "needs one of keep_rows, keep_levels and mask, found keep_rows and keep_l",
         ),
         ({}, "found none"),
-        ({"keep_rows": 8}, "keep_rows: expected 1 to 7"),
-        ({"keep_levels": 1}, "keep_levels: expected 1 to 0 .* has keep_rows"),
+        ({"keep_rows": 4}, "keep_rows: expected 1 to 3"),
+        ({"keep_levels": 1}, "keep_levels needs an image tokenizer of several levels, found one: use keep_rows"),
         ({"mask": Image.new("L", (16, 16))}, "found none"),
         ({"mask": Image.new("L", (8, 16))}, "a mask of 16×16 pixels, found 8×16"),
         ({"keep_rows": 2, "picture": Image.new("RGB", (32, 32))}, "a picture of 16×16 pixels, found 32×32: resize"),
@@ -160,7 +160,7 @@ def test_a_wrong_image_prompt_gets_one_line(pipeline: Pipeline, prompt: dict[str
 def test_over_long_and_wordless_prompts_are_told_and_painted(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pictures = pipeline.generate(["joker " * 50, "🙂🙂"])
+    pictures = pipeline.generate(["joker " * 50, "🙂"])
     assert len(pictures) == 2
     assert "1 of 2 prompts are longer than the window of 8 tokens and were cut; shorten them" in caplog.text
     assert "1 of 2 prompts hold no letter or digit" in caplog.text
@@ -184,7 +184,7 @@ def test_guidance_without_caption_dropout_and_unfinished_runs_are_refused(tiny_r
 def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     (tmp_path / "prompts.txt").write_text("joker\n\nred joker\n")
-    options = ["--prompts", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "red.png"), "--keep-rows", "4"]
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "red.png"), "--keep-rows", "2"]
     output = launch("pipeline", "generate", str(tiny_run), *options, "--guidance", "2", "-o", str(tmp_path / "out"))
     assert "2 pictures in" in output
     assert "token/s" in output
@@ -192,7 +192,7 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "image-tokenizer" / "model")
     about = read_about(tmp_path / "out" / "000001-00.png")
     assert about is not None
-    assert about["image_prompt"]["keep_rows"] == "4"
+    assert about["image_prompt"]["keep_rows"] == "2"
     assert tokenizer.image_size == 16
     wrong = launch("pipeline", "generate", str(tiny_run), "joker", "--keep-rows", "4", check=False)
     assert wrong.strip() == "error: --keep-rows needs a picture to start from: add --image PICTURE"
