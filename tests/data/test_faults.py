@@ -18,8 +18,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.tokenizing import all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from pipeline.errors import UserError
-from pipeline.graph import STAGE_NAMES
-from tests.conftest import TINY
+from tests.conftest import STAGE_NAMES, TINY
 from tests.data.pictures import folder_config, tree_bytes, write_folder
 from tests.data.small_run import load_encoders, make_small_run
 from tests.launch import command, environment, launch
