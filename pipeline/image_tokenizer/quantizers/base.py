@@ -64,27 +64,33 @@ class Quantizer(nn.Module, ABC):
 _ROWS, _BLOCK = 64, 64  # a slab of scores that stays in the cache; codes of a block
 
 
+@torch.no_grad()
 def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """argmax over k of v·c_k + bias_k for each vector, int64 [n].
 
     A slab of rows at a time, and in two steps: the maximum of each block of codes (vectorised, unlike an argmax),
     then the place in the best block. Ties go to the lowest code. In the precision of its inputs: give it float32.
     """
-    K = len(codes_KD)
-    transposed = codes_KD.T.contiguous()
-    found = []
-    for rows in vectors_nD.split(_ROWS):
-        scores = rows @ transposed if bias_K is None else torch.addmm(bias_K, rows, transposed)
-        if K % _BLOCK or K <= 2 * _BLOCK:
-            found.append(scores.argmax(-1))
-            continue
-        blocks = scores.view(len(rows), -1, _BLOCK)
-        block = blocks.amax(-1).argmax(-1)
-        inside = blocks[torch.arange(len(rows), device=rows.device), block].argmax(-1)
-        found.append(block * _BLOCK + inside)
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=vectors_nD.device)
+    n, K = len(vectors_nD), len(codes_KD)
+    bias_K = codes_KD.new_zeros(K) if bias_K is None else bias_K
+    transposed, bias_1K = codes_KD.T.contiguous(), bias_K[None]
+    found = torch.empty(n, dtype=torch.int64, device=vectors_nD.device)
+    slab = vectors_nD.new_empty(min(n, _ROWS), K)  # written again and again: new pages would cost as much as the sums
+    row = torch.arange(len(slab), device=slab.device)
+    for begin in range(0, n, _ROWS):
+        rows = vectors_nD[begin : begin + _ROWS]
+        scores = torch.addmm(bias_1K, rows, transposed, out=slab[: len(rows)])
+        if K % _BLOCK:
+            best = scores.argmax(-1)
+        else:
+            blocks = scores.view(len(rows), -1, _BLOCK)
+            block = blocks.amax(-1).argmax(-1)
+            best = block * _BLOCK + blocks[row[: len(rows)], block].argmax(-1)
+        found[begin : begin + _ROWS] = best
+    return found
 
 
+@torch.no_grad()
 def nearest_code(vectors_nD: Tensor, codebook_KD: Tensor) -> Tensor:
     """The code with the smallest ‖v − e_k‖ for each vector, int64 [n]; ‖v‖² is the same for all k."""
     return best_code(vectors_nD, codebook_KD, -0.5 * codebook_KD.square().sum(-1))
