@@ -288,32 +288,36 @@ def billion(arrays: Path) -> None:
 
 def tokenize() -> None:
     config = load_config(PipelineConfig, DEMO)
-    size = config.prepare.image_size
+    rows = []
+    for size in (config.prepare.image_size, 64):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            encode, whole = tokenized_s(Path(folder), config, size)
+        rows.append([f"{size} px", f"{encode:,.0f}", f"{whole:,.0f}", f"{whole / encode:.2f} x"])
+    table(["", "the demo's encoder alone, pictures/s", "tokenize: read, decode, encode, write", ""], rows)
+
+
+def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float, float]:
+    """Pictures/s of the encoder alone, and of tokenize."""
     tokenizer = build(config.image_tokenizer.model, size).eval()
     levels = [Level(*level) for level in tokenizer.levels]
+    prepared = shards(folder / "prepare", size)
+    text = TextTokenizer.train([sample.caption for sample in read_samples(prepared, "train")], config.text_tokenizer)
     hashes = {"image-tokenizer": "", "text-tokenizer": ""}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        prepared = shards(Path(folder) / "prepare", size)
-        captions = [sample.caption for sample in read_samples(prepared, "train")]
-        text = TextTokenizer.train(captions, config.text_tokenizer)
-        encoders = Encoders(tokenizer.encode, text.encode, levels, text.text_length, text.vocab_size, hashes)
-        pictures = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
-        batches = torch.split(pictures.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
-        train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]
-        alone, whole = [], []
-        for number in range(ROUNDS + 1):
-            started = time.perf_counter()
-            for batch in batches:
-                tokenizer.encode(batch)
-            alone.append(len(pictures) / (time.perf_counter() - started))
-            started = time.perf_counter()
-            out = Path(folder) / f"tokens{number}"
-            list(tokenize_shards(out, prepared, train, encoders, TokenizeConfig(batch_size=BATCH), 0))
-            whole.append(len(pictures) / (time.perf_counter() - started))
-    encode, all_of_it = statistics.median(alone[1:]), statistics.median(whole[1:])
-    rows = [["the demo's encoder alone", f"{encode:,.0f}", ""]]
-    rows.append(["tokenize: read, decode, encode, write", f"{all_of_it:,.0f}", f"{all_of_it / encode:.2f} x"])
-    table(["", "pictures/s", ""], rows)
+    encoders = Encoders(tokenizer.encode, text.encode, levels, text.text_length, text.vocab_size, hashes)
+    pictures = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
+    batches = torch.split(pictures.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
+    train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]
+    alone, whole = [], []
+    for number in range(ROUNDS + 1):
+        started = time.perf_counter()
+        for batch in batches:
+            tokenizer.encode(batch)
+        alone.append(len(pictures) / (time.perf_counter() - started))
+        started = time.perf_counter()
+        out = folder / f"tokens{number}"
+        list(tokenize_shards(out, prepared, train, encoders, TokenizeConfig(batch_size=BATCH), 0))
+        whole.append(len(pictures) / (time.perf_counter() - started))
+    return statistics.median(alone[1:]), statistics.median(whole[1:])
 
 
 # --- duplicates --------------------------------------------------------------------------------------------------

@@ -71,11 +71,9 @@ class TextTokenizer:
         """int64 [n, text_length]; a longer caption is cut (see `token_counts`), a shorter one padded with 0."""
         import torch
 
-        ids = torch.full((len(captions), self.text_length), PAD_ID, dtype=torch.int64)
-        for row, encoding in zip(ids, self._tokenizer.encode_batch(list(captions)), strict=True):
-            kept = encoding.ids[: self.text_length]
-            row[: len(kept)] = torch.tensor(kept, dtype=torch.int64)
-        return ids
+        pads = [PAD_ID] * self.text_length
+        rows = [(encoding.ids + pads)[: self.text_length] for encoding in self._tokenizer.encode_batch(list(captions))]
+        return torch.tensor(rows, dtype=torch.int64).view(len(captions), self.text_length)
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import struct
 import tarfile
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -135,21 +136,6 @@ def check_shard(path: Path, shard: Shard) -> None:
         )
 
 
-def tar_samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
-    """Samples of one WebDataset tar, as {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
-
-    Damage ends up in `errors`; what could be read before it is yielded.
-    """
-    from webdataset import tariterators
-
-    def note(error: Exception) -> bool:
-        errors.append(error)
-        return True
-
-    files = tariterators.tar_file_expander([{"url": name, "stream": stream}], handler=note)
-    yield from tariterators.group_by_keys(files, handler=note)
-
-
 def read_index(prepare_dir: Path) -> dict[str, Any]:
     """index.json of a finished `prepare`. Raises UserError when there is none."""
     path = Path(prepare_dir) / "index.json"
@@ -178,18 +164,39 @@ def read_shards(prepare_dir: Path, split: str, index: dict[str, Any] | None = No
 def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
     """Samples of one shard in their fixed order. Raises UserError when the tar is damaged or incomplete."""
     path = Path(prepare_dir) / shard.name
-    errors: list[Exception] = []
-    count = 0
+    count, reason = 0, ""
     try:
-        with open(path, "rb") as stream:
-            for sample in tar_samples(stream, str(path), errors):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            members = _members(tar)
+            for (name, meta), (_, png), (_, caption) in zip(members, members, members, strict=True):
                 count += 1
-                yield Sample(sample["__key__"], sample["png"], sample["txt"].decode(), json.loads(sample["json"]))
-    except (OSError, KeyError, ValueError) as error:
-        errors.append(error)
-    if errors or count != shard.samples:
-        found = str(errors[0]) if errors else f"{count} samples"
+                if not name.endswith(".json"):
+                    raise ValueError(f"{name} where sample {count} should begin")
+                yield Sample(name.removesuffix(".json"), png, caption.decode(), json.loads(meta))
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason or count != shard.samples:
+        found = reason or f"{count} samples"
         raise UserError(f"{path} is damaged: expected {shard.samples} samples, found {found}; run prepare again")
+
+
+def _members(tar: mmap.mmap) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of every member of a tar as `write_shard` writes it, ten times as fast as a reader of any tar.
+
+    Raises ValueError when it is something else.
+    """
+    at, long_name = 0, b""
+    while at < len(tar) and any(header := tar[at : at + _BLOCK]):  # a block of zeros is the end
+        size, kind = int(header[124:135], 8), header[156:157]
+        content = tar[at + _BLOCK : at + _BLOCK + size]
+        if header[257:263] != b"ustar " or kind not in (b"0", b"L") or len(content) != size:
+            raise ValueError(f"no member of a shard at byte {at}")
+        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+        if kind == b"L":  # GNU's way to have names of more than 100 bytes
+            long_name = content.rstrip(b"\0")
+            continue
+        yield (long_name or header[:100].rstrip(b"\0")).decode(), content
+        long_name = b""
 
 
 def read_samples(prepare_dir: Path, split: str) -> Iterator[Sample]:

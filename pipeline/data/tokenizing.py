@@ -256,7 +256,7 @@ def _encoded(images: torch.Tensor, encoders: Encoders, batch_size: int) -> list[
     found: list[list[torch.Tensor]] = [[] for _ in encoders.levels]
     with torch.no_grad():
         for part in torch.split(images.to(encoders.device, non_blocking=True), batch_size):
-            for number, level_codes in enumerate(encoders.encode_images(part.float().div(255))):
+            for number, level_codes in enumerate(encoders.encode_images(part.float().div_(255))):
                 found[number].append(level_codes)
     return [torch.cat(parts) for parts in found]
 

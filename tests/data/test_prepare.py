@@ -306,3 +306,17 @@ def test_openmoji_has_1918_base_emoji_without_skin_tones() -> None:
     assert len(names) == 1918
     assert names["2764"] == "red heart"
     assert not [name for name in names.values() if "skin tone" in name or "_" in name or name.startswith(":")]
+
+
+@pytest.mark.parametrize("damage", ["cut in a picture", "cut between samples", "another header", "nothing"])
+def test_a_damaged_shard_read_front_to_back_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    prepare(tmp_path / "out", folder_config(write_folder(tmp_path / "in", 5), validation_fraction=0), seed=0)
+    tar = tmp_path / "out/train/000000.tar"
+    content = tar.read_bytes()
+    places = np.load(tar.with_suffix(".index.npy"))
+    beyond = {"cut in a picture": 100, "cut between samples": -1_536, "another header": -512}
+    cut = int(places[2, 0]) + beyond.get(damage, 0)
+    damaged = {"another header": content[:cut] + b"x" * 512 + content[cut + 512 :], "nothing": b""}
+    tar.write_bytes(damaged.get(damage, content[:cut]))
+    with pytest.raises(UserError, match=r"000000\.tar is damaged: expected 5 samples, found .*run prepare again"):
+        list(read_samples(tmp_path / "out", "train"))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import braceexpand
 from fsspec.core import url_to_fs
+from webdataset import tariterators
 
 from pipeline.config import digest
 from pipeline.data.config import WebDatasetSource
-from pipeline.data.shards import tar_samples
 from pipeline.data.sources import Part, Record, Unreadable, changed, group_of, interrupted, stamp
 from pipeline.errors import UserError
 
@@ -38,7 +38,7 @@ class WebDataset:
         errors: list[Exception] = []
         try:
             with files.open(path, "rb") as stream:
-                for sample in tar_samples(stream, url, errors):
+                for sample in _samples(stream, url, errors):
                     yield self._record(sample)
             files.invalidate_cache()
             if stamp(files.info(path)) != mark:
@@ -82,6 +82,20 @@ class WebDataset:
         caption = sample.get("txt", meta.get("caption"))
         group = group_of(meta.get(self.config.group_field)) if self.config.group_field else None
         return Record(key, sample.get(extension), caption, f".{extension}" if extension else "", meta, group)
+
+
+def _samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
+    """Samples of one WebDataset tar, as {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
+
+    Damage ends up in `errors`; what could be read before it is yielded.
+    """
+
+    def note(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
+    files = tariterators.tar_file_expander([{"url": name, "stream": stream}], handler=note)
+    yield from tariterators.group_by_keys(files, handler=note)
 
 
 def _entries(files: Any, folder: str) -> dict[str, Any]:
