@@ -17,9 +17,8 @@ from pipeline.data.config import TokenizeConfig
 from pipeline.data.shards import read_samples
 from pipeline.data.tokens import TokenArrays
 from pipeline.errors import UserError
-from pipeline.image_tokenizer.base import KINDS, ImageTokenizer
+from pipeline.image_tokenizer.base import ImageTokenizer
 from tests.data.small_run import make_small_run
-from tests.data.two_levels import KIND
 
 SAMPLES = 40
 
@@ -79,12 +78,19 @@ def test_export_writes_what_the_tokenizer_makes_of_every_crop_and_the_captions(r
     assert (tmp_path / "sheet.png").exists()
 
 
-def test_a_tokenizer_of_two_levels_is_tokenized_inspected_and_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(KINDS, "two-levels", KIND)
-    run = make_small_run(tmp_path, 20, TokenizeConfig(crops=2, batch_size=8), model={"kind": "two-levels"})
-    assert "codes 2x2 of 16, 4x4 of 70,000" in _smalti("inspect", run)
+VQVAE2 = {
+    "kind": "vqvae2",
+    "patch_size": 2,
+    "widths": [16, 16],
+    "blocks": 1,
+    "block_kernels": [3, 1],
+    "quantizers": [{"kind": "ema", "codebook_size": size, "code_width": 8} for size in (16, 64)],
+}
+
+
+def test_a_tokenizer_of_two_levels_is_tokenized_inspected_and_exported(tmp_path: Path) -> None:
+    run = make_small_run(tmp_path, 20, TokenizeConfig(crops=2, batch_size=8), model=VQVAE2)
+    assert "codes 4x4 of 16, 8x8 of 64" in _smalti("inspect", run)
     _smalti("export", run, "-o", tmp_path / "out", "-n", 3)
     tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer/model")
     originals = {sample.key: np.array(sample.image) for sample in read_samples(run / "prepare", "train")}

@@ -21,9 +21,15 @@ from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards
 from pipeline.data.tokens import Level, TokenArrays
 from pipeline.errors import UserError
 from tests.data.pictures import folder_config, tree_bytes, write_folder
-from tests.data.two_levels import encode
 
 SAMPLES = 70
+
+
+def _encode_images(images: torch.Tensor) -> list[torch.Tensor]:
+    """A real, if small, two-level tokenizer: mean brightness of 2x2 and 4x4 patches, in 16 and 70,000 steps."""
+    grey = images.mean(dim=1, keepdim=True)
+    coarse, fine = (torch.nn.functional.adaptive_avg_pool2d(grey, side).flatten(1) for side in (2, 4))
+    return [(coarse * 15.99).long(), (fine * 69_999).long()]
 
 
 def _encode_text(captions: list[str]) -> torch.Tensor:
@@ -32,7 +38,7 @@ def _encode_text(captions: list[str]) -> torch.Tensor:
 
 
 ENCODERS = Encoders(
-    encode_images=encode,
+    encode_images=_encode_images,
     encode_text=_encode_text,
     levels=[Level(2, 2, 16), Level(4, 4, 70_000)],
     text_length=3,
@@ -70,7 +76,7 @@ def test_arrays_hold_what_the_tokenizers_say_for_every_sample(prepared: Path, to
         assert [key for shard in range(len(arrays.shards)) for key in arrays.keys(shard)] == [s.key for s in samples]
         text, codes = arrays.gather(np.arange(len(samples)), np.zeros(len(samples), np.int64))
         images = torch.from_numpy(np.stack([np.asarray(s.image) for s in samples])).permute(0, 3, 1, 2).float() / 255
-        assert (codes == torch.cat(encode(images), dim=1).numpy()).all()
+        assert (codes == torch.cat(_encode_images(images), dim=1).numpy()).all()
         assert (text == _encode_text([s.caption for s in samples]).numpy()).all()
         arrays.verify()
 
