@@ -75,11 +75,6 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on at least one."""
-    return any(all_gather_objects(flag))
-
-
 def mean(values: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of each value; every rank must hold the same keys."""
     if world_size() == 1 or not values:

@@ -216,8 +216,9 @@ class Trainer:
         """All ranks stop at the same step, whichever of them got the signal."""
         if not self._asked_to_stop:
             return
+        asked = stop.asked(distributed.all_gather_objects(stop.requested()))
         self._save()
-        raise StoppedOnRequest(f"{self.stage.name}: stopped at step {self.state.step} of {self.training.steps}")
+        raise StoppedOnRequest(f"{self.stage.name}: stopped at step {self.state.step}/{self.training.steps}: {asked}")
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
