@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -78,7 +79,10 @@ def status(run_directory: Path, watch: bool, json_output: bool) -> None:
         at_rest = {"FINISHED", "NOT RUN", "LOST", "STOPPED"} | scheduler.ENDED
         if not watch or all(status.state in at_rest for status in statuses):
             return
-        time.sleep(_POLL_S)
+        try:
+            time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            return
 
 
 @click.command()
@@ -94,11 +98,12 @@ def logs(run_directory: Path, stage: str, task: int | None, follow: bool, lines:
     with open(path, errors="replace") as file:
         text = file.read()
         click.echo("".join(text.splitlines(keepends=True)[-lines:] if lines else text), nl=False)
-        while follow:
-            if text := file.read():
-                click.echo(text, nl=False)
-            else:
-                time.sleep(0.5)
+        with suppress(KeyboardInterrupt):
+            while follow:
+                if text := file.read():
+                    click.echo(text, nl=False)
+                else:
+                    time.sleep(0.5)
 
 
 def _newest_log(run_directory: Path, stage: str, task: int | None) -> Path:

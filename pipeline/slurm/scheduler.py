@@ -34,6 +34,10 @@ class Job:
     def active(self) -> bool:
         return self.state not in ENDED
 
+    @property
+    def ending(self) -> bool:
+        return self.state == "COMPLETING"
+
 
 def jobs_of(run_directory: Path) -> list[Job]:
     """The user's jobs of this run that the controller still knows (it forgets ended ones after minutes), oldest first.

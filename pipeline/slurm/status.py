@@ -22,6 +22,7 @@ from pipeline.slurm.table import format_table
 
 _TAIL_BYTES = 65_536
 _NOT_METRICS = {"step", "time", "learning_rate", "nonfinite_steps", "samples_per_s", "gradient_norm"}
+_WAITING = ("Dependency", "Priority", "Resources", "BeginTime")
 
 
 @dataclass
@@ -29,7 +30,8 @@ class StageStatus:
     """One line of the table. Empty or None: not known, or nothing to say."""
 
     stage: str
-    state: str = "NOT RUN"  # FINISHED, or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished)
+    # FINISHED, or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished), or UNKNOWN (no answer)
+    state: str = "NOT RUN"
     job: str = ""
     reason: str = ""
     nodes: str = ""
@@ -58,7 +60,11 @@ def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
             problem = str(error)
     known = {job.id for job in jobs}
     ended = scheduler.ended_states([number for number in recorded.values() if number not in known]) if recorded else {}
-    return [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in stages_of(config)], problem
+    listed = [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in stages_of(config)]
+    for status in listed:
+        if problem and status.state == "LOST":
+            status.state, status.reason = "UNKNOWN", "Slurm gives no answer"
+    return listed, problem
 
 
 def _stage_status(
@@ -102,7 +108,8 @@ def _add_jobs(status: StageStatus, stage: Stage, jobs: list[Job]) -> None:
     failed = [job for job in shown if not job.active and job.state != "COMPLETED"]
     by_state = sorted(shown, key=lambda job: order.index(job.state) if job.state in order else len(order))
     job = (failed or by_state)[0]
-    status.state, status.reason, status.job = job.state, job.reason, str(job.id)
+    waiting = job.reason in _WAITING and not job.active  # why it waited says nothing of how it ended
+    status.state, status.reason, status.job = job.state, "" if waiting else job.reason, str(job.id)
     status.nodes = ",".join(dict.fromkeys(j.nodes for j in shown if j.nodes and j.active))
     status.job_time_left = job.time_left if job.state == "RUNNING" else ""
 

@@ -11,6 +11,7 @@ new jobs wait for it. Which jobs are active is asked of Slurm (their comment nam
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from pipeline.slurm.scheduler import Job
 from pipeline.slurm.table import format_table
 
 SOURCE = Path(__file__).resolve().parents[2]
+_ENDING_PATIENCE_S = 60.0
 
 
 @dataclass
@@ -175,8 +177,14 @@ def _chosen(first: str | None, only: str | None) -> tuple[str, ...]:
 
 
 def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
+    """Jobs that are just ending, e.g. of a moment ago's cancel, are waited for: nothing can go on from them."""
+    deadline = time.monotonic() + _ENDING_PATIENCE_S
     try:
-        return [job for job in scheduler.jobs_of(run_directory) if job.active]
+        jobs = scheduler.jobs_of(run_directory)
+        while any(job.ending for job in jobs) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            jobs = scheduler.jobs_of(run_directory)
+        return [job for job in jobs if job.active]
     except UserError as error:
         if not dry_run:
             raise
