@@ -10,18 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY
-from tests.launch import ROOT, launch
+from tests.launch import ROOT, command, environment, launch
 
 TESTBED = ROOT / "slurm" / "testbed"
 # Long enough to be stopped five times on the way; the model is tiny.
-STEPS = "transformer.training.steps=150"
+STEPS = "transformer.training.steps=100"
 
 
 class Slurm:
@@ -44,9 +44,25 @@ class Slurm:
     def smalti(self, *arguments: str, check: bool = True, module: str = "pipeline") -> str:
         return launch(module, *arguments, check=check, SLURM_CONF=self.environment["SLURM_CONF"])
 
+    def follow(self, *arguments: str) -> subprocess.Popen[str]:
+        """A command of smalti that goes on until it is interrupted or has seen enough."""
+        variables = environment(SLURM_CONF=self.environment["SLURM_CONF"])
+        return subprocess.Popen(
+            command("pipeline", arguments, 1), env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+
     def states(self) -> dict[int, str]:
         lines = self("squeue", "-h", "-t", "all", "-o", "%F %T").split("\n")
         return {int(line.split()[0]): line.split()[1] for line in lines if line}
+
+    def evidence(self) -> list[tuple[str, str]]:
+        """What Slurm and the newest run's jobs wrote, by name."""
+        queue = self("squeue", "-t", "all", "-S", "-i", "-o", "%A %K %T %r %N %S %e %k")
+        files = sorted(self.folder.glob("log/*.log"))
+        if newest := re.search(r" smalti:\S+?:(.*)", queue):
+            files += sorted(Path(newest[1]).glob("slurm/*.history")) + sorted(Path(newest[1]).glob("logs/slurm/*.log"))
+        tails = [(str(file), "".join(file.read_text(errors="replace").splitlines(True)[-80:])) for file in files]
+        return [("squeue", queue), *tails]
 
     def job(self, number: int, what: str) -> str:
         """One word of `scontrol show job`: JobState, Restarts, ExcNodeList, …"""
@@ -145,6 +161,28 @@ def run_copy(local_run: Path, tmp_path: Path) -> Path:
     for stage in ("transformer", "generate", "evaluate", "report"):
         shutil.rmtree(copy / stage)
     return copy
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what Slurm and the jobs wrote; one that gets a second try does so in the summary."""
+    report = yield
+    arguments: dict[str, object] = getattr(item, "funcargs", {})
+    testbed = next((value for value in arguments.values() if isinstance(value, Slurm)), None)
+    if report.failed and testbed and testbed.folder.exists():
+        report.sections += testbed.evidence()
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"first try of {report.nodeid}")
+        terminalreporter.line(report.longreprtext)
+        for name, text in report.sections:
+            terminalreporter.section(name, sep="-")
+            terminalreporter.line(text)
 
 
 def weights(run: Path, stage: str) -> bytes:

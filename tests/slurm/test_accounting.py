@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import TINY
 from tests.slurm.conftest import Slurm, cluster_file, missing_reason, start, stop, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.flaky(reruns=1)]
+pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from tests.conftest import STAGE_NAMES, TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
 
-# Four ranks, two nodes and a controller on a machine of two cores: a life may come late once; a second try is told.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.flaky(reruns=1)]
+pytestmark = pytest.mark.slurm
 
 
 @dataclass
@@ -115,6 +114,16 @@ def test_only_missing_array_tasks_are_submitted(slurm: Slurm, run_copy: Path) ->
     assert next(line for line in output.splitlines() if line.startswith("tokenize (tasks)")).split()[2] == "0,2%2"
 
 
+def test_from_a_stage_on_leaves_out_what_comes_before(slurm: Slurm, run_copy: Path) -> None:
+    cluster = str(cluster_file(run_copy.parent))
+    config = ["submit", str(run_copy / "config.yaml"), "--cluster", cluster, "--dry-run"]
+    output = slurm.smalti(*config, "--from", "transformer")
+    written = [line.split()[0] for line in output.splitlines() if "written: " in line]
+    assert written == ["transformer", "generate", "generate", "evaluate", "report"]
+    refused = slurm.smalti(*config, "--from", "generate", check=False)
+    assert "generate needs transformer, which is neither finished nor queued" in refused
+
+
 def test_jobs_run_the_code_that_was_submitted(submitted: Submitted) -> None:
     script = (submitted.path / "slurm" / "transformer.sbatch").read_text()
     code = submitted.path / "code" / "src"
@@ -127,16 +136,16 @@ def test_status_tells_of_a_finished_run_as_table_and_as_json(slurm: Slurm, submi
     assert list(listed) == list(STAGE_NAMES)
     assert {entry["state"] for entry in listed.values()} == {"FINISHED"}
     assert listed["transformer"]["job"] == str(submitted.jobs["transformer"])
-    assert (listed["transformer"]["step"], listed["transformer"]["steps"]) == (150, 150)
+    assert (listed["transformer"]["step"], listed["transformer"]["steps"]) == (100, 100)
     assert listed["tokenize"]["restarts"] == 1
     table = slurm.smalti("status", str(submitted.path))
-    assert "150/150" in table
+    assert "100/100" in table
 
 
 def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:
     log = slurm.smalti("logs", str(submitted.path), "transformer", "-n", "0")
     assert "preflight: 4 processes on node1, node2 are fit, and all-reduce" in log
-    assert "150/150" in log
+    assert "100/100" in log
     assert "shard" in slurm.smalti("logs", str(submitted.path), "tokenize", "--task", "1")
 
 
