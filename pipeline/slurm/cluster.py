@@ -41,6 +41,10 @@ class Resources(Config):
     array: int | None = Field(None, ge=1, le=1000, description="tokenize, generate, evaluate: jobs that share the work")
     array_limit: int | None = Field(None, ge=1, description="of these, so many at once")
     flags: tuple[str, ...] = Field((), description="more lines for sbatch, e.g. --exclusive or --constraint=ib")
+    python: str | None = Field(None, description="None: the cluster file's; so too the next three")
+    setup: tuple[str, ...] | None = None
+    launcher: tuple[str, ...] | None = None
+    srun_flags: tuple[str, ...] | None = None
 
     @field_validator("time", mode="before")
     @classmethod
@@ -117,6 +121,8 @@ class ClusterConfig(Config):
         own = self.stages.get(stage.name, Resources())
         chosen = {name: getattr(own, name) for name in own.model_fields_set}
         merged = self.default.model_copy(update=chosen)
+        unsaid = [name for name in ("python", "setup", "launcher", "srun_flags") if getattr(merged, name) is None]
+        merged = merged.model_copy(update={name: getattr(self, name) for name in unsaid})
         if stage.trains:
             return merged
         several = [name for name in ("nodes", "tasks_per_node") if chosen.get(name, 1) not in (1, None)]

@@ -9,6 +9,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph import stage_named
 from pipeline.slurm.cluster import load_cluster
+from pipeline.slurm.render import JobFile, render
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
 from tests.slurm.conftest import assert_clean
@@ -56,6 +57,22 @@ def test_stages_of_one_process_do_not_ask_for_several(tmp_path: Path) -> None:
     assert cluster.resources(stage_named("prepare")).world_size == 1
     with pytest.raises(UserError, match=r"evaluate\.nodes is 2, expected 1"):
         cluster.resources(stage_named("evaluate"))
+
+
+def test_a_stage_may_have_a_container_and_setup_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "{setup: [module load a], launcher: [apptainer, exec, a.sif], stages: {prepare: {setup: [module load b],"
+        " launcher: [], srun_flags: [--container-image=b.sqsh]}}}"
+    )
+    cluster = load_cluster(tmp_path / "c.yaml")
+    own, others = (
+        render(JobFile(stage, cluster.resources(stage)), cluster, tmp_path, tmp_path, tmp_path)
+        for stage in (stage_named("prepare"), stage_named("transformer"))
+    )
+    assert ("module load a" in own, "module load b" in own, "apptainer" in own) == (False, True, False)
+    assert "--container-image=b.sqsh" in own
+    assert ("module load a" in others, "apptainer exec a.sif" in others) == (True, True)
+    assert "--container-image" not in others
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_told_before_the_queue(tmp_path: Path) -> None:
