@@ -55,6 +55,9 @@ class Training:
         path = self.run / "slurm" / "transformer.history"
         return [line.split("\t")[2] for line in path.read_text().splitlines()] if path.exists() else []
 
+    def log(self) -> str:
+        return self.slurm.smalti("logs", str(self.run), "transformer", "-n", "0")
+
     def state(self) -> str:
         return self.slurm.job(self.id, "JobState")
 
@@ -71,10 +74,10 @@ def _run_into_the_time_limit(training: Training, ranks: list[int]) -> None:
     training.slurm("scontrol", "update", f"jobid={training.id}", "TimeLimit=30")
 
 
-def _be_killed_by_the_time_limit(training: Training) -> None:
-    """The ranks sleep through the signal ahead of it, through TERM, and are killed."""
+def _be_killed_by_the_time_limit(training: Training, ranks: list[int]) -> None:
+    """The ranks sleep through the signal ahead of it and through TERM, for which Slurm wakes them, until KILL."""
     training.slurm("scontrol", "update", f"jobid={training.id}", "EndTime=now+1")
-    wait_until("the requeue", lambda: training.state() == "PENDING", 90)
+    wait_until("the requeue", lambda: (signal_all(ranks, signal.SIGSTOP), training.state() == "PENDING")[1], 90)
     training.slurm("scontrol", "update", f"jobid={training.id}", "TimeLimit=30")
 
 
@@ -99,8 +102,8 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     assert f"(Slurm job {training.id})" in refused
     _run_into_the_time_limit(training, ranks)
 
-    training.wait_for_steps(1)
-    _be_killed_by_the_time_limit(training)
+    _be_killed_by_the_time_limit(training, training.wait_for_steps(1))
+    assert training.log().count("stopped at step") == 1
 
     _run_into_the_time_limit(training, training.wait_for_steps(2))
 
@@ -118,7 +121,7 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     assert notes.count("time limit") == 3
     assert notes.count("started") == 6
     assert weights(run_copy, "transformer") == weights(local_run, "transformer")
-    log = slurm.smalti("logs", str(run_copy), "transformer", "-n", "0")
+    log = training.log()
     assert log.count("transformer: goes on from step ") == 5
     assert re.search(r"transformer: stopped at step \d+/100: SIGUSR2 at [\d:]+ on node1 \(rank 0", log)
     # Slurm asks a dead node again and again to end its step, by number: that of the next life has another.
@@ -250,6 +253,5 @@ def _assert_node1_left(training: Training, why: str) -> None:
     wait_until("work on the other node", training.ranks)
     assert training.slurm.job(training.id, "NodeList") == "node2"
     assert training.slurm.job(training.id, "ExcNodeList") == "node1"
-    log = training.slurm.smalti("logs", str(training.run), "transformer", "-n", "0")
-    assert f"preflight: host node1 is bad: {why}" in log
+    assert f"preflight: host node1 is bad: {why}" in training.log()
     training.slurm.smalti("cancel", str(training.run))
