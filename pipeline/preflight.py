@@ -21,8 +21,8 @@ import click
 
 from pipeline import distributed
 from pipeline.errors import UserError
-from pipeline.graph import stage_named
-from pipeline.runs import RunDirectory
+from pipeline.graph import inputs_of, load_pipeline, stage_named
+from pipeline.runs import RunDirectory, config_of
 
 CLOCK_TOLERANCE_S = 10.0
 _FILES_LOOKED_AT = 64
@@ -74,7 +74,8 @@ def look_around(run_directory: Path, stage: str, min_free_gb: float) -> str | No
 
 def _unreadable_input(run_directory: Path, stage: str) -> str | None:
     runs = RunDirectory(run_directory)
-    for name in stage_named(stage).inputs:
+    config = load_pipeline(config_of(run_directory))
+    for name in inputs_of(config, stage_named(stage)):
         manifest = runs.manifest(name)
         if manifest is None:
             return f"cannot read a finished {name} in {runs.stage(name)}"

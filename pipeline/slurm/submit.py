@@ -81,7 +81,7 @@ def submit_pipeline(
         else:
             runs.open(config, source)
             snapshot_source(runs.path / "code" / "src")
-        plan = make_plan(config, runs, cluster, jobs, _chosen(first, only))
+        plan = make_plan(config, runs, cluster, jobs, _chosen(config, first, only))
         _write_files(plan, cluster, runs)
         if not dry_run:
             _submit(plan, runs)
@@ -166,11 +166,13 @@ def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, comi
             )
 
 
-def _chosen(first: str | None, only: str | None) -> tuple[str, ...]:
+def _chosen(config: PipelineConfig, first: str | None, only: str | None) -> tuple[str, ...]:
     if first and only:
         raise UserError(
             "expected --from or --only, found both: --from STAGE goes to the end, --only STAGE is one stage"
         )
+    if only and only not in {stage.name for stage in stages_of(config)}:
+        raise UserError(f"{only} is not part of this pipeline: set {only.replace('-', '_')}.enabled=true")
     if only:
         return (only,)
     return STAGE_NAMES[STAGE_NAMES.index(first) :] if first else STAGE_NAMES

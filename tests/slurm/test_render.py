@@ -81,6 +81,13 @@ def test_a_batch_that_the_processes_do_not_divide_is_told_before_the_queue(tmp_p
     assert "expected transformer.training.batch_size to be a multiple of its 3 processes" in output
 
 
+def test_a_stage_that_is_switched_off_is_no_job(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    assert "reranker" not in _dry_run(tmp_path, tmp_path / "c.yaml", "reranker.enabled=false")
+    refused = _dry_run(tmp_path, tmp_path / "c.yaml", "reranker.enabled=false", "--only", "reranker", check=False)
+    assert "reranker is not part of this pipeline: set reranker.enabled=true" in refused
+
+
 def test_one_stage_alone_wants_its_inputs(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("{}")
     output = _dry_run(tmp_path, tmp_path / "c.yaml", "--only", "transformer", check=False)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.graph import stage_named
+from pipeline.preflight import look_around
 from tests.conftest import STAGE_NAMES, TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
 
@@ -147,6 +149,12 @@ def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:
     assert "preflight: 4 processes on node1, node2 are fit, and all-reduce" in log
     assert "100/100" in log
     assert "shard" in slurm.smalti("logs", str(submitted.path), "tokenize", "--task", "1")
+
+
+def test_the_preflight_wants_no_input_that_is_switched_off(submitted: Submitted) -> None:
+    assert "reranker" in stage_named("generate").inputs
+    assert "reranker" not in STAGE_NAMES
+    assert look_around(submitted.path, "generate", min_free_gb=0) is None
 
 
 def test_every_rendered_script_is_clean(submitted: Submitted) -> None:
