@@ -10,13 +10,18 @@ import torch
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.sampling.batch import Job, paint_into_folder, paint_onto_sheet
 from pipeline.sampling.config import SamplingConfig
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import Painted, Pipeline, best
 from pipeline.sampling.save import read_about
+from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer_config import TextTokenizerConfig
+from pipeline.transformer.config import TransformerShape
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
 from tests.launch import launch
 
 PROMPTS = ["joker", "red joker", "Brazil"]
@@ -201,3 +206,33 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
 def test_a_sheet_of_too_many_pictures_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a sheet holds 1024"):
         paint_onto_sheet(pipeline, Job(["joker"], candidates=1025), tmp_path / "sheet.png")
+
+
+@pytest.fixture(scope="module")
+def two_levels() -> Pipeline:
+    """Untrained models whose pictures have 4×4 coarse and 8×8 fine codes."""
+    torch.manual_seed(0)
+    ema = {"kind": "ema", "codebook_size": 32, "code_width": 8}
+    shape = {"patch_size": 2, "widths": [16, 16], "blocks": 1, "block_kernels": [3, 1]}
+    tokenizer = build({"kind": "vqvae2", "quantizers": [ema, ema], **shape}, 16).eval()
+    text = TextTokenizer.train(["red joker", "Brazil"], TextTokenizerConfig(vocab_size=270, text_length=6))
+    layout = Layout.of(text.text_length, text.vocab_size, tokenizer.levels)
+    transformer = Transformer(layout, TransformerShape(layers=1, width=32, heads=2)).eval()
+    torch.nn.init.normal_(transformer.head.weight)
+    return Pipeline(text, transformer, tokenizer)
+
+
+def test_a_variation_keeps_the_coarse_level_and_paints_the_fine_one(two_levels: Pipeline) -> None:
+    coarse, fine = two_levels.image_tokenizer.levels
+    assert (coarse.height, fine.height) == (4, 8)
+    picture = two_levels.generate(["red joker"], seed=3)[0]
+    known = known_codes(two_levels.image_tokenizer, ImagePrompt(picture, keep_levels=1), torch.device("cpu"))
+    assert (known[:16] != -1).all()
+    assert (known[16:] == -1).all()
+    rows = known_codes(two_levels.image_tokenizer, ImagePrompt(picture, keep_rows=2), torch.device("cpu"))
+    assert (rows != -1).nonzero().flatten().tolist() == [*range(4), *range(16, 32)]
+    varied = two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(picture, keep_levels=1))
+    assert len({one.tobytes() for one in varied}) == 3
+    assert same(
+        varied, two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(picture, keep_levels=1), batch_size=1)
+    )
