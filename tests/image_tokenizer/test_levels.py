@@ -38,7 +38,7 @@ def _prepared(tiny_run: Path, folder: Path) -> Path:
 def levels_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     """The tiny pipeline up to `generate`, with three levels of codes."""
     run = _prepared(tiny_run, tmp_path_factory.mktemp("levels"))
-    overrides = [MODEL, "transformer.training.steps=6", "generate.samples=4"]
+    overrides = [MODEL, "image_tokenizer.usage_floor=1", "transformer.training.steps=6", "generate.samples=4"]
     for stage in ("image_tokenizer", "tokenize", "transformer", "generate"):
         launch(f"stages.{stage}", "--config", str(TINY), f"runs={run.parent}", *overrides)
     return run
@@ -59,6 +59,12 @@ def test_levels_flow_from_the_tokenizer_to_generated_pictures(levels_run: Path) 
     figures = [line for line in lines if "val/psnr" in line][-1]
     assert {f"val/codebook_usage_{level}" for level in (0, 1, 2)} <= figures.keys()
     assert list((levels_run / "image-tokenizer" / "pictures").glob("codebook-usage-*.png"))
+
+
+def test_a_level_below_the_usage_floor_is_told_in_the_log(levels_run: Path) -> None:
+    log = (levels_run / "logs" / "image-tokenizer.log").read_text()
+    assert "codebook collapse: expected at least 100% of the codes in use" in log
+    assert "raise revive_below" in log
 
 
 def test_killed_and_resumed_codebooks_end_with_the_same_bits(levels_run: Path, tiny_run: Path, tmp_path: Path) -> None:
