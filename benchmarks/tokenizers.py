@@ -232,7 +232,8 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
     settings = (PEER_TRAINING if kind in PEERS else TRAINING) | TRAINING_OF.get(kind, {})
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
     optimizer = build_adamw(made.module, config)
-    ema = Ema(made.module, config.ema_decay) if config.ema_decay else None
+    held = {name: parameter.data for name, parameter in made.module.named_parameters()}
+    ema = Ema(lambda: held, config.ema_decay) if config.ema_decay else None
     generator = torch.Generator().manual_seed(seed)
     order, used = torch.randperm(len(train_pictures), generator=generator), 0
     step = skipped = 0
@@ -262,7 +263,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
         step += 1
     seconds = time.perf_counter() - started
     if ema:
-        ema.copy_to_module()
+        ema.swap_in()
     line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
     line |= {"pictures_per_s": step * config.batch_size / seconds, "skipped": skipped}
     line["parameters"] = sum(p.numel() for p in made.module.parameters())

@@ -5,6 +5,7 @@ smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
 smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
 smalti export runs/openmoji FOLDER                        its models as one folder, with a model card
 smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
+smalti plan configs/dalle-12b.yaml --gpus 1024            memory, FLOPs, time of a training before it starts
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
 smalti ui runs/openmoji                                   MLflow's page for a run
@@ -26,6 +27,7 @@ from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.graph import STAGES, load_pipeline
 from pipeline.image_tokenizer.commands import reconstruct
 from pipeline.metrics.command import evaluate
+from pipeline.plan_command import plan
 from pipeline.runs import config_of, source_name
 from pipeline.sampling.command import generate
 from pipeline.sampling.export import export
@@ -109,6 +111,7 @@ cli.add_command(reconstruct)
 cli.add_command(generate)  # with --config it is the stage
 cli.add_command(evaluate)  # likewise
 cli.add_command(export)
+cli.add_command(plan)
 for _command in SLURM_COMMANDS:
     cli.add_command(_command)
 for _stage in STAGES:

@@ -1,4 +1,4 @@
-"""Two training engines behind one interface: accelerate (DDP) and DeepSpeed (ZeRO).
+"""Two training engines behind one interface: accelerate (DDP, here) and DeepSpeed (ZeRO, deepspeed_engine.py).
 
 An engine owns the wrapped model, the optimizer and the precision; the loop in `pipeline/loop.py` owns
 everything else. Both run the same code on CPU and GPU.
@@ -7,6 +7,7 @@ everything else. Both run the same code on CPU and GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline import distributed
 from pipeline.errors import UserError
-from pipeline.files import write_json
-from pipeline.optim import build_adamw, build_muon, set_learning_rates
+from pipeline.optim import build_adamw, set_learning_rates
+from pipeline.pieces import Piece, Pieces
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
 
 Batch = dict[str, Tensor]
@@ -37,6 +39,7 @@ class Engine(Protocol):
     """A model in training. `accumulate` is called once a micro-batch, `update` once a step."""
 
     objective: nn.Module
+    model: nn.Module  # what to call for evaluation, on all processes together
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
         """Forward and backward of one of 1 / `share` micro-batches. Returns the loss and the objective's metrics."""
@@ -46,6 +49,24 @@ class Engine(Protocol):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The training precision, for evaluation."""
+
+    def held(self) -> dict[str, Tensor]:
+        """What this process holds of each parameter, by name: all of it, or with ZeRO-3 a flat shard. Its memory."""
+
+    def refresh(self) -> None:
+        """Collective, after a write to what `held` gave."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Collective; inside, `objective` is a plain module with whole weights that one process may use alone."""
+
+    def finish(self) -> None:
+        """Collective; the training is over, `objective` stays whole."""
+
+    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+        """What this process writes to a checkpoint of values shaped like `held`."""
+
+    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+        """Read values shaped like `held` from a checkpoint."""
 
     def save(self, directory: Path) -> None:
         """Collective: every rank writes its part of model and optimizer."""
@@ -61,8 +82,12 @@ def build_engine(
     directory: Path,
 ) -> Engine:
     _check_precision(training)
+    if training.activation_checkpointing:
+        checkpoint_activations(objective)
     if kind == "accelerate":
         return AccelerateEngine(objective, training)
+    from pipeline.deepspeed_engine import DeepSpeedEngine
+
     return DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory)
 
 
@@ -98,21 +123,21 @@ class AccelerateEngine:
             raise UserError(f"expected training.optimizer adamw for a tokenizer, found {training.optimizer}: set adamw")
         precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
-        _expect_all_processes(self.accelerator.num_processes)
-        self.objective = objective
+        expect_all_processes(self.accelerator.num_processes)
+        self.objective = self.model = objective
         self.training = training
-        self.model, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
+        self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            loss, metrics = self.model(batch, step)
+        with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
+            loss, metrics = self._wrapped(batch, step)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | metrics
 
     def update(self, schedule: float) -> Update:
         set_learning_rates(self.optimizer, schedule)
         limit = self.training.gradient_clipping or float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(self.accelerator.clip_grad_norm_(self._wrapped.parameters(), limit))
         finite = torch.isfinite(torch.tensor(norm)).item()
         if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
             self.optimizer.step()
@@ -123,6 +148,25 @@ class AccelerateEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
+
+    def held(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self.objective.named_parameters()}
+
+    def refresh(self) -> None:
+        pass
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None:
+        pass
+
+    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+        return share_of_whole(values)
+
+    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+        for name, value in values.items():
+            pieces.fill(name, 0, value.view(-1))
 
     def save(self, directory: Path) -> None:
         if not distributed.is_main():
@@ -140,89 +184,40 @@ class AccelerateEngine:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-class DeepSpeedEngine:
-    """DeepSpeed's engine: ZeRO partitions optimizer states (1), gradients (2) and parameters (3) over processes.
+def share_of_whole(values: dict[str, Tensor], all_of_it: bool = False) -> list[Piece]:
+    """Of tensors that every process holds whole, those that this one writes."""
+    pieces = [Piece(name, 0, value) for name, value in values.items()]
+    return pieces if all_of_it else pieces[distributed.rank() :: distributed.world_size()]
 
-    Rajbhandari et al. 2020. bf16 is torch autocast over float32 weights, as in `AccelerateEngine`.
+
+def checkpoint_activations(objective: nn.Module) -> None:
+    """Keep only the inputs of each of the model's `blocks`, and compute the rest again in the backward pass.
+
+    Chen et al. 2016. The random numbers of the first pass are drawn again, so the gradients are the same.
     """
-
-    def __init__(
-        self, objective: nn.Module, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
-    ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        import deepspeed
-
-        distributed.init(alone=True)
-        _spare_the_shared_memory_build()
-        settings = deepspeed_settings(training, config, accumulation_steps(training))
-        if distributed.is_main():
-            write_json(directory / "deepspeed.json", settings)
-        self.objective = objective
-        self.training = training
-        build = build_muon if training.optimizer == "muon" else build_adamw
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=build(objective, training), config=settings
-        )
-        _expect_all_processes(self._engine.world_size)
-
-    def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
-        loss, metrics = self._engine(batch, step)
-        self._engine.backward(loss)  # divides by the accumulation steps itself
-        if not last:
-            self._engine.step()  # only counts the micro-batch
-        return {"loss": loss.detach()} | metrics
-
-    def update(self, schedule: float) -> Update:
-        set_learning_rates(self._optimizer, schedule)
-        self._engine.step()
-        applied = not getattr(self._optimizer, "overflow", False)
-        norm = self._engine.get_global_grad_norm()
-        return Update(float("nan") if norm is None else float(norm), applied)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        if self.training.precision not in dtypes:
-            return nullcontext()
-        return torch.autocast(distributed.device().type, dtypes[self.training.precision])
-
-    def save(self, directory: Path) -> None:
-        # DeepSpeed writes its own `latest` before its last barrier, so ours alone counts.
-        self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
-
-    def load(self, directory: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
-        if path is None:  # DeepSpeed only warns
-            raise UserError(f"expected DeepSpeed's files in {directory}, found none that fit: see the log above")
+    blocks = blocks_of(objective)
+    if not blocks:
+        raise UserError("training.activation_checkpointing needs a model with blocks, found none: set it to false")
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
 
 
-def deepspeed_settings(training: TrainingConfig, config: DeepSpeedConfig, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's config dict, built from ours."""
-    micro = training.batch_size // (distributed.world_size() * accumulation)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if training.optimizer == "muon" else training.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    if training.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif training.precision == "fp16":
-        settings["fp16"] = {"enabled": True}
-    return settings
+def blocks_of(objective: nn.Module) -> list[nn.Module]:
+    """The members of every list of modules that is called `blocks`."""
+    lists = [module for name, module in objective.named_modules() if name.rpartition(".")[2] == "blocks"]
+    return [block for module in lists for block in module.children()]
 
 
-def _spare_the_shared_memory_build() -> None:
-    """On CPU DeepSpeed compiles a collective for a minute at first use; gloo does the same job without."""
-    from deepspeed import ops
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments)
+        return checkpoint(forward, *arguments, use_reentrant=False)
 
-    compatible = getattr(ops, "__compatible_ops__", None)
-    if isinstance(compatible, dict) and not torch.cuda.is_available():
-        compatible["deepspeed_shm_comm"] = False
+    return run
 
 
-def _expect_all_processes(found: int) -> None:
+def expect_all_processes(found: int) -> None:
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if found != expected:
         raise RuntimeError(f"the engine sees {found} processes, the launcher started {expected}: they train apart")
@@ -239,3 +234,19 @@ def _load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> N
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"the checkpoint {where} is of another model: {first}") from error
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def expect_same_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], where: Path) -> None:
+    """Raises UserError when a checkpoint is of another model."""
+    if expected == found:
+        return
+    name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    shapes = [f"{shape[name]}" if name in shape else "none" for shape in (expected, found)]
+    raise UserError(
+        f"the checkpoint {where} is of another model: expected {name} of shape {shapes[0]}, found {shapes[1]}:"
+        f" use the config that made it, or remove {where.parent} to start over"
+    )

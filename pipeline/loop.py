@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import distributed, stop
@@ -30,7 +29,9 @@ from pipeline.engine import Batch, Engine, Metrics, accumulation_steps, build_en
 from pipeline.errors import StoppedOnRequest, UserError
 from pipeline.files import read_json, write_json
 from pipeline.optim import Ema, schedule
+from pipeline.pieces import Pieces, write_pieces
 from pipeline.progress import progress
+from pipeline.speed import Speedometer
 from pipeline.stage import StageRun
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
 
@@ -47,6 +48,10 @@ class Workload(Protocol):
         If it has `after_update(applied: bool)`, that is called once a step on every rank, behind the optimizer: for
         what does not learn by gradients.
         """
+
+    @property
+    def tokens_per_sample(self) -> int | None:
+        """Positions of a sequence; None where samples are no sequences."""
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """This rank's slice of each global batch, from global sample `consumed` on, without end."""
@@ -83,23 +88,27 @@ def train(
         StoppedOnRequest: asked to stop; everything is in a checkpoint.
         UserError: too many non-finite steps in a row, or no usable checkpoint.
     """
-    Trainer(run, training, workload, build_engine(engine, workload.objective, training, deepspeed, run.directory)).run()
+    speed = Speedometer(training, workload)
+    built = build_engine(engine, workload.objective, training, deepspeed, run.directory)
+    Trainer(run, training, workload, built, speed).run()
 
 
 class Trainer:
-    def __init__(self, run: StageRun, training: TrainingConfig, workload: Workload, engine: Engine) -> None:
+    def __init__(
+        self, run: StageRun, training: TrainingConfig, workload: Workload, engine: Engine, speed: Speedometer
+    ) -> None:
         self.stage = run
         self.training = training
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training)
         self._after_update = getattr(engine.objective, "after_update", None)
-        self.ema = Ema(engine.objective, training.ema_decay) if training.ema_decay else None
+        self.ema = Ema(engine.held, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()
         self._saved_step = -1
         self._asked_to_stop = False
-        self._last_log = (time.monotonic(), 0)
+        self._speed = speed
 
     def run(self) -> None:
         self._restore()
@@ -112,7 +121,7 @@ class Trainer:
             unit="step",
             shown=distributed.is_main(),
         )
-        self._last_log = (time.monotonic(), state.step)
+        self._speed.start(state.step)
         with bar:
             while state.step < training.steps:
                 metrics = self._step(next(batches))
@@ -124,7 +133,9 @@ class Trainer:
                 self._stop_if_asked()
         self._save()
         if self.ema:
-            self.ema.copy_to_module()
+            self.ema.swap_in()
+            self.engine.refresh()
+        self.engine.finish()
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer update; returns this step's metrics, averaged over micro-batches and ranks."""
@@ -172,20 +183,14 @@ class Trainer:
             )
 
     def _log(self) -> None:
-        state, (then, step_then) = self.state, self._last_log
-        now = time.monotonic()
-        steps, seconds = state.step - step_then, now - then
+        state = self.state
         means = {name: total / state.count for name, total in state.sums.items()}
         state.sums, state.count = {}, 0
-        self._last_log = (now, state.step)
         means |= {
             "learning_rate": self.training.learning_rate * schedule(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
-            "samples_per_s": steps * self.training.batch_size / max(seconds, 1e-9),
         }
-        if torch.cuda.is_available():
-            means["device_memory_bytes"] = torch.cuda.max_memory_allocated()
-        self.stage.tracker.log(means, state.step)
+        self.stage.tracker.log(means | self._speed.read(state.step), state.step)
 
     def _at_intervals(self) -> None:
         step, training = self.state.step, self.training
@@ -204,13 +209,29 @@ class Trainer:
         objective = self.engine.objective
         objective.eval()
         seed_step(self.stage.config.seed, -1, distributed.rank())
-        with self.ema.applied() if self.ema else nullcontext(), self.engine.autocast():
+        with self._averaged(), self.engine.autocast():
             if figures:
-                self.stage.tracker.log(self.workload.evaluate(objective), self.state.step)
-            if pictures and distributed.is_main():
-                for name, image in self.workload.pictures(objective).items():
-                    self.stage.tracker.picture(name, image, self.state.step)
-        self._last_log = (self._last_log[0] + time.monotonic() - started, self._last_log[1])
+                self.stage.tracker.log(self.workload.evaluate(self.engine.model), self.state.step)
+            if pictures:
+                with self.engine.whole():
+                    if distributed.is_main():
+                        for name, image in self.workload.pictures(objective).items():
+                            self.stage.tracker.picture(name, image, self.state.step)
+        self._speed.leave_out(time.monotonic() - started)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, if there are any."""
+        if self.ema is None:
+            yield
+            return
+        before = self.ema.swap_in()
+        self.engine.refresh()
+        try:
+            yield
+        finally:
+            self.ema.put(before)
+            self.engine.refresh()
 
     def _stop_if_asked(self) -> None:
         """All ranks stop at the same step, whichever of them got the signal."""
@@ -227,10 +248,10 @@ class Trainer:
 
     def _write(self, directory: Path) -> None:
         self.engine.save(directory)
+        if self.ema:
+            write_pieces(directory, "ema", self.engine.pieces_of(self.ema.average))
         if distributed.is_main():
             write_json(directory / "trainer.json", vars(self.state))
-            if self.ema:
-                save_file(self.ema.state_dict(), directory / "ema.safetensors")
 
     def _restore(self) -> None:
         step = self.checkpoints.restore(self._read)
@@ -244,7 +265,8 @@ class Trainer:
         self.engine.load(directory)
         self.state = State(**read_json(directory / "trainer.json"))
         if self.ema:
-            self.ema.load_state_dict(load_file(directory / "ema.safetensors"))
+            self.engine.fill(self.ema.average, Pieces(directory, "ema"))
+            self.ema.updates = self.state.step - self.state.nonfinite_steps
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,48 +92,34 @@ def _adamw_group(parameters: list[nn.Parameter], config: TrainingConfig, weight_
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, in float32.
+    """Exponential moving average of a model's parameters, in float32.
 
-    The decay ramps up as (1 + t) / (10 + t), so that the average forgets the initial weights.
+    The decay ramps up as (1 + t) / (10 + t), so that the average forgets the initial weights. `held` gives what this
+    process holds of each parameter, which under ZeRO-3 is a shard; the average holds as much.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, held: Callable[[], dict[str, Tensor]], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._parameters = dict(module.named_parameters())
+        self._held = held
         # Rows first in memory, whatever the layout of the weights: safetensors saves no other.
         packed = torch.contiguous_format
-        self.average = {n: p.detach().float().clone(memory_format=packed) for n, p in self._parameters.items()}
+        self.average = {name: values.detach().float().clone(memory_format=packed) for name, values in held().items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach().float() for p in self._parameters.values()]
+        current = [values.float() for values in self._held().values()]
         torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the block the module's parameters hold the average."""
-        saved = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.copy_to_module()
-        try:
-            yield
-        finally:
-            self._copy(saved)
-
-    def copy_to_module(self) -> None:
-        self._copy(self.average)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.average | {"updates": torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.updates = int(state["updates"])
-        for name, average in self.average.items():
-            average.copy_(state[name])
+    def swap_in(self) -> dict[str, Tensor]:
+        """Put the average into the parameters; returns what they held, for `put`."""
+        before = {name: values.clone() for name, values in self._held().items()}
+        self.put(self.average)
+        return before
 
     @torch.no_grad()
-    def _copy(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._held().items():
             parameter.copy_(values[name])

@@ -20,7 +20,10 @@ class TrainingConfig(Config):
     micro_batch_size: int | None = operational(
         None, description="samples a process and pass; smaller ones accumulate gradients. None: no accumulation"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
+    activation_checkpointing: bool = operational(
+        False, description="compute each block's activations again in the backward pass: less memory, a third more work"
+    )
 
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: on the matrices of blocks, AdamW on the rest"
@@ -37,6 +40,9 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
 
     max_nonfinite_steps: int = Field(10, ge=1, description="non-finite steps in a row before the stage gives up")
+    peak_tflops: float | None = operational(
+        None, gt=0, description="of one device, for the FLOPs utilisation; None: matrix products measured at the start"
+    )
     log_every: int = operational(10, ge=1)
     evaluate_every: int = operational(500, ge=1)
     picture_every: int = operational(500, ge=1)
@@ -52,7 +58,21 @@ class TrainingConfig(Config):
         return self
 
 
+BUCKET_ELEMENTS = 50_000_000  # gradients that DeepSpeed reduces at once; its default takes 2 GB
+LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 keeps whole at most, DeepSpeed's default
+
+
 class DeepSpeedConfig(Config):
     """Section `deepspeed` of the transformer: how DeepSpeed spreads the training state over processes."""
 
-    zero_stage: Literal[0, 1, 2, 3] = operational(1)
+    zero_stage: Literal[0, 1, 2, 3] = operational(
+        1, description="what is spread: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing"
+    )
+    offload_optimizer: bool = operational(False, description="optimizer states in the host's memory, stages 1 to 3")
+    overlap_communication: bool = operational(False, description="reduce gradients while the backward pass goes on")
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3")
+        return self

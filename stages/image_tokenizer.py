@@ -35,6 +35,8 @@ _PICTURES = 32  # of each split
 class Workload:
     """What the training loop needs: objective, batches, validation figures, pictures."""
 
+    tokens_per_sample = None
+
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.image_tokenizer
         self.train = ImageStream(run.input("prepare"), "train", run.config.seed)

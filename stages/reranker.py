@@ -31,6 +31,8 @@ _MEASURED = 5_000  # pictures of the validation split, at most
 class Workload:
     """What the training loop needs: objective, batches, validation figures, pictures."""
 
+    tokens_per_sample = None
+
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))

@@ -48,6 +48,10 @@ class Workload:
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
 
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.objective.transformer.layout.length
+
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         return self.train.batches(consumed, self.config.training.batch_size)
 

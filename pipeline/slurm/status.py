@@ -21,7 +21,8 @@ from pipeline.slurm.submit import recorded_jobs
 from pipeline.slurm.table import format_table
 
 _TAIL_BYTES = 65_536
-_NOT_METRICS = {"step", "time", "learning_rate", "nonfinite_steps", "samples_per_s", "gradient_norm"}
+_NOT_METRICS = {"step", "time", "learning_rate", "nonfinite_steps", "gradient_norm", "memory_peak_bytes"}
+_NOT_METRICS |= {"samples_per_s", "tokens_per_s", "mfu"}
 _WAITING = ("Dependency", "Priority", "Resources", "BeginTime")
 
 

@@ -1,0 +1,132 @@
+"""`smalti plan`'s memory against a real training's, on this machine's CPU.
+
+    python -m benchmarks.plan_memory [STAGE ...]
+
+Each model trains three steps on DeepSpeed's engine, one process a model and stage. Measured is the highest sum of all
+live tensors, from torch's record of every allocation, model and engine included: what a GPU's allocator would count.
+Beside it stands by how much the process's resident memory rose, which has what the C library did not give back.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+from pipeline.graph import PipelineConfig, load_pipeline
+from pipeline.plan import Memory, count, memory
+
+ROOT = Path(__file__).resolve().parents[1]
+_DATA = ["prepare.image_size=64", "text_tokenizer.vocab_size=2048", "text_tokenizer.text_length=32"]  # 16×16 codes
+MODELS = {
+    "4 layers, 768 wide, batch 4, fp32": "layers=4 width=768 training.batch_size=4 training.precision=fp32",
+    "8 layers, 512 wide, batch 8, bf16, average": (
+        "layers=8 width=512 training.batch_size=8 training.precision=bf16 training.ema_decay=0.99"
+    ),
+    "12 layers, 512 wide, batch 16, fp32, recomputed": (
+        "layers=12 width=512 training.batch_size=16 training.precision=fp32 training.activation_checkpointing=true"
+    ),
+}
+
+
+def config_of(model: str) -> PipelineConfig:
+    overrides = [*_DATA, "transformer.heads=8", *(f"transformer.{override}" for override in MODELS[model].split())]
+    return load_pipeline(ROOT / "tests" / "configs" / "tiny.yaml", overrides)
+
+
+def planned(model: str, stage: int) -> Memory:
+    config = config_of(model)
+    counted = count(config, gpus=1)
+    transformer = config.transformer
+    return memory(counted, transformer.training, transformer.deepspeed, stage, 1, fused_attention=False)
+
+
+def measured(model: str, stage: int) -> tuple[int, int]:
+    """Bytes of tensors and of resident memory at their highest, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.plan_memory", "--worker", model, str(stage)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    tensors, resident = done.stdout.split()[-2:]
+    return int(tensors), int(resident)
+
+
+def _worker(model: str, stage: int) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    from pipeline import distributed
+
+    config = config_of(model)
+    _train(config.model_copy(update={"transformer": _toy(config)}), stage)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _status("VmRSS")
+    resident = _train(config, stage, lambda: _status("VmHWM") - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        _train(config, stage)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    print(max(accumulate(event.nbytes() for event in events)), resident)
+    distributed.leave(0)
+
+
+def _train(config: PipelineConfig, stage: int, figure: Callable[[], int] = lambda: 0) -> int:
+    """`figure()` while all of the training is still there."""
+    import torch
+
+    from pipeline import distributed
+    from pipeline.engine import build_engine
+    from pipeline.optim import Ema
+    from pipeline.train_config import DeepSpeedConfig
+    from pipeline.transformer.layout import Layout
+    from pipeline.transformer.model import Transformer
+    from pipeline.transformer.objective import JointObjective
+
+    distributed.init(alone=True)
+    section, text = config.transformer, config.text_tokenizer
+    layout = Layout.of(text.text_length, text.vocab_size, [(16, 16, 64)])
+    objective = JointObjective(Transformer(layout, section), section)
+    zero = DeepSpeedConfig(zero_stage=stage)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build_engine("deepspeed", objective, section.training, zero, Path(folder))
+    average = Ema(engine.held, section.training.ema_decay) if section.training.ema_decay else None
+    size = section.training.batch_size
+    batch = {
+        "text": torch.ones(size, layout.text_length, dtype=torch.long),
+        "codes": torch.ones(size, layout.image_length, dtype=torch.long),
+    }
+    for step in range(3):
+        engine.accumulate(batch, step, 1.0, last=True)
+        engine.update(1.0)
+        if average:
+            average.update()
+    return figure()
+
+
+def _toy(config: PipelineConfig) -> object:
+    return config.transformer.model_copy(update={"layers": 1, "width": 32, "heads": 8})
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def main(stages: list[int]) -> None:
+    print("model                                             ZeRO    planned    tensors   planned / tensors   resident")
+    for model in MODELS:
+        for stage in stages:
+            plan, (tensors, resident) = planned(model, stage).total, measured(model, stage)
+            figures = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
+            print(f"{model:50}{stage:4}{figures}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _worker(sys.argv[2], int(sys.argv[3]))
+    else:
+        main([int(stage) for stage in sys.argv[1:]] or [0, 1, 2, 3])
