@@ -6,6 +6,7 @@ everything else. Both run the same code on CPU and GPU.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import distributed
 from pipeline.errors import UserError
-from pipeline.optim import build_adamw, set_learning_rates
+from pipeline.optim import build_adamw, rivals, set_learning_rates
 from pipeline.pieces import Piece, Pieces
 from pipeline.train_config import DeepSpeedConfig, TrainingConfig
 
@@ -126,6 +127,9 @@ class AccelerateEngine:
         expect_all_processes(self.accelerator.num_processes)
         self.objective = self.model = objective
         self.training = training
+        self._rivals = rivals(objective)
+        apart = {id(p) for rival in self._rivals for p in rival.parameters()}
+        self._own = [p for p in objective.parameters() if id(p) not in apart]
         self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
@@ -137,8 +141,10 @@ class AccelerateEngine:
     def update(self, schedule: float) -> Update:
         set_learning_rates(self.optimizer, schedule)
         limit = self.training.gradient_clipping or float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(self._wrapped.parameters(), limit))
-        finite = torch.isfinite(torch.tensor(norm)).item()
+        norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
+        # A discriminator is clipped apart: its gradient's length must not decide how far the model itself steps.
+        apart = [float(torch.nn.utils.clip_grad_norm_(rival.parameters(), limit)) for rival in self._rivals]
+        finite = all(map(math.isfinite, [norm, *apart]))
         if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
             self.optimizer.step()
         applied = bool(finite and not self.optimizer.step_was_skipped)

@@ -35,13 +35,28 @@ def set_learning_rates(optimizer: Any, factor: float) -> None:
 
 
 def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales.
+
+    A submodule that learns against the rest (`rivals`) has a group of its own, without weight decay.
+    """
+    apart = rivals(module)
+    own = {id(p) for rival in apart for p in rival.parameters()}
+    parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
     groups = [
         _adamw_group([p for p in parameters if p.ndim >= 2], config, config.weight_decay),
         _adamw_group([p for p in parameters if p.ndim < 2], config, 0.0),
     ]
+    for rival in apart:
+        settings: Any = rival.adamw
+        rate = config.learning_rate * settings["learning_rate_ratio"]
+        group = _adamw_group(list(rival.parameters()), config, 0.0)
+        groups.append(group | {"lr": rate, "initial_lr": rate, "betas": settings["betas"]})
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def rivals(module: nn.Module) -> list[nn.Module]:
+    """Submodules with settings of their own for AdamW, `adamw = {"learning_rate_ratio": …, "betas": …}`."""
+    return [part for part in module.modules() if isinstance(getattr(part, "adamw", None), dict)]
 
 
 def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

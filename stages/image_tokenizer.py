@@ -25,6 +25,7 @@ from pipeline.image_tokenizer.evaluation import (
     reconstruction_grid,
     usage_histogram,
 )
+from pipeline.image_tokenizer.picture_losses import add_picture_losses
 from pipeline.loop import train
 from pipeline.stage import StageRun, run_stage
 
@@ -44,6 +45,7 @@ class Workload:
         torch.manual_seed(run.config.seed)
         self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
         self.objective = self.tokenizer.objective()
+        add_picture_losses(self.objective, self.train.image_size, self.config.perceptual, self.config.adversarial)
         self.evaluation: Evaluation | None = None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:

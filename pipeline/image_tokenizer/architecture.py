@@ -7,7 +7,7 @@ As in Ramesh et al. 2021 (appendix A): residual blocks whose branch is scaled do
 up, 1×1 convolutions at the bottleneck. `patch_size` is ours: folding pixels into channels first leaves no layer at the
 full resolution, where a small machine would spend most of its time.
 
-`residual_stack` makes the blocks of one resolution; another kind of block goes there.
+`residual_stack` makes the blocks of one resolution, or their continuous counterpart (`ode.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ class ResidualBlock(nn.Module):
 def residual_stack(width: int, config: ArchitectureConfig) -> list[nn.Module]:
     """The blocks of one resolution, [B,width,h,w] -> [B,width,h,w], one after the other."""
     gain = 1 / (len(config.widths) * config.blocks) ** 2
-    return [ResidualBlock(width, config, gain) for _ in range(config.blocks)]
+    blocks = [ResidualBlock(width, config, gain) for _ in range(config.blocks)]
+    if config.block == "ode":
+        from pipeline.image_tokenizer.ode import OdeStack  # its library loads scipy: half a second
+
+        return [OdeStack([block.branch for block in blocks], gain, config.ode)]
+    return list(blocks)
 
 
 class Encoder(nn.Module):

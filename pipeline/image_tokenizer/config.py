@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, operational
+from pipeline.image_tokenizer.loss_config import AdversarialConfig, PerceptualConfig
+from pipeline.image_tokenizer.ode_config import OdeConfig
 from pipeline.image_tokenizer.quantizer_config import CodebookConfig, CosineRamp, QuantizerConfig
 from pipeline.train_config import TrainingConfig
 
@@ -28,6 +30,10 @@ class ArchitectureConfig(Config):
     blocks: int = Field(2, ge=1, description="residual blocks a resolution, in encoder and decoder alike")
     block_kernels: tuple[int, ...] = Field((3, 3, 3, 1), min_length=1, description="convolutions of a residual block")
     bottleneck: int = Field(4, ge=1, description="a block's inner width is its width divided by this")
+    block: Literal["residual", "ode"] = Field(
+        "residual", description="ode: the blocks of a resolution as one of continuous depth, with as many parameters"
+    )
+    ode: OdeConfig = OdeConfig()
     stem_kernel: int = Field(7, ge=1, description="kernel of the encoder's first convolution")
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "logit_laplace"
 
@@ -109,6 +115,15 @@ class ImageTokenizerConfig(Config):
 
     model: ModelConfig = DVAEConfig()
     training: TrainingConfig
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
     usage_floor: float = operational(
         0.1, ge=0, le=1, description="a warning says what to try when fewer of the codes occur on the validation split"
     )
+
+    @model_validator(mode="after")
+    def _check_start(self) -> ImageTokenizerConfig:
+        for name, loss in (("perceptual", self.perceptual), ("adversarial", self.adversarial)):
+            if loss and loss.start_step >= self.training.steps:
+                raise ValueError(f"{name}.start_step must be below training.steps ({self.training.steps})")
+        return self

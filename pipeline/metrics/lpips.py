@@ -9,6 +9,7 @@ From 0 (equal); smaller is better. The network's weights are in no package: `Lpi
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,23 +41,39 @@ class Lpips(nn.Module):
         self.weights_sha256 = ""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Lpips:
-        """Frozen, from a folder with torchvision's VGG-16 and the heads of LPIPS 0.1.
+    def from_folder(cls, folder: Path, key: str = "evaluate.lpips") -> Lpips:
+        """Frozen, from a folder with torchvision's VGG-16 and the heads of LPIPS 0.1. `key` is named in errors.
 
         Raises:
             UserError: a file is missing or is something else.
         """
-        for name, origin in (
-            (BACKBONE, "torchvision's ImageNet VGG-16, download.pytorch.org/models"),
-            (HEADS, "weights/v0.1/vgg.pth of the lpips package"),
+        return cls._from_files(folder / BACKBONE, folder / HEADS, key)
+
+    @classmethod
+    def from_libraries(cls, key: str) -> Lpips:
+        """Frozen, from torch.hub's cache, where torchvision puts VGG-16, and the installed package lpips.
+
+        Raises:
+            UserError: as `from_folder`.
+        """
+        package = find_spec("lpips")  # only looked for: importing it needs torchvision
+        root = Path(package.origin).parent if package and package.origin else Path("lpips")
+        hub = Path(torch.hub.get_dir()) / "checkpoints"
+        return cls._from_files(hub / BACKBONE, root / "weights" / "v0.1" / HEADS, key)
+
+    @classmethod
+    def _from_files(cls, backbone_file: Path, heads_file: Path, key: str) -> Lpips:
+        for file, origin in (
+            (backbone_file, "torchvision's ImageNet VGG-16, download.pytorch.org/models"),
+            (heads_file, "weights/v0.1/vgg.pth of the lpips package"),
         ):
-            if not (folder / name).is_file():
+            if not file.is_file():
                 raise UserError(
-                    f"evaluate.lpips: expected {name} ({origin}) in the folder {folder}, found none; put it there"
+                    f"{key}: expected {file.name} ({origin}) in the folder {file.parent}, found none; put it there"
                 )
         model = cls()
-        backbone = torch.load(folder / BACKBONE, map_location="cpu", weights_only=True)
-        heads = torch.load(folder / HEADS, map_location="cpu", weights_only=True)
+        backbone = torch.load(backbone_file, map_location="cpu", weights_only=True)
+        heads = torch.load(heads_file, map_location="cpu", weights_only=True)
         try:
             model.features.load_state_dict(
                 {name.removeprefix("features."): v for name, v in backbone.items() if name.startswith("features.")}
@@ -64,8 +81,9 @@ class Lpips(nn.Module):
             for i, head in enumerate(model.heads):
                 head.data.copy_(heads[f"lin{i}.model.1.weight"])
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"evaluate.lpips: the files in {folder} are not those of VGG-16 ({error})") from error
-        hashes = sha256_file(folder / BACKBONE) + sha256_file(folder / HEADS)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{key}: the files in {backbone_file.parent} are not those of VGG-16 ({reason})") from error
+        hashes = sha256_file(backbone_file) + sha256_file(heads_file)
         model.weights_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         return model.requires_grad_(False).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
+from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.ode import OdeStack
 from pipeline.image_tokenizer.ode_config import OdeConfig
 
@@ -38,9 +40,12 @@ def picture() -> Tensor:
     return torch.randn(2, WIDTH, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
-def gradients(module: OdeStack) -> list[Tensor]:
+def gradients(module: OdeStack, half: bool = False) -> list[Tensor]:
+    """Of the input and of every parameter; `half`: the forward pass under autocast, as the engines do it."""
     z = picture().requires_grad_()
-    module(z).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = module(z).square().sum()
+    loss.backward()
     assert z.grad is not None
     return [z.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
 
@@ -60,6 +65,13 @@ def test_an_euler_step_has_the_gradients_of_the_residual_stack() -> None:
     out.square().sum().backward()
     expected = [z.grad, *(p.grad for p in twin.parameters())]
     torch.testing.assert_close(gradients(module), expected)
+
+
+def test_one_block_alone_does_not_change_with_time() -> None:
+    [branch] = branches(1)
+    z = picture()
+    expected = z + GAIN * branch(z + GAIN / 2 * branch(z))
+    torch.testing.assert_close(stack(1, solver="midpoint")(z), expected)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +126,9 @@ def test_under_autocast_the_state_stays_float32_and_a_second_pass_gives_the_same
     module.branches[0][1].register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert module(picture().bfloat16()).dtype == torch.float32
-        once = gradients(module)
+    once = gradients(module, half=True)
     module.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        again = gradients(module)
+    again = gradients(module, half=True)
     assert seen == {torch.bfloat16}  # in the adjoint's backward pass too
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
@@ -148,3 +159,20 @@ def test_channels_last_stays() -> None:
 def test_config_says_what_it_takes() -> None:
     with pytest.raises(UserError, match="steps_per_block.*greater than or equal to 1"):
         parse_config(OdeConfig, {"steps_per_block": 0}, "test")
+
+
+def test_a_tokenizer_with_euler_blocks_is_the_one_with_residual_blocks(tmp_path: Path) -> None:
+    small = {"kind": "vqvae", "patch_size": 2, "widths": (16, 32), "blocks": 2, "bottleneck": 2}
+    small |= {"quantizer": {"kind": "fsq", "channels": (8, 5, 5)}}
+    tokenizers = []
+    for extra in ({}, {"block": "ode", "ode": {"solver": "euler"}}):
+        torch.manual_seed(0)
+        tokenizers.append(build(small | extra, image_size=16).eval())
+    images = torch.rand(3, 3, 16, 16)
+    residual, euler = tokenizers
+    assert sum(p.numel() for p in residual.parameters()) == sum(p.numel() for p in euler.parameters())
+    [codes] = residual.encode(images)
+    assert torch.equal(codes, euler.encode(images)[0])
+    assert torch.equal(residual.decode([codes]), euler.decode([codes]))
+    euler.save_pretrained(tmp_path)
+    assert torch.equal(ImageTokenizer.from_pretrained(tmp_path).decode([codes]), euler.decode([codes]))
