@@ -78,6 +78,7 @@ def compare_features(
     Raises:
         UserError: a set is empty, or has features that are NaN or of other dimensions.
     """
+    checked_pair(real.features, generated.features, at_least=2, reason="a covariance")  # before an empty set cuts both
     n = min(len(real), len(generated), config.samples or len(real))
     rows = compare_sets(real.take(slice(n)), generated.take(slice(n)), "generated, real", config, seed, cache)
     return rows + inception_rows(generated.take(slice(n)), "generated", config, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,9 +15,11 @@ EXTRACTORS = ("efficientnet-lite0", "inception-v3", "clip", "dinov2")
 class SweepConfig(Config):
     """Settings of sampling that are tried: every combination of the three lists."""
 
-    guidance: list[float] = Field([1.0], min_length=1, description="classifier-free guidance scales")
-    temperature: list[float] = Field([1.0], min_length=1)
-    top_k: list[int | None] = Field([None], min_length=1, description="null: all codes")
+    guidance: list[Annotated[float, Field(ge=0, le=100)]] = Field(
+        [1.0], min_length=1, description="classifier-free guidance scales"
+    )
+    temperature: list[Annotated[float, Field(ge=0, le=10)]] = Field([1.0], min_length=1)
+    top_k: list[Annotated[int, Field(ge=1)] | None] = Field([None], min_length=1, description="null: all codes")
     samples: int = Field(256, ge=2, description="pictures a setting")
 
     @field_validator("guidance", "temperature", "top_k")

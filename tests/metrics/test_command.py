@@ -16,6 +16,8 @@ from PIL import Image
 from pipeline.data.shards import Sample, write_shard
 from pipeline.errors import UserError
 from pipeline.metrics import feature_store, frechet
+from pipeline.metrics.compare import compare_features
+from pipeline.metrics.config import EvaluateConfig
 from pipeline.metrics.feature_store import FeatureStore, check_same_extractor, read_features, save_features
 from pipeline.metrics.features import Extractor, load_extractor
 from pipeline.metrics.frechet import frechet_distance
@@ -174,6 +176,12 @@ def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
         "generated: expected finite numbers, found NaN or infinity in 1 of 9 samples (the first is sample 3)" in output
     )
     assert "Traceback" not in output
+
+
+def test_empty_feature_file_is_named(extractor: Extractor) -> None:
+    some = extractor([painted(1), painted(2)])
+    with pytest.raises(UserError, match=r"generated: expected at least 2 samples \(a covariance\), found 0"):
+        compare_features(some, some.take(slice(0)), EvaluateConfig(), seed=0)
 
 
 def test_statistics_of_a_reference_set_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
