@@ -23,6 +23,7 @@ from pipeline.metrics.evaluation import (
     generated_rows,
     judged,
     nearest_training_pictures,
+    reranked,
     save_reconstructions,
     save_samples,
     tokenizer_rows,
@@ -67,12 +68,13 @@ def _measure(
         if judge:
             clip_rows, scores = judged(sets, judge, store.folder, seed)
             rows += clip_rows
+    by_reranker = reranked(sets.generated)
     rows += tokenizer_rows(tokenizer, real, store, config, seed)
     figures: dict[str, Any] = {
         "rows": [row.as_json() for row in rows],
         "nearest": nearest_training_pictures(generate, real, store),
-        "judge": "CLIP score" if scores else None,
-        "samples": save_samples(sets.generated, scores, real, store, run.directory, config, seed),
+        "judge": "the reranker" if by_reranker else "CLIP score" if scores else None,
+        "samples": save_samples(sets.generated, by_reranker or scores, real, store, run.directory, config, seed),
         "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
     }
     if sweep:

@@ -247,6 +247,18 @@ def test_best_and_worst_by_clip_are_shown(tiny_run: Path, tmp_path: Path, config
     assert {"grids/best.png", "grids/worst.png"} <= report.files.keys()
 
 
+def test_best_and_worst_by_the_reranker_are_shown(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
+    samples = list(read_samples(tiny_run / "prepare", "train"))[:12]
+    run = again(tiny_run, tmp_path, changed(config, samples_shown=4), "evaluate", "generate")
+    scored = [Sample(s.key, s.png, s.caption, {"score": float(i)}) for i, s in enumerate(samples)]
+    painted(run.input("generate"), scored)
+    evaluate.main(run)
+    measured = json.loads((run.directory / "metrics.json").read_text())
+    assert measured["judge"] == "the reranker"
+    groups = {group: [e["score"] for e in measured["samples"] if e["group"] == group] for group in ("best", "worst")}
+    assert groups == {"best": [11.0, 10.0], "worst": [0.0, 1.0]}
+
+
 def test_what_the_page_shows_is_an_artifact(tiny_run: Path) -> None:
     def artifacts(stage: str) -> set[str]:
         record = json.loads((tiny_run / stage / "mlflow.json").read_text())

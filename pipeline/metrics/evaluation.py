@@ -119,6 +119,13 @@ def judged(sets: PictureSets, judge: CaptionJudge, folder: Path, seed: int) -> t
     return rows, clip_scores(generated.features, captions).tolist()
 
 
+def reranked(pictures: list[Picture]) -> list[float] | None:
+    """How well the run's reranker found each generated picture to fit its caption; None if there was no reranker."""
+    scores = [picture.about.get("score") for picture in pictures]
+    found = [score for score in scores if score is not None]
+    return found if found and len(found) == len(scores) else None
+
+
 def tokenizer_rows(
     tokenizer: ImageTokenizer, real: RealPictures, store: FeatureStore, config: EvaluateConfig, seed: int
 ) -> list[Row]:
@@ -151,7 +158,7 @@ def nearest_training_pictures(generate: Path, real: RealPictures, store: Feature
     grid = store.extractor(pictures, len(pictures), "features of the prompt grid")
     near = _nearest(grid, real)
     return [
-        {**{name: prompt[name] for name in ("prompt", "kind", "file")}, **found}
+        {**{name: prompt[name] for name in ("prompt", "kind", "file", "score") if name in prompt}, **found}
         for prompt, found in zip(prompts, near, strict=True)
     ]
 

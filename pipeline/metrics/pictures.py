@@ -6,10 +6,12 @@ A `Picture` knows where its bytes are, and reads them when asked: a set of any s
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -38,6 +40,7 @@ class Picture:
     key: str
     place: Place
     caption_place: Place | None = None
+    about_place: Place | None = None
 
     def content(self) -> bytes:
         return self.place.read()
@@ -50,6 +53,12 @@ class Picture:
     @property
     def caption(self) -> str | None:
         return self.caption_place.read().decode().strip() if self.caption_place else None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the .json beside it says; empty if there is none."""
+        found: dict[str, Any] = json.loads(self.about_place.read()) if self.about_place else {}
+        return found
 
 
 def pictures_at(path: Path) -> list[Picture]:
@@ -116,6 +125,7 @@ def _in_folder(folder: Path, file: Path) -> Picture:
 def _in_tar(path: Path) -> list[Picture]:
     pictures: dict[str, Place] = {}
     captions: dict[str, Place] = {}
+    abouts: dict[str, Place] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -127,9 +137,11 @@ def _in_tar(path: Path) -> list[Picture]:
                     pictures[key] = place
                 elif suffix == ".txt":
                     captions[key] = place
+                elif suffix == ".json":
+                    abouts[key] = place
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{path}: expected an uncompressed tar of pictures, found something else or a damaged one ({error});"
             " write it again"
         ) from error
-    return [Picture(key, place, captions.get(key)) for key, place in pictures.items()]
+    return [Picture(key, place, captions.get(key), abouts.get(key)) for key, place in pictures.items()]
