@@ -100,6 +100,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         extractors=_extractors(evaluation["rows"]),
         judge=evaluation.get("judge"),
+        candidates=config.generate.candidates,
         warnings=warnings(evaluation["rows"]),
         config=_config(config),
         credit=facts.index.get("credit"),
