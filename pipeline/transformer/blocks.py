@@ -1,17 +1,20 @@
-"""The layers of the decoder: RMSNorm, causal attention with QK-norm and an optional KV cache, SwiGLU.
+"""The layers of the decoder: norms, attention with QK-norm, rotary positions and an optional KV cache, MLPs.
 
-Shapes: B batch, S positions, D width, H heads, K = D / H.
+Shapes: B batch, S positions, D width, H heads, G heads of keys and values, K = D / H.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.transformer.config import TransformerShape
+from pipeline.transformer.places import Pattern, Tables, pattern_of
 
 
 class RMSNorm(nn.RMSNorm):
@@ -22,6 +25,17 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016, in the precision of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def build_norm(shape: TransformerShape) -> nn.Module:
+    return RMSNorm(shape.width, eps=1e-6) if shape.norm == "rmsnorm" else LayerNorm(shape.width, eps=1e-6)
+
+
 def working_precision(x: Tensor) -> Tensor:
     """Under autocast, the residual stream in its dtype: on CPUs float32 here would halve the training speed."""
     kind = x.device.type
@@ -30,7 +44,7 @@ def working_precision(x: Tensor) -> Tensor:
 
 @dataclass
 class LayerCache:
-    """Keys and values of the positions seen so far, preallocated: [B, H, length, K] each."""
+    """Keys and values of the positions seen so far, preallocated: [B, G, length, K] each."""
 
     keys: Tensor
     values: Tensor
@@ -44,47 +58,105 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; queries and keys are RMS-normalised (Henry et al. 2020; Dehghani et al. 2023)."""
+    """Multi-head attention; queries and keys are RMS-normalised (Henry et al. 2020; Dehghani et al. 2023), several
+    heads of queries may share one of keys and values (Ainslie et al. 2023)."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, pattern: Pattern) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
-        head_width = shape.width // shape.heads
-        self.query_norm = RMSNorm(head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
+        self.pattern: Pattern = pattern
+        self.heads, self.kv_heads, self.head_width = shape.heads, shape.key_value_heads, shape.head_width
+        self.scale, self.rotary = shape.attention_scale, shape.positions == "rotary"
+        self.qkv = nn.Linear(shape.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.query_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """With a cache, `x` holds positions start.. only, and attends to everything cached before them."""
+    def forward(self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        """With a cache, `x` holds positions start.. only, and sees what is cached before them."""
         batch, length, width = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.unbind(2)  # [B, S, H, K] each
-        query = self.query_norm(query).transpose(1, 2)
-        key = self.key_norm(key).transpose(1, 2)
-        value = value.transpose(1, 2)
+        qkv = self.qkv(x_BSD).view(batch, length, -1, self.head_width)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # [B, S, H or G, K]
+        query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary:
+            cosine, sine = tables.rotary(start, start + length, x_BSD.dtype)
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value, start)
-        if start and length > 1:  # several positions at once, after what is cached
-            seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=x_BSD.device).tril(start)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        else:  # one new position sees all of the cache
-            mixed = attend(query, key, value, causal=length > 1)
+        mixed = attend(query, key, value, self.scale, self.pattern, tables)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v on [B, H, S, K], through `scaled_dot_product_attention` where that is fast.
+def rotate(x_BSHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn pairs (i, i + K / 2) by the angles of their positions; cosine and sine [S, K / 2]."""
+    first, second = x_BSHK.chunk(2, dim=-1)
+    cosine, sine = cosine[:, None], sine[:, None]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
-    Its backward on CPUs is not: forward and backward in bf16 at B=32, H=4, K=64 on two cores took 25 ms against
-    4 ms of the three plain operations at S=72, and 22 against 10 at S=288. So training there uses those.
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, tables: Tables) -> Tensor:
+    """softmax(scale q k^T + mask) v for the last positions of those that `key` holds.
+
+    query [B, H, S, K]; key, value [B, G, L, K], L >= S. Through `scaled_dot_product_attention`, and for sparse patterns
+    on GPUs FlexAttention, which leaves out what no position of a block sees.
+    The backward of the former on CPUs is slow: forward and backward in bf16 at B=32, H=4, K=64 on two cores took 25 ms
+    against 4 ms of the three plain operations at S=72, and 22 against 10 at S=288. So training there uses those.
     """
-    if query.device.type != "cpu" or not (causal and query.requires_grad):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    length = query.shape[2]
-    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
-    scores = torch.add(future, query @ key.transpose(-1, -2), alpha=query.shape[-1] ** -0.5)
-    return scores.softmax(dim=-1) @ value
+    length, total = query.shape[2], key.shape[2]
+    if query.device.type == "cpu" and length > 1 and query.requires_grad:
+        return _plain(query, key, value, scale, tables.bias(pattern, query.dtype)[total - length : total, :total])
+    if query.device.type == "cuda" and pattern != "full" and length == total == tables.layout.length:
+        return flex(query, key, value, scale, pattern, tables)
+    if length == 1 and key.shape[1] != query.shape[1]:  # heads that share a key are queries of one head
+        grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+        return attend_masked(grouped, key, value, scale, pattern, tables, total - 1).view(query.shape)
+    return attend_masked(query, key, value, scale, pattern, tables, total - length)
+
+
+def attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, tables: Tables, start: int
+) -> Tensor:
+    """`attend` through `scaled_dot_product_attention`; the first query is position `start`."""
+    total = key.shape[2]
+    mask, causal = None, False
+    if pattern != "full" or 0 < start < total - 1:
+        mask = tables.allowed(pattern)[start:total, :total]
+    else:  # the last position alone sees everything
+        causal = start < total - 1
+    shared = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> Tensor:
+    """Heads that share a key are taken as more queries of one head, so that no key is copied."""
+    batch, heads, length, width = query.shape
+    if key.shape[1] == heads:
+        return torch.add(bias, query @ key.transpose(-1, -2), alpha=scale).softmax(dim=-1) @ value
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, length, -1)
+    shares = torch.add(bias, scores, alpha=scale).softmax(dim=-1)
+    return (shares.view(batch, key.shape[1], -1, key.shape[2]) @ value).view(query.shape)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, tables: Tables) -> Tensor:
+    """`attend` over whole sequences through FlexAttention (Dong et al. 2024)."""
+    shared: Any = key.shape[1] != query.shape[1]
+    attention = _compiled_flex() if query.device.type == "cuda" else _flex_attention()
+    mixed: Tensor = attention(query, key, value, block_mask=tables.block_mask(pattern), scale=scale, enable_gqa=shared)
+    return mixed
+
+
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(_flex_attention(), dynamic=False)
 
 
 class SwiGLU(nn.Module):
@@ -100,17 +172,29 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
-class Block(nn.Module):
-    """Pre-norm residual block."""
+class GELU(nn.Module):
+    """The MLP of Vaswani et al. 2017 with GELU (Hendrycks & Gimpel 2016)."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.width, eps=1e-6)
-        self.attention = Attention(shape)
-        self.mlp_norm = RMSNorm(shape.width, eps=1e-6)
-        self.mlp = SwiGLU(shape)
+        self.hidden = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.out = nn.Linear(shape.hidden, shape.width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(x_BSD)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; `layer` counts from 0."""
+
+    def __init__(self, shape: TransformerShape, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(shape)
+        self.attention = Attention(shape, pattern_of(layer, shape))
+        self.mlp_norm = build_norm(shape)
+        self.mlp = SwiGLU(shape) if shape.mlp == "swiglu" else GELU(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cache, start))
+    def forward(self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), tables, cache, start))
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))

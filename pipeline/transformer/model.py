@@ -1,4 +1,4 @@
-"""The decoder of Ramesh et al. 2021 (section 2.2) in its modern shape, whole and cached.
+"""The decoder of Ramesh et al. 2021 (section 2.2), whole and cached.
 
     model = Transformer(layout, shape)
     text_logits, level_logits = model(text, codes)         # training: every position at once
@@ -23,9 +23,10 @@ from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, read_json, write_json
 from pipeline.text_tokenizer import PAD_ID
-from pipeline.transformer.blocks import Block, LayerCache, RMSNorm, working_precision
+from pipeline.transformer.blocks import Block, LayerCache, build_norm, working_precision
 from pipeline.transformer.config import TransformerShape
 from pipeline.transformer.layout import Layout
+from pipeline.transformer.places import Tables
 
 Cache = list[LayerCache]
 _INIT_STD = 0.02
@@ -34,30 +35,28 @@ _INIT_STD = 0.02
 class Transformer(nn.Module):
     """Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
 
-    code_offsets: Tensor
-    pad_ids: Tensor
-
     def __init__(self, layout: Layout, shape: TransformerShape) -> None:
         super().__init__()
         self.layout, self.shape = layout, shape
-        width = shape.width
+        width, learned = shape.width, shape.positions == "learned"
         self.embedding = nn.Embedding(layout.vocab_size, width)
-        self.text_position = nn.Embedding(layout.text_length + 1, width)  # + 1: the start token
-        self.rows = nn.ParameterList(torch.empty(level.height, width) for level in layout.levels)
-        self.columns = nn.ParameterList(torch.empty(level.width, width) for level in layout.levels)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = RMSNorm(width, eps=1e-6)
+        self.text_position = nn.Embedding(layout.text_length + 1, width) if learned else None  # + 1: the start token
+        self.rows = nn.ParameterList(torch.empty(level.height, width) for level in layout.levels if learned)
+        self.columns = nn.ParameterList(torch.empty(level.width, width) for level in layout.levels if learned)
+        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+        self.norm = build_norm(shape)
         self.head = nn.Linear(width, layout.predictable, bias=False)
-        starts, sizes = layout.level_starts, [level.positions for level in layout.levels]
-        offsets = torch.cat([torch.full((n,), o) for n, o in zip(sizes, layout.level_offsets, strict=True)])
-        # Integer constants of the layout: never saved, never cast, and .to(device) moves them.
-        self.register_buffer("code_offsets", offsets, persistent=False)
-        self.register_buffer("pad_ids", layout.pad_offset + torch.arange(layout.text_length), persistent=False)
-        self._parts = list(zip(starts, sizes, strict=True))
+        self._parts = list(zip(layout.level_starts, (level.positions for level in layout.levels), strict=True))
+        self._tables: Tables | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02); residual outputs smaller by sqrt(2 layers) (GPT-2); the head starts at zero."""
+        """Normal(0, 0.02); residual outputs smaller by sqrt(2 layers) (GPT-2); the head starts at zero.
+
+        With `base_width`, muP for Adam (Yang et al. 2022, table 3): matrices inside the blocks start smaller by
+        sqrt(base_width / width), and they and the head learn at base_width / width times the learning rate.
+        """
+        shape = self.shape
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=_INIT_STD)
@@ -66,8 +65,23 @@ class Transformer(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             for out in (block.attention.out, block.mlp.out):
-                nn.init.normal_(out.weight, std=_INIT_STD / (2 * self.shape.layers) ** 0.5)
+                nn.init.normal_(out.weight, std=_INIT_STD / (2 * shape.layers) ** 0.5)
         nn.init.zeros_(self.head.weight)
+        if shape.base_width:
+            matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+            with torch.no_grad():
+                for matrix in matrices:
+                    matrix.mul_(shape.width_ratio**0.5)
+            for parameter in (*matrices, self.head.weight):
+                parameter.learning_rate_scale = shape.width_ratio  # type: ignore[attr-defined]  # see pipeline/optim.py
+
+    @property
+    def tables(self) -> Tables:
+        """Made at first use on a device."""
+        device = self.embedding.weight.device
+        if self._tables is None or self._tables.device != device:
+            self._tables = Tables(self.layout, self.shape, device)
+        return self._tables
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits of every target: text [B, T, text vocabulary], and a [B, n, codebook] for each level.
@@ -77,7 +91,7 @@ class Transformer(nn.Module):
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
         x_BSD = working_precision(x_BSD)
         for block in self.blocks:
-            x_BSD = block(x_BSD)
+            x_BSD = block(x_BSD, self.tables)
         hidden = self.norm(x_BSD)
         text_length = self.layout.text_length
         text_logits = hidden[:, :text_length] @ self.head.weight[: self.layout.text_vocab_size].T
@@ -92,7 +106,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int) -> Cache:
         """Room for the keys and values of a whole sequence (the last code is drawn, never read)."""
-        size = (batch, self.shape.heads, self.layout.length, self.shape.width // self.shape.heads)
+        size = (batch, self.shape.key_value_heads, self.layout.length, self.shape.head_width)
         dtype = working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
         return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
@@ -118,22 +132,24 @@ class Transformer(nn.Module):
     def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
         x_BSD = working_precision(x_BSD)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x_BSD = block(x_BSD, layer_cache, start)
+            x_BSD = block(x_BSD, self.tables, layer_cache, start)
         return self.norm(x_BSD[:, -1])
 
     def _embed_text(self, text_BT: Tensor) -> Tensor:
         """Start + text, with each position's own pad in place of id 0: [B, T + 1, D]."""
-        ids_BT = torch.where(text_BT == PAD_ID, self.pad_ids, text_BT)
+        ids_BT = torch.where(text_BT == PAD_ID, self.tables.pad_ids, text_BT)
         start_B1 = ids_BT.new_full((len(ids_BT), 1), self.layout.start_id)
-        return self.embedding(torch.cat([start_B1, ids_BT], dim=1)) + self.text_position.weight
+        embedded: Tensor = self.embedding(torch.cat([start_B1, ids_BT], dim=1))
+        return embedded if self.text_position is None else embedded + self.text_position.weight
 
     def _embed_codes(self, codes_Bn: Tensor, start: int = 0) -> Tensor:
         """Codes `start` .. `start + n - 1` of the N: [B, n, D]."""
         end = start + codes_Bn.shape[1]
-        return self.embedding(codes_Bn + self.code_offsets[start:end]) + self._places(start, end)
+        embedded: Tensor = self.embedding(codes_Bn + self.tables.code_offsets[start:end])
+        return embedded + self._places(start, end) if len(self.rows) else embedded
 
     def _places(self, start: int, end: int) -> Tensor:
-        """Row + column embedding of codes start .. end - 1 of the N: [n, D]. Makes only the rows that it needs."""
+        """Row + column embedding of codes start .. end - 1 of the N: [n, D]; makes only the rows that it needs."""
         places = []
         for (begin, size), level, row, column in zip(
             self._parts, self.layout.levels, self.rows, self.columns, strict=True

@@ -46,11 +46,22 @@ def test_offsets_cover_the_vocabulary_without_overlap(layout: Layout) -> None:
     assert Layout.from_dict(layout.to_dict()) == layout
 
 
+SHAPES: list[dict[str, object]] = [
+    {"qk_norm": True},
+    {"qk_norm": False},
+    {"kv_heads": 2},
+    {"style": "modern"},
+    {"style": "modern", "kv_heads": 1, "attention": "sparse", "conv_kernel": 3, "layers": 3},
+    {"style": "classic", "conv_kernel": 3, "layers": 3},  # row, column, convolution
+    {"style": "classic", "kv_heads": 2, "conv_kernel": 5, "base_head_width": 4},
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_cached_logits_equal_the_full_pass_at_every_position(layout: Layout, qk_norm: bool) -> None:
-    model = built(layout, qk_norm=qk_norm)
+def test_cached_logits_equal_the_full_pass_at_every_position(layout: Layout, shape: dict[str, object]) -> None:
+    model = built(layout, **shape)
     text, codes = batch(layout)
     _, expected = model(text, codes)
     cache = model.new_cache(len(text))
@@ -64,9 +75,10 @@ def test_cached_logits_equal_the_full_pass_at_every_position(layout: Layout, qk_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_a_prefix_read_at_once_is_one_read_code_by_code(layout: Layout) -> None:
-    model = built(layout)
+def test_a_prefix_read_at_once_is_one_read_code_by_code(layout: Layout, shape: dict[str, object]) -> None:
+    model = built(layout, **shape)
     text, codes = batch(layout)
     _, expected = model(text, codes)
     for first, second in ((1, 2), (3, layout.image_length - 4)):
@@ -81,8 +93,9 @@ def test_a_prefix_read_at_once_is_one_read_code_by_code(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_attention_equals_that_of_inference(layout: Layout) -> None:
-    model = built(layout)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_attention_equals_that_of_inference(layout: Layout, shape: dict[str, object]) -> None:
+    model = built(layout, **shape)
     text, codes = batch(layout)
     _, training = model(text, codes)
     with torch.no_grad():
@@ -93,8 +106,9 @@ def test_training_attention_equals_that_of_inference(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_position_sees_later_ones(layout: Layout, grad: bool) -> None:
-    model = built(layout)
+@pytest.mark.parametrize("style", [None, "modern"])
+def test_no_position_sees_later_ones(layout: Layout, grad: bool, style: str | None) -> None:
+    model = built(layout, style=style)
     text, codes = batch(layout)
     with torch.set_grad_enabled(grad):
         text_before, before = model(text, codes)
@@ -133,6 +147,7 @@ def test_each_text_position_has_a_pad_of_its_own() -> None:
     layout = LAYOUTS[0]
     model = built(layout)
     padded = torch.zeros(1, layout.text_length, dtype=torch.int64)
+    assert model.text_position is not None
     with torch.no_grad():
         embedded = model._embed_text(padded)[0, 1:]
         expected = model.embedding.weight[layout.pad_offset : layout.start_id] + model.text_position.weight[1:]
