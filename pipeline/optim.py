@@ -37,21 +37,20 @@ def set_learning_rates(optimizer: Any, factor: float) -> None:
 def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales.
 
-    A submodule that learns against the rest (`rivals`) has a group of its own, without weight decay.
+    A parameter that carries a `learning_rate_scale` (muP sets it) learns at so many times the config's rate; a submodule
+    that learns against the rest (`rivals`) has a group of its own, without weight decay.
     """
     apart = rivals(module)
     own = {id(p) for rival in apart for p in rival.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
-    groups = [
-        _adamw_group([p for p in parameters if p.ndim >= 2], config, config.weight_decay),
-        _adamw_group([p for p in parameters if p.ndim < 2], config, 0.0),
-    ]
+    groups = _adamw_groups([p for p in parameters if p.ndim >= 2], config, config.weight_decay)
+    groups += _adamw_groups([p for p in parameters if p.ndim < 2], config, 0.0)
     for rival in apart:
         settings: Any = rival.adamw
         rate = config.learning_rate * settings["learning_rate_ratio"]
-        group = _adamw_group(list(rival.parameters()), config, 0.0)
-        groups.append(group | {"lr": rate, "initial_lr": rate, "betas": settings["betas"]})
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        for group in _adamw_groups(list(rival.parameters()), config, 0.0):
+            groups.append(group | {"lr": rate, "initial_lr": rate, "betas": settings["betas"]})
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def rivals(module: nn.Module) -> list[nn.Module]:
@@ -88,22 +87,29 @@ def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
         "weight_decay": config.weight_decay,
         "ns_method": "standard" if on_cpu else "gram",
     }
-    groups = [muon_group, _adamw_group(rest, config, 0.0) | {"use_muon": False}]
+    groups = [muon_group, *(group | {"use_muon": False} for group in _adamw_groups(rest, config, 0.0))]
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
         groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
     )
     return optimizer
 
 
-def _adamw_group(parameters: list[nn.Parameter], config: TrainingConfig, weight_decay: float) -> dict[str, Any]:
-    return {
-        "params": parameters,
-        "lr": config.learning_rate,
-        "initial_lr": config.learning_rate,
-        "betas": config.betas,
-        "eps": 1e-8,
-        "weight_decay": weight_decay,
-    }
+def _adamw_groups(parameters: list[nn.Parameter], config: TrainingConfig, weight_decay: float) -> list[dict[str, Any]]:
+    """A group for each learning rate. AdamW decays by rate * decay, which is the same for all."""
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_scale.setdefault(getattr(parameter, "learning_rate_scale", 1.0), []).append(parameter)
+    return [
+        {
+            "params": chosen,
+            "lr": config.learning_rate * scale,
+            "initial_lr": config.learning_rate * scale,
+            "betas": config.betas,
+            "eps": 1e-8,
+            "weight_decay": weight_decay / scale,
+        }
+        for scale, chosen in by_scale.items()
+    ]
 
 
 class Ema:

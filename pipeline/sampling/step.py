@@ -3,7 +3,7 @@
 `Transformer.read_codes` says the same in the words of training. At one position a row, what an operation costs to
 start outweighs what it computes (3 to 5 µs each on a CPU, more on a GPU), so this step prepares what all positions
 share, and spends one operation where the general form takes five. `tests/sampling/test_step.py` holds it to the full
-pass at every position.
+pass at every position. Models of other parts than those that it knows (`_fits`) are read by `Transformer.read_code`.
 
 Shapes: B rows, D width, H heads, K = D / H.
 """
@@ -42,6 +42,9 @@ class CodeReader:
     def __init__(self, model: Transformer, cache: Cache, compiled: bool = False) -> None:
         """`compiled`: through `torch.compile`, which takes its time at the first code."""
         layout = model.layout
+        self._general = None if _fits(model) else (model, cache)
+        if self._general:
+            return
         self._embedding = model.embedding
         self._offsets = [layout.level_offsets[layout.level_at(i)] for i in range(layout.image_length)]
         places = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
@@ -53,13 +56,23 @@ class CodeReader:
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
         """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
+        if self._general:
+            model, general_cache = self._general
+            return model.read_code(code_B, index, general_cache)
         x_BD = self._embedding(code_B + self._offsets[index]) + self._places[index]
         return self._norm(self._through(self._layers, x_BD, self._first + index))
+
+
+def _fits(model: Transformer) -> bool:
+    shape = model.shape
+    parts = (shape.norm, shape.mlp, shape.positions, shape.attention, shape.key_value_heads, shape.base_head_width)
+    return parts == ("rmsnorm", "swiglu", "learned", "full", shape.heads, None)
 
 
 def _layer(block: nn.Module, cache: LayerCache) -> _Layer:
     assert isinstance(block, Block)
     attention = block.attention
+    assert isinstance(block.mlp, SwiGLU)
     return _Layer(
         attention,
         block.mlp,
