@@ -37,8 +37,8 @@ def set_learning_rates(optimizer: Any, factor: float) -> None:
 def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales.
 
-    A parameter that carries a `learning_rate_scale` (muP sets it) learns at so many times the config's rate; a submodule
-    that learns against the rest (`rivals`) has a group of its own, without weight decay.
+    A parameter that carries a `learning_rate_scale` (muP sets it) learns at so many times the config's rate; a
+    submodule that learns against the rest (`rivals`) has a group of its own, without weight decay.
     """
     apart = rivals(module)
     own = {id(p) for rival in apart for p in rival.parameters()}

@@ -26,6 +26,7 @@ from pipeline.text_tokenizer import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
+from pipeline.transformer.position_plot import position_plot
 
 _PICTURES = 8
 
@@ -47,6 +48,7 @@ class Workload:
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
+        self._curve: Image.Image | None = None
 
     @property
     def tokens_per_sample(self) -> int:
@@ -56,15 +58,21 @@ class Workload:
         return self.train.batches(consumed, self.config.training.batch_size)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Mean losses over one pass of the validation split, its last batch filled up from its start."""
+        """Mean losses over one pass of the validation split, its last batch filled up from its start.
+
+        The loss of each position becomes a picture, which `pictures` shows.
+        """
         size = self.config.training.batch_size
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         count = -(-len(self.validation) // size)
         for batch in islice(self.validation.batches(0, size), count):
             _, metrics = objective({name: value.to(distributed.device()) for name, value in batch.items()}, 0)
             for name, value in metrics.items():
-                sums[f"val/{name}"] = sums.get(f"val/{name}", 0.0) + float(value)
-        return distributed.mean({name: total / count for name, total in sums.items()})
+                sums[name] = sums.get(name, 0.0) + value.double().cpu()
+        positions = (sums.pop("loss/position") / count).tolist()
+        curve = distributed.mean({f"{position:08d}": loss for position, loss in enumerate(positions)})
+        self._curve = position_plot([curve[name] for name in sorted(curve)], self.objective.transformer.layout)
+        return distributed.mean({f"val/{name}": float(total) / count for name, total in sums.items()})
 
     def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
         """What the model paints for a few captions of each split, beside what the tokenizer makes of the originals."""
@@ -80,7 +88,8 @@ class Workload:
             groups.append(Group(title, [Tile(p, c) for p, c in zip(painted, prompts, strict=True)]))
             originals = pipeline.decode(batch["codes"].to(distributed.device()))
             groups.append(Group("", [Tile(p) for p in originals], note="the originals, through the image tokenizer"))
-        return {"samples": grid(groups, columns=_PICTURES, side=96)}
+        drawn = {"samples": grid(groups, columns=_PICTURES, side=96)}
+        return drawn | ({"loss_by_position": self._curve} if self._curve else {})
 
 
 def main(run: StageRun) -> None:

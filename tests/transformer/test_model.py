@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.optim import build_adamw
 from pipeline.transformer.config import TransformerConfig, TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -245,3 +246,75 @@ def test_missing_or_foreign_weights_are_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((other / "config.json").read_bytes())
     with pytest.raises(UserError, match="does not fit config.json"):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_label_smoothing_and_z_loss_are_those_of_their_definitions() -> None:
+    layout = LAYOUTS[1]
+    values = dict(zip(("text", "codes"), batch(layout), strict=True))
+    plain = TransformerConfig(caption_dropout=0.0)
+    optional = TransformerConfig(caption_dropout=0.0, label_smoothing=0.1, z_loss=0.01)
+    model = built(layout)
+    loss, metrics = JointObjective(model, optional)(values, 0)
+    text_logits, level_logits = model(values["text"], values["codes"])
+    targets = [values["text"], *values["codes"].split([level.positions for level in layout.levels], dim=1)]
+    expected = 0.0
+    for logits, target in zip([text_logits, *level_logits], targets, strict=True):
+        smoothed = torch.nn.functional.cross_entropy(logits.mT, target, label_smoothing=0.1, reduction="none")
+        part = smoothed + 0.01 * logits.logsumexp(-1) ** 2
+        of_image = target is not values["text"]
+        share = 0.875 * target.shape[1] / layout.image_length if of_image else 0.125
+        expected += share * float(part.detach().mean())
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    _, plain_metrics = JointObjective(model, plain)(values, 0)
+    assert float(metrics["loss/image"]) == pytest.approx(float(plain_metrics["loss/image"]), rel=1e-5)
+    evaluated, _ = JointObjective(model, optional).eval()(values, 0)
+    assert float(evaluated) == pytest.approx(float(JointObjective(model, plain)(values, 0)[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_tells_bits_a_token_and_the_loss_of_each_position(layout: Layout) -> None:
+    objective = JointObjective(built(layout), TransformerConfig()).eval()
+    with torch.no_grad():
+        _, metrics = objective(dict(zip(("text", "codes"), batch(layout), strict=True)), 0)
+    curve = metrics["loss/position"]
+    assert curve.shape == (layout.length,)
+    assert float(curve[: layout.text_length].mean()) == pytest.approx(float(metrics["loss/text"]), rel=1e-5)
+    assert float(curve[layout.text_length :].mean()) == pytest.approx(float(metrics["loss/image"]), rel=1e-5)
+    assert 2 ** float(metrics["bits/image_token"]) == pytest.approx(float(metrics["loss/image"].exp()), rel=1e-4)
+
+
+def step_sizes(width: int, base_width: int | None) -> float:
+    """How far four Adam steps move the residual stream of a model that predicts nothing yet (rms over positions)."""
+    layout = LAYOUTS[0]
+    shape = TransformerShape(layers=2, width=width, heads=width // 16, base_width=base_width)
+    torch.manual_seed(0)
+    model = Transformer(layout, shape)
+    config = TransformerConfig.model_validate(
+        {"training": {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}}
+    )
+    objective = JointObjective(model, config).train()
+    optimizer = build_adamw(objective, config.training)
+    values = dict(zip(("text", "codes"), batch(layout, 8), strict=True))
+    before = model(values["text"], values["codes"])[1][0].detach()
+    for step in range(4):
+        objective(values, step)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float((model(values["text"], values["codes"])[1][0].detach() - before).square().mean().sqrt())
+
+
+def test_with_base_width_a_learning_rate_moves_every_width_as_far() -> None:
+    small, large = step_sizes(32, 32), step_sizes(512, 32)
+    assert 0.6 < large / small < 1.6
+    assert step_sizes(512, None) / small > 2.5  # without it the same rate grows with the width
+
+
+def test_base_width_changes_no_number_at_the_base_itself() -> None:
+    models = []
+    for base in (None, 32):
+        torch.manual_seed(0)
+        models.append(Transformer(LAYOUTS[0], TransformerShape(layers=1, width=32, heads=2, base_width=base)))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    groups = build_adamw(models[1], TransformerConfig().training).param_groups
+    assert {group["lr"] for group in groups} == {TransformerConfig().training.learning_rate}
