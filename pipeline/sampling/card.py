@@ -119,10 +119,13 @@ def _figures(run_directory: Path) -> str:
         return "The run has not been evaluated."
     rows = [row for row in read_json(path)["rows"] if row["value"] is not None]
     cells = [
-        (r["metric"], r["compares"], f"{r['value']:.4g}", r.get("n_real") or "–", r.get("n_generated") or "–")
+        (
+            *(r["metric"], r["compares"], f"{r['value']:.4g}", r.get("n_real") or "–", r.get("n_generated") or "–"),
+            r.get("warning") or "",
+        )
         for r in rows
     ]
-    return _table(("figure", "compares", "value", "real", "generated"), cells)
+    return _table(("figure", "compares", "value", "real", "generated", "note"), cells)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pipeline.sampling.config import SamplingConfig
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import Painted, Pipeline, best
+from pipeline.sampling.preview import Preview
 from pipeline.sampling.save import read_about
 from pipeline.text_tokenizer import TextTokenizer
 from pipeline.text_tokenizer_config import TextTokenizerConfig
@@ -236,3 +239,11 @@ def test_a_variation_keeps_the_coarse_level_and_paints_the_fine_one(two_levels: 
     assert same(
         varied, two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(picture, keep_levels=1), batch_size=1)
     )
+
+
+def test_the_preview_fills_in_row_by_row_over_itself(pipeline: Pipeline) -> None:
+    stream = io.StringIO()
+    pipeline.paint(["joker"], on_row=Preview(pipeline, stream))
+    frames = stream.getvalue().split("\r\x1b[K")[1:]
+    assert [frame.count("▀") for frame in frames] == [32 * lines for lines in (4, 8, 12, 16)]
+    assert [re.findall(r"\x1b\[(\d+)A", frame) for frame in frames] == [[], ["4"], ["8"], ["12"]]
