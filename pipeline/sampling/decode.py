@@ -73,7 +73,7 @@ def draw_codes(
     reader = CodeReader(model, cache, compiled)
     for index in range(given, count):
         scale = sampling.guidance_at(index / max(count - 1, 1))
-        logits = model.level_logits(hidden, model.layout.level_at(index)).float()
+        logits = reader.logits(hidden, index)
         if guided:
             prompted, unprompted = logits.chunk(2)
             logits = prompted if scale == 1 else torch.lerp(unprompted, prompted, scale)

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from pipeline.sampling.step import CodeReader
-from tests.transformer.test_model import LAYOUTS, batch, built
-
-SHAPES = [{}, {"qk_norm": False}]
+from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,7 +24,7 @@ def test_logits_of_the_step_equal_the_full_pass_at_every_position(layout, shape,
     reader = CodeReader(model, cache)
     for index in range(given, layout.image_length):
         level = layout.level_at(index)
-        logits = model.level_logits(hidden, level)
+        logits = reader.logits(hidden, index)
         torch.testing.assert_close(logits, expected[level][:, index - layout.level_starts[level]], atol=1e-4, rtol=1e-4)
         if index + 1 < layout.image_length:
             hidden = reader.read(codes[:, index], index)
