@@ -104,7 +104,7 @@ class Adversary(nn.Module):
         strength = self.guard(error, step, watching=step >= config.start_step)
         if step < config.start_step:
             idle = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
-            return idle, self._metrics(idle, idle, idle, strength, idle, idle)
+            return idle, self._metrics(idle, idle, idle, strength, idle, idle, idle)
         real, fake = self.discriminator(images), self.discriminator(rebuilt.detach())
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         lecam = self._lecam(real, fake)
@@ -117,13 +117,11 @@ class Adversary(nn.Module):
             ratio = _gradient_ratio(loss, adversarial, output) if config.weighting == "adaptive" else 1.0
             weight = ratio * config.weight * ramp * strength
             added = added + weight * adversarial
-        return added, self._metrics(hinge, adversarial, weight, strength, real.mean(), fake.mean()) | {
-            "lecam": lecam.detach()
-        }
+        return added, self._metrics(hinge, adversarial, weight, strength, real.mean(), fake.mean(), lecam)
 
     @staticmethod
     def _metrics(
-        hinge: Tensor, adversarial: Tensor, weight: Tensor, strength: Tensor, real: Tensor, fake: Tensor
+        hinge: Tensor, adversarial: Tensor, weight: Tensor, strength: Tensor, real: Tensor, fake: Tensor, lecam: Tensor
     ) -> dict[str, Tensor]:
         named = {
             "discriminator_loss": hinge,
@@ -132,6 +130,7 @@ class Adversary(nn.Module):
             "adversarial_guard": strength,
             "score_real": real,
             "score_rebuilt": fake,
+            "lecam": lecam,
         }
         return {name: value.detach() for name, value in named.items()}
 
