@@ -105,7 +105,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         offload_optimizer=case.offload,
     )
     try:
-        engine = build_engine(case.kind, objective, config, zero, folder)
+        engine = build_engine(case.kind, objective, config, zero, folder)  # type: ignore[arg-type]
         if case.load:
             engine.load(folder / case.load)
     except UserError as error:
