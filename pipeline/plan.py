@@ -149,15 +149,16 @@ def memory(
     states = FLOAT32 * optimizer_elements(model, training) / (gpus if stage else 1)
     if stage and deepspeed.offload_optimizer:
         master = states = 0.0
-    kinds = 2 if training.precision == "bf16" else 1  # autocast's parameters have a bucket of their own
-    bucket = number * min(model.parameters, BUCKET_ELEMENTS)
+    bucket: float = number * min(model.parameters, BUCKET_ELEMENTS)
+    if training.precision == "bf16":  # autocast's parameters have a bucket of their own, at stage 3 in bf16
+        bucket *= 1.5 if stage == 3 else 2
     average = FLOAT32 * model.parameters / (gpus if stage == 3 else 1) if training.ema_decay else 0.0
     return Memory(
         weights={0: whole, 1: whole + master, 2: whole + master, 3: part + master + live}[stage],
         gradients={0: 2 * whole, 1: whole + part, 2: part, 3: part}[stage],
         optimizer=states,
         average=average,
-        buckets=kinds * bucket if stage else 0.0,
+        buckets=bucket if stage else 0.0,
         activations=activations(model, training, fused_attention),
         together=stage == 3 or model.micro_batch * gpus < training.batch_size,
     )
