@@ -37,7 +37,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def is_full(directory: Path, error: BaseException) -> bool:
     """Is `error` that of a full disk? Libraries that write through C++ hide the reason, so the disk is asked too."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    if any(f"(os error {number})" in str(error) for number in full):  # as Rust says it, safetensors for one
         return True
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(directory).free < 1 << 20
 
