@@ -8,15 +8,19 @@ See pipeline/data/tokenizing.py.
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 
 from pipeline import distributed, stop
-from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shards
+from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.progress import progress
 from pipeline.stage import StageRun, run_stage
 from pipeline.text_tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+_COUNTS = ("samples", "captions_cut")
 
 
 def load_encoders(run: StageRun) -> Encoders:
@@ -29,11 +33,9 @@ def load_encoders(run: StageRun) -> Encoders:
         levels=[Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels],
         text_length=text_tokenizer.text_length,
         text_vocab_size=text_tokenizer.vocab_size,
-        hashes={
-            "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
-            "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
-        },
+        hashes=tokenizer_hashes(image_dir, text_dir),
         device=str(distributed.device()),
+        count_text=text_tokenizer.token_counts,
     )
 
 
@@ -51,8 +53,14 @@ def main(run: StageRun) -> None:
                 for name, sha256 in entry["sha256"].items():
                     run.add_output(name, sha256=sha256)
         run.add_output("index.json")
-        samples = {f"{split}_samples": float(found["samples"]) for split, found in index["splits"].items()}
-        run.tracker.log(samples, step=0)
+        splits = index["splits"].items()
+        figures = {f"{split}_{name}": float(found[name]) for split, found in splits for name in _COUNTS}
+        run.tracker.log(figures, step=0)
+        for split, found in splits:
+            log.info(
+                "%s: %d of %d captions are longer than the window of %d tokens and were cut",
+                *(split, found["captions_cut"], found["samples"], encoders.text_length),
+            )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ and samples.png, the last of those pictures. See pipeline/transformer/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
+from random import Random
 
 import torch
 from PIL import Image
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.data.sampler import TokenSampler
+from pipeline.data.tokenizing import tokenizer_hashes
+from pipeline.data.tokens import Level
 from pipeline.files import atomic_path
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.loop import train
@@ -37,7 +40,8 @@ class Workload:
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.transformer
         tokens = run.input("tokenize")
-        self.train = TokenSampler(tokens, "train", run.config.seed)
+        self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
+        self.train = TokenSampler(tokens, "train", run.config.seed, encode_caption=self._encode_caption())
         self.validation = TokenSampler(tokens, "val", run.config.seed)
         self.train.verify()
         self.validation.verify()
@@ -45,14 +49,22 @@ class Workload:
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
         torch.manual_seed(run.config.seed)
         self.objective = JointObjective(Transformer(layout, self.config), self.config)
-        self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
         self._curve: Image.Image | None = None
+        levels = [Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels]
+        arrays.check_made_by(
+            tokenizer_hashes(run.input("image-tokenizer") / "model", run.input("text-tokenizer")),
+            (self.text_tokenizer.text_length, self.text_tokenizer.vocab_size, levels),
+        )
 
     @property
     def tokens_per_sample(self) -> int:
         return self.objective.transformer.layout.length
+
+    def _encode_caption(self) -> Callable[[str, Random], list[int]] | None:
+        dropout, tokenizer = self.config.bpe_dropout, self.text_tokenizer
+        return (lambda caption, rng: tokenizer.encode_with_dropout(caption, dropout, rng)) if dropout else None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         return self.train.batches(consumed, self.config.training.batch_size)

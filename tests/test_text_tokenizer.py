@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,24 @@ def test_missing_or_damaged_files_are_a_users_error(tmp_path: Path) -> None:
         TextTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no captions"):
         TextTokenizer.train([], TextTokenizerConfig())
+
+
+def test_dropout_of_nothing_is_the_plain_encoding_and_of_something_spells_the_same_caption() -> None:
+    tokenizer = trained(text_length=64)
+    captions = ["red heart", "Grinning  CAT\nface", "flag: Åland Islands", "[PAD] 飛行機 ✈️", "appleapple redredheart"]
+    several = 0
+    for caption in captions:
+        plain = tokenizer.encode([caption])[0].tolist()
+        assert tokenizer.encode_with_dropout(caption, 0.0, random.Random(0)) == plain
+        cuts = {tuple(tokenizer.encode_with_dropout(caption, 0.5, random.Random(seed))) for seed in range(8)}
+        several += len(cuts) > 1
+        assert {tokenizer.decode(cut) for cut in cuts} == {tokenizer.decode(plain)}
+    assert several >= 3
+
+
+def test_dropout_leaves_out_merges_at_its_rate_and_is_a_function_of_its_random_numbers() -> None:
+    tokenizer = TextTokenizer.train(["ab"] * 9, TextTokenizerConfig(vocab_size=259, text_length=8))  # " a" + "b"
+    words = [tokenizer.encode_with_dropout("ab", 0.1, random.Random(seed)) for seed in range(2000)]
+    whole = sum(ids[1] == PAD_ID for ids in words) / 2000
+    assert 0.78 < whole < 0.84  # two merges, each there in 9 cases of 10
+    assert words[:50] == [tokenizer.encode_with_dropout("ab", 0.1, random.Random(seed)) for seed in range(50)]

@@ -10,7 +10,8 @@ any position, at any number of ranks, with any number of samples, costs nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.data.images import random_of
 from pipeline.data.order import key_of, permute
 from pipeline.data.stream import rank_share
 from pipeline.data.tokens import TokenArrays
@@ -43,10 +45,16 @@ class TokenSampler:
         *,
         rank: int | None = None,
         world_size: int | None = None,
+        encode_caption: Callable[[str, random.Random], Sequence[int]] | None = None,
     ) -> None:
-        """`rank`, `world_size`: by default those of `pipeline.distributed`. Raises UserError: see TokenArrays."""
+        """`rank`, `world_size`: by default those of `pipeline.distributed`. Raises UserError: see TokenArrays.
+
+        `encode_caption`: makes the text ids from the stored captions, with random numbers that are a function of
+        (seed, epoch, sample) (BPE dropout); None: the stored ids.
+        """
         self.arrays = TokenArrays(tokenize_dir, split)
         self.seed = seed
+        self._encode_caption = encode_caption
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
 
@@ -85,5 +93,9 @@ class TokenSampler:
             samples, epochs = shuffled(np.arange(start, start + share), len(self), self.seed)
             # Neighbours begin with different crops, so that an epoch mixes all of them.
             text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops)
+            if self._encode_caption is not None:
+                names = zip(self.arrays.captions(samples), epochs.tolist(), samples.tolist(), strict=True)
+                for row, (caption, epoch, sample) in zip(text, names, strict=True):
+                    row[:] = self._encode_caption(caption, random_of("caption", self.seed, epoch, sample))
             yield {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
             start += stride

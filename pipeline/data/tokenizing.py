@@ -52,11 +52,14 @@ class Encoders:
     text_vocab_size: int
     hashes: dict[str, str]
     device: str = "cpu"
+    count_text: Callable[[list[str]], list[int]] | None = None  # n captions -> tokens of each before cutting
 
 
 @dataclass(frozen=True)
 class _Batch:
     keys: list[str]
+    captions: list[str]
+    cut: int  # captions longer than text_length tokens
     text: NDArray[np.int64]  # [n, text_length]
     images: torch.Tensor  # uint8 [n * crops, 3, H, W], the crops of a sample one after the other
     codes: list[torch.Tensor]  # of each level, int64 [n * crops, positions]; empty if not encoded yet
@@ -74,6 +77,14 @@ class _End:
 def hash_of_files(folder: Path, names: list[str]) -> str:
     """One hash of the contents of the named files of a folder."""
     return digest([[name, sha256_file(folder / name)] for name in names])
+
+
+def tokenizer_hashes(image_dir: Path, text_dir: Path) -> dict[str, str]:
+    """Name of each tokenizer -> hash of its files; the index records them."""
+    return {
+        "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
+        "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
+    }
 
 
 def all_shards(prepare_dir: Path) -> list[tuple[str, Shard]]:
@@ -109,6 +120,8 @@ def tokenize_shards(
                 if isinstance(step, Future):
                     batch = step.result()
                     arrays.keys += batch.keys
+                    arrays.captions += batch.captions
+                    arrays.cut += batch.cut
                     arrays.text.append(batch.text)
                     found = batch.codes or _encoded(batch.images, encoders, config.batch_size)
                     arrays.fetch(late)
@@ -146,6 +159,8 @@ class _Arrays:
     """What is known of the shard at hand."""
 
     keys: list[str]
+    captions: list[str] = field(default_factory=list)
+    cut: int = 0
     text: list[NDArray[np.int64]] = field(default_factory=list)
     codes: list[list[torch.Tensor]] = field(default_factory=list)  # batches, each of every level
 
@@ -158,14 +173,18 @@ class _Arrays:
 def _write(directory: Path, end: _End, arrays: _Arrays, encoders: Encoders) -> bool:
     """Write the arrays of a shard, and then the record that vouches for them."""
     stem, count = end.shard.stem, len(arrays.keys)
-    names = {"text": f"{stem}.text.npy", "keys": f"{stem}.keys.txt"}
+    names = {"text": f"{stem}.text.npy", "keys": f"{stem}.keys.txt", "captions": f"{stem}.captions.txt"}
     code_names = [f"{stem}.codes.{level}.npy" for level in range(len(encoders.levels))]
     _save(directory / names["text"], np.concatenate(arrays.text), encoders.text_vocab_size)
     for name, level, parts in zip(code_names, encoders.levels, zip(*arrays.codes, strict=True), strict=True):
         _save(directory / name, torch.cat(parts).view(count, end.crops, -1).numpy(), level.codebook_size)
     write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in arrays.keys))
+    # A line break is white space like any other, which the text tokenizer makes a space.
+    lines = (caption.replace("\n", " ") for caption in arrays.captions)
+    write_atomic(directory / names["captions"], "".join(f"{line}\n" for line in lines))
     checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
-    entry = {**names, "codes": code_names, "samples": count, "crops": end.crops, "sha256": checksums}
+    entry = {**names, "codes": code_names, "samples": count, "crops": end.crops}
+    entry |= {"captions_cut": arrays.cut, "sha256": checksums}
     write_json(directory / f"{stem}.json", {"made_from": end.made_from, "shard": entry})
     return True
 
@@ -175,7 +194,7 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
 
     Raises UserError when one is missing, was made from something else, or is not what its checksum says.
     """
-    splits: dict[str, Any] = {split: {"samples": 0, "shards": []} for split in SPLITS}
+    splits: dict[str, Any] = {split: {"samples": 0, "captions_cut": 0, "shards": []} for split in SPLITS}
     for split, shard in all_shards(prepare_dir):
         record_path = directory / f"{shard.stem}.json"
         made_from = _made_from(shard, encoders, config, seed)
@@ -185,6 +204,7 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
         check_arrays(directory, record["shard"])
         splits[split]["shards"].append(record["shard"])
         splits[split]["samples"] += shard.samples
+        splits[split]["captions_cut"] += record["shard"].get("captions_cut", 0)
     index = {
         "levels": [asdict(level) for level in encoders.levels],
         "text_length": encoders.text_length,
@@ -237,8 +257,12 @@ def _batch(chunk: list[Sample], crops: int, encoders: Encoders, config: Tokenize
         images = images.pin_memory()
     elif encoders.device == "cpu":
         codes = _encoded(images, encoders, config.batch_size)
-    text = np.asarray(encoders.encode_text([sample.caption for sample in chunk]))
-    return _Batch([sample.key for sample in chunk], text, images, codes)
+    captions = [sample.caption for sample in chunk]
+    text = np.asarray(encoders.encode_text(captions))
+    full = [caption for caption, ids in zip(captions, text, strict=True) if ids[-1] != 0]
+    counts = encoders.count_text(full) if full and encoders.count_text else []
+    cut = sum(count > encoders.text_length for count in counts)
+    return _Batch([sample.key for sample in chunk], captions, cut, text, images, codes)
 
 
 def _versions(sample: Sample, crops: int, min_scale: float, seed: int) -> Iterator[NDArray[np.uint8]]:

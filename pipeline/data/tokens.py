@@ -4,6 +4,7 @@
     tokenize/train/000000.codes.0.npy  [samples, crops, positions] of level 0 (coarsest), uint16 when they fit
     tokenize/train/000000.text.npy     [samples, text length]
     tokenize/train/000000.keys.txt     a key a line
+    tokenize/train/000000.captions.txt a caption a line, for BPE dropout
 
 Records are tiny and of fixed length, so they lie in arrays and not in tars: any sample is an address, which makes an
 exact global shuffle, and a start at any sample at any number of ranks, one integer (see `sampler.py`).
@@ -59,6 +60,7 @@ class TokenArrays:
     Attributes:
         levels: list of Level, coarse to fine; also unpackable as (height, width, codebook_size) by `astuple`.
         text_length, text_vocab_size: of the text ids.
+        tokenizers: name -> hash of the files of the tokenizer that made them.
         crops: versions of each picture.
     """
 
@@ -72,6 +74,7 @@ class TokenArrays:
         self.levels = [Level(**level) for level in index["levels"]]
         self.text_length: int = index["text_length"]
         self.text_vocab_size: int = index["text_vocab_size"]
+        self.tokenizers: dict[str, str] = index.get("tokenizers", {})
         self.shards: list[dict[str, Any]] = index["splits"].get(split, {"shards": []})["shards"]
         if not self.shards:
             raise UserError(f"{path}: the split '{split}' holds no samples: raise prepare.validation_fraction")
@@ -81,6 +84,22 @@ class TokenArrays:
         # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms a sample.
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._mapped = lru_cache(maxsize=min(descriptors // 4, 16_384) // (1 + len(self.levels)))(self._map)
+        self._lines = lru_cache(maxsize=min(descriptors // 4, 16_384))(self._map_lines)
+
+    def check_made_by(self, hashes: dict[str, str], vocabulary: tuple[Any, ...]) -> None:
+        """Raise UserError unless the arrays are these tokenizers' work and fit (text length, text ids, levels)."""
+        for name, expected in hashes.items():
+            if (found := self.tokenizers.get(name)) != expected:
+                raise UserError(
+                    f"{self.directory}: expected token arrays of the {name} {expected[:12]}, found those of "
+                    f"{found[:12] if found else 'an unknown one'}: run the stage tokenize again"
+                )
+        own = (self.text_length, self.text_vocab_size, self.levels)
+        if own != vocabulary:
+            raise UserError(
+                f"{self.directory}: expected token arrays for (text length, text ids, levels) {vocabulary}, "
+                f"found {own}: run the stage tokenize again"
+            )
 
     def __len__(self) -> int:
         """Samples of the split."""
@@ -113,6 +132,41 @@ class TokenArrays:
         """Keys of the samples of a shard, in their order."""
         path = self.directory / str(self.shards[shard]["keys"])
         return path.read_text().splitlines()
+
+    def captions(self, samples: NDArray[np.int64]) -> list[str]:
+        """Captions as they were, but for line breaks, which are spaces. Maps 4 bytes a sample of the shards it meets.
+
+        Raises:
+            UserError: the arrays were made by a version that kept none.
+        """
+        shards = self.shard_of(samples)
+        rows = samples - (self._ends[shards] - self.counts[shards])
+        found = []
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            text, ends = self._lines(shard)
+            found.append(text[ends[row - 1] + 1 if row else 0 : ends[row]].decode())
+        return found
+
+    def _map_lines(self, shard: int) -> tuple[bytes | mmap.mmap, NDArray[Any]]:
+        """All captions of a shard, and where each ends."""
+        entry = self.shards[shard]
+        if "captions" not in entry:
+            raise UserError(
+                f"{self.directory}: expected captions beside the token arrays, found none: "
+                "remove this directory and run the stage tokenize again, or set transformer.bpe_dropout=0"
+            )
+        path = self.directory / entry["captions"]
+        try:
+            with open(path, "rb") as file:
+                text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).astype(np.uint32)
+        if len(ends) != entry["samples"]:
+            raise UserError(
+                f"{path}: expected {entry['samples']} lines, found {len(ends)}: run the stage tokenize again"
+            )
+        return text, ends
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
         """Read every file of these shards (None: of all) and compare its checksum. Raises UserError: check_arrays."""

@@ -107,5 +107,8 @@ class TransformerConfig(TransformerShape):
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of captions replaced by pads in training; guidance needs some"
     )
+    bpe_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"
+    )
     training: TrainingConfig = TrainingConfig(steps=10_000, batch_size=64)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import resource
 import time
 from collections import Counter
@@ -211,3 +212,44 @@ def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:
     for shard in index["splits"]["train"]["shards"]:
         for name, sha256 in shard["sha256"].items():
             assert hashlib.sha256((tokenized / name).read_bytes()).hexdigest() == sha256
+
+
+def test_captions_encoded_in_training_depend_on_epoch_and_sample_and_on_nothing_else(tokenized: Path) -> None:
+    def encode(caption: str, rng: random.Random) -> list[int]:
+        return [int(caption.split()[-1]), rng.randrange(10**6), 0]
+
+    def rows(world_size: int, count: int) -> list[tuple[int, ...]]:
+        ranks = [
+            TokenSampler(tokenized, "train", 5, rank=rank, world_size=world_size, encode_caption=encode)
+            for rank in range(world_size)
+        ]
+        parts = [list(islice(sampler.batches(0, 8), count)) for sampler in ranks]
+        return [tuple(row) for batch in zip(*parts, strict=True) for part in batch for row in part["text"].tolist()]
+
+    one, two = rows(1, 20), rows(2, 20)
+    assert one == two
+    samples = len(TokenSampler(tokenized, "train", 5))
+    plain = next(TokenSampler(tokenized, "train", 5).batches(0, 8))["codes"]
+    assert torch.equal(plain, next(TokenSampler(tokenized, "train", 5, encode_caption=encode).batches(0, 8))["codes"])
+    first, second = dict(row[:2] for row in one[:samples]), dict(row[:2] for row in one[samples : 2 * samples])
+    assert first.keys() >= second.keys() & first.keys()
+    assert sum(first[name] == second[name] for name in second) == 0  # another draw each epoch
+
+
+def test_captions_are_kept_and_cut_ones_counted(prepared: Path, tmp_path: Path) -> None:
+    encoders = Encoders(**{**ENCODERS.__dict__, "count_text": lambda captions: [4 for _ in captions]})
+    _tokenize(prepared, tmp_path, TokenizeConfig(), encoders)
+    arrays = TokenArrays(tmp_path, "train")
+    assert arrays.captions(np.arange(len(arrays))) == [sample.caption for sample in read_samples(prepared, "train")]
+    splits = json.loads((tmp_path / "index.json").read_text())["splits"]
+    assert splits["train"]["captions_cut"] == len(arrays)
+
+
+def test_arrays_of_other_tokenizers_or_of_another_vocabulary_are_told_in_a_line(tokenized: Path) -> None:
+    arrays, hashes = TokenArrays(tokenized, "train"), dict(ENCODERS.hashes)
+    fitting = (3, 21, list(ENCODERS.levels))
+    arrays.check_made_by(hashes, fitting)
+    with pytest.raises(UserError, match="expected token arrays of the text-tokenizer c, found those of b: run"):
+        arrays.check_made_by(hashes | {"text-tokenizer": "c"}, fitting)
+    with pytest.raises(UserError, match=r"expected token arrays for .*\(3, 22, .*found \(3, 21, "):
+        arrays.check_made_by(hashes, (3, 22, fitting[2]))
