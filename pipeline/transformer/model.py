@@ -29,6 +29,7 @@ from pipeline.transformer.layout import Layout
 from pipeline.transformer.places import Tables
 
 Cache = list[LayerCache]
+MODEL_TYPE = "smalti"  # what AutoModel knows it by (hf.py)
 _INIT_STD = 0.02
 
 
@@ -167,7 +168,8 @@ class Transformer(nn.Module):
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         with atomic_path(directory / "model.safetensors") as temporary:
             save_file(weights, temporary)
-        config = {"layout": self.layout.to_dict(), "shape": self.shape.model_dump(include=set(_SHAPE_FIELDS))}
+        shape = self.shape.model_dump(include=set(_SHAPE_FIELDS))
+        config = {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}
         write_json(directory / "config.json", config)
 
     @classmethod

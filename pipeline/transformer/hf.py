@@ -1,0 +1,61 @@
+"""The transformer as a model of Hugging Face transformers, registered on import; no `trust_remote_code`.
+
+    import pipeline.transformer.hf
+    from transformers import AutoConfig, AutoModel
+    model = AutoModel.from_pretrained("runs/openmoji/transformer/model")
+    text_logits, level_logits = model(text, codes)          # as `Transformer.forward`
+    model.transformer                                       # the Transformer, for pipeline/sampling/
+
+`save_pretrained` writes what `Transformer.from_pretrained` reads back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from pipeline.config import parse_config
+from pipeline.transformer.config import TransformerShape
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import MODEL_TYPE, Transformer
+
+
+class SmaltiConfig(PreTrainedConfig):
+    """Layout and shape, as the transformer stage exports them in config.json."""
+
+    model_type = MODEL_TYPE
+    layout: dict[str, Any] | None = None
+    shape: dict[str, Any] | None = None
+
+
+class SmaltiModel(PreTrainedModel):
+    """A `Transformer` inside; the exported weights carry no prefix, which `base_model_prefix` allows for."""
+
+    config_class = SmaltiConfig
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: SmaltiConfig) -> None:
+        super().__init__(config)
+        assert config.layout is not None
+        assert config.shape is not None
+        shape = parse_config(TransformerShape, config.shape, "config.json")
+        self.transformer = Transformer(Layout.from_dict(config.layout), shape)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """`Transformer` has done it."""
+
+    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Text ids int64 [B, T] (0: pad) and codes int64 [B, N] of all levels -> logits of text and of each level."""
+        logits: tuple[Tensor, list[Tensor]] = self.transformer(text, codes)
+        return logits
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+        self.transformer.save_pretrained(save_directory)
+
+
+AutoConfig.register(MODEL_TYPE, SmaltiConfig)
+AutoModel.register(SmaltiConfig, SmaltiModel)
