@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,10 @@ from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscri
 from pipeline.image_tokenizer.loss_config import AdversarialConfig
 from pipeline.image_tokenizer.picture_losses import add_picture_losses
 from pipeline.optim import build_adamw
+from pipeline.speed import CLOCK_METRICS
 from pipeline.train_config import TrainingConfig
+from tests.conftest import TINY
+from tests.launch import launch
 
 SIDE = 16
 SMALL = {
@@ -249,3 +255,45 @@ def test_only_the_tokenizer_is_exported(trained: ImageTokenizer, tmp_path_factor
     tokenizer = copy.deepcopy(trained)
     add_picture_losses(tokenizer.objective(), SIDE, None, adversarial())
     assert tokenizer.state_dict().keys() == trained.state_dict().keys()
+
+
+def test_with_every_extra_two_processes_resume_to_the_same_bits_and_export_the_tokenizer_alone(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "tiny"
+    run.mkdir()
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(tiny_run / name, run)
+    shutil.copytree(tiny_run / "prepare", run / "prepare")
+    settings = {
+        "runs": tmp_path,
+        "image_tokenizer.model.block": "ode",
+        "image_tokenizer.model.ode.adjoint": "true",
+        "image_tokenizer.perceptual.weight": 0.1,
+        "image_tokenizer.adversarial.start_step": 4,
+        "image_tokenizer.adversarial.ramp_steps": 3,
+        "image_tokenizer.adversarial.layers": 2,
+        "image_tokenizer.adversarial.width": 8,
+        "image_tokenizer.training.steps": 16,
+        "image_tokenizer.training.micro_batch_size": 4,
+        "image_tokenizer.training.checkpoint_every": 8,
+    }
+    arguments = ["--config", str(TINY), *(f"{key}={value}" for key, value in settings.items())]
+    stage = run / "image-tokenizer"
+
+    def train_to_the_end() -> tuple[bytes, list[dict[str, float]]]:
+        launch("stages.image_tokenizer", *arguments, processes=2)
+        lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+        clock = ("time", "system/", *CLOCK_METRICS)
+        figures = [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
+        return (stage / "model" / "model.safetensors").read_bytes(), figures
+
+    weights, figures = train_to_the_end()
+    assert b"discriminator" not in weights
+    logged = {key for line in figures for key in line}
+    assert {"perceptual", "adversarial_weight", "adversarial_guard", "discriminator_loss", "lecam"} <= logged
+    for done in ("_SUCCESS", "manifest.json", "model", "checkpoints/step-00000016"):
+        shutil.rmtree(stage / done) if (stage / done).is_dir() else (stage / done).unlink()
+    again, figures_again = train_to_the_end()
+    assert figures_again == figures
+    assert again == weights
