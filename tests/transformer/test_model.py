@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.optim import build_adamw
 from pipeline.transformer.config import TransformerConfig, TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -281,40 +280,3 @@ def test_evaluation_tells_bits_a_token_and_the_loss_of_each_position(layout: Lay
     assert float(curve[: layout.text_length].mean()) == pytest.approx(float(metrics["loss/text"]), rel=1e-5)
     assert float(curve[layout.text_length :].mean()) == pytest.approx(float(metrics["loss/image"]), rel=1e-5)
     assert 2 ** float(metrics["bits/image_token"]) == pytest.approx(float(metrics["loss/image"].exp()), rel=1e-4)
-
-
-def step_sizes(width: int, base_width: int | None) -> float:
-    """How far four Adam steps move the residual stream of a model that predicts nothing yet (rms over positions)."""
-    layout = LAYOUTS[0]
-    shape = TransformerShape(layers=2, width=width, heads=width // 16, base_width=base_width)
-    torch.manual_seed(0)
-    model = Transformer(layout, shape)
-    config = TransformerConfig.model_validate(
-        {"training": {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}}
-    )
-    objective = JointObjective(model, config).train()
-    optimizer = build_adamw(objective, config.training)
-    values = dict(zip(("text", "codes"), batch(layout, 8), strict=True))
-    before = model(values["text"], values["codes"])[1][0].detach()
-    for step in range(4):
-        objective(values, step)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return float((model(values["text"], values["codes"])[1][0].detach() - before).square().mean().sqrt())
-
-
-def test_with_base_width_a_learning_rate_moves_every_width_as_far() -> None:
-    small, large = step_sizes(32, 32), step_sizes(512, 32)
-    assert 0.6 < large / small < 1.6
-    assert step_sizes(512, None) / small > 2.5  # without it the same rate grows with the width
-
-
-def test_base_width_changes_no_number_at_the_base_itself() -> None:
-    models = []
-    for base in (None, 32):
-        torch.manual_seed(0)
-        models.append(Transformer(LAYOUTS[0], TransformerShape(layers=1, width=32, heads=2, base_width=base)))
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(one, other)
-    groups = build_adamw(models[1], TransformerConfig().training).param_groups
-    assert {group["lr"] for group in groups} == {TransformerConfig().training.learning_rate}
