@@ -67,7 +67,9 @@ class Workload:
         return (lambda caption, rng: tokenizer.encode_with_dropout(caption, dropout, rng)) if dropout else None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
-        return self.train.batches(consumed, self.config.training.batch_size)
+        for batch in self.train.batches(consumed, self.config.training.batch_size):
+            self._curve = None  # it belongs to the step that it was measured at
+            yield batch
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Mean losses over one pass of the validation split, its last batch filled up from its start.
