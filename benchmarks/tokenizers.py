@@ -47,7 +47,7 @@ ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
 TWO_RESOLUTIONS = ARCHITECTURE | {"patch_size": 2, "widths": [64, 128]}
 # β is the paper's 0.25 for a reconstruction loss in units of the pixels' variance, which is about a tenth here.
 CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 32, "commitment_weight": 0.02}
-BINARY = {"kind": "lfq", "bits": 10, "commitment_weight": 0.01, "entropy_weight": 0.005}
+BINARY = {"kind": "lfq", "bits": 10, "commitment_weight": 0.01, "entropy_weight": 0.02}
 
 
 def ramp(start: float, end: float, until: float = 0.9) -> dict[str, float]:
@@ -71,7 +71,7 @@ OURS: dict[str, dict[str, Any]] = {
     "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "code_width": 8}, normalize=True),
     "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
     "lfq": vqvae(**BINARY),
-    "bsq": vqvae(**BINARY | {"entropy_temperature": 0.1}, spherical=True),
+    "bsq": vqvae(**BINARY | {"entropy_weight": 0.005, "entropy_temperature": 0.1}, spherical=True),
     "residual": vqvae(**CODEBOOK, depth=4),
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
