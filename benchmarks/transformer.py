@@ -258,8 +258,8 @@ def main(
     elif only_patterns:
         patterns(rounds)
     else:
+        start_up()  # first: the engine of the table leaves the variables of a launcher behind
         table(codes, rounds, steps, peers)
-        start_up()
 
 
 if __name__ == "__main__":
