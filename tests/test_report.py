@@ -65,9 +65,9 @@ def again(
     """The stage `name` of the tiny run once more, in a run directory of its own; inputs in `but` are left out."""
     run = RunDirectory(tmp_path / "again")
     run.path.mkdir(exist_ok=True)
-    for other in stage_named(name).inputs:
-        if other not in but and not run.stage(other).exists():
-            run.stage(other).symlink_to(tiny_run / other)
+    for other in ("config.yaml", *stage_named(name).inputs):
+        if other not in but and not (run.path / other).exists():
+            (run.path / other).symlink_to(tiny_run / other)
     run.stage(name).mkdir(exist_ok=True)
     return StageRun(config, stage_named(name), run, Tracker(run.stage(name), None), array_task)
 
@@ -284,7 +284,8 @@ def test_best_setting_paints(tiny_run: Path, tmp_path: Path) -> None:
         "generate: {sampling: {temperature: 0.0, top_k: 3, guidance: 1.0}}"
     )
     launch(*arguments)
-    recorded = "".join(Image.open(tmp_path / "out" / "0000.png").text.values())  # type: ignore[attr-defined]
+    (painted,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "grid.png")
+    recorded = "".join(Image.open(painted).text.values())  # type: ignore[attr-defined]
     assert '"temperature": 0.0' in recorded
     assert '"top_k": 3' in recorded
 
