@@ -1,7 +1,7 @@
 """The bars of sampling, as a table: image tokens a second beside other systems, in one run on this machine.
 
-    python benchmarks/sampling.py            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
-    python benchmarks/sampling.py --no-peers # ours alone: bf16, torch.compile
+    python -m benchmarks.sampling            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
+    python -m benchmarks.sampling --no-peers # ours alone: bf16, torch.compile
 
 Peers: `dalle-pytorch` 1.6.6 `generate_images` with its cache on, and `transformers` `generate()` on a Llama of the same
 shape (its dynamic cache, multinomial sampling). All weights are random: the work is the same. See benchmarks/peers.py.
