@@ -45,8 +45,7 @@ SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000
 ARCHITECTURE = {"patch_size": 4, "widths": [128], "blocks": 2, "block_kernels": [3, 1], "bottleneck": 1}
 ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
 TWO_RESOLUTIONS = ARCHITECTURE | {"patch_size": 2, "widths": [64, 128]}
-# β is the paper's 0.25 for a reconstruction loss in units of the pixels' variance, which is about a tenth here.
-CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 32, "commitment_weight": 0.02}
+CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 8, "commitment_weight": 0.1}
 BINARY = {"kind": "lfq", "bits": 10, "commitment_weight": 0.01, "entropy_weight": 0.02}
 
 
@@ -55,7 +54,7 @@ def ramp(start: float, end: float, until: float = 0.9) -> dict[str, float]:
 
 
 RELAXED = {"codebook_size": K, "code_width": 32, "logits": "distance", "kl_weight": ramp(0, 0)}
-RELAXED |= {"usage_weight": ramp(0.01, 0), "temperature": ramp(1.0, 0.05)}
+RELAXED |= {"usage_weight": ramp(0.03, 0.003), "temperature": ramp(1.0, 0.05)}
 
 
 def vqvae(**quantizer: Any) -> dict[str, Any]:
@@ -68,11 +67,11 @@ OURS: dict[str, dict[str, Any]] = {
     "ema": vqvae(**CODEBOOK),
     "gradient": vqvae(**CODEBOOK | {"kind": "gradient"}),
     "rotation": vqvae(**CODEBOOK, gradient="rotation"),
-    "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "code_width": 8}, normalize=True),
+    "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "commitment_weight": 0.25}, normalize=True),
     "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
     "lfq": vqvae(**BINARY),
     "bsq": vqvae(**BINARY | {"entropy_weight": 0.005, "entropy_temperature": 0.1}, spherical=True),
-    "residual": vqvae(**CODEBOOK, depth=4),
+    "residual": vqvae(**CODEBOOK | {"code_width": 32, "commitment_weight": 0.25}, depth=4),
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }

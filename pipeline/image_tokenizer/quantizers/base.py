@@ -61,7 +61,7 @@ class Quantizer(nn.Module, ABC):
         return
 
 
-_ROWS, _BLOCK = 64, 64  # a slab of scores that stays in the cache; codes of a block
+_ROWS, _BLOCK = 64, 128  # a slab of scores that stays in the cache; codes of a block
 
 
 @torch.no_grad()
