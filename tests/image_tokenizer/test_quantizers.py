@@ -138,6 +138,7 @@ def test_unused_codes_come_back_to_where_the_vectors_are() -> None:
     made(torch.zeros(1, 1, 8))  # starts with random codes
     made.after_update(applied=False)
     made.embedding[1:] += 100  # a collapse: all but one are far from everything
+    made.sums.copy_(made.embedding * made.used[:, None])
     for step in range(12):
         z = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(step))
         made(z)
