@@ -21,7 +21,13 @@ from tests.launch import ROOT, command, environment, launch
 
 README = (ROOT / "README.md").read_text()
 # What stands for an argument of the user's own choice, and a small choice.
-CHOICES = {"a.b=c": "report.title=tiny", "<stage>": "text-tokenizer", "configs/openmoji.yaml": str(TINY)}
+CHOICES = {
+    "a.b=c": "report.title=tiny",
+    "<stage>": "text-tokenizer",
+    "configs/openmoji.yaml": str(TINY),
+    "photos/": "runs/tiny/prepare/train",
+    "theirs.tar": "runs/tiny/generate/samples",
+}
 TESTED_ON_A_REAL_SLURM = {"submit", "status", "logs", "cancel", "resubmit"}  # tests/slurm/
 SERVERS = {"ui"}
 

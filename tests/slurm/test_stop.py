@@ -94,7 +94,8 @@ def _has_been_signalled(process: int) -> bool:
 def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     slurm: Slurm, run_copy: Path, local_run: Path
 ) -> None:
-    training = Training(slurm, run_copy, partition="preempt")
+    # The preflight has tests of its own; here it would only lengthen each life.
+    training = Training(slurm, run_copy, partition="preempt", preflight="never")
     ranks = training.wait_for_steps(0)
     # As good a moment as any: nobody else may write here.
     refused = slurm.smalti("--config", str(run_copy / "config.yaml"), module="stages.transformer", check=False)
