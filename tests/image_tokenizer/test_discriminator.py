@@ -103,7 +103,8 @@ def test_the_hinge_teaches_the_discriminator_and_nobody_else_and_the_ramp_lets_t
     assert metrics["adversarial_weight"] == 0
     extra.backward()
     assert output.grad is None or output.grad.abs().sum() == 0
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    # A bias of the last layer moves real and rebuilt scores alike, so its two halves of the hinge cancel at the start.
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters() if p.ndim > 1)
     weights = [added(module, step)[2]["adversarial_weight"].item() for step in (11, 12, 14, 100)]
     assert weights == pytest.approx([weights[3] * share for share in (0.25, 0.5, 1, 1)])
 
