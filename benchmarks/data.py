@@ -175,7 +175,7 @@ def resume(prepared: Path) -> None:
         for _ in islice(batches, count):
             pass
         taken = time.perf_counter() - started
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
         return taken
 
     samples = len(ImageStream(prepared, "train", 0))

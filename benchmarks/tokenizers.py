@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -76,38 +77,43 @@ OURS: dict[str, dict[str, Any]] = {
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }
 TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.0, "warmup_steps": 300}
-TRAINING_OF: dict[str, dict[str, Any]] = {}
 
 
-class Contestant:
+class Contestant(ABC):
     """A tokenizer in training: a loss to minimise; then codes of pictures, and pictures of codes."""
 
-    module: nn.Module
+    module: Any  # the nn.Module that is trained
+    sizes: list[int]  # of each level's codebook
 
+    @abstractmethod
     def loss(self, images: Tensor, progress: float) -> Tensor:
         """Of uint8 pictures [B,3,H,W], at `progress` in [0,1] of the training."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> list[Tensor]: ...
+
+    @abstractmethod
+    def decode(self, codes: list[Tensor]) -> Tensor: ...
 
     def after_update(self, applied: bool) -> None:
         return
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        raise NotImplementedError
-
-    def decode(self, codes: list[Tensor]) -> Tensor:
-        raise NotImplementedError
 
 
 class Ours(Contestant):
     def __init__(self, model: dict[str, Any]) -> None:
         self.tokenizer = build(model, SIZE)
-        self.module: Any = self.tokenizer.objective()
-        self.encode, self.decode = self.tokenizer.encode, self.tokenizer.decode  # type: ignore[method-assign]
+        self.module = self.tokenizer.objective()
         self.sizes = [level.codebook_size for level in self.tokenizer.levels]
 
     def loss(self, images: Tensor, progress: float) -> Tensor:
         loss, _ = self.module({"images": images}, int(progress * NOMINAL_STEPS))
         return loss
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return self.tokenizer.encode(images)
+
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        return self.tokenizer.decode(codes)
 
     def after_update(self, applied: bool) -> None:
         if hasattr(self.module, "after_update"):
@@ -132,10 +138,10 @@ class DallePytorch(Contestant):
         return self.module(images.float() / 255, return_loss=True, temp=max(0.5, 1.0 - 0.5 * progress))
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        return [self.module.get_codebook_indices(images)]  # type: ignore[operator]
+        return [self.module.get_codebook_indices(images)]
 
     def decode(self, codes: list[Tensor]) -> Tensor:
-        return (self.module.decode(codes[0]).float() * 0.5 + 0.5).clamp(0, 1)  # type: ignore[operator]
+        return (self.module.decode(codes[0]).float() * 0.5 + 0.5).clamp(0, 1)
 
 
 class PlainVectorQuantize(Contestant):
@@ -228,7 +234,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
     train_pictures, val_pictures = pictures
     torch.manual_seed(seed)
     made = contestant(kind)
-    settings = (PEER_TRAINING if kind in PEERS else TRAINING) | TRAINING_OF.get(kind, {})
+    settings = PEER_TRAINING if kind in PEERS else TRAINING
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
     optimizer = build_adamw(made.module, config)
     held = {name: parameter.data for name, parameter in made.module.named_parameters()}
@@ -273,7 +279,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
 def figures(made: Contestant, pictures: Tensor) -> dict[str, Any]:
     """In float32, on hard codes."""
     made.module.eval()
-    counts = [torch.zeros(size) for size in made.sizes]  # type: ignore[attr-defined]
+    counts = [torch.zeros(size) for size in made.sizes]
     decibels, similarity, bits = [], [], 0.0
     for batch in pictures.split(64):
         images = batch.float() / 255

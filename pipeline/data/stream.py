@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class ImageStream:
         """Samples of the split."""
         return self.order.samples
 
-    def batches(self, consumed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, consumed: int, batch_size: int) -> Generator[dict[str, Tensor], None, None]:
         """Endless batches from global sample `consumed` on; `{"images": uint8 [batch_size / ranks, 3, H, W]}`.
 
         Rank r of W gets samples [r * b / W, (r + 1) * b / W) of each global batch of b. Epochs follow each other

@@ -78,7 +78,7 @@ def test_resume_decodes_nothing_that_it_skips(prepared: Path) -> None:
     stream = ImageStream(prepared, "train", seed=1)
     batches = stream.batches(80, 5)
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert 5 <= stream._known.sum() <= 5 * 7  # this batch and those made ahead
 
 
@@ -136,5 +136,5 @@ def test_an_abandoned_stream_leaves_no_thread_behind(prepared: Path) -> None:
     batches = ImageStream(prepared, "train", seed=0, cache_bytes=0).batches(0, 10)
     next(batches)
     assert threading.active_count() > before
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert threading.active_count() == before
