@@ -183,6 +183,8 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
     training = Training(slurm, run_copy, only=False)
     ranks = training.wait_for_steps(0)
     watcher = slurm.follow("status", str(run_copy), "--watch")
+    assert watcher.stdout
+    assert any("RUNNING" in line for line in watcher.stdout), "it ended before it saw the job running"
     os.kill(ranks[2], signal.SIGKILL)
     signal_all([rank for rank in ranks if rank != ranks[2]], signal.SIGCONT)
     training.wait_for_the_end()
@@ -194,7 +196,6 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
     assert "transformer failed: rank 2 on node2 died first (exit 137); the last it said:" in table
     assert "Killed" in table
     watched, _ = watcher.communicate(timeout=30)  # it ends by itself when all is at rest
-    assert "RUNNING" in watched
     assert table.splitlines()[-1] in watched
     (run_copy.parent / "slurm.conf").write_text(
         "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n"
