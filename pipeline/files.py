@@ -68,6 +68,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: expected JSON ({error}); remove it and run the stage again") from error
 
 
+def expect_files(directory: Path, stage: str, *names: str) -> None:
+    """Raises UserError when a folder does not have what `stage` writes there."""
+    for name in names:
+        if not (directory / name).is_file():
+            raise UserError(f"no {stage} in {directory}: expected {name}, found none; run the stage {stage} first")
+
+
 def fsync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic, write_json
+from pipeline.files import expect_files, read_json, write_atomic, write_json
 from pipeline.text_tokenizer_config import TextTokenizerConfig
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class TextTokenizer:
     def from_pretrained(cls, directory: str | Path) -> TextTokenizer:
         """Raises UserError when the two files are not there or not whole."""
         directory = Path(directory)
-        for name in ("tokenizer.json", "config.json"):
-            if not (directory / name).is_file():
-                raise UserError(f"no text tokenizer in {directory}: expected {name}; run text-tokenizer first")
+        expect_files(directory, "text-tokenizer", "tokenizer.json", "config.json")
         config_path = directory / "config.json"
         config = parse_config(TextTokenizerConfig, read_json(config_path), where=str(config_path))
         try:

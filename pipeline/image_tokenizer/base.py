@@ -14,14 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, read_json, write_json
 from pipeline.image_tokenizer.config import ArchitectureConfig
+from pipeline.pretrained import load_model, save_model
 
 # kind -> module and class; imported on first use, so that kinds do not load each other
 KINDS = {
@@ -71,12 +69,8 @@ class ImageTokenizer(nn.Module, ABC):
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes model.safetensors and config.json."""
-        directory = Path(directory)
-        state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
-        with atomic_path(directory / "model.safetensors") as temporary:
-            save_file(state, temporary)
-        values = {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
-        write_json(directory / "config.json", values)
+        config = {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
+        save_model(self, config, directory)
 
     @staticmethod
     def from_pretrained(directory: Path | str) -> ImageTokenizer:
@@ -84,25 +78,10 @@ class ImageTokenizer(nn.Module, ABC):
 
         Raises UserError when a file is missing or damaged, or weights and config do not belong together.
         """
-        directory = Path(directory)
-        config_file, weights_file = directory / "config.json", directory / "model.safetensors"
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise UserError(f"no image tokenizer at {directory}: {file.name} is missing; run image-tokenizer first")
-        values = read_json(config_file)
-        if not isinstance(values, dict) or not {"image_size", "model"} <= values.keys():
-            raise UserError(f"{config_file}: expected the keys image_size and model; train the tokenizer again")
-        tokenizer = build(values["model"], values["image_size"], where=str(config_file))
-        try:
-            tokenizer.load_state_dict(load_file(weights_file))
-        except (SafetensorError, RuntimeError) as error:
-            # torch lists every key that differs, a line each; the first difference tells enough.
-            reason = [line.strip() for line in str(error).splitlines()][:2][-1]
-            raise UserError(
-                f"{weights_file} does not fit {config_file.name} beside it ({reason});"
-                " copy both files from one run, or train the tokenizer again"
-            ) from error
-        return tokenizer.eval()
+        return load_model(
+            *(directory, "image-tokenizer", ("image_size", "model")),
+            lambda values, where: build(values["model"], values["image_size"], where),
+        )
 
     def _check_images(self, images: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, read_json, write_json
+from pipeline.pretrained import load_model, save_model
 from pipeline.reranker.config import TowerConfig
 from pipeline.text_tokenizer import PAD_ID
 
+_SIZES = ("image_size", "text_length", "text_vocab_size")  # beside the config, what a model is built from
 _INIT_STD = 0.02
 _MAX_SCALE = math.log(100)  # as Radford et al. 2021, section 2.5
 
@@ -63,30 +62,16 @@ class TwoTowers(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        directory = Path(directory)
-        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(directory / "model.safetensors") as temporary:
-            save_file(weights, temporary)
-        sizes = {name: getattr(self, name) for name in ("image_size", "text_length", "text_vocab_size")}
-        write_json(directory / "config.json", {"kind": "towers", "model": self.config.model_dump(), **sizes})
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        save_model(self, {"kind": "towers", "model": self.config.model_dump(), **sizes}, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TwoTowers:
         """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
-        directory = Path(directory)
-        for name in ("model.safetensors", "config.json"):
-            if not (directory / name).is_file():
-                raise UserError(f"no reranker in {directory}: expected {name}; run the reranker stage first")
-        values = read_json(directory / "config.json")
-        where = f"{directory}/config.json"
-        sizes = [values[name] for name in ("image_size", "text_length", "text_vocab_size")]
-        model = cls(parse_config(TowerConfig, values["model"], where), *sizes)
-        try:
-            model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{directory}/model.safetensors does not fit config.json: {reason}") from error
-        return model.eval()
+        return load_model(
+            *(directory, "reranker", ("model", *_SIZES)),
+            lambda config, where: cls(parse_config(TowerConfig, config["model"], where), *(config[s] for s in _SIZES)),
+        )
 
 
 class ContrastiveObjective(nn.Module):

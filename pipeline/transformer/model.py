@@ -15,13 +15,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import parse_config
-from pipeline.errors import UserError
-from pipeline.files import atomic_path, read_json, write_json
+from pipeline.pretrained import load_model, save_model
 from pipeline.text_tokenizer import PAD_ID
 from pipeline.transformer.blocks import Block, LayerCache, build_norm, working_precision
 from pipeline.transformer.config import TransformerShape
@@ -164,32 +161,18 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors (float32) and config.json."""
-        directory = Path(directory)
-        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(directory / "model.safetensors") as temporary:
-            save_file(weights, temporary)
         shape = self.shape.model_dump(include=set(_SHAPE_FIELDS))
-        config = {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}
-        write_json(directory / "config.json", config)
+        save_model(self, {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Transformer:
         """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
-        directory = Path(directory)
-        for name in ("model.safetensors", "config.json"):
-            if not (directory / name).is_file():
-                raise UserError(f"no transformer in {directory}: expected {name}; run the transformer stage first")
-        config = read_json(directory / "config.json")
-        where = f"{directory}/config.json"
-        if not {"layout", "shape"} <= config.keys():
-            raise UserError(f"{where}: expected keys layout and shape, found {', '.join(config)}; export it again")
-        model = cls(Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where))
-        try:
-            model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{directory}/model.safetensors does not fit config.json: {reason}") from error
-        return model.eval()
+        return load_model(
+            *(directory, "transformer", ("layout", "shape")),
+            lambda config, where: cls(
+                Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where)
+            ),
+        )
 
 
 _SHAPE_FIELDS = tuple(TransformerShape.model_fields)

@@ -173,7 +173,7 @@ def test_checkpoint_that_does_not_fit_its_config_is_a_one_line_error(
 
 
 def test_missing_or_cut_off_weights_are_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"expected model\.safetensors, found none"):
         ImageTokenizer.from_pretrained(tmp_path)
     small().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
