@@ -30,11 +30,16 @@ MODELS = {
     "6 layers, 512 wide, batch 8, fp32, recomputed": (
         "layers=6 width=512 training.batch_size=8 training.precision=fp32 training.activation_checkpointing=true"
     ),
+    "4 layers, 256 wide, batch 8, bf16, 8,192 codes": (
+        "layers=4 width=256 training.batch_size=8 training.precision=bf16"
+    ),
 }
 
 
 def config_of(model: str) -> PipelineConfig:
-    overrides = [*_DATA, "transformer.heads=8", *(f"transformer.{override}" for override in MODELS[model].split())]
+    codes = 8192 if "8,192 codes" in model else 64
+    overrides = [*_DATA, "transformer.heads=8", f"image_tokenizer.model.codebook_size={codes}"]
+    overrides += [f"transformer.{override}" for override in MODELS[model].split()]
     return load_pipeline(ROOT / "tests" / "configs" / "tiny.yaml", overrides)
 
 
@@ -87,7 +92,7 @@ def _train(config: PipelineConfig, stage: int, figure: Callable[[], int] = lambd
 
     distributed.init(alone=True)
     section, text = config.transformer, config.text_tokenizer
-    layout = Layout.of(text.text_length, text.vocab_size, [(16, 16, 64)])
+    layout = Layout.of(text.text_length, text.vocab_size, [(16, 16, config.image_tokenizer.model.codebook_size)])
     objective = JointObjective(Transformer(layout, section), section)
     zero = DeepSpeedConfig(zero_stage=stage)
     with tempfile.TemporaryDirectory() as folder:

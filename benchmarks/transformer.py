@@ -124,7 +124,8 @@ def llama(codes: int, bf16: bool, attention: str) -> Step:
 def products(codes: int, dtype: torch.dtype) -> tuple[Step, float]:
     """The matrix products of a step at these shapes, one after the other, and their FLOPs.
 
-    Those of weights forward, and backward to inputs and weights; attention's two, and their four backward.
+    Those of weights forward, and backward to inputs and weights; attention's two, and their four backward. Into tensors
+    that are there already: what new memory costs is the step's own affair.
     """
     hidden, rows, head = config_of().hidden, TOKENS, WIDTH // HEADS
     length = TEXT + IMAGE
@@ -138,12 +139,15 @@ def products(codes: int, dtype: torch.dtype) -> tuple[Step, float]:
     shapes: list[tuple[int, ...]] = [s for m, k, n in weights for s in ((m, k, n), (m, n, k), (k, m, n))]
     each = [(length, head, length), (length, length, head)] * 3
     shapes += [(BATCH * HEADS, *shape) for shape in each] * LAYERS
-    made = {s: (torch.randn(*s[:-1]).to(dtype), torch.randn(*s[:-3], *s[-2:]).to(dtype)) for s in set(shapes)}
+    made: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+    for shape in set(shapes):
+        left, right = torch.randn(*shape[:-1]).to(dtype), torch.randn(*shape[:-3], *shape[-2:]).to(dtype)
+        made[shape] = left, right, left @ right
 
     def run() -> None:
         for shape in shapes:
-            left, right = made[shape]
-            torch.matmul(left, right)
+            left, right, product = made[shape]
+            torch.matmul(left, right, out=product)
 
     return run, float(sum(2 * torch.Size(shape).numel() for shape in shapes))
 

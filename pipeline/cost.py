@@ -37,7 +37,7 @@ class Cost:
     all_blocks_bytes: int  # the part of it of all blocks
     blocks: int
     between_blocks_bytes: int  # the inputs of all blocks: what activation checkpointing keeps
-    output_bytes: int  # the largest tensor: its gradient lives at the start of the backward pass
+    output_bytes: int  # the largest tensor up to the last block: its gradient lives at the start of the backward pass
 
 
 def cost_of(objective: nn.Module, batch: dict[str, Tensor], precision: Precision) -> Cost | None:
@@ -64,11 +64,15 @@ def measure(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
     saved: dict[int, Tensor] = {}
     sizes: list[int] = []
     inputs: list[int] = []
+    largest: list[int] = []
     handles: list[Any] = []
     for block in blocks_of(objective):
         handles.append(block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))))
         handles.append(block.register_forward_pre_hook(lambda *_: sizes.append(-_total(saved))))
         handles.append(block.register_forward_hook(lambda *_: sizes.append(_total(saved))))
+        handles.append(
+            block.register_forward_hook(lambda *_: largest.append(max(map(_bytes, saved.values()), default=0)))
+        )
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
@@ -94,7 +98,7 @@ def measure(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
         all_blocks_bytes=sum(blocks),
         blocks=len(blocks),
         between_blocks_bytes=sum(inputs),
-        output_bytes=max((_bytes(tensor) for tensor in tensors), default=0),
+        output_bytes=max(largest or map(_bytes, tensors), default=0),
     )
 
 

@@ -86,16 +86,24 @@ class Transformer(nn.Module):
 
         `text` holds ids of the text tokenizer (0: pad), `codes` each level's own ids without offsets.
         """
+        text_logits, *level_logits = [hidden @ weight.T for hidden, weight in self.factors(text_BT, codes_BN)]
+        return text_logits, level_logits
+
+    def factors(self, text_BT: Tensor, codes_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `forward` multiplies, of text and of each level: hidden states [B, n, D] and weights [vocabulary, D].
+
+        For a loss that never holds all logits (`functional.cross_entropy`).
+        """
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
         x_BSD = working_precision(x_BSD)
         for block in self.blocks:
             x_BSD = block(x_BSD, self.tables)
         hidden = self.norm(x_BSD)
-        text_length = self.layout.text_length
-        text_logits = hidden[:, :text_length] @ self.head.weight[: self.layout.text_vocab_size].T
-        image_hidden = hidden[:, text_length:]
-        logits = [self.level_logits(image_hidden[:, s : s + n], level) for level, (s, n) in enumerate(self._parts)]
-        return text_logits, logits
+        layout = self.layout
+        lengths = [layout.text_length, *(level.positions for level in layout.levels)]
+        vocabularies = [layout.text_vocab_size, *(level.codebook_size for level in layout.levels)]
+        head = self.head.weight.to(hidden.dtype)
+        return list(zip(hidden.split(lengths, dim=1), head.split(vocabularies), strict=True))
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """[..., D] -> [..., codebook size of the level]."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.text_tokenizer import PAD_ID
 from pipeline.transformer.config import TransformerConfig
+from pipeline.transformer.functional import cross_entropy
 from pipeline.transformer.model import Transformer
 
 
@@ -32,48 +32,33 @@ class JointObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: "text" int64 [B, T], "codes" int64 [B, N]. In training mode captions are dropped.
 
-        In eval mode the metrics hold accuracy/image (5 % of a step, so not in training), bits/image_token, and,
+        In eval mode the metrics hold accuracy/image (another product with the head), bits/image_token, and,
         as a vector [T + N], loss/position: the mean loss of each position of the sequence.
         """
         text_BT, codes_BN = batch["text"], batch["codes"]
         if self.training:
             text_BT = drop_captions(text_BT, self.config.caption_dropout)
-        text_logits, level_logits = self.transformer(text_BT, codes_BN)
-        targets = codes_BN.split([logits.shape[1] for logits in level_logits], dim=1)
-        text_losses, text_extra = self._losses(text_logits, text_BT)
-        parts = [self._losses(logits, target) for logits, target in zip(level_logits, targets, strict=True)]
-        text_loss = text_losses.mean()
-        losses = torch.cat([part for part, _ in parts], dim=1)
-        image_loss = losses.mean()
-        loss = self.config.text_loss_weight * text_loss + self.config.image_loss_weight * image_loss
-        if text_extra is not None:
-            image_extra = torch.cat([extra for _, extra in parts if extra is not None], dim=1)
-            loss = loss + self.config.text_loss_weight * text_extra.mean()
-            loss = loss + self.config.image_loss_weight * image_extra.mean()
+        factors = self.transformer.factors(text_BT, codes_BN)
+        targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
+        # Of each target [B, n], in float32: what is minimised, and the cross-entropy alone.
+        smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+        totals, plain = zip(
+            *(cross_entropy(*pair, target, smoothing, z_loss) for pair, target in zip(factors, targets, strict=True)),
+            strict=True,
+        )
+        image_total, image_losses = torch.cat(totals[1:], dim=1), torch.cat(plain[1:], dim=1)
+        loss = self.config.text_loss_weight * totals[0].mean() + self.config.image_loss_weight * image_total.mean()
         with torch.no_grad():
-            metrics = {"loss/text": text_loss.detach(), "loss/image": image_loss.detach()}
-            if len(parts) > 1:
-                metrics |= {f"loss/image/{level}": part.detach().mean() for level, (part, _) in enumerate(parts)}
+            image_loss = image_losses.mean()
+            metrics = {"loss/text": plain[0].mean(), "loss/image": image_loss}
+            if len(factors) > 2:
+                metrics |= {f"loss/image/{level}": part.mean() for level, part in enumerate(plain[1:])}
             if not self.training:
-                pairs = zip(level_logits, targets, strict=True)
-                hits = torch.cat([logits.argmax(-1) == target for logits, target in pairs], dim=1)
-                metrics["accuracy/image"] = hits.float().mean()
+                predicted = torch.cat([(hidden @ weight.T).argmax(-1) for hidden, weight in factors[1:]], dim=1)
+                metrics["accuracy/image"] = (predicted == codes_BN).float().mean()
                 metrics["bits/image_token"] = image_loss / math.log(2)
-                metrics["loss/position"] = torch.cat([text_losses.mean(dim=0), losses.mean(dim=0)])
+                metrics["loss/position"] = torch.cat([plain[0].mean(dim=0), image_losses.mean(dim=0)])
         return loss, metrics
-
-    def _losses(self, logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of each target [B, S], in float32: the cross-entropy, and what the options of training add to it."""
-        logits_BSV = logits_BSV.float()
-        smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
-        if not self.training or not (smoothing or z_loss):
-            losses = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none")
-            return losses.view_as(targets_BS), None
-        log_z = logits_BSV.logsumexp(dim=-1)
-        losses = log_z - logits_BSV.gather(-1, targets_BS[..., None])[..., 0]
-        # The loss against the uniform distribution, of which label smoothing mixes in a share.
-        uniform = log_z - logits_BSV.mean(dim=-1)
-        return losses, smoothing * (uniform - losses) + z_loss * log_z.square()
 
 
 def drop_captions(text_BT: Tensor, share: float) -> Tensor:
