@@ -49,7 +49,8 @@ class DeepSpeedEngine:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
-        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of DeepSpeed, a line a collective
+        # DeepSpeed calls collectives by names that torch has deprecated since: a line in the log for each of them.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         distributed.init(alone=True)
         _spare_the_shared_memory_build()
         _check(training, config)
@@ -135,9 +136,10 @@ class DeepSpeedEngine:
                 offload._register_deepspeed_module(offload.module)
 
     def finish(self) -> None:
-        self._kept = self.whole()
-        self._kept.__enter__()
-        self.objective.engine = self  # type: ignore[assignment]  # a context that nobody holds would end
+        if self.stage == 3:
+            parameters = [parameter for _, parameter in self._named_parameters()]
+            parameters[0].all_gather(parameters)  # for good, where `whole` gives them back
+            self._engine.destroy()  # its hooks would partition them behind their first use
 
     def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
         if self.stage != 3:
