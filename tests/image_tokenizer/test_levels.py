@@ -22,6 +22,7 @@ MODEL = (
     " quantizers: [{kind: ema, codebook_size: 64, code_width: 8, depth: 2},"
     " {kind: gradient, codebook_size: 32, code_width: 8}]}"
 )
+LEVELS = [MODEL, "tracking.enabled=false"]  # each new run would wait for a database of MLflow's
 
 
 def _prepared(tiny_run: Path, folder: Path) -> Path:
@@ -38,7 +39,7 @@ def _prepared(tiny_run: Path, folder: Path) -> Path:
 def levels_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     """The tiny pipeline up to `generate`, with three levels of codes."""
     run = _prepared(tiny_run, tmp_path_factory.mktemp("levels"))
-    overrides = [MODEL, "image_tokenizer.usage_floor=1", "transformer.training.steps=6", "generate.samples=4"]
+    overrides = [*LEVELS, "image_tokenizer.usage_floor=1", "transformer.training.steps=6", "generate.samples=4"]
     for stage in ("image_tokenizer", "tokenize", "transformer", "generate"):
         launch(f"stages.{stage}", "--config", str(TINY), f"runs={run.parent}", *overrides)
     return run
@@ -69,7 +70,7 @@ def test_a_level_below_the_usage_floor_is_told_in_the_log(levels_run: Path) -> N
 
 def test_killed_and_resumed_codebooks_end_with_the_same_bits(levels_run: Path, tiny_run: Path, tmp_path: Path) -> None:
     run = _prepared(tiny_run, tmp_path)
-    arguments = ["--config", str(TINY), f"runs={tmp_path}", MODEL]
+    arguments = ["--config", str(TINY), f"runs={tmp_path}", *LEVELS]
     process = subprocess.Popen(
         command("stages.image_tokenizer", arguments), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
     )
