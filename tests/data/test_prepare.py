@@ -3,13 +3,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
@@ -26,6 +26,7 @@ from tests.data.pictures import (
     write_folder,
     write_tar,
 )
+from tests.launch import wait_for_end
 
 
 def test_folder_becomes_shards_that_hold_every_sample_once(tmp_path: Path) -> None:
@@ -271,13 +272,16 @@ def test_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     process = subprocess.Popen([sys.executable, script, folder, tmp_path / "out"], env=environment)
     parts = tmp_path / "out" / "parts"
     deadline = time.monotonic() + 60
-    while len(list(parts.glob("0*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(parts.glob("0*.json"))) < 3:
+        assert process.poll() is None, "ended too early to prove anything"
+        assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    wait_for_end(workers)  # orphans, they notice
     assert not (tmp_path / "out/index.json").exists(), "killed too late to prove anything"
     done = {path: path.stat().st_mtime_ns for path in parts.glob("0*.json")}
-    time.sleep(1)  # the orphaned workers notice and end
     values = {"shard_size": 20, "image_size": 32}
     prepare(tmp_path / "out", folder_config(folder, **values), seed=0)
     prepare(tmp_path / "fresh", folder_config(folder, **values), seed=0)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -23,6 +24,8 @@ from tests.launch import ROOT, command, environment, launch
 TESTBED = ROOT / "slurm" / "testbed"
 # Long enough to be stopped five times on the way; the model is tiny.
 STEPS = "transformer.training.steps=100"
+
+T = TypeVar("T")
 
 
 class Slurm:
@@ -72,11 +75,18 @@ class Slurm:
         return found[1]
 
 
-def wait_until(what: str, condition: Callable[[], object], seconds: float = 240) -> None:
+def wait_until(what: str, condition: Callable[[], T], seconds: float = 240) -> T:
+    """Until the condition's value is true; returns it, for what is looked at once more may be gone."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for this: {what}"
         time.sleep(0.1)
+    return found
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Of a file that is being written."""
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def processes_of(job: int, module: str) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import TINY
 from tests.launch import launch
-from tests.slurm.conftest import Slurm, cluster_file, processes_of, signal_all, wait_until, weights
+from tests.slurm.conftest import Slurm, cluster_file, processes_of, signal_all, wait_until, weights, whole_lines
 
 pytestmark = pytest.mark.slurm
 # What needs no four ranks is quicker with two.
@@ -35,16 +35,19 @@ class Training:
         self.id = self.jobs["transformer"]
 
     def step(self) -> int:
-        path = self.run / "transformer" / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = whole_lines(self.run / "transformer" / "metrics.jsonl")
         return json.loads(lines[-1])["step"] if lines else 0
 
     def wait_for_steps(self, life: int) -> list[int]:
         """Wait until life number `life` of the job has trained a little; its processes, all asleep."""
         wait_until(f"life {life}", lambda: self.notes().count("started") > life)
         before = self.step()
-        wait_until("a step", lambda: self.step() not in (before, 100) and len(self.ranks()) == self.processes)
-        ranks = self.ranks()
+
+        def all_beyond() -> list[int]:
+            ranks = self.ranks() if self.step() not in (before, 100) else []
+            return ranks if len(ranks) == self.processes else []
+
+        ranks = wait_until("a step", all_beyond)
         signal_all(ranks, signal.SIGSTOP)
         return ranks
 
@@ -52,8 +55,7 @@ class Training:
         return processes_of(self.id, "stages.transformer")
 
     def notes(self) -> list[str]:
-        path = self.run / "slurm" / "transformer.history"
-        return [line.split("\t")[2] for line in path.read_text().splitlines()] if path.exists() else []
+        return [line.split("\t")[2] for line in whole_lines(self.run / "slurm" / "transformer.history")]
 
     def log(self) -> str:
         return self.slurm.smalti("logs", str(self.run), "transformer", "-n", "0")
@@ -144,7 +146,7 @@ def test_a_user_signal_and_a_requeue_by_hand_lose_nothing_and_cancel_ends_it(slu
     assert f"cancelled: {training.id}" in slurm.smalti("cancel", str(run_copy))
     again = slurm.smalti("resubmit", str(run_copy), "--only", "transformer")  # at once, while that job is still ending
     assert "submitted: slurm/transformer.sbatch" in again
-    assert training.state() == "CANCELLED"
+    wait_until("the first one cancelled", lambda: training.state() == "CANCELLED", 30)
     assert "cancelled: " in slurm.smalti("cancel", str(run_copy))
     wait_until("all ours ended", lambda: training.slurm("squeue", "-h", "-o", "%A").split() == [str(theirs)], 30)
     assert slurm.states()[theirs] in ("PENDING", "RUNNING")

@@ -41,8 +41,8 @@ def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitt
     jobs = {entry["script"]: entry["id"] for entry in json.loads((path / "slurm" / "jobs.json").read_text())}
     seen = Submitted(path, jobs, others)
 
-    wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
-    os.kill(processes_of(jobs["tokenize.tasks"], "stages.tokenize")[0], signal.SIGKILL)
+    at_work = wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
+    os.kill(at_work[0], signal.SIGKILL)
     histories = path / "slurm"
     wait_until(
         "its death noted", lambda: any("\tcrash\t" in f.read_text() for f in histories.glob("tokenize.task-*.history"))
