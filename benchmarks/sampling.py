@@ -1,7 +1,8 @@
 """The bars of sampling, as a table: image tokens a second beside other systems, in one run on this machine.
 
     python -m benchmarks.sampling            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
-    python -m benchmarks.sampling --no-peers # ours alone: bf16, torch.compile
+    python -m benchmarks.sampling --no-peers # ours alone
+    python -m benchmarks.sampling --no-peers --compile   # and at batch 1 through torch.compile
 
 Peers: `dalle-pytorch` 1.6.6 `generate_images` with its cache on, and `transformers` `generate()` on a Llama of the same
 shape (its dynamic cache, multinomial sampling). All weights are random: the work is the same. See benchmarks/peers.py.
@@ -29,6 +30,7 @@ from pipeline.transformer.model import Transformer
 
 LAYERS, WIDTH, HEADS, TEXT, SIDE, TEXT_CODES, CODES = 6, 256, 4, 32, 16, 2048, 8192
 IMAGE = SIDE * SIDE
+_TURN_S = 2.0
 BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
 
 
@@ -37,7 +39,8 @@ BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
 @click.option("--repeats", default=5, show_default=True, help="turns; the median counts")
 @click.option("--peers/--no-peers", default=True, show_default=True)
 @click.option("--dalle-tokens", default=IMAGE, show_default=True, help="fewer: the rest is given, for a shorter run")
-def main(threads: int, repeats: int, peers: bool, dalle_tokens: int) -> None:
+@click.option("--compile", "compiled", is_flag=True, help="at batch 1 also through torch.compile, which takes minutes")
+def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: bool) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = _model()
@@ -51,6 +54,11 @@ def main(threads: int, repeats: int, peers: bool, dalle_tokens: int) -> None:
             "smalti bf16": partial(_ours, half, batch),
             **{name: partial(generate, batch) for name, generate in others.items()},
         }
+        if compiled and batch == 1:
+            work["smalti compiled"] = partial(_ours, model, batch, compiled=True)
+            started = time.perf_counter()
+            work["smalti compiled"]()
+            print(f"the first picture through torch.compile: {time.perf_counter() - started:.1f} s")
         seconds = _medians(work, repeats)
         if "dalle-pytorch" in seconds:
             seconds["dalle-pytorch"] *= IMAGE / dalle_tokens
@@ -74,11 +82,16 @@ def _model() -> Transformer:
 
 
 def _ours(
-    model: Transformer, batch: int, on_code: Callable[[int, Tensor], object] | None = None, **sampling: float
+    model: Transformer,
+    batch: int,
+    on_code: Callable[[int, Tensor], object] | None = None,
+    compiled: bool = False,
+    guidance: float = 1.0,
 ) -> Tensor:
     text = torch.randint(1, TEXT_CODES, (batch, TEXT), generator=torch.Generator().manual_seed(0))
     uniforms = torch.stack([candidate_uniforms(0, i, 0, IMAGE) for i in range(batch)])
-    return draw_codes(model, text, torch.arange(batch), uniforms, SamplingConfig(**sampling), on_code=on_code)
+    sampling = SamplingConfig(guidance=guidance)
+    return draw_codes(model, text, torch.arange(batch), uniforms, sampling, on_code=on_code, compiled=compiled)
 
 
 def _quarters(model: Transformer, batch: int, repeats: int) -> tuple[float, float]:
@@ -142,15 +155,20 @@ def model_hidden() -> int:
 
 
 def _medians(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns, so that a slow minute of the machine is everybody's."""
+    """Median seconds of each, in turns, so that a slow minute of the machine is everybody's.
+
+    In its turn each works for `_TURN_S` or longer, so that no median hangs on a few short runs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repeats):
         for name, run in work.items():
             if name == "dalle-pytorch" and turn != repeats // 2:  # the longest by far
                 continue
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            turn_started = time.perf_counter()
+            while time.perf_counter() - turn_started < _TURN_S:
+                started = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -14,7 +14,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tens
     """One code a row by inverting the cumulative distribution at the row's uniform number: int64 [B]."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = _filter(logits_BV / sampling.temperature, sampling)
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
+    logits_BV = _filter(logits_BV, sampling)
     # float64: a sum over thousands of codes must end at 1, and the uniform has 53 bits.
     cumulative = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     target = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]

@@ -1,11 +1,17 @@
 """One code through the transformer: the step of the decode loop, with as few operations as it takes.
 
 `Transformer.read_codes` says the same in the words of training. At one position a row, what an operation costs to
-start outweighs what it computes (3 to 5 µs each on a CPU, more on a GPU), so this step prepares what all positions
-share, and spends one operation where the general form takes five. `tests/sampling/test_step.py` holds it to the full
-pass at every position of every shape.
+start outweighs what it computes (1 to 5 µs each on a CPU, more on a GPU), and a view costs as much as a sum. So this
+step spends one operation where the general form takes five, and writes into a `_Room` whose views are made once.
+`tests/sampling/test_step.py` holds it to the full pass at every position of every shape.
 
-Shapes: B rows, D width, H heads, G heads of keys and values, K = D / H.
+Shapes: B rows, C = max(B, 2) rows of which the second may be a copy, D width, M hidden width of the MLP, H heads,
+G heads of keys and values, K = D / H, E = (H + 2 G) K. `x_CD` is stored row by row, `x_DC` column by column.
+
+A matrix product is W x^T with x row by row and the result column by column. For that MKL has kernels that keep up
+with memory, and none for a single row, which is therefore taken twice. The 25 matrices (28 MB) of a model of 6 layers
+of 256 in float32, 2 threads, median of 40: 1 row 3.9 ms as x W^T, 3.5 as a product with a vector, 1.1 taken twice;
+4 rows 5.7 ms as x W^T, 1.3 so; 8 rows 4.4 and 2.0.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from pipeline.transformer.blocks import GELU, Attention, Block, LayerCache, RMSN
 from pipeline.transformer.model import Cache, Transformer
 from pipeline.transformer.places import rotary_angles
 
-Norm = Callable[[Tensor], Tensor]
+Norm = Callable[[Tensor, Tensor], object]  # of the first argument, into the second
 
 
 class CodeReader:
@@ -29,31 +35,37 @@ class CodeReader:
 
     def __init__(self, model: Transformer, cache: Cache, compiled: bool = False) -> None:
         """`compiled`: through `torch.compile`, which takes its time at the first code."""
-        layout, kind = model.layout, cache[0].keys.dtype
-        self._embedding = model.embedding
-        self._offsets = [layout.level_offsets[layout.level_at(i)] for i in range(layout.image_length)]
+        layout, self._batch = model.layout, len(cache[0].keys)
+        ends = [slice(o, o + n.codebook_size) for o, n in zip(layout.level_offsets, layout.levels, strict=True)]
+        levels = [layout.level_at(index) for index in range(layout.image_length)]
+        embeddings, heads = [model.embedding.weight[s] for s in ends], [model.head.weight[s] for s in ends]
+        self._embeddings, self._heads = [embeddings[level] for level in levels], [heads[level] for level in levels]
         places = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
-        self._places = torch.cat(places) if places else None
-        self._level_at = [layout.level_at(i) for i in range(layout.image_length)]
-        sizes = [level.codebook_size for level in layout.levels]
-        self._heads = [model.head.weight[o : o + n] for o, n in zip(layout.level_offsets, sizes, strict=True)]
+        self._places = torch.cat(places).unbind() if places else None
         self._first = layout.text_length + 1
-        self._turns = _Turns.of(model, kind) if model.shape.positions == "rotary" else None
+        self._turns = _Turns.of(model, cache[0].keys.dtype) if model.shape.positions == "rotary" else None
         self._layers = [_Layer.of(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
-        self._norm = _one_position(model.norm)
-        self._through = torch.compile(_through, dynamic=True) if compiled else _through
+        self._norm, self._room = _norm(model.norm), _Room(self._layers[0], self._batch)
+        self._compiled = torch.compile(_through, dynamic=True) if compiled else None
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
         """What predicts code `index` of the N, over its level's codes: float32 [B, V]."""
-        head_VD = self._heads[self._level_at[index]]
-        return _product(head_VD, hidden_BD).float().contiguous()
+        self._room.mixed_CD.copy_(hidden_BD)
+        logits_VC = torch.mm(self._heads[index], self._room.mixed_DC)
+        return logits_VC[:, : self._batch].t().float().contiguous()
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
         """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
-        x_BD = self._embedding(code_B + self._offsets[index])
+        x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._room.mixed_CD)))
         if self._places is not None:
-            x_BD = x_BD + self._places[index]
-        return self._norm(self._through(self._layers, self._turns, x_BD, self._first + index))
+            x_CD += self._places[index]
+        position = self._first + index
+        if self._compiled is None:
+            _through(self._layers, self._turns, x_CD, position, self._batch, self._room)
+        else:
+            x_CD = self._compiled(self._layers, self._turns, x_CD, position, self._batch)
+        self._norm(x_CD, self._room.normed_CD)
+        return self._room.normed_CD[: self._batch]
 
 
 @dataclass
@@ -69,9 +81,9 @@ class _Turns:
         cosine, sine = angles.cos(), angles.sin()
         return cls(torch.cat([cosine, cosine], 1).to(kind), torch.cat([-sine, sine], 1).to(kind))
 
-    def turn(self, x_BHK: Tensor, position: int) -> Tensor:
+    def turn_(self, x_BHK: Tensor, position: int) -> None:
         swapped = x_BHK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        return torch.addcmul(x_BHK * self.cosine[position], swapped, self.sine[position])
+        x_BHK.mul_(self.cosine[position]).addcmul_(swapped, self.sine[position])
 
 
 @dataclass
@@ -91,62 +103,79 @@ class _Layer:
         assert isinstance(block, Block)
         own = block.attention
         bias = None if own.pattern == "full" else model.tables.bias(own.pattern, cache.keys.dtype)
-        norms = _one_position(block.attention_norm), _of_heads(own), _one_position(block.mlp_norm)
-        return cls(own, block.mlp, *norms, bias, cache)
+        return cls(own, block.mlp, _norm(block.attention_norm), _of_heads(own), _norm(block.mlp_norm), bias, cache)
+
+    @property
+    def mlp_in(self) -> Tensor:
+        return (self.mlp.hidden if isinstance(self.mlp, GELU) else self.mlp.gate_value).weight
 
 
-def _through(layers: list[_Layer], turns: _Turns | None, x_BD: Tensor, position: int) -> Tensor:
+class _Room:
+    """Where a layer puts its results, and the views that it takes of them. The same for all layers."""
+
+    def __init__(self, layer: _Layer, batch: int) -> None:
+        own, rows = layer.attention, max(batch, 2)
+        new = own.qkv.weight.new_empty
+        (qkv, width), (up, hidden) = own.qkv.weight.shape, (len(layer.mlp_in), layer.mlp.out.weight.shape[1])
+        self.normed_CD, self.mixed_CD, self.hidden_CM = new(rows, width), new(rows, width), new(rows, hidden)
+        self.normed_DC, self.mixed_DC, self.hidden_MC = self.normed_CD.t(), self.mixed_CD.t(), self.hidden_CM.t()
+        self.qkv_EC, self.out_DC, self.up_MC = new(qkv, rows), new(width, rows), new(up, rows)
+        self.out_CD, self.up_CM = self.out_DC.t(), self.up_MC.t()
+        self.gate_CM, self.value_CM = self.up_CM[:, :hidden], self.up_CM[:, -hidden:]
+        heads, turned = own.heads, own.heads + own.kv_heads
+        made = self.qkv_EC[:, :batch].t().unflatten(1, (-1, own.head_width))  # [B, H + 2 G, K]
+        self.made, self.value = made[:, :turned], made[:, turned:]
+        self.query_key = new(batch, turned, own.head_width)
+        self.query, self.key = self.query_key[:, :heads].unflatten(1, (own.kv_heads, -1)), self.query_key[:, heads:]
+
+
+def _through(
+    layers: list[_Layer], turns: _Turns | None, x_CD: Tensor, position: int, batch: int, room: _Room | None = None
+) -> Tensor:
+    """All blocks; changes `x_CD`, and returns it. Without a room it makes one, as torch.compile likes it."""
+    room = room or _Room(layers[0], batch)
     for layer in layers:
-        x_BD = x_BD + _product(layer.attention.out.weight, _attended(layer, turns, x_BD, position))
-        x_BD = x_BD + _product(layer.mlp.out.weight, _hidden(layer.mlp, layer.mlp_norm(x_BD)))
-    return x_BD
+        layer.attention_norm(x_CD, room.normed_CD)
+        _attend(layer, turns, position, room)
+        torch.mm(layer.attention.out.weight, room.mixed_DC, out=room.out_DC)
+        x_CD += room.out_CD
+        layer.mlp_norm(x_CD, room.normed_CD)
+        torch.mm(layer.mlp_in, room.normed_DC, out=room.up_MC)
+        if isinstance(layer.mlp, GELU):
+            room.hidden_CM.copy_(F.gelu(room.up_CM))
+        else:
+            torch.mul(F.silu(room.gate_CM), room.value_CM, out=room.hidden_CM)
+        torch.mm(layer.mlp.out.weight, room.hidden_MC, out=room.out_DC)
+        x_CD += room.out_CD
+    return x_CD
 
 
-def _attended(layer: _Layer, turns: _Turns | None, x_BD: Tensor, position: int) -> Tensor:
-    """What the heads have found at one position, which sees what its pattern shows of the cache: [B, D]."""
+def _attend(layer: _Layer, turns: _Turns | None, position: int, room: _Room) -> None:
+    """What the heads find at one position, which sees what its pattern shows of the cache: `room.mixed_CD`."""
     own, cache, end = layer.attention, layer.cache, position + 1
-    qkv = _product(own.qkv.weight, layer.attention_norm(x_BD)).reshape(len(x_BD), -1, own.head_width)
-    query_key, value = qkv.split([own.heads + own.kv_heads, own.kv_heads], dim=1)  # [B, H + G, K], [B, G, K]
+    torch.mm(own.qkv.weight, room.normed_DC, out=room.qkv_EC)
     if layer.head_norm is not None:
-        query_key = layer.head_norm(query_key)
+        layer.head_norm(room.made, room.query_key)
+    else:
+        room.query_key.copy_(room.made)
     if turns is not None:
-        query_key = turns.turn(query_key, position)
-    query, key = query_key.split([own.heads, own.kv_heads], dim=1)
-    cache.keys.select(2, position).copy_(key)
-    cache.values.select(2, position).copy_(value)
-    # Heads that share keys are so many queries of one head.
+        turns.turn_(room.query_key, position)
+    cache.keys.select(2, position).copy_(room.key)
+    cache.values.select(2, position).copy_(room.value)
     mixed = F.scaled_dot_product_attention(
-        query.unflatten(1, (own.kv_heads, -1)),
+        room.query,
         cache.keys.narrow(2, 0, end),
         cache.values.narrow(2, 0, end),
         attn_mask=None if layer.bias is None else layer.bias[position : position + 1, :end],
         scale=own.scale,
     )
-    return mixed.reshape(x_BD.shape)
+    room.mixed_CD.copy_(mixed.reshape(len(room.query), -1))
 
 
-def _hidden(mlp: SwiGLU | GELU, x_BD: Tensor) -> Tensor:
-    if isinstance(mlp, GELU):
-        return F.gelu(_product(mlp.hidden.weight, x_BD))
-    gate, value = _product(mlp.gate_value.weight, x_BD).chunk(2, dim=-1)
-    return F.silu(gate).mul_(value)
-
-
-def _product(weight_OD: Tensor, x_BD: Tensor) -> Tensor:
-    """x W^T, [B, O]. On CPUs in float32 as (W x^T)^T, for whose shapes MKL has kernels that keep up with memory.
-
-    It has none for a single row, which is therefore taken twice. All matrices of a model of 28 MB on a busy machine,
-    2 threads, best of 25: 1 row 3.7 ms as x W^T, 1.5 so; 2 rows 6.3 and 1.5; 8 rows 6.7 and 3.1; 16 rows 6.8 and 3.6.
-    """
-    if weight_OD.device.type != "cpu" or weight_OD.dtype != torch.float32:
-        return F.linear(x_BD, weight_OD)
-    if len(x_BD) == 1:
-        return torch.mm(weight_OD, torch.cat([x_BD, x_BD]).t())[:, :1].t()
-    return torch.mm(weight_OD, x_BD.contiguous().t()).t()
-
-
-def _one_position(norm: nn.Module) -> Norm:
-    return _fast_rms(norm.weight, norm.eps) if isinstance(norm, RMSNorm) else norm
+def _norm(norm: nn.Module) -> Norm:
+    if isinstance(norm, RMSNorm):
+        return _fast_rms(norm.weight, norm.eps)
+    return lambda x, out: out.copy_(norm(x))
 
 
 def _of_heads(attention: Attention) -> Norm | None:
@@ -165,11 +194,11 @@ def _fast_rms(weight: Tensor, eps: float | None) -> Norm:
     """
     width = weight.shape[-1]
     if weight.device.type != "cpu":
-        return lambda x: F.rms_norm(x, (width,), None, eps) * weight
+        return lambda x, out: torch.mul(F.rms_norm(x, (width,), None, eps), weight, out=out)
     scaled = weight * width**0.5
     floor = weight.new_tensor((width * (eps or 0.0)) ** 0.5)
 
-    def norm(x: Tensor) -> Tensor:
-        return torch.mul(x, scaled).div_(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor))
+    def norm(x: Tensor, out: Tensor) -> None:
+        torch.mul(x, scaled, out=out).div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor))
 
     return norm
