@@ -153,15 +153,18 @@ def products(codes: int, dtype: torch.dtype) -> tuple[Step, float]:
 
 
 def medians(work: dict[str, Step], rounds: int, steps: int) -> dict[str, float]:
-    """Median seconds of each, in turns, so that a slow minute of the machine is everybody's."""
+    """Median seconds of each, in turns, so that a slow minute of the machine is everybody's.
+
+    The first step of each turn is not counted: it pays for caches and memory that the system before left behind.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in work.items():
+            run()
             for _ in range(steps):
                 started = time.perf_counter()
                 run()
-                if turn:  # the first warms up
-                    seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

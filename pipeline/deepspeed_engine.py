@@ -60,7 +60,7 @@ class DeepSpeedEngine:
             write_json(directory / "deepspeed.json", settings)
         self.objective = objective
         self.training = training
-        self.stage = config.zero_stage
+        self.stage = config.stage(distributed.world_size(), training.precision)
         self._shapes = shapes_of(objective)
         self._buffers = set(objective.state_dict()) - set(self._shapes)
         build = build_muon if training.optimizer == "muon" else build_adamw
@@ -225,9 +225,10 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's config dict, built from ours."""
     micro = training.batch_size // (distributed.world_size() * accumulation)
-    clips = training.optimizer == "adamw" and config.zero_stage > 0  # at stage 0 the engine clips
+    stage = config.stage(distributed.world_size(), training.precision)
+    clips = training.optimizer == "adamw" and stage > 0  # at stage 0 the engine clips
     zero: dict[str, Any] = {
-        "stage": config.zero_stage,
+        "stage": stage,
         "overlap_comm": config.overlap_communication,
         "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
         "allgather_bucket_size": BUCKET_ELEMENTS,

@@ -111,7 +111,7 @@ def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[s
     for stage in range(4):
         need = memory(model, section.training, section.deepspeed, stage, gpus, fused_attention=True)
         fits = "" if need.total <= gpu.memory_gb * 1e9 else f"  more than {gpu.memory_gb:g} GB"
-        mark = "*" if stage == section.deepspeed.zero_stage else " "
+        mark = "*" if stage == section.deepspeed.stage(gpus, section.training.precision) else " "
         columns = (need.weights, need.optimizer, need.average, need.buckets, need.gradients)
         shown = "".join(f"{_gb(column):>11}" for column in columns)
         lines.append(f"{mark} {stage} {shown}{_gb(need.activations):>13}{_gb(need.total):>11}{fits}")

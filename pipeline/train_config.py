@@ -65,8 +65,10 @@ LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 keeps whole at most, Dee
 class DeepSpeedConfig(Config):
     """Section `deepspeed` of the transformer: how DeepSpeed spreads the training state over processes."""
 
-    zero_stage: Literal[0, 1, 2, 3] = operational(
-        1, description="what is spread: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing"
+    zero_stage: Literal[0, 1, 2, 3] | None = operational(
+        None,
+        description="what is spread: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing;"
+        " None: 1, and 0 on one process, where spreading only costs time",
     )
     offload_optimizer: bool = operational(False, description="optimizer states in the host's memory, stages 1 to 3")
     overlap_communication: bool = operational(False, description="reduce gradients while the backward pass goes on")
@@ -76,3 +78,9 @@ class DeepSpeedConfig(Config):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3")
         return self
+
+    def stage(self, processes: int, precision: str) -> int:
+        """The ZeRO stage of a training. fp16 and offloading, which need ZeRO, have it on one process too."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 1 if processes > 1 or precision == "fp16" or self.offload_optimizer else 0

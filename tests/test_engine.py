@@ -199,6 +199,13 @@ def test_activation_checkpointing_without_blocks_is_refused(tmp_path: Path) -> N
         build_engine("accelerate", torch.nn.Linear(2, 2), config, None, tmp_path)
 
 
+def test_one_process_spreads_nothing_unless_it_must() -> None:
+    assert [DeepSpeedConfig().stage(processes, "bf16") for processes in (1, 2)] == [0, 1]
+    assert DeepSpeedConfig().stage(1, "fp16") == 1
+    assert DeepSpeedConfig(offload_optimizer=True).stage(1, "bf16") == 1
+    assert DeepSpeedConfig(zero_stage=2).stage(1, "bf16") == 2
+
+
 def test_offload_without_zero_is_refused() -> None:
     from pydantic import ValidationError
 
