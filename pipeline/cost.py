@@ -36,6 +36,7 @@ class Cost:
     block_bytes: int  # the part of it of the largest block
     all_blocks_bytes: int  # the part of it of all blocks
     blocks: int
+    after_blocks_bytes: int  # the part of it that the loss keeps, which is gone before a block has its gradients
     between_blocks_bytes: int  # the inputs of all blocks: what activation checkpointing keeps
     output_bytes: int  # the largest tensor up to the last block: its gradient lives at the start of the backward pass
 
@@ -97,6 +98,7 @@ def measure(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
         block_bytes=max(blocks, default=0),
         all_blocks_bytes=sum(blocks),
         blocks=len(blocks),
+        after_blocks_bytes=_total(saved) - sizes[-1] if sizes else 0,
         between_blocks_bytes=sum(inputs),
         output_bytes=max(largest or map(_bytes, tensors), default=0),
     )

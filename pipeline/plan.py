@@ -76,12 +76,17 @@ class Memory:
     average: float
     buckets: float  # of gradients on their way to other processes
     activations: float
+    head: float  # the part of them that is gone before the buckets come
+    last_block: float  # the block that is computed again last, and the gradients that are there by then
     together: bool  # otherwise activations go as gradients come
 
     @property
     def total(self) -> float:
-        passing = self.gradients + self.activations if self.together else max(self.gradients, self.activations)
-        return self.weights + self.optimizer + self.average + self.buckets + passing
+        if self.together:
+            passing = self.gradients + self.activations + self.buckets
+        else:
+            passing = max(self.gradients, self.activations - self.head, self.last_block) + self.buckets
+        return self.weights + self.optimizer + self.average + max(passing, self.activations)
 
 
 def count(config: PipelineConfig, gpus: int) -> Model:
@@ -145,7 +150,7 @@ def memory(
     number = 2 if training.precision == "fp16" else FLOAT32  # bytes of a weight and its gradient in the model
     whole, part = number * model.parameters, number * model.parameters / gpus
     master = FLOAT32 * model.parameters / gpus  # the optimizer works on a copy of its part
-    live = number * min(model.parameters, LIVE_ELEMENTS)
+    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0  # one process uses its part as it is
     states = FLOAT32 * optimizer_elements(model, training) / (gpus if stage else 1)
     if stage and deepspeed.offload_optimizer:
         master = states = 0.0
@@ -153,6 +158,12 @@ def memory(
     if training.precision == "bf16":  # autocast's parameters have a bucket of their own, at stage 3 in bf16
         bucket *= 1.5 if stage == 3 else 2
     average = FLOAT32 * model.parameters / (gpus if stage == 3 else 1) if training.ema_decay else 0.0
+    last_block = 0.0
+    if training.activation_checkpointing:
+        cost = model.cost
+        scores = cost.scores_bytes / cost.blocks if fused_attention else 0
+        last_block = (whole if stage < 2 else part) * (1 - 1 / cost.blocks)
+        last_block += cost.block_bytes - scores + cost.output_bytes
     return Memory(
         weights={0: whole, 1: whole + master, 2: whole + master, 3: part + master + live}[stage],
         gradients={0: 2 * whole, 1: whole + part, 2: part, 3: part}[stage],
@@ -160,6 +171,8 @@ def memory(
         average=average,
         buckets=bucket if stage else 0.0,
         activations=activations(model, training, fused_attention),
+        head=model.cost.after_blocks_bytes,
+        last_block=last_block,
         together=stage == 3 or model.micro_batch * gpus < training.batch_size,
     )
 
