@@ -31,21 +31,22 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from pipeline.config import load_config
+from pipeline.config.base import load_config
+from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.prepare import PrepareConfig
+from pipeline.config.tokenize import TokenizeConfig
+from pipeline.config.transformer import TransformerConfig
+from pipeline.core.atomic_io import write_json
 from pipeline.data import png
-from pipeline.data.config import PrepareConfig, TokenizeConfig
 from pipeline.data.duplicates import same_key, same_picture
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.data.tokenizing import Encoders, all_shards, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, all_shards, tokenize_shards
 from pipeline.data.tokens import Level
-from pipeline.files import write_json
-from pipeline.graph import PipelineConfig
 from pipeline.image_tokenizer.base import build
-from pipeline.text_tokenizer import TextTokenizer
-from pipeline.transformer.config import TransformerConfig
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.metrics.features import load_extractor
+from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.frechet import frechet_distance, moments
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.manifold import precision_recall_density_coverage
+from pipeline.metrics.precision_recall import precision_recall_density_coverage
 
 
 @click.group()

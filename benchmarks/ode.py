@@ -18,12 +18,13 @@ import click
 import torch
 from torch import Tensor
 
+from pipeline.config.training import TrainingConfig
 from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.evaluation import evaluate
-from pipeline.loop import seed_step
-from pipeline.optim import build_adamw, schedule, set_learning_rates
-from pipeline.train_config import TrainingConfig
+from pipeline.training.optimizer import build_adamw, set_learning_rates
+from pipeline.training.schedule import schedule
+from pipeline.training.trainer import seed_step
 
 BLOCKS = 3
 MODEL: dict[str, Any] = {

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-from pipeline.graph import PipelineConfig, load_pipeline
-from pipeline.plan import Memory, count, memory
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.training.resource_plan import Memory, count, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 _DATA = ["prepare.image_size=64", "text_tokenizer.vocab_size=2048", "text_tokenizer.text_length=32"]  # 16×16 codes
@@ -63,7 +63,7 @@ def measured(model: str, stage: int) -> tuple[int, int]:
 def _worker(model: str, stage: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    from pipeline import distributed
+    from pipeline.core import distributed
 
     config = config_of(model)
     _train(config.model_copy(update={"transformer": _toy(config)}), stage)
@@ -82,10 +82,10 @@ def _train(config: PipelineConfig, stage: int, figure: Callable[[], int] = lambd
     """`figure()` while all of the training is still there."""
     import torch
 
-    from pipeline import distributed
-    from pipeline.engine import build_engine
-    from pipeline.optim import Ema
-    from pipeline.train_config import DeepSpeedConfig
+    from pipeline.config.training import DeepSpeedConfig
+    from pipeline.core import distributed
+    from pipeline.training.ema import Ema
+    from pipeline.training.engines import build_engine
     from pipeline.transformer.layout import Layout
     from pipeline.transformer.model import Transformer
     from pipeline.transformer.objective import JointObjective

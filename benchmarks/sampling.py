@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import dalle_pytorch
-from pipeline.sampling.config import SamplingConfig
+from pipeline.config.generate import SamplingConfig
+from pipeline.config.transformer import TransformerShape
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
-from pipeline.transformer.config import TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 

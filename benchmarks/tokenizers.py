@@ -34,12 +34,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.config.training import TrainingConfig
+from pipeline.evaluation.image_sets import named_pictures
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import psnr
-from pipeline.metrics.pictures import named_pictures
-from pipeline.metrics.reconstruction import ssim
-from pipeline.optim import Ema, build_adamw, schedule, set_learning_rates
-from pipeline.train_config import TrainingConfig
+from pipeline.metrics.psnr_ssim import ssim
+from pipeline.training.ema import Ema
+from pipeline.training.optimizer import build_adamw, set_learning_rates
+from pipeline.training.schedule import schedule
 
 SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000
 

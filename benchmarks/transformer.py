@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from benchmarks.data import hollow_arrays
 from benchmarks.peers import dalle_pytorch
-from pipeline.cost import measure
+from pipeline.config.transformer import TransformerConfig, TransformerShape
 from pipeline.data.sampler import TokenSampler
-from pipeline.engine import build_engine
-from pipeline.optim import build_adamw
+from pipeline.training.engines import build_engine
+from pipeline.training.flops import measure
+from pipeline.training.optimizer import build_adamw
+from pipeline.transformer.attention_patterns import Pattern, Tables
 from pipeline.transformer.blocks import attend, flex
-from pipeline.transformer.config import TransformerConfig, TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
-from pipeline.transformer.places import Pattern, Tables
 
 LAYERS, WIDTH, HEADS, TEXT, SIDE, BATCH = 6, 256, 4, 32, 16, 8
 TEXT_CODES, IMAGE = 2048, SIDE * SIDE

@@ -4,8 +4,8 @@ Reads generate/samples (a picture painted for each of many captions) and generat
 the models. Writes metrics.json: rows of figures with extractor, sample counts, intervals and warnings; the nearest
 training picture of each picture in the grid; some samples and reconstructions; with evaluate.sweep also the figures of
 other settings of sampling, their pictures, and best.yaml, the best one as a section of a config. Array tasks share the
-extraction of features and the painting of the sweep, the stage itself measures. See pipeline/metrics/evaluation.py and
-sweep.py.
+extraction of features and the painting of the sweep, the stage itself measures. See
+pipeline/evaluation/run_evaluation.py and sweep.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipeline import distributed
-from pipeline.files import write_json
-from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.metrics.compare import Row
-from pipeline.metrics.evaluation import (
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed
+from pipeline.core.atomic_io import write_json
+from pipeline.evaluation.comparison import Row
+from pipeline.evaluation.feature_store import FeatureStore, trim
+from pipeline.evaluation.run_evaluation import (
     PictureSets,
     RealPictures,
     generated_rows,
@@ -28,11 +29,11 @@ from pipeline.metrics.evaluation import (
     save_samples,
     tokenizer_rows,
 )
-from pipeline.metrics.feature_store import FeatureStore, trim
-from pipeline.metrics.features import load_extractor
-from pipeline.metrics.networks import CaptionJudge
-from pipeline.metrics.sweep import Sweep
-from pipeline.stage import StageRun, run_stage
+from pipeline.evaluation.sweep import Sweep
+from pipeline.extractors.hf import CaptionJudge
+from pipeline.extractors.registry import load_extractor
+from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.orchestration.stage_run import StageRun
 
 
 def main(run: StageRun) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import distributed, stop
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed, signals
+from pipeline.core.atomic_io import write_json
+from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, read_samples, write_shard
-from pipeline.files import write_json
-from pipeline.progress import progress
+from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Painted, Pipeline
 from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.sampling.save import save_picture
-from pipeline.stage import StageRun, run_stage
 
 _NOTES = {
     "training": "Captions of training pictures: a small model mostly paints those pictures again.",
@@ -81,7 +82,7 @@ def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, st
         if path.exists():
             bar.update(len(part) * tokens)
         else:
-            stop.check()
+            signals.check()
             painted = _paint(run, pipeline, [caption for _, caption in part], start, bar.update)
             write_shard(path, [_sample(*pair, pipeline, one) for pair, one in zip(part, painted, strict=True)])
         run.add_output(path)

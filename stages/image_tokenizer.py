@@ -14,20 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline import distributed
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed
+from pipeline.core.atomic_io import atomic_path
 from pipeline.data.stream import ImageStream
-from pipeline.files import atomic_path
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.image_tokenizer.evaluation import (
-    Evaluation,
-    collapsed,
-    evaluate,
-    reconstruction_grid,
-    usage_histogram,
-)
-from pipeline.image_tokenizer.picture_losses import add_picture_losses
-from pipeline.loop import train
-from pipeline.stage import StageRun, run_stage
+from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
+from pipeline.image_tokenizer.image_losses import add_picture_losses
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.training.trainer import train
 
 log = logging.getLogger(__name__)
 _PICTURES = 32  # of each split

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from PIL import Image
 
+from pipeline.cli.stage import run_stage
 from pipeline.data.prepare import prepare
-from pipeline.stage import StageRun, run_stage
+from pipeline.orchestration.stage_run import StageRun
 
 
 def main(run: StageRun) -> None:
     # Imported here: worker processes import this file too, and need no torch.
-    from pipeline import distributed
+    from pipeline.core import distributed
 
     if distributed.is_main():
         index = prepare(run.directory, run.config.prepare, run.seed)

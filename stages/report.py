@@ -6,11 +6,12 @@ what it shows as files of their own for the tracking. See pipeline/report/build.
 
 from __future__ import annotations
 
-from pipeline import distributed
-from pipeline.files import write_atomic
-from pipeline.progress import progress
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed
+from pipeline.core.atomic_io import write_atomic
+from pipeline.core.progress import progress
+from pipeline.orchestration.stage_run import StageRun
 from pipeline.report.build import build_report
-from pipeline.stage import StageRun, run_stage
 
 
 def main(run: StageRun) -> None:

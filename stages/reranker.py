@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline import distributed
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed
+from pipeline.core.atomic_io import write_json
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.files import write_json
-from pipeline.loop import train
+from pipeline.orchestration.stage_run import StageRun
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.reranker.ranker import Ranker, retrieval
-from pipeline.stage import StageRun, run_stage
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.trainer import train
 
 _MEASURED = 5_000  # pictures of the validation split, at most
 

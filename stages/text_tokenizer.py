@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 
+from pipeline.cli.stage import run_stage
+from pipeline.core.atomic_io import write_json
+from pipeline.core.distributed import is_main
+from pipeline.core.progress import progress
 from pipeline.data.shards import read_samples
-from pipeline.distributed import is_main
-from pipeline.files import write_json
-from pipeline.progress import progress
-from pipeline.stage import StageRun, run_stage
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.text_tokenizer.bpe import TextTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
 (train/, val/), and index.json with checksums. Array tasks share the shards; a finished one is verified, not made
 again. The index is made by the stage itself, after the tasks.
-See pipeline/data/tokenizing.py.
+See pipeline/data/tokenize_shards.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 
-from pipeline import distributed, stop
-from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards, tokenizer_hashes
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed, signals
+from pipeline.core.progress import progress
+from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.progress import progress
-from pipeline.stage import StageRun, run_stage
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.text_tokenizer.bpe import TextTokenizer
 
 log = logging.getLogger(__name__)
 _COUNTS = ("samples", "captions_cut")
@@ -45,7 +46,7 @@ def main(run: StageRun) -> None:
     mine = run.my_share(all_shards(prepare_dir))
     with closing(tokenize_shards(run.directory, prepare_dir, mine, encoders, config, run.seed)) as made:
         for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
-            stop.check()
+            signals.check()
     if run.array_task is None:
         index = join(run.directory, prepare_dir, encoders, config, run.seed)
         for split_index in index["splits"].values():

@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline import distributed
+from pipeline.cli.stage import run_stage
+from pipeline.core import distributed
+from pipeline.core.atomic_io import atomic_path
 from pipeline.data.sampler import TokenSampler
-from pipeline.data.tokenizing import tokenizer_hashes
+from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.data.tokens import Level
-from pipeline.files import atomic_path
 from pipeline.image_tokenizer import ImageTokenizer
-from pipeline.loop import train
+from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.stage import StageRun, run_stage
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.trainer import train
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.graph import load_pipeline, stages_of
+from pipeline.config.pipeline import load_pipeline
+from pipeline.orchestration.graph import stages_of
 from tests.launch import ROOT, launch
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"

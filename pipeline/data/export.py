@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.core.atomic_io import read_json, write_atomic
+from pipeline.core.errors import UserError
 from pipeline.data.images import grid
-from pipeline.data.tokenizing import hash_of_files
+from pipeline.data.tokenize_shards import hash_of_files
 from pipeline.data.tokens import TokenArrays
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer.bpe import TextTokenizer
 
 _BATCH = 64
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.data.config import FilterConfig
+from pipeline.config.prepare import FilterConfig
 
 _EXTENSIONS = {
     "PNG": (".png",),

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.atomic_io import read_json, write_atomic
+from pipeline.core.errors import UserError
+from pipeline.core.progress import progress
 from pipeline.data.images import grid
 from pipeline.data.shards import SPLITS, Shard, ShardFile, check_shard, read_samples, read_shard
 from pipeline.data.tokens import check_arrays
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic
-from pipeline.progress import progress
 
 _CAPTIONS = 100_000  # read for the statistics of captions
 _SHEET = (12, 12)  # pictures a row, rows

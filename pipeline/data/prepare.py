@@ -30,18 +30,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import stop
-from pipeline.config import digest, identity
+from pipeline.config.base import digest, identity
+from pipeline.config.prepare import PrepareConfig
+from pipeline.core import signals
+from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_atomic, write_json
+from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.progress import progress
 from pipeline.data import png
-from pipeline.data.config import PrepareConfig
 from pipeline.data.duplicates import KEY, same_key, same_picture
 from pipeline.data.images import BadSample, decode, grid, perceptual_hash, random_of, square
 from pipeline.data.order import ShardOrder, key_of
 from pipeline.data.shards import SPLITS, Sample, Shard, ShardFile, read_shard, write_shard
-from pipeline.data.sources import Part, Record, Unreadable, open_source
-from pipeline.errors import StoppedOnRequest, UserError
-from pipeline.files import atomic_path, read_json, sha256_file, write_atomic, write_json
-from pipeline.progress import progress
+from pipeline.data.sources import open_source
+from pipeline.data.sources.base import Part, Record, Unreadable
 
 _SHEET_SIDE = 12  # pictures a side of the contact sheet
 _FORMAT = 2  # of the shards and records: parts of another format are made again
@@ -245,7 +246,7 @@ def _run(tasks: list[Task], workers: int | None, what: str) -> None:
         for count in map(make_part, tasks) if workers <= 1 else _in_processes(tasks, workers):
             bar.set_postfix_str(f"{count} samples in the last")
             bar.update(1)
-            stop.check()
+            signals.check()
 
 
 def _in_processes(tasks: list[Task], workers: int) -> Iterator[int]:
@@ -265,7 +266,7 @@ def _in_processes(tasks: list[Task], workers: int) -> Iterator[int]:
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:
-            stop.check()
+            signals.check()
             raise UserError(
                 "prepare: a worker process died (killed, or out of memory); finished shards are kept: run the same "
                 "command again, with fewer prepare.workers if memory is short"

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import distributed
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
 from pipeline.data.images import random_of
 from pipeline.data.order import key_of, permute
 from pipeline.data.stream import rank_share
 from pipeline.data.tokens import TokenArrays
-from pipeline.errors import UserError
 
 
 def shuffled(positions: NDArray[np.int64], samples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -47,7 +47,7 @@ class TokenSampler:
         world_size: int | None = None,
         encode_caption: Callable[[str, random.Random], Sequence[int]] | None = None,
     ) -> None:
-        """`rank`, `world_size`: by default those of `pipeline.distributed`. Raises UserError: see TokenArrays.
+        """`rank`, `world_size`: by default those of `pipeline.core.distributed`. Raises UserError: see TokenArrays.
 
         `encode_caption`: makes the text ids from the stored captions, with random numbers that are a function of
         (seed, epoch, sample) (BPE dropout); None: the stored ids.

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.files import atomic_path, read_json, sha256_file
+from pipeline.core.atomic_io import atomic_path, read_json, sha256_file
+from pipeline.core.errors import UserError
 
 SPLITS = ("train", "val")
 _BLOCK = 512  # tar pads every member to whole blocks

@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import distributed
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
 from pipeline.data import png
-from pipeline.data.ahead import ahead
 from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
+from pipeline.data.prefetch import ahead
 from pipeline.data.shards import ShardFile, read_index, read_shards
-from pipeline.errors import UserError
 
 _BATCHES_AHEAD = 4
 _OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
@@ -54,7 +54,7 @@ class ImageStream:
         Args:
             prepare_dir: the directory of a finished `prepare`.
             split: "train" or "val".
-            rank, world_size: this process's place; by default that of `pipeline.distributed`.
+            rank, world_size: this process's place; by default that of `pipeline.core.distributed`.
             cache_bytes: decoded pictures are kept in memory when the whole split fits into this.
             threads: decoding threads. Of 32x32 pictures one decodes 11,000/s, two fewer: they wait for each other.
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import read_json, sha256_file
+from pipeline.core.atomic_io import read_json, sha256_file
+from pipeline.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.image_tokenizer.config import ArchitectureConfig
+from pipeline.config.image_tokenizer import ArchitectureConfig
 from pipeline.image_tokenizer.losses import output_channels
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.config import Config, parse_config
-from pipeline.errors import UserError
-from pipeline.image_tokenizer.config import ArchitectureConfig
-from pipeline.pretrained import load_model, save_model
+from pipeline.config.base import Config, parse_config
+from pipeline.config.image_tokenizer import ArchitectureConfig
+from pipeline.core.errors import UserError
+from pipeline.core.pretrained import load_model, save_model
 
 # kind -> module and class; imported on first use, so that kinds do not load each other
 KINDS = {

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline import distributed
-from pipeline.errors import UserError
-from pipeline.image_tokenizer.loss_config import AdversarialConfig
+from pipeline.config.image_losses import AdversarialConfig
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

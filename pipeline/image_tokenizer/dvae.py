@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config.image_tokenizer import DVAEConfig
 from pipeline.image_tokenizer.architecture import Decoder, Encoder
 from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
-from pipeline.image_tokenizer.config import DVAEConfig
 from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures, sample_gumbel
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.gumbel import closeness, divergences, gumbel_softmax

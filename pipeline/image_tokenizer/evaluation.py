@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import distributed
+from pipeline.core import distributed
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.metrics.reconstruction import ssim
+from pipeline.metrics.psnr_ssim import ssim
 
 
 class Evaluation(NamedTuple):

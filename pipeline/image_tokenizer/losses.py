@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import distributed
+from pipeline.core import distributed
 
 EPSILON = 0.1  # keeps pixels away from 0 and 1, where the logit is infinite
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchdiffeq import odeint, odeint_adjoint
 
-from pipeline.image_tokenizer.ode_config import OdeConfig
+from pipeline.config.ode import OdeConfig
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.image_tokenizer.loss_config import PerceptualConfig
+from pipeline.config.image_losses import PerceptualConfig
+from pipeline.core.errors import UserError
 
 _KEY = "image_tokenizer.perceptual"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pictures in [0, 1]
@@ -83,7 +83,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _efficientnet_lite0(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
-    from pipeline.metrics.features import load_extractor
+    from pipeline.extractors.registry import load_extractor
 
     try:
         extractor = load_extractor("efficientnet-lite0", torch.device("cpu"))

@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config.base import Config
+from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv
 from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
-from pipeline.image_tokenizer.config import VQVAE2Config, VQVAEConfig
 from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 Array = Tensor | np.ndarray
 BLOCK = 2048  # rows in float64 at a time, so that sets larger than memory allows in float64 can be measured

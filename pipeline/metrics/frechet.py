@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.metrics.checks import BLOCK, Array, checked_pair
 
 _TOLERANCE = 1e-5  # relative

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.files import sha256_file
+from pipeline.core.atomic_io import sha256_file
+from pipeline.core.errors import UserError
 
 BACKBONE, HEADS = "vgg16-397923af.pth", "vgg.pth"
 # Convolutions of VGG-16 (Simonyan & Zisserman 2015, table 1, D) by their place in the published state dict.

@@ -20,10 +20,10 @@ import jinja2
 import yaml
 from PIL import Image
 
+from pipeline.config.pipeline import PipelineConfig
+from pipeline.core.atomic_io import read_json
 from pipeline.data.shards import read_samples
-from pipeline.files import read_json
-from pipeline.graph import PipelineConfig
-from pipeline.metrics.compare import warnings
+from pipeline.evaluation.comparison import warnings
 from pipeline.report.plots import panels, standalone
 from pipeline.report.run_facts import TRAINED, RunFacts, duration, read_facts, size
 from pipeline.report.sweep_plots import sweep_facts

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pipeline.files import read_json
+from pipeline.core.atomic_io import read_json
 
 _PACKAGES = (
     "torch",

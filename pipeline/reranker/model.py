@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
-from pipeline.pretrained import load_model, save_model
-from pipeline.reranker.config import TowerConfig
-from pipeline.text_tokenizer import PAD_ID
+from pipeline.config.base import parse_config
+from pipeline.config.reranker import TowerConfig
+from pipeline.core.errors import UserError
+from pipeline.core.pretrained import load_model, save_model
+from pipeline.text_tokenizer.bpe import PAD_ID
 
 _SIZES = ("image_size", "text_length", "text_vocab_size")  # beside the config, what a model is built from
 _INIT_STD = 0.02

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.core.atomic_io import read_json
+from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample
-from pipeline.errors import UserError
-from pipeline.files import read_json
-from pipeline.metrics.networks import CaptionJudge, own_caption_ranks
+from pipeline.extractors.hf import CaptionJudge
+from pipeline.metrics.clip_score import own_caption_ranks
 from pipeline.reranker.model import TwoTowers
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.text_tokenizer.bpe import TextTokenizer
 
 _BATCH = 256
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pipeline.errors import UserError
-from pipeline.sampling.config import SamplingConfig
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.config.generate import SamplingConfig
+from pipeline.core.errors import UserError
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.sampling.config import SamplingConfig
-from pipeline.sampling.filters import draw
-from pipeline.sampling.step import CodeReader
-from pipeline.text_tokenizer import PAD_ID
+from pipeline.config.generate import SamplingConfig
+from pipeline.sampling.cached_step import CodeReader
+from pipeline.sampling.logits import draw
+from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.model import Cache, Transformer
 
 UNKNOWN = -1  # in `known`: a code that is to be drawn

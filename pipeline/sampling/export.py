@@ -11,19 +11,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import click
-
-from pipeline.errors import UserError
-from pipeline.files import atomic_path, fsync_directory, read_json, write_atomic, write_json
-
-
-@click.command("export")
-@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
-def export(run_directory: Path, target: Path) -> None:
-    """Export a finished run to one self-contained folder with a model card."""
-    export_run(run_directory, target)
-    click.echo(f'exported to {target}; try: smalti generate {target} "red heart" -o picture.png', err=True)
+from pipeline.core.atomic_io import atomic_path, fsync_directory, read_json, write_atomic, write_json
+from pipeline.core.errors import UserError
 
 
 def export_run(run_directory: Path, target: Path) -> None:
@@ -33,8 +22,8 @@ def export_run(run_directory: Path, target: Path) -> None:
         UserError: the run is not finished, or `target` holds something.
     """
     from pipeline import __version__
-    from pipeline.sampling.card import model_card
-    from pipeline.sampling.sources import EXPORT_RECORD, open_source
+    from pipeline.sampling.model_card import model_card
+    from pipeline.sampling.model_source import EXPORT_RECORD, open_source
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"expected a new or empty folder at {target}, found something there: choose another")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, Level
 from pipeline.sampling.decode import UNKNOWN
 

@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.config.generate import SamplingConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
 from pipeline.sampling.checks import check_prompts, check_sampling, warn_of_prompts
-from pipeline.sampling.config import SamplingConfig
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
-from pipeline.sampling.sources import Source, open_source
-from pipeline.text_tokenizer import TextTokenizer
+from pipeline.sampling.model_source import Source, open_source
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.sampling.config import GenerateConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.core.errors import UserError
 
 
 def check_against_training(config: GenerateConfig, captions: Sequence[str]) -> None:

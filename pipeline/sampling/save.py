@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.errors import UserError
-from pipeline.files import atomic_path
+from pipeline.core.atomic_io import atomic_path
+from pipeline.core.errors import UserError
 
 
 def save_picture(picture: Image.Image, path: Path, about: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Config, load_config
-from pipeline.errors import UserError
-from pipeline.graph import STAGE_NAMES, STAGES, Stage
+from pipeline.config.base import Config, load_config
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage
 
 ARRAY_STAGES = tuple(stage.name for stage in STAGES if stage.shards)
 _TIME = re.compile(r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")

@@ -1,4 +1,4 @@
-"""One job file a stage from the one template, slurm/stage.sbatch."""
+"""One job file a stage from the one template, `stage.sbatch`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jinja2
 
-from pipeline.errors import UserError
-from pipeline.graph import Stage
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import Stage
 from pipeline.slurm.cluster import ClusterConfig, Resources
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "stage.sbatch"
+TEMPLATE = Path(__file__).with_name("stage.sbatch")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,6 @@ class JobFile:
 
 def render(job: JobFile, cluster: ClusterConfig, run_directory: Path, code: Path, working_directory: Path) -> str:
     """The text of the job file. All paths are absolute."""
-    if not TEMPLATE.is_file():
-        raise UserError(f"expected the job template at {TEMPLATE}, found none: submit from a clone of the repository")
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )

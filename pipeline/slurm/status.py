@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.graph import PipelineConfig, Stage, load_pipeline, stages_of
-from pipeline.lock import owner_of
-from pipeline.runs import RunDirectory, config_of
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.core.errors import UserError
+from pipeline.core.lock import owner_of
+from pipeline.orchestration.graph import Stage, stages_of
+from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm import scheduler
 from pipeline.slurm.scheduler import Job
 from pipeline.slurm.submit import recorded_jobs
@@ -174,7 +175,7 @@ def _metric_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _records(runs: RunDirectory, stage: str) -> list[Path]:
-    """What the jobs of this stage noted of themselves; see slurm/stage.sbatch."""
+    """What the jobs of this stage noted of themselves; see stage.sbatch."""
     folder = runs.path / "slurm"
     return [folder / f"{stage}.history", *sorted(folder.glob(f"{stage}.task-*.history"))]
 

@@ -18,21 +18,13 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import differences, to_yaml
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic, write_json
-from pipeline.graph import (
-    STAGE_NAMES,
-    STAGES,
-    PipelineConfig,
-    Stage,
-    inputs_of,
-    load_pipeline,
-    stage_identity,
-    stages_of,
-)
-from pipeline.lock import Lock
-from pipeline.runs import RunDirectory
+from pipeline.config.base import differences, to_yaml
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.core.atomic_io import read_json, write_atomic, write_json
+from pipeline.core.errors import UserError
+from pipeline.core.lock import Lock
+from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage, inputs_of, stage_identity, stages_of
+from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import ClusterConfig
 from pipeline.slurm.render import JobFile, render, script_path

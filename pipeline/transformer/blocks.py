@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.transformer.config import TransformerShape
+from pipeline.config.transformer import TransformerShape
+from pipeline.transformer.attention_patterns import Pattern, Tables, pattern_of
 from pipeline.transformer.functional import rms_norm
-from pipeline.transformer.places import Pattern, Tables, pattern_of
 
 
 class RMSNorm(nn.RMSNorm):

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from pipeline.config import parse_config
-from pipeline.transformer.config import TransformerShape
+from pipeline.config.base import parse_config
+from pipeline.config.transformer import TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import MODEL_TYPE, Transformer
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import parse_config
-from pipeline.pretrained import load_model, save_model
-from pipeline.text_tokenizer import PAD_ID
+from pipeline.config.base import parse_config
+from pipeline.config.transformer import TransformerShape
+from pipeline.core.pretrained import load_model, save_model
+from pipeline.text_tokenizer.bpe import PAD_ID
+from pipeline.transformer.attention_patterns import Tables
 from pipeline.transformer.blocks import Block, LayerCache, build_norm, working_precision
-from pipeline.transformer.config import TransformerShape
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.places import Tables
 
 Cache = list[LayerCache]
 MODEL_TYPE = "smalti"  # what AutoModel knows it by (hf.py)
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
                 for matrix in matrices:
                     matrix.mul_(shape.width_ratio**0.5)
             for parameter in (*matrices, self.head.weight):
-                parameter.learning_rate_scale = shape.width_ratio  # type: ignore[attr-defined]  # see pipeline/optim.py
+                parameter.learning_rate_scale = shape.width_ratio  # type: ignore[attr-defined]  # see pipeline/training/optimizer.py
 
     @property
     def tables(self) -> Tables:

@@ -16,14 +16,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pipeline.text_tokenizer import PAD_ID
-from pipeline.transformer.config import TransformerConfig
+from pipeline.config.transformer import TransformerConfig
+from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.functional import cross_entropy
 from pipeline.transformer.model import Transformer
 
 
 class JointObjective(nn.Module):
-    """`forward(batch, step) -> (loss, metrics)` for `pipeline.loop.train`."""
+    """`forward(batch, step) -> (loss, metrics)` for `pipeline.training.trainer.train`."""
 
     def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
         super().__init__()

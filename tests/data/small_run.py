@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from pipeline.data.config import TokenizeConfig
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.config.tokenize import TokenizeConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenizing import Encoders, all_shards, hash_of_files, join, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, all_shards, hash_of_files, join, tokenize_shards
 from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.text_tokenizer import TextTokenizer
-from pipeline.text_tokenizer_config import TextTokenizerConfig
-from tests.data.pictures import folder_config, write_folder
+from pipeline.text_tokenizer.bpe import TextTokenizer
+from tests.data.images import folder_config, write_folder
 
 MODEL = {
     "kind": "dvae",

@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline.cli import cli
-from pipeline.data.config import TokenizeConfig
+from pipeline.cli.main import cli
+from pipeline.config.tokenize import TokenizeConfig
+from pipeline.core.errors import UserError
 from pipeline.data.shards import read_samples
 from pipeline.data.tokens import TokenArrays
-from pipeline.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer
 from tests.data.small_run import make_small_run
 
@@ -109,5 +109,5 @@ def test_export_refuses_tokenizers_that_did_not_make_the_arrays(run: Path, tmp_p
 
 
 def test_the_command_line_knows_no_torch() -> None:
-    code = "import sys, pipeline.data.commands, pipeline.data.inspect; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.cli.data, pipeline.data.inspect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

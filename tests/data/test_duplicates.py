@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from pipeline.data.duplicates import same_key, same_picture
 from pipeline.data.images import perceptual_hash
-from tests.data.pictures import encoded, picture
+from tests.data.images import encoded, picture
 
 
 def _files(folder: Path, hashes: NDArray[np.uint64], size: int) -> tuple[list[Path], list[int]]:

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.data.config import TokenizeConfig
+from pipeline.config.tokenize import TokenizeConfig
+from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
-from pipeline.data.tokenizing import all_shards, join, tokenize_shards
+from pipeline.data.tokenize_shards import all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
-from pipeline.errors import UserError
 from tests.conftest import STAGE_NAMES, TINY
-from tests.data.pictures import folder_config, tree_bytes, write_folder
+from tests.data.images import folder_config, tree_bytes, write_folder
 from tests.data.small_run import load_encoders, make_small_run
 from tests.launch import command, environment, launch
 
@@ -27,8 +27,8 @@ PREPARE = """
 import sys
 from pathlib import Path
 from pipeline.data.prepare import prepare
-from pipeline.errors import UserError
-from tests.data.pictures import folder_config
+from pipeline.core.errors import UserError
+from tests.data.images import folder_config
 if __name__ == "__main__":
     folder, out, workers = sys.argv[1:]
     try:

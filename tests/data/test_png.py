@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import png
-from tests.data.pictures import encoded, picture
+from tests.data.images import encoded, picture
 
 
 def _smooth(size: tuple[int, int]) -> Image.Image:

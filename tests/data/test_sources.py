@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from pipeline.data.sources import Part, open_source
-from pipeline.errors import UserError
-from tests.data.pictures import encoded, folder_config, picture, prepare_config, tree_bytes, write_folder, write_tar
+from pipeline.data.sources import open_source
+from pipeline.data.sources.base import Part
+from tests.data.images import encoded, folder_config, picture, prepare_config, tree_bytes, write_folder, write_tar
 from tests.launch import environment
 
 
@@ -317,7 +318,7 @@ def test_a_folder_in_s3_gives_the_same_bytes_as_a_local_one(bucket: Any, tmp_pat
 _PREPARE = """
 import sys
 from pathlib import Path
-from pipeline.data.config import PrepareConfig
+from pipeline.config.prepare import PrepareConfig
 from pipeline.data.prepare import prepare
 prepare(Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[1]), seed=0)
 """

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.errors import UserError
-from tests.data.pictures import folder_config, write_folder
+from tests.data.images import folder_config, write_folder
 
 SAMPLES = 90
 

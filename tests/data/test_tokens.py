@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.config import TokenizeConfig
+from pipeline.config.tokenize import TokenizeConfig
+from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler, shuffled
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenizing import Encoders, all_shards, join, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards
 from pipeline.data.tokens import Level, TokenArrays
-from pipeline.errors import UserError
-from tests.data.pictures import folder_config, tree_bytes, write_folder
+from tests.data.images import folder_config, tree_bytes, write_folder
 
 SAMPLES = 70
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import distributed
+from pipeline.config.quantizers import CodebookConfig
+from pipeline.core import distributed
 from pipeline.image_tokenizer.losses import kl_of_mean_to_uniform
-from pipeline.image_tokenizer.quantizer_config import CodebookConfig
 from pipeline.image_tokenizer.quantizers.codebook import Codebook
-from pipeline.loop import seed_step
+from pipeline.training.trainer import seed_step
 
 
 def main(output: str) -> None:

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
+from pipeline.config.base import parse_config
+from pipeline.config.image_losses import AdversarialConfig
+from pipeline.config.image_tokenizer import ImageTokenizerConfig
+from pipeline.config.training import TrainingConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.image_tokenizer.config import ImageTokenizerConfig
 from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscriminator
-from pipeline.image_tokenizer.loss_config import AdversarialConfig
-from pipeline.image_tokenizer.picture_losses import add_picture_losses
-from pipeline.optim import build_adamw
-from pipeline.speed import CLOCK_METRICS
-from pipeline.train_config import TrainingConfig
+from pipeline.image_tokenizer.image_losses import add_picture_losses
+from pipeline.training.optimizer import build_adamw
+from pipeline.training.throughput import CLOCK_METRICS
 from tests.conftest import TINY
 from tests.launch import launch
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
+from pipeline.config.base import parse_config
+from pipeline.config.image_tokenizer import CosineRamp, DVAEConfig
+from pipeline.config.training import TrainingConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.image_tokenizer.config import CosineRamp, DVAEConfig
 from pipeline.image_tokenizer.evaluation import evaluate, reconstruction_grid
-from pipeline.optim import build_adamw
-from pipeline.train_config import TrainingConfig
+from pipeline.training.optimizer import build_adamw
 
 SMALL = {
     "codebook_size": 32,
@@ -114,7 +114,7 @@ def test_loading_needs_neither_deepspeed_nor_accelerate(tmp_path: Path) -> None:
 
 
 def test_config_is_read_without_torch() -> None:
-    script = "import sys, pipeline.image_tokenizer.config; print('torch' in sys.modules)"
+    script = "import sys, pipeline.config.base.image_tokenizer; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

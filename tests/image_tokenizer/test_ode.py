@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
+from pipeline.config.base import parse_config
+from pipeline.config.ode import OdeConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.ode import OdeStack
-from pipeline.image_tokenizer.ode_config import OdeConfig
 
 GAIN, WIDTH = 0.5, 6
 

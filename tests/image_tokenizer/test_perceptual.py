@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
-from pipeline.image_tokenizer.loss_config import PerceptualConfig
+from pipeline.config.base import parse_config
+from pipeline.config.image_losses import PerceptualConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.perceptual import Perceptual
 from pipeline.metrics.lpips import BACKBONE, HEADS, Lpips
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import parse_config
-from pipeline.errors import UserError
-from pipeline.image_tokenizer.config import VQVAE2Config, VQVAEConfig
+from pipeline.config.base import parse_config
+from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.quantizers import Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans

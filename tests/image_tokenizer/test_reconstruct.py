@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.cli import cli
+from pipeline.cli.main import cli
+from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample, write_shard
-from pipeline.errors import UserError
+from pipeline.evaluation.reconstruction import reconstruct as through
+from pipeline.evaluation.reconstruction import stacked
 from pipeline.image_tokenizer.base import build
-from pipeline.metrics.reconstruction import psnr, stacked
-from pipeline.metrics.reconstruction import reconstruct as through
+from pipeline.metrics.psnr_ssim import psnr
 from tests.launch import launch
 
 

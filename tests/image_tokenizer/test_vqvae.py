@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.config.training import TrainingConfig
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import collapsed, evaluate, usage_histogram
-from pipeline.optim import build_adamw
-from pipeline.train_config import TrainingConfig
+from pipeline.training.optimizer import build_adamw
 
 SMALL = {"patch_size": 2, "widths": (16, 32), "blocks": 1, "block_kernels": (3, 1), "stem_kernel": 1}
 EMA = {"kind": "ema", "codebook_size": 32, "code_width": 8, "commitment_weight": 0.05}

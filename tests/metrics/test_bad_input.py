@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.metrics.features import load_extractor
+from pipeline.core.errors import UserError
+from pipeline.evaluation.image_sets import named_pictures
+from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.manifold import precision_recall_density_coverage
-from pipeline.metrics.pictures import named_pictures
-from pipeline.metrics.reconstruction import psnr, ssim
+from pipeline.metrics.precision_recall import precision_recall_density_coverage
+from pipeline.metrics.psnr_ssim import psnr, ssim
 
 GENERATOR = torch.Generator()
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.extractors.inception_v3 import InceptionV3
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.inception_score import inception_score
-from pipeline.metrics.inception_v3 import InceptionV3
 from pipeline.metrics.kid import kernel_distance
 from pipeline.metrics.lpips import BACKBONE, HEADS, Lpips
-from pipeline.metrics.manifold import precision_recall_density_coverage
+from pipeline.metrics.precision_recall import precision_recall_density_coverage
 from tests.metrics import seeded
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())

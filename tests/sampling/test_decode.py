@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.sampling.config import SamplingConfig
+from pipeline.config.generate import SamplingConfig
+from pipeline.config.transformer import TransformerShape
 from pipeline.sampling.decode import UNKNOWN, candidate_uniforms, draw_codes
-from pipeline.transformer.config import TransformerShape
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 

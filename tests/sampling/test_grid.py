@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
-from pipeline.sampling.config import GenerateConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.core.errors import UserError
 from pipeline.sampling.grid import Group, Tile, _font, _wrap, grid
 from pipeline.sampling.prompts import check_against_training, sampled_rows
 

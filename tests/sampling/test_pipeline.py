@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.config.generate import SamplingConfig
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.config.transformer import TransformerShape
+from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.sampling.batch import Job, paint_into_folder, paint_onto_sheet
-from pipeline.sampling.config import SamplingConfig
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import Painted, Pipeline, best
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.save import read_about
-from pipeline.text_tokenizer import TextTokenizer
-from pipeline.text_tokenizer_config import TextTokenizerConfig
-from pipeline.transformer.config import TransformerShape
+from pipeline.sampling.to_directory import Job, paint_into_folder, paint_onto_sheet
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from tests.launch import launch

@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import pytest
 
-from pipeline.graph import load_pipeline, stages_of
+from pipeline.config.pipeline import load_pipeline
+from pipeline.orchestration.graph import stages_of
 from tests.conftest import TINY
 from tests.launch import ROOT, command, environment, launch
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.graph import stage_named
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import stage_named
 from pipeline.slurm.cluster import load_cluster
 from pipeline.slurm.render import JobFile, render
 from tests.conftest import STAGE_NAMES, TINY

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.graph import stage_named
-from pipeline.preflight import look_around
+from pipeline.orchestration.graph import stage_named
+from pipeline.slurm.preflight import check_host
 from tests.conftest import STAGE_NAMES, TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
 
@@ -154,7 +154,7 @@ def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:
 def test_the_preflight_wants_no_input_that_is_switched_off(submitted: Submitted) -> None:
     assert "reranker" in stage_named("generate").inputs
     assert "reranker" not in STAGE_NAMES
-    assert look_around(submitted.path, "generate", min_free_gb=0) is None
+    assert check_host(submitted.path, "generate", min_free_gb=0) is None
 
 
 def test_every_rendered_script_is_clean(submitted: Submitted) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.transformer.config import TransformerConfig, TransformerShape
+from pipeline.config.transformer import TransformerConfig, TransformerShape
+from pipeline.core.errors import UserError
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective, drop_captions

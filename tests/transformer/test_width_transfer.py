@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.optim import build_adamw
-from pipeline.transformer.config import TransformerConfig, TransformerShape
+from pipeline.config.transformer import TransformerConfig, TransformerShape
+from pipeline.training.optimizer import build_adamw
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 from tests.transformer.test_model import LAYOUTS, batch

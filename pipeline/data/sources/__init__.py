@@ -1,151 +1,27 @@
-"""Sources: whatever a user has, as raw records.
-
-A source is cut into parts (an input tar; a run of `shard_size` files or rows). A part is small to describe,
-is read by one worker process, becomes one image shard, and is what a restart repeats.
-
-What is wrong with one file is that record's fault, and it is rejected. What is wrong with the source (it went away,
-the network failed, a file changed while it was read) stops the stage: nothing of that part is recorded, and a
-restart reads it again.
-"""
+"""The sources by their `kind`. To add one: its config class in `config/prepare.py`, a module here, and a line below."""
 
 from __future__ import annotations
 
-import errno
-import posixpath
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from importlib import import_module
 
-from pipeline.data import config as c
-from pipeline.errors import UserError
+from pipeline.config.prepare import Source as SourceConfig
+from pipeline.data.sources.base import Source
 
-_OF_THIS_FILE_ALONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a source. `items` is for the source alone; `fingerprint` changes when the piece does."""
-
-    number: int
-    fingerprint: str
-    items: tuple[Any, ...]
+_CLASSES = {  # kind -> class, in the module here that is called like the kind; each brings its own libraries
+    "openmoji": "OpenMoji",
+    "folder": "Folder",
+    "table": "Table",
+    "webdataset": "WebDataset",
+    "huggingface": "HuggingFace",
+}
 
 
-@dataclass(frozen=True)
-class Record:
-    """A captioned picture as found: nothing of it has been decoded or checked."""
-
-    key: str
-    image: bytes | None
-    caption: bytes | str | None
-    extension: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-    group: str | None = None  # decides the split; None: the key does
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Something that should have been a record and could not be read."""
-
-    key: str
-    reason: str
-    detail: str
-
-
-class UnreadableFile(Exception):
-    """One file cannot be read; the others may be fine."""
-
-
-class Source(Protocol):
-    @property
-    def credit(self) -> str | None:
-        """What a page that shows these pictures has to say about their origin; None: nothing is known."""
-
-    def parts(self, size: int) -> Iterator[Part]:
-        """The whole source in its fixed order, cut into parts of at most `size` records where it is not cut yet."""
-
-    def records(self, part: Part) -> Iterator[Record | Unreadable]:
-        """The records of one part, in their fixed order. Called in worker processes."""
-
-
-def open_source(config: c.Source, image_size: int) -> Source:
+def open_source(config: SourceConfig, image_size: int) -> Source:
     """The source that `config` describes; `image_size` is for sources that render.
 
     Raises:
         UserError: it is not there, or a package that it needs is not installed.
     """
-    # Imported here: each source brings its own libraries.
-    if isinstance(config, c.OpenMojiSource):
-        from pipeline.data.sources.openmoji import OpenMoji
-
-        return OpenMoji(config, image_size)
-    if isinstance(config, c.FolderSource):
-        from pipeline.data.sources.folder import Folder
-
-        return Folder(config)
-    if isinstance(config, c.TableSource):
-        from pipeline.data.sources.table import Table
-
-        return Table(config)
-    if isinstance(config, c.WebDatasetSource):
-        from pipeline.data.sources.webdataset import WebDataset
-
-        return WebDataset(config)
-    from pipeline.data.sources.huggingface import HuggingFace
-
-    return HuggingFace(config)
-
-
-def missing_package(package: str, extra: str, purpose: str) -> UserError:
-    return UserError(f"{purpose} needs the package '{package}': pip install 'smalti[{extra}]'")
-
-
-def read_file(files: Any, path: str) -> bytes:
-    """The content of a file of the source. `files`: an fsspec file system.
-
-    Raises:
-        UnreadableFile: it is not there, or not ours to read.
-        UserError: the storage failed.
-    """
-    try:
-        content: bytes = files.cat_file(path)
-    except _OF_THIS_FILE_ALONE as error:
-        raise UnreadableFile(str(error)) from error
-    except Exception as error:  # each kind of storage has its own
-        if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise UnreadableFile(str(error)) from error
-        raise interrupted(path, error) from error
-    return content
-
-
-def is_listed(files: Any, path: str) -> bool:
-    """Whether the folder of `path` still lists it: then something is wrong with this file, else with the source."""
-    files.invalidate_cache()
-    try:
-        return path in files.ls(posixpath.dirname(path), detail=False)
-    except OSError:
-        return False
-
-
-def stamp(info: dict[str, Any]) -> list[Any]:
-    """What changes when a file is replaced, from fsspec's `info` about it, listed or asked for alone."""
-    when = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified") if name in info), "")
-    return [info.get("size"), str(when)]
-
-
-def interrupted(path: str, error: object) -> UserError:
-    return UserError(
-        f"prepare: the source failed at {path}: {error}; finished shards are kept: see that it is there, and run the "
-        "same command again"
-    )
-
-
-def changed(path: str) -> UserError:
-    return UserError(
-        f"prepare: {path} changed while it was being read; finished shards are kept: run the same command again"
-    )
-
-
-def group_of(value: Any) -> str | None:
-    """The group of a sample as text; a missing one leaves the sample alone in its own."""
-    return None if value is None else str(value)
+    module = import_module(f"pipeline.data.sources.{config.kind}")
+    source: Source = getattr(module, _CLASSES[config.kind])(config, image_size)
+    return source

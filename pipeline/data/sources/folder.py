@@ -11,16 +11,25 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.config import digest
-from pipeline.data.config import FolderSource
-from pipeline.data.sources import Part, Record, Unreadable, UnreadableFile, interrupted, is_listed, read_file, stamp
-from pipeline.errors import UserError
+from pipeline.config.base import digest
+from pipeline.config.prepare import FolderSource
+from pipeline.core.errors import UserError
+from pipeline.data.sources.base import (
+    Part,
+    Record,
+    Unreadable,
+    UnreadableFile,
+    interrupted,
+    is_listed,
+    read_file,
+    stamp,
+)
 
 
 class Folder:
     credit = None
 
-    def __init__(self, config: FolderSource) -> None:
+    def __init__(self, config: FolderSource, image_size: int) -> None:
         self.config = config
         self.files, root = url_to_fs(config.path)
         self.root = root.rstrip("/")

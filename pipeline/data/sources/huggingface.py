@@ -11,16 +11,16 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.config import digest
-from pipeline.data.config import HuggingFaceSource
-from pipeline.data.sources import Part, Record, Unreadable, UnreadableFile, group_of, missing_package, read_file
-from pipeline.errors import UserError
+from pipeline.config.base import digest
+from pipeline.config.prepare import HuggingFaceSource
+from pipeline.core.errors import UserError
+from pipeline.data.sources.base import Part, Record, Unreadable, UnreadableFile, group_of, missing_package, read_file
 
 
 class HuggingFace:
     credit = None
 
-    def __init__(self, config: HuggingFaceSource) -> None:
+    def __init__(self, config: HuggingFaceSource, image_size: int) -> None:
         try:
             import datasets
         except ImportError as error:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import digest
-from pipeline.data.config import OpenMojiSource
-from pipeline.data.sources import Part, Record, Unreadable, missing_package
+from pipeline.config.base import digest
+from pipeline.config.prepare import OpenMojiSource
+from pipeline.data.sources.base import Part, Record, Unreadable, missing_package
 
 LICENSE = {"license": "CC BY-SA 4.0", "credit": "OpenMoji", "url": "https://openmoji.org"}
 CREDIT = (

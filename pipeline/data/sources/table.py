@@ -16,9 +16,10 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.config import digest
-from pipeline.data.config import TableSource
-from pipeline.data.sources import (
+from pipeline.config.base import digest
+from pipeline.config.prepare import TableSource
+from pipeline.core.errors import UserError
+from pipeline.data.sources.base import (
     Part,
     Record,
     Unreadable,
@@ -30,13 +31,12 @@ from pipeline.data.sources import (
     read_file,
     stamp,
 )
-from pipeline.errors import UserError
 
 
 class Table:
     credit = None
 
-    def __init__(self, config: TableSource) -> None:
+    def __init__(self, config: TableSource, image_size: int) -> None:
         self.config = config
         self.files, self.path = url_to_fs(config.path)
         self.parquet = config.path.lower().endswith(".parquet")

@@ -14,10 +14,10 @@ import braceexpand
 from fsspec.core import url_to_fs
 from webdataset import tariterators
 
-from pipeline.config import digest
-from pipeline.data.config import WebDatasetSource
-from pipeline.data.sources import Part, Record, Unreadable, changed, group_of, interrupted, stamp
-from pipeline.errors import UserError
+from pipeline.config.base import digest
+from pipeline.config.prepare import WebDatasetSource
+from pipeline.core.errors import UserError
+from pipeline.data.sources.base import Part, Record, Unreadable, changed, group_of, interrupted, stamp
 
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -25,7 +25,7 @@ _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 class WebDataset:
     credit = None
 
-    def __init__(self, config: WebDatasetSource) -> None:
+    def __init__(self, config: WebDatasetSource, image_size: int) -> None:
         self.config = config
 
     def parts(self, size: int) -> Iterator[Part]:

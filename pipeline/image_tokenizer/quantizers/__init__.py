@@ -20,11 +20,11 @@ def build_quantizer(config: Any, in_width: int, values_per_position: int) -> Qua
 
         return CodebookQuantizer(config, in_width)
     if config.kind == "fsq":
-        from pipeline.image_tokenizer.quantizers.scalar import FiniteScalarQuantizer
+        from pipeline.image_tokenizer.quantizers.fsq import FiniteScalarQuantizer
 
         return FiniteScalarQuantizer(config, in_width)
     if config.kind == "lfq":
-        from pipeline.image_tokenizer.quantizers.binary import BinaryQuantizer
+        from pipeline.image_tokenizer.quantizers.lfq import BinaryQuantizer
 
         return BinaryQuantizer(config, in_width)
     from pipeline.image_tokenizer.quantizers.gumbel import GumbelQuantizer

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import distributed
-from pipeline.image_tokenizer.quantizer_config import CodebookConfig
+from pipeline.config.quantizers import CodebookConfig
+from pipeline.core import distributed
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, nearest_code
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config.quantizers import GumbelConfig
 from pipeline.image_tokenizer.losses import kl_of_mean_to_uniform, kl_to_uniform, sample_gumbel
-from pipeline.image_tokenizer.quantizer_config import GumbelConfig
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, best_code, nearest_code
 
 

@@ -54,7 +54,7 @@ def _inception() -> dict[str, list[float]]:
     """Features and logits of 299 × 299 pictures (no resizing) under seeded weights."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    from pipeline.metrics.inception_v3 import InceptionV3
+    from pipeline.extractors.inception_v3 import InceptionV3
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"

@@ -1,0 +1,122 @@
+"""`smalti generate RUN "a prompt" …`: pictures and a grid from a finished run or an export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli.stage import run_stage_here
+from pipeline.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.sampling.image_prompt import ImagePrompt
+
+_picture = click.Path(path_type=Path)
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype")
+
+
+@click.command("generate")
+@click.argument("arguments", nargs=-1, metavar="RUN [PROMPT]...")
+@click.option("--prompts", "prompts_file", type=_picture, help="a text file with a prompt a line")
+@click.option("-n", "--candidates", default=1, show_default=True, help="pictures drawn a prompt")
+@click.option("--keep", type=int, help="keep only the best of the candidates, as the reranker sees them")
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=_picture, default="pictures", show_default=True)
+@click.option("--temperature", type=float, help="default, as of all settings: generate.sampling of the run's config")
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--guidance", type=float, help="classifier-free guidance scale; 1: off")
+@click.option("--guidance-schedule", type=click.Choice(["constant", "linear", "cosine", "power"]))
+@click.option("--guidance-interval", type=(float, float), help="the part of the sequence that is guided, e.g. 0 0.8")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]))
+@click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
+@click.option("--image", type=_picture, help="a picture to start from, with one of the next three")
+@click.option("--keep-rows", type=int, help="complete it: rows of codes that stay, from the top")
+@click.option("--keep-levels", type=int, help="vary it: coarse levels that stay")
+@click.option("--mask", type=_picture, help="fill it: a picture, white where new pixels are wanted")
+@click.option("--reranker", type=_picture, help="folder of a pretrained CLIP, in place of the run's own reranker")
+@click.option("--batch-size", default=64, show_default=True, help="pictures drawn at once; never changes them")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the step; docs/sampling.md says when it pays")
+@click.option("--preview/--no-preview", default=None, help="watch the first picture fill in; default: on a terminal")
+@click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
+def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path: str | None, **options: Any) -> None:
+    """Paint prompts with the models of a finished run, or of a folder that `smalti export` wrote.
+
+    OUTPUT is a picture file (.png), which gets all pictures on one sheet, or a folder, which gets each picture
+    (<prompt>-<rank>.png) and grid.png. Into a folder the same command goes on where it was stopped.
+    """
+    if config_path:
+        run_stage_here("generate", ["--config", config_path, *arguments])
+    if not arguments:
+        raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
+    wanted = [*arguments[1:], *_lines(prompts_file)]
+    if not wanted:
+        raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
+
+    from pipeline.config.base import parse_config
+    from pipeline.config.generate import SamplingConfig
+    from pipeline.core.distributed import device
+    from pipeline.sampling.pipeline import Pipeline
+    from pipeline.sampling.to_directory import Job, paint_into_folder, paint_onto_sheet
+
+    pipeline = Pipeline.from_pretrained(arguments[0], device(), reranker=options["reranker"])
+    chosen = _best(Path(arguments[0])) if options["best"] else {}
+    chosen |= {name: options[name] for name in _SAMPLING if options[name] is not None}
+    settings = parse_config(SamplingConfig, pipeline.source.sampling.model_dump() | chosen, where="sampling")
+    preview = options["preview"] if options["preview"] is not None else sys.stderr.isatty()
+    job = Job(
+        *(wanted, options["candidates"], options["keep"], options["seed"], settings),
+        image_prompt=_image_prompt(options),
+        image_prompt_about={k: str(options[k]) for k in ("image", "keep_rows", "keep_levels", "mask") if options[k]},
+        batch_size=options["batch_size"],
+        compiled=options["compiled"],
+        preview=preview,
+    )
+    output: Path = options["output"]
+    count = paint_onto_sheet(pipeline, job, output) if output.suffix else paint_into_folder(pipeline, job, output)
+    click.echo(f"{count} pictures in {output}", err=True)
+
+
+def _image_prompt(options: dict[str, Any]) -> ImagePrompt | None:
+    from pipeline.sampling.image_prompt import ImagePrompt
+    from pipeline.sampling.save import open_picture
+
+    rules = {name: options[name] for name in ("keep_rows", "keep_levels", "mask") if options[name] is not None}
+    if options["image"] is None:
+        if rules:
+            raise UserError(
+                f"--{next(iter(rules)).replace('_', '-')} needs a picture to start from: add --image PICTURE"
+            )
+        return None
+    if "mask" in rules:
+        rules["mask"] = open_picture(rules["mask"], "--mask")
+    return ImagePrompt(open_picture(options["image"], "--image").convert("RGB"), **rules)
+
+
+def _best(run_directory: Path) -> dict[str, Any]:
+    """What the stage evaluate wrote down as the best setting of its sweep."""
+    import yaml
+
+    path = run_directory / "evaluate" / "best.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"--best: expected the result of a sweep at {path}, found none; "
+            "run `smalti evaluate --config` with evaluate.sweep first"
+        )
+    found: dict[str, Any] = yaml.safe_load(path.read_text())["generate"]["sampling"]
+    return found
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    if not path.is_file():
+        raise UserError(f"no prompts file at {path}: expected a text file with a prompt a line")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error.reason})") from error

@@ -1,0 +1,120 @@
+"""The command line: `smalti …`, also `python -m pipeline …`.
+
+smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
+smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
+smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
+smalti export runs/openmoji FOLDER                        its models as one folder, with a model card
+smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
+smalti plan configs/dalle-12b.yaml --gpus 1024            memory, FLOPs, time of a training before it starts
+smalti <stage> --config configs/openmoji.yaml             one stage
+smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
+smalti ui runs/openmoji                                   MLflow's page for a run
+smalti data inspect runs/openmoji                         counts, captions and checksums of a run's data; data export
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline import __version__
+from pipeline.cli.data import data
+from pipeline.cli.evaluate import evaluate
+from pipeline.cli.export import export
+from pipeline.cli.generate import generate
+from pipeline.cli.plan import plan
+from pipeline.cli.reconstruct import reconstruct
+from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
+from pipeline.cli.stage import run_stage_here
+from pipeline.config.base import to_yaml
+from pipeline.config.pipeline import load_pipeline
+from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.orchestration.graph import STAGES
+from pipeline.orchestration.run_directory import config_of, source_name
+
+EXIT_USER_ERROR = 2
+EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, the same command goes on
+
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def main() -> None:
+    try:
+        cli.main(prog_name="smalti", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER_ERROR)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
+    except StoppedOnRequest as request:
+        click.echo(f"{request}; run the same command again to go on", err=True)
+        sys.exit(EXIT_RUN_AGAIN)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Train an image tokenizer and a text+image transformer, and paint pictures from prompts."""
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG")
+@_overrides
+@click.option("--print-config", is_flag=True, help="print the resolved config and do nothing")
+@click.option("--take-over", is_flag=True, help="use a run directory that was made from a config file of another name")
+def run(config_path: str, overrides: tuple[str, ...], print_config: bool, take_over: bool) -> None:
+    """Run every stage that is not up to date, on this machine."""
+    config = load_pipeline(config_path, overrides)
+    if print_config:
+        click.echo(to_yaml(config), nl=False)
+        return
+    from pipeline.orchestration.local_runner import run_pipeline
+
+    run_pipeline(config, source_name(config_path), take_over)
+    click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
+
+
+@cli.command()
+@click.argument("run_directory", type=click.Path(path_type=Path))
+@click.option("--port", default=5000, show_default=True)
+def ui(run_directory: Path, port: int) -> None:
+    """Open MLflow's page for a run."""
+    from pipeline.orchestration.tracking import default_uri
+
+    config = load_pipeline(config_of(run_directory))
+    uri = config.tracking.uri or default_uri(run_directory)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
+    sys.exit(subprocess.call(command))
+
+
+def _stage_command(name: str) -> click.Command:
+    @click.command(name, help=f"Run the stage {name} alone; its inputs must be finished.")
+    @click.option("--config", "config_path", required=True, help="pipeline config, or a run's config.yaml")
+    @click.option("--print-config", is_flag=True, help="print the stage's resolved config and do nothing")
+    @_overrides
+    def command(config_path: str, overrides: tuple[str, ...], print_config: bool) -> None:
+        if print_config:
+            click.echo(to_yaml(load_pipeline(config_path, overrides).section(name)), nl=False)
+            return
+        run_stage_here(name, ["--config", config_path, *overrides])
+
+    return command
+
+
+cli.add_command(data)
+cli.add_command(reconstruct)
+cli.add_command(generate)  # with --config it is the stage
+cli.add_command(evaluate)  # likewise
+cli.add_command(export)
+cli.add_command(plan)
+for _command in SLURM_COMMANDS:
+    cli.add_command(_command)
+for _stage in STAGES:
+    if _stage.name not in cli.commands:
+        cli.add_command(_stage_command(_stage.name))

@@ -1,0 +1,133 @@
+"""`smalti submit | status | logs | cancel | resubmit`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from pipeline.config.pipeline import load_pipeline
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import STAGE_NAMES
+from pipeline.orchestration.run_directory import source_name
+from pipeline.slurm import scheduler
+from pipeline.slurm.cluster import load_cluster
+from pipeline.slurm.status import as_json, as_table, run_status
+from pipeline.slurm.submit import submit_pipeline
+
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_run = click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+_stages = click.Choice(STAGE_NAMES)
+_POLL_S = 2.0
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG")
+@_overrides
+@click.option("--cluster", "cluster_path", required=True, help="cluster file, e.g. configs/cluster/example.yaml")
+@click.option("--from", "first", type=_stages, help="this stage and what comes after it")
+@click.option("--only", type=_stages, help="this stage alone")
+@click.option("--dry-run", is_flag=True, help="write the job files and print the table; submit nothing")
+@click.option("--take-over", is_flag=True, help="use a run directory that was made from a config file of another name")
+def submit(
+    config_path: str,
+    overrides: tuple[str, ...],
+    cluster_path: str,
+    first: str | None,
+    only: str | None,
+    dry_run: bool,
+    take_over: bool,
+) -> None:
+    """Submit every stage that is not finished to Slurm, chained, and walk away."""
+    config, cluster = load_pipeline(config_path, overrides), load_cluster(cluster_path)
+    submit_pipeline(
+        config, source_name(config_path), cluster, first=first, only=only, dry_run=dry_run, take_over=take_over
+    )
+    if not dry_run:
+        click.echo(f"follow it with: smalti status {config.run_directory}", err=True)
+
+
+@click.command()
+@_run
+@click.option("--cluster", "cluster_path", help="another cluster file than at the last submission")
+@click.option("--from", "first", type=_stages, help="this stage and what comes after it")
+@click.option("--only", type=_stages, help="this stage alone")
+def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, only: str | None) -> None:
+    """Submit again what failed or was cancelled, and what waited for it, with the run's own config."""
+    known = run_directory / "slurm" / "cluster.yaml"
+    if cluster_path is None and not known.is_file():
+        raise UserError(f"expected a submitted run, found no {known}: use smalti submit CONFIG --cluster FILE")
+    path = str(run_directory / "config.yaml")
+    cluster = load_cluster(cluster_path or known)
+    submit_pipeline(load_pipeline(path), source_name(path), cluster, first=first, only=only)
+
+
+@click.command()
+@_run
+@click.option("--watch", is_flag=True, help="again every few seconds, until nothing is queued or running")
+@click.option("--json", "json_output", is_flag=True, help="a list of objects, one a stage")
+def status(run_directory: Path, watch: bool, json_output: bool) -> None:
+    """Every stage: state, job, nodes, step, rate, last metric, restarts, time left, why."""
+    while True:
+        statuses, problem = run_status(run_directory)
+        if watch and not json_output:
+            click.clear()
+        click.echo(as_json(statuses) if json_output else as_table(statuses))
+        if problem:
+            click.echo(f"without Slurm's answer: {problem}", err=True)
+        at_rest = {"FINISHED", "NOT RUN", "LOST", "STOPPED"} | scheduler.ENDED
+        if not watch or all(status.state in at_rest for status in statuses):
+            return
+        try:
+            time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            return
+
+
+@click.command()
+@_run
+@click.argument("stage", type=_stages)
+@click.option("--task", type=int, help="of an array, this task's log")
+@click.option("-f", "--follow", is_flag=True, help="go on as it grows, until Ctrl-C")
+@click.option("-n", "--lines", default=50, show_default=True, help="so many of the last lines; 0: all")
+def logs(run_directory: Path, stage: str, task: int | None, follow: bool, lines: int) -> None:
+    """What the newest job of a stage printed; each line begins with its rank."""
+    path = _newest_log(run_directory, stage, task)
+    click.echo(click.style(str(path), bold=True), err=True)
+    with open(path, errors="replace") as file:
+        text = file.read()
+        click.echo("".join(text.splitlines(keepends=True)[-lines:] if lines else text), nl=False)
+        with suppress(KeyboardInterrupt):
+            while follow:
+                if text := file.read():
+                    click.echo(text, nl=False)
+                else:
+                    time.sleep(0.5)
+
+
+def _newest_log(run_directory: Path, stage: str, task: int | None) -> Path:
+    folder = run_directory / "logs"
+    pattern = f"slurm/{stage}-*.log" if task is None else f"slurm/{stage}-*_{task}.log"
+    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+    if not found and task is None:
+        found = [path for path in [folder / f"{stage}.log"] if path.exists()]
+    if not found:
+        raise UserError(f"expected a log of {stage} in {folder}, found none: it has not started (smalti status tells)")
+    return found[-1]
+
+
+@click.command()
+@_run
+def cancel(run_directory: Path) -> None:
+    """Cancel this run's jobs, and no others. What is finished or saved stays; `smalti resubmit` goes on."""
+    directory = run_directory.resolve()
+    active = [job for job in scheduler.jobs_of(directory) if job.active]
+    # The last ones first: none that waits may start when what it waits for ends.
+    ids = sorted({job.id for job in active}, reverse=True)
+    scheduler.cancel(ids)
+    click.echo(f"cancelled: {', '.join(map(str, ids))}" if ids else f"no job of {directory} is queued or running")
+
+
+COMMANDS = (submit, resubmit, status, logs, cancel)

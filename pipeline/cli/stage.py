@@ -1,0 +1,134 @@
+"""The process of one stage: arguments, logging, signals, exit codes.
+
+    python -m stages.prepare --config configs/openmoji.yaml prepare.image_size=64
+
+The contract of a stage process:
+    exit 0 with `_SUCCESS`       finished, now or before
+    exit 0 without `_SUCCESS`    stopped on request; run it again and it resumes
+    exit 2                       a user's mistake, told in one line
+    anything else                a crash; the traceback is on stderr
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.core import signals
+from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.orchestration.environment import RUNNER_VARIABLE
+from pipeline.orchestration.graph import STAGES, Stage, stage_named
+from pipeline.orchestration.run_directory import source_name
+from pipeline.orchestration.stage_run import StageRun, execute
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
+    """Entry point of `python -m stages.<name>`. Never returns."""
+    from pipeline.core import distributed
+
+    signals.install()
+    _die_with_runner()
+    stage = stage_named(name)
+    try:
+        config, source, array_task = _arguments(stage)
+        _configure_logging(config.run_directory / "logs" / f"{name}.log")
+        if stage.trains:
+            distributed.init()
+        execute(stage, config, source, array_task, body)
+        status = 0
+    except StoppedOnRequest as request:
+        log.info("%s; run the same command again to go on", request)
+        status = 0
+    except UserError as error:
+        if distributed.is_main():
+            log.error("error: %s", error)
+        status = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            log.exception("%s crashed", name)
+            status = 1
+        else:
+            log.error("error: no space left (%s): free some, then run the same command again, it goes on", error)
+            status = 2
+    except SystemExit as leaving:  # --help
+        status = int(leaving.code or 0)
+    except BaseException:
+        log.exception("%s crashed", name)
+        status = 1
+    signals.ignore()
+    distributed.leave(status)
+
+
+def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None]:
+    """The resolved config of the command line, the name of the config file it came from, and the array task."""
+    parsed: dict[str, tuple[str, str | None, tuple[str, ...]]] = {}
+
+    @click.command(help=f"Run the stage {stage.name} of a pipeline.")
+    @click.option("--config", "path", required=True, help="pipeline config (YAML), or a run's config.yaml")
+    @click.option("--array-task", metavar="I/N", help="do the share of task I (from 0) of N; then run the stage itself")
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    def command(path: str, array_task: str | None, overrides: tuple[str, ...]) -> None:
+        parsed["it"] = (path, array_task, overrides)
+
+    try:
+        if command.main(prog_name=f"python -m {stage.module}", standalone_mode=False) == 0 and not parsed:
+            sys.exit(0)  # --help
+    except click.ClickException as error:
+        raise UserError(error.format_message()) from error
+    path, array_task, overrides = parsed["it"]
+    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task)
+
+
+def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    which, _, of = text.partition("/")
+    if not stage.shards or not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise UserError(
+            f"--array-task {text}: expected I/N with 0 <= I < N, of a stage that splits"
+            f" ({', '.join(stage.name for stage in STAGES if stage.shards)}), found it for {stage.name}"
+        )
+    return int(which), int(of)
+
+
+def run_stage_here(name: str, arguments: list[str]) -> NoReturn:
+    """`python -m stages.<name> …` in this process. Ends it."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(stage_named(name).module, run_name="__main__", alter_sys=True)
+    raise AssertionError("a stage ends its process")
+
+
+def _configure_logging(path: Path) -> None:
+    """Messages go to stderr, and from rank 0 also to logs/<stage>.log, where they stay."""
+    main = int(os.environ.get("RANK", 0)) == 0
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if main and path.parent.parent.is_dir():
+        path.parent.mkdir(exist_ok=True)
+        handlers.append(logging.FileHandler(path))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if main else logging.ERROR, handlers=handlers)
+    for noisy in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _die_with_runner() -> None:
+    """A stage started by the local runner ends when the runner is killed, so that a new one can take over at once."""
+    runner = os.environ.get(RUNNER_VARIABLE)
+    if runner and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if not os.path.exists(f"/proc/{runner}"):
+            os._exit(1)

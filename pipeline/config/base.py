@@ -1,0 +1,198 @@
+"""Typed configuration: YAML file + dotted overrides -> frozen pydantic models.
+
+    config = load_config(PipelineConfig, "configs/openmoji.yaml", ["transformer.layers=8"])
+
+Unknown keys are errors that name the key and its nearest neighbour. There is a module
+for each section; `pipeline.py` puts them together. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.core.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every config class: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def operational(default: Any, **kwargs: Any) -> Any:
+    """A field that changes how a stage runs but never what it makes (logging intervals, workers).
+
+    Such fields are left out of `identity`, so changing one never makes a finished stage run again.
+    """
+    return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a config that decides a stage's result: everything but operational fields."""
+    kept: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(config, name)
+        kept[name] = identity(value) if isinstance(value, Config) else _jsonable(value)
+    return kept
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value in its canonical form (sorted keys, no spaces)."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Config):
+        return identity(value)
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one level of dotted keys, e.g. `{"transformer.layers": 8}`."""
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What changed between two nested configs, a line a key: `layers: 4 -> 8`."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "(absent)") != after.get(key, "(absent)")
+    ]
+
+
+def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply dotted overrides, validate.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no config at {path}: expected a YAML file (see configs/ for examples)")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(cls, values, where=str(path))
+
+
+def parse_config(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+    """Validate plain values against `cls`; `where` names their origin in errors."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(cls, e) for e in error.errors())) from error
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override '{override}': expected key=value, e.g. transformer.layers=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not valid YAML") from error
+    if isinstance(value, str):
+        value = _number(value)
+    node: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = node[_list_index(node, key, override)]
+        else:
+            node = node.setdefault(key, {})
+        if not isinstance(node, (dict, list)):
+            raise UserError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a section")
+    if isinstance(node, list):
+        node[_list_index(node, keys[-1], override)] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _number(text: str) -> str | float:
+    # YAML 1.1 reads 1e-3 as a string (it wants 1.0e-3); people write 1e-3.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _list_index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise UserError(f"override '{override}': expected an index below {len(items)}, found '{key}'")
+    return int(key)
+
+
+def _explain(cls: type[Config], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = sorted(_keys_beside(cls, location))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        parent = ".".join(location[:-1])
+        if near:
+            hint = f"did you mean '{parent + '.' if parent else ''}{near[0]}'?"
+        else:
+            hint = f"known here: {', '.join(known)}"
+        return f"unknown key '{dotted}'; {hint}"
+    if error["type"] == "missing":
+        return f"key '{dotted}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"'{dotted}': {message}, found {error['input']!r}" if dotted else message
+
+
+def _keys_beside(cls: type[Config], location: list[str]) -> set[str]:
+    """Names that are known where the last part of `location` was found."""
+    candidates: list[Any] = [cls]
+    for part in location[:-1]:
+        following: list[Any] = []
+        for candidate in candidates:
+            if part in candidate.model_fields:
+                following += _config_classes(candidate.model_fields[part].annotation)
+        # Discriminated unions put the tag into the location; it names no field.
+        candidates = following or candidates
+    return {name for candidate in candidates for name in candidate.model_fields}
+
+
+def _config_classes(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for arg in getattr(annotation, "__args__", ()) for found in _config_classes(arg)]

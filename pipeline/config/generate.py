@@ -1,0 +1,84 @@
+"""Config of sampling and of the generate stage. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config, operational
+
+
+class SamplingConfig(Config):
+    """How a code is drawn from its logits. The defaults draw from the model's own distribution."""
+
+    temperature: float = Field(1.0, ge=0, le=10, description="0: always the most likely code")
+    top_k: int | None = Field(None, ge=1, description="keep the k most likely codes")
+    top_p: float | None = Field(None, gt=0, le=1, description="keep the most likely codes that hold this probability")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="keep codes of at least this share of the most likely one's probability"
+    )
+    guidance: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="classifier-free guidance scale; 1: off; above 1 needs caption dropout",
+    )
+    guidance_schedule: Literal["constant", "linear", "cosine", "power"] = Field(
+        "constant", description="how the scale gets from 1 at the first code to `guidance` at the last one"
+    )
+    guidance_power: float = Field(2.0, gt=0, le=10, description="schedule power only: its exponent")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="the part of the sequence that is guided; outside of it the scale is 1"
+    )
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        begin, end = self.guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise ValueError(f"guidance_interval must be two rising numbers from 0 to 1, found {begin} and {end}")
+        return self
+
+    def guidance_at(self, progress: float) -> float:
+        """The guidance scale when `progress` (0 to 1) of the codes are drawn.
+
+        Schedules after Chang et al. 2023 (Muse, section 2.7: linear) and Gao et al. 2023 (MDT, section 3.3: powers of
+        a cosine); an interval after Kynkäänniemi et al. 2024.
+        """
+        begin, end = self.guidance_interval
+        if not begin <= progress <= end:
+            return 1.0
+        ramp = {
+            "constant": 1.0,
+            "linear": progress,
+            "cosine": (1 - math.cos(math.pi * progress)) / 2,
+            "power": progress**self.guidance_power,
+        }
+        return 1 + (self.guidance - 1) * ramp[self.guidance_schedule]
+
+
+class GenerateConfig(Config):
+    """Section `generate`: the prompts for the eye, and the captions whose pictures are measured."""
+
+    training_prompts: list[str] = Field(default_factory=list, description="captions that are in the train split")
+    new_prompts: list[str] = Field(default_factory=list, description="captions that are not in the train split")
+    samples: int = Field(512, ge=0, description="pictures for evaluate, captions drawn from the train split")
+    shard_size: int = Field(128, ge=1, description="pictures a tar shard; a restart goes on at the next shard")
+    candidates: int = Field(1, ge=1, description="pictures drawn for each; the reranker keeps the one that fits best")
+    batch_size: int = operational(64, ge=1, description="pictures drawn at once; never changes them")
+    compile: bool = operational(
+        False, description="torch.compile the decode step: docs/sampling.md says when that pays"
+    )
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerateConfig:
+        prompts = self.training_prompts + self.new_prompts
+        if any(not prompt.strip() for prompt in prompts):
+            raise ValueError("a prompt is empty; write what the picture should show")
+        twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        if twice:
+            raise ValueError(f"'{twice[0]}' is listed twice; keep it once")
+        return self

@@ -1,0 +1,129 @@
+"""Section `image_tokenizer` of the pipeline config: which tokenizer, its loss, its training.
+
+The defaults of `DVAEConfig` are those of Ramesh et al. 2021; the files in `configs/` choose smaller ones.
+Knows no torch, so that the command line and the Slurm layer can read configs in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config, operational
+from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
+from pipeline.config.ode import OdeConfig
+from pipeline.config.quantizers import CodebookConfig, CosineRamp, QuantizerConfig
+from pipeline.config.training import TrainingConfig
+
+
+class ArchitectureConfig(Config):
+    """The encoder and decoder of all kinds, and the loss between a picture and its reconstruction.
+
+    The picture is downsampled by `patch_size * 2 ** (len(widths) - 1)` on each side.
+    """
+
+    patch_size: int = Field(1, ge=1, description="pixels of a patch's side that become one position before any layer")
+    widths: tuple[int, ...] = Field(
+        (256, 512, 1024, 2048), min_length=1, description="channels a resolution, fine to coarse; each next one halves"
+    )
+    blocks: int = Field(2, ge=1, description="residual blocks a resolution, in encoder and decoder alike")
+    block_kernels: tuple[int, ...] = Field((3, 3, 3, 1), min_length=1, description="convolutions of a residual block")
+    bottleneck: int = Field(4, ge=1, description="a block's inner width is its width divided by this")
+    block: Literal["residual", "ode"] = Field(
+        "residual", description="ode: the blocks of a resolution as one of continuous depth, with as many parameters"
+    )
+    ode: OdeConfig = OdeConfig()
+    stem_kernel: int = Field(7, ge=1, description="kernel of the encoder's first convolution")
+    reconstruction: Literal["logit_laplace", "l1", "l2"] = "logit_laplace"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of the square that one code of the coarsest level stands for."""
+        return self.patch_size * 2 ** (len(self.widths) - 1)
+
+    @model_validator(mode="after")
+    def _check_architecture(self) -> ArchitectureConfig:
+        if min(self.widths) < 1 or any(width % self.bottleneck for width in self.widths):
+            raise ValueError(f"widths {list(self.widths)} must be positive multiples of bottleneck ({self.bottleneck})")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in (*self.block_kernels, self.stem_kernel)):
+            raise ValueError("block_kernels and stem_kernel must be odd, so that a layer keeps the picture's size")
+        return self
+
+
+class DVAEConfig(ArchitectureConfig):
+    """The discrete VAE of Ramesh et al. 2021 (section 2.1, appendix A): architecture and loss."""
+
+    kind: Literal["dvae"] = "dvae"
+
+    codebook_size: int = Field(8192, ge=2, le=2**20, description="K, the number of codes")
+    code_width: int = Field(128, ge=1, description="channels of a code's vector, the decoder's input")
+    logits: Literal["linear", "distance"] = Field("linear", description="distance: near vectors of the codebook score")
+    kl_weight: CosineRamp = CosineRamp(start=0.0, end=6.6, steps=5_000)
+    usage_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
+    temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=150_000)
+    straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> DVAEConfig:
+        if min(self.temperature.start, self.temperature.end) <= 0:
+            raise ValueError("temperature must stay above 0; an end of 1/16 is the paper's")
+        return self
+
+
+class VQVAEConfig(ArchitectureConfig):
+    """The VQ-VAE of van den Oord et al. 2017, with any quantizer: one grid of positions at the coarsest resolution."""
+
+    kind: Literal["vqvae"]
+    quantizer: QuantizerConfig = CodebookConfig(kind="ema")
+    channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
+    reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
+
+    @property
+    def quantizers(self) -> tuple[Any, ...]:
+        """Of each grid, coarse to fine."""
+        return (self.quantizer,)
+
+
+class VQVAE2Config(ArchitectureConfig):
+    """The VQ-VAE-2 of Razavi et al. 2019: a grid of codes at each of the two or three coarsest resolutions."""
+
+    kind: Literal["vqvae2"]
+    quantizers: tuple[QuantizerConfig, ...] = Field(
+        (CodebookConfig(kind="ema"), CodebookConfig(kind="ema")),
+        min_length=2,
+        max_length=3,
+        description="a level's quantizer, coarse to fine; each next one has twice the positions on a side",
+    )
+    channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
+    reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> VQVAE2Config:
+        if len(self.quantizers) > len(self.widths):
+            raise ValueError(
+                f"{len(self.quantizers)} quantizers need as many resolutions: widths has {len(self.widths)} entries"
+            )
+        return self
+
+
+ModelConfig = Annotated[DVAEConfig | VQVAEConfig | VQVAE2Config, Field(discriminator="kind")]
+
+
+class ImageTokenizerConfig(Config):
+    """What the image-tokenizer stage trains."""
+
+    model: ModelConfig = DVAEConfig()
+    training: TrainingConfig
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    usage_floor: float = operational(
+        0.1, ge=0, le=1, description="a warning says what to try when fewer of the codes occur on the validation split"
+    )
+
+    @model_validator(mode="after")
+    def _check_start(self) -> ImageTokenizerConfig:
+        for name, loss in (("perceptual", self.perceptual), ("adversarial", self.adversarial)):
+            if loss and loss.start_step >= self.training.steps:
+                raise ValueError(f"{name}.start_step must be below training.steps ({self.training.steps})")
+        return self

@@ -1,0 +1,69 @@
+"""`PipelineConfig`: a whole pipeline as one config, a section for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config, load_config, operational
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.config.image_tokenizer import ImageTokenizerConfig
+from pipeline.config.prepare import PrepareConfig
+from pipeline.config.report import ReportConfig
+from pipeline.config.reranker import RerankerConfig
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.config.tokenize import TokenizeConfig
+from pipeline.config.tracking import TrackingConfig
+from pipeline.config.transformer import TransformerConfig
+
+
+class PipelineConfig(Config):
+    """A whole pipeline: one section a stage. See `configs/` for complete examples."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory and the MLflow run")
+    runs: Path = operational(Path("runs"), description="the run directory is <runs>/<name>")
+    seed: int = Field(0, ge=0)
+    processes: int | None = operational(
+        None,
+        ge=1,
+        description="processes of each stage that trains or splits, on this machine; default: one a GPU, or one",
+    )
+    tracking: TrackingConfig = operational(TrackingConfig())
+
+    prepare: PrepareConfig
+    text_tokenizer: TextTokenizerConfig
+    image_tokenizer: ImageTokenizerConfig
+    tokenize: TokenizeConfig
+    transformer: TransformerConfig
+    reranker: RerankerConfig = RerankerConfig()
+    generate: GenerateConfig
+    evaluate: EvaluateConfig
+    report: ReportConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> PipelineConfig:
+        if self.generate.candidates > 1 and not self.reranker.enabled:
+            raise ValueError(
+                f"generate.candidates={self.generate.candidates} needs a reranker to choose: set reranker.enabled=true"
+            )
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        return self.runs / self.name
+
+    def section(self, stage: str) -> Config:
+        section: Config = getattr(self, stage.replace("-", "_"))
+        return section
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a pipeline config. A run directory's own config.yaml means that run, wherever it was moved to."""
+    config = load_config(PipelineConfig, path, overrides)
+    directory = Path(path).parent
+    if Path(path).name == "config.yaml" and (directory / "run.json").exists():
+        config = config.model_copy(update={"runs": directory.parent, "name": directory.resolve().name})
+    return config

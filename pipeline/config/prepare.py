@@ -1,0 +1,126 @@
+"""Config of the data stages: sections `prepare` and `tokenize`. Knows no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Config, operational
+
+
+class OpenMojiSource(Config):
+    """The demo's corpus: 1,918 OpenMoji pictures (CC BY-SA 4.0) with their names, from pip packages."""
+
+    kind: Literal["openmoji"]
+    limit: int | None = Field(None, ge=1, description="only the first so many, in the order of their code points")
+
+
+class FolderSource(Config):
+    """Pictures in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
+
+    kind: Literal["folder"]
+    path: str = Field(min_length=1, description="local path or fsspec URL")
+    extensions: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+    @field_validator("extensions")
+    @classmethod
+    def _dotted(cls, extensions: tuple[str, ...]) -> tuple[str, ...]:
+        if not extensions or not all(e.startswith(".") and e == e.lower() for e in extensions):
+            raise ValueError("extensions must be lower-case with a dot, e.g. ['.png', '.jpg']")
+        return extensions
+
+
+class TableSource(Config):
+    """A CSV, JSONL or Parquet table: a row a picture, by path or (Parquet) by bytes.
+
+    Relative picture paths start at the table's own folder.
+    """
+
+    kind: Literal["table"]
+    path: str = Field(min_length=1, description="local path or fsspec URL; the extension says the format")
+    caption_column: str = "caption"
+    path_column: str | None = Field(None, description="column with the path of the picture")
+    bytes_column: str | None = Field(None, description="column with the encoded picture itself (Parquet only)")
+    key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    group_column: str | None = Field(None, description="rows with the same value here are never split")
+
+    @field_validator("path")
+    @classmethod
+    def _known_format(cls, path: str) -> str:
+        if not path.lower().endswith((".csv", ".jsonl", ".parquet")):
+            raise ValueError("expected a path that ends in .csv, .jsonl or .parquet")
+        return path
+
+    @model_validator(mode="after")
+    def _one_picture_column(self) -> TableSource:
+        if (self.path_column is None) == (self.bytes_column is None):
+            raise ValueError("set exactly one of path_column and bytes_column")
+        if self.bytes_column and not self.path.lower().endswith(".parquet"):
+            raise ValueError("bytes_column needs a .parquet table; CSV and JSONL hold paths (path_column)")
+        return self
+
+
+class WebDatasetSource(Config):
+    """Tars as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json, beside each other."""
+
+    kind: Literal["webdataset"]
+    urls: tuple[str, ...] | str = Field(
+        description="paths or fsspec URLs; globs and braces, e.g. data/{00000..00099}.tar"
+    )
+    group_field: str | None = Field(None, description="samples with the same value of it in KEY.json are never split")
+
+
+class HuggingFaceSource(Config):
+    """A data set that the `datasets` library saved to disk (`save_to_disk`)."""
+
+    kind: Literal["huggingface"]
+    path: str = Field(min_length=1, description="local path or fsspec URL")
+    split: str | None = Field(None, description="needed when the folder holds several splits")
+    image_column: str = "image"
+    caption_column: str = "caption"
+    key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    group_column: str | None = Field(None, description="rows with the same value here are never split")
+
+
+Source = Annotated[
+    OpenMojiSource | FolderSource | TableSource | WebDatasetSource | HuggingFaceSource, Field(discriminator="kind")
+]
+
+
+class FilterConfig(Config):
+    """What a sample must be to be kept. Samples that are not are counted by reason and listed in rejected.jsonl."""
+
+    min_side: int = Field(1, ge=1, description="pixels of the shorter side, before cropping")
+    max_aspect_ratio: float = Field(3.0, ge=1, description="longer side / shorter side")
+    max_pixels: int = Field(64_000_000, ge=1, description="more is taken for a decompression bomb and not decoded")
+    min_caption_length: int = Field(1, ge=1, description="characters")
+    max_caption_length: int = Field(1_000, ge=1, description="characters")
+    near_duplicate_bits: int | None = Field(
+        None,
+        ge=0,
+        le=4,
+        description="pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture: the first "
+        "is kept; null: off; 3 finds most copies of another size or JPEG quality",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FilterConfig:
+        if self.min_caption_length > self.max_caption_length:
+            raise ValueError("min_caption_length must not exceed max_caption_length")
+        return self
+
+
+class PrepareConfig(Config):
+    """Section `prepare`: from a source to image shards."""
+
+    source: Source
+    image_size: int = Field(ge=8, le=2048, description="pixels of each side of the square pictures that are stored")
+    crop: Literal["center", "random"] = Field(
+        "center", description="which square of a picture is kept; random: drawn once, from the key and the seed"
+    )
+    shard_size: int = Field(1_000, ge=1, description="source samples a shard; an input tar always becomes one shard")
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")
+    filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
+    max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
+    workers: int | None = operational(None, ge=1, description="processes; None: one a core")

@@ -1,0 +1,115 @@
+"""Configs of the quantizers (`quantizers/`), and the schedule of a weight. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config
+
+
+class CosineRamp(Config):
+    """A value that moves from `start` to `end` along half a cosine over the first `steps` steps, then stays.
+
+    With `steps: 0` it is `end` from the beginning.
+    """
+
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    steps: int = Field(ge=0, description="optimizer steps that the way from start to end takes")
+
+    def at(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class CodebookConfig(Config):
+    """Nearest neighbour in a codebook (van den Oord et al. 2017), learned by moving averages or by gradient.
+
+    `normalize` with a small `code_width` is the factorised, l2-normalised codebook of Yu et al. 2022 (ViT-VQGAN).
+    `depth` above 1 is residual VQ (Lee et al. 2022): each further codebook quantizes what the ones before left over,
+    and each is a level of its own.
+    """
+
+    kind: Literal["ema", "gradient"]
+    codebook_size: int = Field(8192, ge=2, le=2**20, description="K, the number of codes")
+    code_width: int = Field(32, ge=1, description="channels of a code's vector")
+    depth: int = Field(1, ge=1, le=16, description="codebooks one after the other, each on what is left (residual VQ)")
+    normalize: bool = Field(False, description="vectors and codes on the unit sphere")
+    commitment_weight: float = Field(0.25, ge=0, description="β, pulls the encoder's vectors to their codes")
+    codebook_weight: float = Field(1.0, ge=0, description="gradient only: pulls codes to the encoder's vectors")
+    decay: float = Field(0.99, ge=0, lt=1, description="of the moving averages, per step")
+    revive_below: float = Field(
+        0.1, ge=0, le=1, description="a code used less than this part of an even share moves to a vector of the batch"
+    )
+    kmeans_iterations: int = Field(10, ge=0, description="of the start from the first batch's vectors; 0: random codes")
+    gradient: Literal["straight_through", "rotation"] = Field(
+        "straight_through", description="rotation: the encoder's gradient is turned along (Fifty et al. 2024)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CodebookConfig:
+        if self.normalize and self.depth > 1:
+            raise ValueError("normalize needs depth 1: what a codebook leaves over is not on the unit sphere")
+        return self
+
+
+class FSQConfig(Config):
+    """Finite scalar quantization (Mentzer et al. 2023): every channel is rounded to one of a few values."""
+
+    kind: Literal["fsq"]
+    channels: tuple[int, ...] = Field((8, 8, 8, 5, 5), min_length=1, description="values a channel; K is their product")
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.channels)
+
+    @model_validator(mode="after")
+    def _check(self) -> FSQConfig:
+        if min(self.channels) < 3 or self.codebook_size > 2**20:
+            raise ValueError("channels must be at least 3 each, and their product at most 2**20")
+        return self
+
+
+class LFQConfig(Config):
+    """Lookup-free quantization: every channel is its sign (Yu et al. 2023), and codes are kept in use by an entropy.
+
+    `spherical` is binary spherical quantization (Zhao et al. 2024): vectors and codes on the unit sphere.
+    """
+
+    kind: Literal["lfq"]
+    bits: int = Field(13, ge=1, le=20, description="K is 2 ** bits")
+    spherical: bool = False
+    commitment_weight: float = Field(0.25, ge=0)
+    entropy_weight: float = Field(0.1, ge=0, description="of: entropy a position − diversity · entropy of the batch")
+    diversity: float = Field(1.0, ge=0)
+    entropy_temperature: float = Field(1.0, gt=0, description="of the soft assignment that the entropies are of")
+
+    @property
+    def codebook_size(self) -> int:
+        return 2**self.bits
+
+
+class GumbelConfig(Config):
+    """The Gumbel-softmax relaxation of the discrete VAE (see `DVAEConfig`) as a quantizer among others."""
+
+    kind: Literal["gumbel"]
+    codebook_size: int = Field(8192, ge=2, le=2**20, description="K, the number of codes")
+    code_width: int = Field(32, ge=1, description="channels of a code's vector")
+    logits: Literal["linear", "distance"] = "distance"
+    kl_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
+    usage_weight: CosineRamp = CosineRamp(start=0.01, end=0.0, steps=2_250)
+    temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=2_250)
+    straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
+
+    @model_validator(mode="after")
+    def _check(self) -> GumbelConfig:
+        if min(self.temperature.start, self.temperature.end) <= 0:
+            raise ValueError("temperature must stay above 0; an end of 1/16 is usual")
+        return self
+
+
+QuantizerConfig = Annotated[CodebookConfig | FSQConfig | LFQConfig | GumbelConfig, Field(discriminator="kind")]

@@ -1,0 +1,38 @@
+"""Section `reranker` of the pipeline config. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config
+from pipeline.config.training import TrainingConfig
+
+
+class TowerConfig(Config):
+    """The two towers; each is `layers` transformer layers of `width`."""
+
+    width: int = Field(256, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    patch_size: int = Field(4, ge=1, description="pixels of a patch's side; must divide prepare.image_size")
+    dimensions: int = Field(256, ge=2, description="of the space that pictures and captions meet in")
+    dropout: float = Field(0.1, ge=0, lt=1, description="in training")
+
+    @model_validator(mode="after")
+    def _check(self) -> TowerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        return self
+
+
+class RerankerConfig(Config):
+    """An optional stage: which of several candidates fits its prompt best (Ramesh et al. 2021, section 2.6)."""
+
+    enabled: bool = Field(False, description="whether the stage is part of the pipeline")
+    clip: str | None = Field(
+        None, description="folder of a pretrained CLIP (transformers' save_pretrained): measured and used, not trained"
+    )
+    model: TowerConfig = TowerConfig()
+    training: TrainingConfig = TrainingConfig(
+        steps=2000, batch_size=256, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, ema_decay=0.99
+    )

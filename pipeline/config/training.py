@@ -1,0 +1,86 @@
+"""What both training stages share: steps, batch, optimizer, schedule, precision, intervals.
+
+Knows no torch, so that the command line and the Slurm layer can read configs in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config, operational
+
+
+class TrainingConfig(Config):
+    """Section `training` of a stage that trains. A step is one optimizer update on one global batch."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="samples a step, over all processes")
+    micro_batch_size: int | None = operational(
+        None, description="samples a process and pass; smaller ones accumulate gradients. None: no accumulation"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
+    activation_checkpointing: bool = operational(
+        False, description="compute each block's activations again in the backward pass: less memory, a third more work"
+    )
+
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: on the matrices of blocks, AdamW on the rest"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="of AdamW, at its peak")
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its peak")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
+    weight_decay: float = Field(0.05, ge=0, description="on matrices only")
+    betas: tuple[float, float] = (0.9, 0.98)
+    gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
+
+    max_nonfinite_steps: int = Field(10, ge=1, description="non-finite steps in a row before the stage gives up")
+    peak_tflops: float | None = operational(
+        None, gt=0, description="of one device, for the FLOPs utilisation; None: matrix products measured at the start"
+    )
+    log_every: int = operational(10, ge=1)
+    evaluate_every: int = operational(500, ge=1)
+    picture_every: int = operational(500, ge=1)
+    checkpoint_every: int = operational(200, ge=1)
+    keep_checkpoints: int = operational(2, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps must be below steps ({self.steps})")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        return self
+
+
+BUCKET_ELEMENTS = 50_000_000  # gradients that DeepSpeed reduces at once; its default takes 2 GB
+LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 keeps whole at most, DeepSpeed's default
+
+
+class DeepSpeedConfig(Config):
+    """Section `deepspeed` of the transformer: how DeepSpeed spreads the training state over processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = operational(
+        None,
+        description="what is spread: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing;"
+        " None: 1, and 0 on one process, where spreading only costs time",
+    )
+    offload_optimizer: bool = operational(False, description="optimizer states in the host's memory, stages 1 to 3")
+    overlap_communication: bool = operational(False, description="reduce gradients while the backward pass goes on")
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3")
+        return self
+
+    def stage(self, processes: int, precision: str) -> int:
+        """The ZeRO stage of a training. fp16 and offloading, which need ZeRO, have it on one process too."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 1 if processes > 1 or precision == "fp16" or self.offload_optimizer else 0

@@ -1,0 +1,114 @@
+"""Config of the transformer: its shape, its loss, its training. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Config
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+
+STYLES: dict[str, dict[str, Any]] = {
+    "classic": {
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "positions": "learned",
+        "attention": "sparse",
+        "qk_norm": False,
+    },
+    "modern": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "attention": "full", "qk_norm": True},
+}
+
+
+class TransformerShape(Config):
+    """What decides the model's parameters (with the layout); saved in its config.json."""
+
+    layers: int = Field(4, ge=1)
+    width: int = Field(256, ge=8)
+    heads: int = Field(4, ge=1)
+    style: Literal["classic", "modern"] | None = Field(
+        None, description="sets norm, mlp, positions, attention and qk_norm, unless they are given; see STYLES"
+    )
+    kv_heads: int | None = Field(
+        None, ge=1, description="heads of keys and values, each shared by heads / kv_heads queries; None: heads"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp_width: int | None = Field(
+        None, ge=8, description="hidden width; None: 4 width, for swiglu 8/3 width in steps of 64"
+    )
+    positions: Literal["learned", "rotary"] = Field(
+        "learned", description="learned: text index, row + column of each level; rotary: row and column turn the heads"
+    )
+    attention: Literal["full", "sparse"] = Field(
+        "full", description="sparse: row, column and convolutional layers in the order of Ramesh et al. 2021"
+    )
+    conv_kernel: int = Field(11, ge=1, description="side of the convolutional pattern, odd")
+    qk_norm: bool = Field(True, description="RMS-normalise queries and keys")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the output of attention and MLP, in training")
+    base_width: int | None = Field(
+        None, ge=8, description="muP: the width that learning_rate was found at; None: no transfer between widths"
+    )
+    base_head_width: int | None = Field(
+        None, ge=2, description="muP: the head width that learning_rate was found at; None: this one"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_style(cls, values: Any) -> Any:
+        return {**STYLES.get(str(values.get("style")), {}), **values} if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerShape:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; choose a divisor")
+        if self.positions == "rotary" and self.head_width % 4:
+            raise ValueError(f"rotary positions need width / heads in multiples of 4, found {self.head_width}")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel must be odd, found {self.conv_kernel}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        default = max(64, round(self.width * 8 / 3 / 64) * 64) if self.mlp == "swiglu" else 4 * self.width
+        return self.mlp_width or default
+
+    @property
+    def attention_scale(self) -> float:
+        """Of the scores: 1 / sqrt(K); over head widths 1 / K, equal at the base (Yang et al. 2022, section 4)."""
+        base = self.base_head_width or self.head_width
+        return float(self.head_width**-0.5 * (base / self.head_width) ** 0.5)
+
+    @property
+    def width_ratio(self) -> float:
+        """base_width / width: what hidden matrices' learning rates are multiplied by."""
+        return (self.base_width or self.width) / self.width
+
+
+class TransformerConfig(TransformerShape):
+    """Section `transformer`. Loss weights as Ramesh et al. 2021, section 2.2: text 1/8, image 7/8."""
+
+    text_loss_weight: float = Field(0.125, ge=0)
+    image_loss_weight: float = Field(0.875, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over its vocabulary")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator; try 1e-4")
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of captions replaced by pads in training; guidance needs some"
+    )
+    bpe_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"
+    )
+    training: TrainingConfig = TrainingConfig(steps=10_000, batch_size=64)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()

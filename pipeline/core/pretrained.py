@@ -1,0 +1,62 @@
+"""A trained model as a folder: model.safetensors, its weights, and config.json, all that it takes to build it again.
+
+save_model(model, {"layout": …, "shape": …}, "runs/openmoji/transformer/model")
+model = load_model("runs/openmoji/transformer/model", "transformer", ("layout", "shape"), build)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.core.atomic_io import atomic_path, expect_files, read_json, write_json
+from pipeline.core.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_model(model: nn.Module, config: dict[str, Any], directory: str | Path) -> None:
+    """Writes both files. Weights of any precision are written in float32, other buffers as they are."""
+    directory = Path(directory)
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    state = {name: (v.float() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
+    with atomic_path(directory / "model.safetensors") as temporary:
+        save_file(state, temporary)
+    write_json(directory / "config.json", config)
+
+
+def load_model(
+    directory: str | Path, stage: str, keys: tuple[str, ...], build: Callable[[dict[str, Any], str], Model]
+) -> Model:
+    """The model of a folder that `stage` wrote, on the CPU, in eval mode.
+
+    Args:
+        keys: what config.json must have.
+        build: makes the model, with any weights, from config.json's values and the file's name for errors.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two do not belong together.
+    """
+    directory = Path(directory)
+    expect_files(directory, stage, "model.safetensors", "config.json")
+    config, weights = directory / "config.json", directory / "model.safetensors"
+    values = read_json(config)
+    if not isinstance(values, dict) or not set(keys) <= values.keys():
+        found = ", ".join(values) or "none" if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{config}: expected the keys {', '.join(keys)}, found {found}; run the stage {stage} again")
+    model = build(values, str(config))
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        # torch lists every key that differs, a line each; the first difference tells enough.
+        reason = [line.strip() for line in str(error).splitlines()][:2][-1]
+        raise UserError(
+            f"{weights} does not fit config.json beside it ({reason});"
+            f" copy both files from one run, or run the stage {stage} again"
+        ) from error
+    return model.eval()

@@ -1,0 +1,222 @@
+"""Features on disk, under the hash of what they are features of: the pictures' bytes, the weights, the resize rule.
+
+    store = FeatureStore(folder, extractor)
+    store.extract(pictures, which=rank, of=ranks)       # this rank's share, where it is not there yet
+    features = store.features(pictures)                 # the rest, and all of them as one memory-mapped set
+
+    <folder>/<hash>/about.json features.npy logits.npy keys.txt       a finished set
+    <folder>/<hash>/part-00003.npz                                    1,024 pictures of one in the making
+
+A part is whole or not there, so a killed extraction goes on where it was; a set that was seen before, in whichever
+run, costs the reading of its pictures. A finished folder is a feature file of its own (`read_features`). `trim` keeps
+the folder within a bound: what was not used for longest goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
+from pipeline.core.errors import UserError
+from pipeline.evaluation.image_sets import Picture, Place, size_of
+from pipeline.extractors.base import Credentials, Extractor, FeatureSet
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "smalti features 1"
+PART = 1024  # pictures
+_IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
+
+
+class FeatureStore:
+    def __init__(self, folder: Path, extractor: Extractor) -> None:
+        self.folder, self.extractor = folder, extractor
+        self._seen: dict[tuple[Place, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
+
+    def place(self, pictures: Sequence[Picture]) -> Path:
+        """Where the features of these pictures, in this order, are or will be."""
+        return self._read(pictures)[0]
+
+    def sizes(self, pictures: Sequence[Picture]) -> Counter[tuple[int, int]]:
+        """How many pictures there are of each width and height. Raises UserError at what is no picture."""
+        return self._read(pictures)[1]
+
+    def _read(self, pictures: Sequence[Picture]) -> tuple[Path, Counter[tuple[int, int]]]:
+        """All bytes of all pictures, once in a process."""
+        places = tuple(picture.place for picture in pictures)
+        if places not in self._seen:
+            digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
+            for value in asdict(self.extractor.credentials).values():
+                digest.update(f"\n{value}".encode())
+            for place in places:
+                content = place.read()
+                digest.update(hashlib.sha256(content).digest())
+                sizes[size_of(content, place.name)] += 1
+            self._seen[places] = self.folder / digest.hexdigest()[:32], sizes
+        return self._seen[places]
+
+    def extract(self, pictures: Sequence[Picture], which: int = 0, of: int = 1, description: str = "features") -> Path:
+        """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's place."""
+        if not pictures:
+            raise UserError(f"{description}: expected pictures, found none")
+        place = self.place(pictures)
+        if (place / "about.json").is_file():
+            os.utime(place / "about.json")  # for trim
+            return place
+        missing = [part for part in range(which, _parts(pictures), of) if not _part_path(place, part).is_file()]
+        for part in missing:
+            chunk = pictures[part * PART : (part + 1) * PART]
+            found = self.extractor((picture.image for picture in chunk), len(chunk), description)
+            arrays: dict[str, Any] = {"features": found.features.numpy()}
+            if found.logits is not None:
+                arrays["logits"] = found.logits.numpy()
+            with atomic_path(_part_path(place, part)) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+        return place
+
+    def features(self, pictures: Sequence[Picture], description: str = "features") -> FeatureSet:
+        """The features of all pictures, extracted where they are not there yet."""
+        place = self.extract(pictures, description=description)
+        if not (place / "about.json").is_file():
+            self._join(place, pictures)
+        return read_features(place)
+
+    def _join(self, place: Path, pictures: Sequence[Picture]) -> None:
+        try:
+            for name in _names(place):
+                _write_rows(place / f"{name}.npy", len(pictures), _rows(place, name, _parts(pictures)))
+        except FileNotFoundError:
+            if (place / "about.json").is_file():  # another process was quicker, and has cleaned up
+                return
+            raise
+        write_atomic(place / "keys.txt", "".join(f"{picture.key}\n" for picture in pictures))
+        write_json(place / "about.json", {"pictures": len(pictures), **asdict(self.extractor.credentials)})
+        for part in range(_parts(pictures)):
+            with suppress(FileNotFoundError):
+                _part_path(place, part).unlink()
+
+
+def trim(folder: Path, limit_gb: float) -> None:
+    """Remove what was not used for longest until `folder` holds at most `limit_gb`; nothing of the last six hours."""
+    used: dict[Path, float] = {}
+    sizes: dict[Path, int] = {}
+    for file in folder.glob("*/*"):
+        entry = file if file.parent.name == "statistics" else file.parent
+        if not re.fullmatch("[0-9a-f]{32}", entry.stem):  # somebody else's
+            continue
+        with suppress(FileNotFoundError):  # another process trims, too
+            status = file.stat()
+            used[entry] = max(used.get(entry, 0.0), status.st_mtime)
+            sizes[entry] = sizes.get(entry, 0) + status.st_size
+    excess, removed = sum(sizes.values()) - limit_gb * 1e9, 0
+    for entry in sorted(used, key=lambda entry: used[entry]):
+        if excess <= 0 or time.time() - used[entry] < _IDLE_S:
+            break
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        excess -= sizes[entry]
+        removed += 1
+    if removed:
+        log.info("%s: removed %d sets of features, to keep within %g GB", folder, removed, limit_gb)
+
+
+def read_features(path: Path) -> FeatureSet:
+    """A finished folder of a store, memory-mapped; or an .npz with `features`, and `logits` if there are any.
+
+    An .npz may name its extractor, its weights' hash and its resize rule: `name`, `weights_sha256`, `resize`.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    try:
+        if path.is_dir():
+            about: dict[str, Any] = read_json(path / "about.json")
+            arrays = {file.stem: np.load(file, mmap_mode="c") for file in sorted(path.glob("*.npy"))}
+            rows = about["pictures"]
+        else:
+            with np.load(path, allow_pickle=False) as content:
+                arrays = {name: content[name] for name in content.files if content[name].ndim == 2}
+                about = {name: str(content[name]) for name in content.files if content[name].ndim == 0}
+            rows = len(arrays["features"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path}: expected a feature file with an array `features`, found none ({error})") from error
+    if "features" not in arrays or any(len(array) != rows for array in arrays.values()):
+        found = {name: array.shape for name, array in arrays.items()}
+        raise UserError(f"{path}: expected {rows} rows of features, found {found}; remove it, and extract again")
+    name = about.get("name", "unknown extractor")
+    credentials = Credentials(
+        name, about.get("label", name), about.get("weights_sha256", "unknown"), about.get("resize", "unknown")
+    )
+    logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
+    return FeatureSet(torch.from_numpy(arrays["features"]), logits, credentials)
+
+
+def is_feature_file(path: Path) -> bool:
+    return path.suffix == ".npz" or (path / "about.json").is_file()
+
+
+def save_features(features: FeatureSet, path: Path) -> None:
+    """As an .npz that `read_features` reads."""
+    arrays: dict[str, Any] = {"features": features.features.numpy(), **asdict(features.extractor)}
+    if features.logits is not None:
+        arrays["logits"] = features.logits.numpy()
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def check_same_extractor(real: FeatureSet, generated: FeatureSet) -> None:
+    """Raises UserError if the sets were made by different extractors, weights or resize rules."""
+    for name in ("name", "weights_sha256", "resize"):
+        a, b = getattr(real.extractor, name), getattr(generated.extractor, name)
+        if a != b:
+            raise UserError(
+                f"features of different extractors cannot be compared: expected one {name}, found '{a}' (real) and "
+                f"'{b}' (generated); extract both anew with one extractor"
+            )
+
+
+def _parts(pictures: Sequence[Picture]) -> int:
+    return -(-len(pictures) // PART)
+
+
+def _part_path(place: Path, part: int) -> Path:
+    return place / f"part-{part:05d}.npz"
+
+
+def _names(place: Path) -> list[str]:
+    with np.load(_part_path(place, 0)) as part:
+        return sorted(part.files)
+
+
+def _rows(place: Path, name: str, parts: int) -> Iterator[Any]:
+    for part in range(parts):
+        with np.load(_part_path(place, part)) as content:
+            yield content[name]
+
+
+def _write_rows(path: Path, rows: int, blocks: Iterator[Any]) -> None:
+    """An .npy of `rows` rows, a block at a time."""
+    with atomic_path(path) as temporary:
+        first = next(blocks)
+        target = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=(rows, first.shape[1]))
+        target[: len(first)] = first
+        start = len(first)
+        for block in blocks:
+            target[start : start + len(block)] = block
+            start += len(block)
+        target.flush()
+        del target

@@ -1,0 +1,131 @@
+"""Feature extractors by name: pictures -> features and class logits of a pretrained network.
+
+    extractor = load_extractor("efficientnet-lite0", device)
+    real = extractor(pictures)          # any iterable of PIL pictures, of any sizes
+    real.features                       # float32 [n, 1280]
+
+    efficientnet-lite0     in a package, needs no download
+    inception-v3           the network of published FID; its weights file by path or in torch.hub's cache
+    clip, dinov2           a folder that transformers saved, or a name in its cache (networks.py)
+
+Figures of different extractors cannot be compared, so each is named after its extractor ("FD (Lite0)"; "FID" is
+kept for Inception's) and carries the hash of the weights and the rule by which pictures were resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.core import signals
+from pipeline.core.errors import UserError
+from pipeline.core.progress import progress
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What decides an extractor's features. Two sets may be compared if theirs are equal."""
+
+    name: str
+    label: str  # short, for the names of figures: "FD (Lite0)"
+    weights_sha256: str
+    resize: str
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What an extractor saw in n pictures, with the extractor's credentials."""
+
+    features: Tensor  # float [n, dimensions]
+    logits: Tensor | None  # float [n, classes]; None: the network is no classifier
+    extractor: Credentials
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, indices: list[int] | slice) -> FeatureSet:
+        return FeatureSet(self.features[indices], None if self.logits is None else self.logits[indices], self.extractor)
+
+    def joined(self, other: FeatureSet) -> FeatureSet:
+        logits = None
+        if self.logits is not None and other.logits is not None:
+            logits = torch.cat([self.logits, other.logits])
+        return FeatureSet(torch.cat([self.features, other.features]), logits, self.extractor)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A pretrained network with the input that it was trained on."""
+
+    credentials: Credentials
+    network: nn.Module = field(repr=False)  # [B, 3, side, side], shifted and scaled, -> features, logits or None
+    side: int  # pixels
+    shift: tuple[float, ...]  # a channel; of values in 0…255
+    scale: tuple[float, ...]
+    batch_size: int = 64
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Iterable[Image.Image], total: int | None = None, description: str = "") -> FeatureSet:
+        """Features and logits of RGB pictures, in their order.
+
+        Raises:
+            UserError: no pictures.
+        """
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
+        with progress(total=total, description=description, unit="picture") as bar:
+            for batch in _batches(pictures, self.batch_size):
+                signals.check()
+                found, classes = self.network(self.input(batch))
+                features.append(found.float().cpu())
+                if classes is not None:
+                    logits.append(classes.float().cpu())
+                bar.update(len(batch))
+        if not features:
+            raise UserError(f"{description or 'features'}: expected pictures, found none")
+        return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, self.credentials)
+
+    def input(self, pictures: list[Image.Image]) -> Tensor:
+        """What the network takes: float32 `[B, 3, side, side]` on its device."""
+        device = next(self.network.parameters()).device
+        x = resized(pictures, self.side, device)
+        shift, scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.shift, self.scale))
+        # Channels last: a depthwise network runs a third faster on CPUs in this layout.
+        return x.sub_(shift).div_(scale).contiguous(memory_format=torch.channels_last)
+
+
+def resized(pictures: list[Image.Image], side: int, device: torch.device | None = None) -> Tensor:
+    """RGB pictures as float32 `[n, 3, side, side]` in 0…255, resized on `device`.
+
+    Bicubic with antialiasing, in float, both sides to `side` (no crop): rounding to 8 bits after resizing, or a
+    filter without antialiasing, moves FID by more than methods differ (Parmar et al. 2022, section 3).
+    """
+    rgb = (picture if picture.mode == "RGB" else picture.convert("RGB") for picture in pictures)
+    arrays = [torch.from_numpy(np.array(picture)) for picture in rgb]  # [H, W, 3]
+    alike = len({array.shape for array in arrays}) == 1
+    groups = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
+    found = [_resized(group.to(device).permute(0, 3, 1, 2).contiguous().float(), side) for group in groups]
+    return found[0] if alike else torch.cat(found)
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
+
+
+def resize_rule(side: int) -> str:
+    return f"{side} × {side}, bicubic, antialiased, float"
+
+
+def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    iterator = iter(pictures)
+    while batch := list(islice(iterator, size)):
+        yield batch

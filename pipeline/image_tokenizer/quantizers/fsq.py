@@ -1,0 +1,34 @@
+"""Finite scalar quantization: Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple".
+
+Each of a few channels is squashed and rounded to one of a few values; a code is their combination, so nothing has to be
+learned, looked up or kept in use. The library's module, in float32 (its own guard covers CUDA alone).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+from pipeline.config.quantizers import FSQConfig
+from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer
+
+
+class FiniteScalarQuantizer(Quantizer):
+    def __init__(self, config: FSQConfig, in_width: int) -> None:
+        super().__init__()
+        self.code_width = len(config.channels)
+        self.codebook_sizes = [config.codebook_size]
+        self.project = nn.Linear(in_width, self.code_width)
+        self.fsq = FSQ(levels=list(config.channels))
+
+    def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
+        vectors, _ = self.fsq(self.project(features_BNC))
+        return Quantized(vectors, vectors.new_zeros(()), {})
+
+    def _codes(self, features_BNC: Tensor) -> list[Tensor]:
+        _, codes = self.fsq(self.project(features_BNC))
+        return [codes.long()]
+
+    def _vectors(self, codes: list[Tensor]) -> Tensor:
+        vectors: Tensor = self.fsq.implicit_codebook[codes[0]]
+        return vectors

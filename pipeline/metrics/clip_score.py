@@ -1,0 +1,26 @@
+"""How well images fit their captions, from CLIP's embeddings of both."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError
+
+
+def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
+    """100 · max(cos, 0) of each picture `[n, d]` and its caption `[n, d]`: float64 `[n]`."""
+    return 100 * _cosines(images, captions).clamp(min=0)
+
+
+def own_caption_ranks(images: Tensor, captions: Tensor) -> Tensor:
+    """How many captions are nearer to each picture than its own: int64 `[n]`. Equal captions do not count."""
+    images, captions = (nn.functional.normalize(values.double(), dim=1) for values in (images, captions))
+    similarity = images @ captions.T
+    own = (images * captions).sum(dim=1, keepdim=True)
+    return (similarity > own + 1e-9).sum(dim=1)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise UserError(f"CLIP score: expected a caption for each picture, found {len(b)} for {len(a)}")
+    return nn.functional.cosine_similarity(a.double(), b.double(), dim=1)

@@ -1,0 +1,62 @@
+"""PSNR and SSIM: how close a reconstruction is to its image. Images are float `[n, C, H, W]` in [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.core.errors import UserError
+
+_WINDOW, _SIGMA = 11, 1.5
+
+
+_C1, _C2 = 0.01**2, 0.03**2
+
+
+def psnr(pictures: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio, 10 log₁₀ (1 / mean squared error), in dB, of each pair: `[n]`.
+
+    Identical pictures give infinity.
+    """
+    x, y = _checked(pictures, reconstructions)
+    return -10 * (x - y).square().mean(dim=(1, 2, 3)).log10()
+
+
+def ssim(pictures: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004, eq. 13) of each pair, at most 1: `[n]`.
+
+    Means, variances and covariance under an 11 × 11 Gaussian window (σ = 1.5) that stays inside the
+    picture, on each colour channel; averaged over channels and positions.
+    """
+    x, y = _checked(pictures, reconstructions)
+    if min(x.shape[-2:]) < _WINDOW:
+        raise UserError(
+            f"SSIM: expected pictures of at least {_WINDOW} × {_WINDOW} pixels, found {tuple(x.shape[-2:])}"
+        )
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    var_x = _blurred(x * x) - mean_x**2
+    var_y = _blurred(y * y) - mean_y**2
+    covariance = _blurred(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+    contrast_structure = (2 * covariance + _C2) / (var_x + var_y + _C2)
+    return (luminance * contrast_structure).mean(dim=(1, 2, 3))
+
+
+def _blurred(x: Tensor) -> Tensor:
+    offset = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
+    window = torch.softmax(-(offset**2) / (2 * _SIGMA**2), dim=0)
+    channels = x.shape[1]
+    x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def _checked(pictures: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+    if pictures.shape != reconstructions.shape or pictures.ndim != 4 or len(pictures) == 0:
+        raise UserError(
+            "pictures and reconstructions: expected equal shapes [n, C, H, W] with n > 0, "
+            f"found {tuple(pictures.shape)} and {tuple(reconstructions.shape)}"
+        )
+    if not (torch.isfinite(pictures).all() and torch.isfinite(reconstructions).all()):
+        raise UserError("pictures and reconstructions: expected numbers in [0, 1], found NaN or infinity")
+    return pictures.double(), reconstructions.double()

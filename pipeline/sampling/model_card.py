@@ -1,0 +1,133 @@
+"""The model card of an export: what the run's own files say of data, models, losses and figures. Nothing is made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from pipeline.config.pipeline import load_pipeline
+from pipeline.core.atomic_io import read_json
+from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
+from pipeline.orchestration.run_directory import config_of
+from pipeline.sampling.model_source import Source
+
+_LOSSES = {
+    "image-tokenizer": ("val/psnr", "val/codebook_usage", "val/codebook_perplexity"),
+    "transformer": ("val/loss/image", "val/loss/text", "val/accuracy/image"),
+}
+
+
+def model_card(run_directory: Path, source: Source, has_grid: bool) -> str:
+    """Markdown."""
+    config = load_pipeline(config_of(run_directory))
+    index = read_json(run_directory / "prepare" / "index.json")
+    splits = index["splits"]
+    layout = read_json(source.transformer / "config.json")["layout"]
+    levels = " + ".join(f"{v['height']}×{v['width']} codes of {v['codebook_size']}" for v in layout["levels"])
+    parts = [
+        f"# {config.name}",
+        f"Paints pictures of {index['image_size']}×{index['image_size']} pixels from a caption, code by code: a Smalti"
+        f" run, exported. Model hash `{source.model_hash}`.",
+        "![What it paints](prompts.png)" if has_grid else "",
+        "## Use",
+        _use(),
+        "## Data",
+        f"Source: `{config.prepare.source.kind}`. {splits['train']['samples']:,} captioned pictures for training,"
+        f" {splits['val']['samples']:,} for validation.",
+        _licence(config.prepare.source.kind, index),
+        "## Models",
+        _table(("model", "parameters", "what it is"), _models(source, config, levels, layout)),
+        "## At the end of training",
+        _table(("stage", "steps", "figure", "value"), _losses(run_directory)),
+        "## Figures",
+        _figures(run_directory),
+        "## Limits",
+        "Each figure carries its extractor and sample counts, and compares with nothing else. The model knows the words"
+        " and the things of its captions only, and a small data set comes back mostly as it went in. Codes are drawn in"
+        " raster order: a filled region does not know what stays below it and right of it.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _use() -> str:
+    return """```python
+from pipeline.sampling.pipeline import Pipeline
+from pipeline.config.generate import SamplingConfig
+
+pipeline = Pipeline.from_pretrained("this folder")
+pictures = pipeline.generate(["red heart"], candidates=4, seed=7, sampling=pipeline.source.sampling)
+```
+
+    smalti generate "this folder" "red heart" -n 4 --seed 7 -o picture.png"""
+
+
+def _licence(kind: str, index: dict[str, Any]) -> str:
+    credit = index.get("credit")
+    if kind == "openmoji":
+        return (
+            f"Pictures by [{OPENMOJI['credit']}]({OPENMOJI['url']}), {OPENMOJI['license']}. What the model paints"
+            " derives from them and is shared under the same licence."
+        )
+    return str(credit) if credit else "Licence of the pictures: the run does not record one; ask who exported this."
+
+
+def _models(source: Source, config: Any, levels: str, layout: dict[str, Any]) -> Iterable[tuple[object, ...]]:
+    shape = config.transformer
+    yield "text tokenizer", "–", f"BPE, {layout['text_vocab_size']:,} tokens, {layout['text_length']} a caption"
+    yield "image tokenizer", _parameters(source.image_tokenizer), f"{config.image_tokenizer.model.kind}: {levels}"
+    what = f"{shape.layers} layers, width {shape.width}, {shape.heads} heads"
+    yield "transformer", _parameters(source.transformer), what
+    if source.reranker:
+        yield "reranker", _parameters(source.reranker), "picture and caption into one space; keeps the best candidates"
+
+
+def _parameters(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return "–"
+    total = 0
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 – no dict
+            size = 1
+            for length in file.get_slice(name).get_shape():
+                size *= length
+            total += size
+    return f"{total:,}"
+
+
+def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
+    for stage, names in _LOSSES.items():
+        path = run_directory / stage / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for name in names:
+            found = next((line for line in reversed(lines) if name in line), None)
+            if found:
+                yield stage, found["step"], name, f"{found[name]:.4g}"
+    retrieval = run_directory / "reranker" / "retrieval.json"
+    if retrieval.is_file():
+        for name, value in read_json(retrieval).items():
+            yield "reranker", "–", name, f"{value:.4g}"
+
+
+def _figures(run_directory: Path) -> str:
+    path = run_directory / "evaluate" / "metrics.json"
+    if not path.is_file():
+        return "The run has not been evaluated."
+    rows = [row for row in read_json(path)["rows"] if row["value"] is not None]
+    cells = [
+        (
+            *(r["metric"], r["compares"], f"{r['value']:.4g}", r.get("n_real") or "–", r.get("n_generated") or "–"),
+            r.get("warning") or "",
+        )
+        for r in rows
+    ]
+    return _table(("figure", "compares", "value", "real", "generated", "note"), cells)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

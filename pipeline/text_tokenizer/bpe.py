@@ -1,0 +1,143 @@
+"""Captions to token ids: byte-level BPE through Hugging Face `tokenizers`.
+
+    tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=1024, text_length=16))
+    ids = tokenizer.encode(["red heart"])     # int64 [1, 16]: the caption's tokens, then zeros (pad)
+
+Byte-level, so every caption has tokens, whatever its script. Unicode is brought to NFC, runs of white
+space become one space, and with `lowercase` upper case goes. Training is a pure function of the
+captions (as a multiset) and the config.
+
+`encode_with_dropout` leaves out merges at random (BPE dropout, Provilkov et al. 2020; Ramesh et al. 2021 trained with
+10 %), so that a model sees words in many cuts. The library's own dropout takes no seed, hence the few lines here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from pipeline.config.base import parse_config
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.core.atomic_io import expect_files, read_json, write_atomic, write_json
+from pipeline.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PAD_ID = 0
+_PAD = "[PAD]"
+
+
+class TextTokenizer:
+    """Captions <-> ids in a fixed window of `text_length`; id 0 is the pad and nothing else."""
+
+    def __init__(self, tokenizer: Tokenizer, config: TextTokenizerConfig) -> None:
+        # A caption that spells "[PAD]" is text like any other.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are; at most the config's, fewer when the captions hold no more merges."""
+        return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def text_length(self) -> int:
+        return self.config.text_length
+
+    @classmethod
+    def train(cls, captions: Iterable[str], config: TextTokenizerConfig) -> TextTokenizer:
+        """Learn the merges (Sennrich et al. 2016). Raises UserError when there are no captions."""
+        ordered = sorted(captions)
+        if not ordered:
+            raise UserError("no captions to train the text tokenizer on: expected at least one in the train split")
+        tokenizer = Tokenizer(models.BPE())
+        steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        tokenizer.normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * config.lowercase)
+        # The prefix space makes a word the same token at a caption's start as inside it.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[_PAD],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(ordered, trainer)
+        return cls(tokenizer, config)
+
+    def encode(self, captions: Sequence[str]) -> torch.Tensor:
+        """int64 [n, text_length]; a longer caption is cut (see `token_counts`), a shorter one padded with 0."""
+        import torch
+
+        pads = [PAD_ID] * self.text_length
+        rows = [(encoding.ids + pads)[: self.text_length] for encoding in self._tokenizer.encode_batch(list(captions))]
+        return torch.tensor(rows, dtype=torch.int64).view(len(captions), self.text_length)
+
+    def encode_with_dropout(self, caption: str, dropout: float, rng: random.Random) -> list[int]:
+        """One caption's window of `text_length` ids, each merge left out with probability `dropout`, a pure function
+        of its arguments; at 0 the same as `encode`."""
+        normalized = self._tokenizer.normalizer.normalize_str(caption)
+        words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+        ids = [self._ids[part] for word in words for part in _merged(word, self._ranks, dropout, rng)]
+        return (ids + [PAD_ID] * self.text_length)[: self.text_length]
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        """Merges in the order in which they were learnt."""
+        merges = json.loads(self._tokenizer.to_str())["model"]["merges"]
+        return {(left, right): rank for rank, (left, right) in enumerate(merges)}
+
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """The (normalised) caption of one row of ids; pads are left out."""
+        kept = [int(i) for i in ids if int(i) != PAD_ID]
+        return str(self._tokenizer.decode(kept)).removeprefix(" ")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes tokenizer.json (Hugging Face format) and config.json."""
+        directory = Path(directory)
+        write_atomic(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))
+        write_json(directory / "config.json", self.config.model_dump(mode="json"))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> TextTokenizer:
+        """Raises UserError when the two files are not there or not whole."""
+        directory = Path(directory)
+        expect_files(directory, "text-tokenizer", "tokenizer.json", "config.json")
+        config_path = directory / "config.json"
+        config = parse_config(TextTokenizerConfig, read_json(config_path), where=str(config_path))
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception on a damaged file
+            raise UserError(
+                f"{directory}/tokenizer.json is damaged ({error}); run the text-tokenizer stage again"
+            ) from error
+        return cls(tokenizer, config)
+
+
+def _merged(word: str, ranks: dict[tuple[str, str], int], dropout: float, rng: random.Random) -> list[str]:
+    """Provilkov et al. 2020, algorithm 1: the earliest of the merges that are left, until none is left."""
+    parts = list(word)
+    while True:
+        known = [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]
+        left = [merge for merge in known if rng.random() >= dropout] if dropout else known
+        if not left:
+            return parts
+        _, place = min(left)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]

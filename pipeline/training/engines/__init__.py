@@ -1,0 +1,37 @@
+"""Training engines behind one interface (`base.py`): accelerate (DDP) and DeepSpeed (ZeRO 0 to 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core.errors import UserError
+from pipeline.training.activation_checkpointing import checkpoint_activations
+from pipeline.training.engines.accelerate import AccelerateEngine
+from pipeline.training.engines.base import Engine
+
+
+def build_engine(
+    kind: Literal["accelerate", "deepspeed"],
+    objective: nn.Module,
+    training: TrainingConfig,
+    deepspeed: DeepSpeedConfig | None,
+    directory: Path,
+) -> Engine:
+    _check_precision(training)
+    if training.activation_checkpointing:
+        checkpoint_activations(objective)
+    if kind == "accelerate":
+        return AccelerateEngine(objective, training)
+    from pipeline.training.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory)
+
+
+def _check_precision(training: TrainingConfig) -> None:
+    if training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("expected training.precision bf16 or fp32 on CPU, found fp16: set training.precision=bf16")

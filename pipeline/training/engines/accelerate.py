@@ -1,0 +1,102 @@
+"""The engine of stages whose model fits one GPU: DistributedDataParallel through accelerate."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.training import TrainingConfig
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
+from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, share_of_whole
+from pipeline.training.optimizer import build_adamw, rivals, set_learning_rates
+from pipeline.training.sharded_state import Piece, Pieces
+
+
+class AccelerateEngine:
+    """DistributedDataParallel through accelerate; one copy of the optimizer on every process."""
+
+    def __init__(self, objective: nn.Module, training: TrainingConfig) -> None:
+        from accelerate import Accelerator
+
+        if training.optimizer != "adamw":
+            raise UserError(f"expected training.optimizer adamw for a tokenizer, found {training.optimizer}: set adamw")
+        precision = "no" if training.precision == "fp32" else training.precision
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+        expect_all_processes(self.accelerator.num_processes)
+        self.objective = self.model = objective
+        self.training = training
+        self._rivals = rivals(objective)
+        apart = {id(p) for rival in self._rivals for p in rival.parameters()}
+        self._own = [p for p in objective.parameters() if id(p) not in apart]
+        self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
+
+    def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
+        with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
+            loss, metrics = self._wrapped(batch, step)
+            self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()} | metrics
+
+    def update(self, schedule: float) -> Update:
+        set_learning_rates(self.optimizer, schedule)
+        limit = self.training.gradient_clipping or float("inf")
+        norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
+        # A discriminator is clipped apart: its gradient's length must not decide how far the model itself steps.
+        apart = [float(torch.nn.utils.clip_grad_norm_(rival.parameters(), limit)) for rival in self._rivals]
+        finite = all(map(math.isfinite, [norm, *apart]))
+        if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
+            self.optimizer.step()
+        applied = bool(finite and not self.optimizer.step_was_skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, applied)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def held(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self.objective.named_parameters()}
+
+    def refresh(self) -> None:
+        pass
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None:
+        pass
+
+    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+        return share_of_whole(values)
+
+    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+        for name, value in values.items():
+            pieces.fill(name, 0, value.view(-1))
+
+    def save(self, directory: Path) -> None:
+        if not distributed.is_main():
+            return
+        state = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        torch.save(state, directory / "training.pt")
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / "training.pt", map_location=distributed.device(), weights_only=True)
+        _load_weights(self.objective, state["model"], directory)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"the checkpoint {where} is of another model: {first}") from error

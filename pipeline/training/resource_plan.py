@@ -1,0 +1,208 @@
+"""What a transformer's training will take, before it is started: `smalti plan`.
+
+The objective of the config is built and run on fake tensors (`cost.py`), so parameters, FLOPs and activations are
+counted and not estimated by a formula of one model. What DeepSpeed keeps beside them is known (`memory`), and held
+against measured figures in `benchmarks/plan_memory.py`. What a clock decides comes from the peak rate of the GPU and
+the utilisation that you expect of it; `mfu` in a run's metrics says what it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config.training import BUCKET_ELEMENTS, LIVE_ELEMENTS, DeepSpeedConfig, TrainingConfig
+from pipeline.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.pipeline import PipelineConfig
+    from pipeline.training.flops import Cost
+    from pipeline.transformer.layout import Layout
+
+FLOAT32 = 4  # bytes; the weights, gradients and optimizer states are float32 with bf16 autocast, too
+STOP_MARGIN_S = 300  # Slurm's signal comes so long before the end of a job; see slurm/job.sbatch
+START_S = 60  # of a job: imports, data, checkpoint
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak of dense 16-bit matrix products, and memory, as in the vendor's data sheet."""
+
+    tflops: float
+    memory_gb: float
+
+
+GPUS = {
+    "V100-16GB": Gpu(125, 16),
+    "V100-32GB": Gpu(125, 32),
+    "T4": Gpu(65, 16),
+    "A10G": Gpu(70, 24),
+    "A100-40GB": Gpu(312, 40),
+    "A100-80GB": Gpu(312, 80),
+    "L40S": Gpu(362, 48),
+    "RTX4090": Gpu(165, 24),
+    "H100": Gpu(989, 80),
+    "H200": Gpu(989, 141),
+    "B200": Gpu(2250, 180),
+    "MI250X": Gpu(383, 128),
+    "MI300X": Gpu(1307, 192),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A config's transformer, counted."""
+
+    layout: Layout
+    parameters: int
+    matrices: int  # of them, those that Muon would train
+    micro_batch: int
+    cost: Cost  # of one micro-batch
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a training step: forward, and twice as much backward."""
+        return 3 * self.cost.flops / (self.micro_batch * self.layout.length)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    buckets: float  # of gradients on their way to other processes
+    activations: float
+    head: float  # the part of them that is gone before the buckets come
+    last_block: float  # the block that is computed again last, and the gradients that are there by then
+    together: bool  # otherwise activations go as gradients come
+
+    @property
+    def total(self) -> float:
+        if self.together:
+            passing = self.gradients + self.activations + self.buckets
+        else:
+            passing = max(self.gradients, self.activations - self.head, self.last_block) + self.buckets
+        return self.weights + self.optimizer + self.average + max(passing, self.activations)
+
+
+def count(config: PipelineConfig, gpus: int) -> Model:
+    """Build the config's transformer without data, and run one micro-batch of it."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from pipeline.image_tokenizer.base import build
+    from pipeline.training.flops import measure
+    from pipeline.transformer.layout import Layout
+    from pipeline.transformer.model import Transformer
+    from pipeline.transformer.objective import JointObjective
+
+    training, text = config.transformer.training, config.text_tokenizer
+    micro = micro_batch(training, gpus)
+    with torch.device("meta"):
+        levels = build(config.image_tokenizer.model, config.prepare.image_size).levels
+    layout = Layout.of(text.text_length, text.vocab_size, levels)
+    with FakeTensorMode():
+        objective = JointObjective(Transformer(layout, config.transformer), config.transformer)
+        batch = {
+            "text": torch.zeros(micro, layout.text_length, dtype=torch.long),
+            "codes": torch.zeros(micro, layout.image_length, dtype=torch.long),
+        }
+        cost = measure(objective, batch, training.precision)
+    named = dict(objective.named_parameters())
+    return Model(
+        layout=layout,
+        parameters=sum(p.numel() for p in named.values()),
+        matrices=sum(p.numel() for name, p in named.items() if p.ndim == 2 and "blocks." in name),
+        micro_batch=micro,
+        cost=cost,
+    )
+
+
+def micro_batch(training: TrainingConfig, gpus: int) -> int:
+    """Samples a GPU and pass. Raises UserError when the GPUs do not divide the batch."""
+    if training.batch_size % gpus:
+        raise UserError(
+            f"expected a number of GPUs that divides batch_size {training.batch_size}, found {gpus}:"
+            f" choose another, or change transformer.training.batch_size"
+        )
+    return training.micro_batch_size or training.batch_size // gpus
+
+
+def optimizer_elements(model: Model, training: TrainingConfig) -> int:
+    """AdamW keeps two moments; Muon one of each matrix of the blocks."""
+    return 2 * model.parameters - (model.matrices if training.optimizer == "muon" else 0)
+
+
+def checkpoint_bytes(model: Model, training: TrainingConfig) -> int:
+    """Float32 weights, optimizer states, average."""
+    average = model.parameters if training.ema_decay else 0
+    return FLOAT32 * (model.parameters + optimizer_elements(model, training) + average)
+
+
+def memory(
+    model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, stage: int, gpus: int, fused_attention: bool
+) -> Memory:
+    """Of one of `gpus` processes at ZeRO `stage`. Attention that is not fused keeps its scores."""
+    number = 2 if training.precision == "fp16" else FLOAT32  # bytes of a weight and its gradient in the model
+    whole, part = number * model.parameters, number * model.parameters / gpus
+    master = FLOAT32 * model.parameters / gpus  # the optimizer works on a copy of its part
+    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0  # one process uses its part as it is
+    states = FLOAT32 * optimizer_elements(model, training) / (gpus if stage else 1)
+    if stage and deepspeed.offload_optimizer:
+        master = states = 0.0
+    bucket: float = number * min(model.parameters, BUCKET_ELEMENTS)
+    if training.precision == "bf16":  # autocast's parameters have a bucket of their own, at stage 3 in bf16
+        bucket *= 1.5 if stage == 3 else 2
+    average = FLOAT32 * model.parameters / (gpus if stage == 3 else 1) if training.ema_decay else 0.0
+    last_block = 0.0
+    if training.activation_checkpointing:
+        cost = model.cost
+        scores = cost.scores_bytes / cost.blocks if fused_attention else 0
+        last_block = (whole if stage < 2 else part) * (1 - 1 / cost.blocks)
+        last_block += cost.block_bytes - scores + cost.output_bytes
+    return Memory(
+        weights={0: whole, 1: whole + master, 2: whole + master, 3: part + master + live}[stage],
+        gradients={0: 2 * whole, 1: whole + part, 2: part, 3: part}[stage],
+        optimizer=states,
+        average=average,
+        buckets=bucket if stage else 0.0,
+        activations=activations(model, training, fused_attention),
+        head=model.cost.after_blocks_bytes,
+        last_block=last_block,
+        together=stage == 3 or model.micro_batch * gpus < training.batch_size,
+    )
+
+
+def activations(model: Model, training: TrainingConfig, fused_attention: bool) -> float:
+    """Bytes at the start of the backward pass."""
+    cost = model.cost
+    scores = cost.scores_bytes if fused_attention else 0
+    if not training.activation_checkpointing:
+        return cost.saved_bytes - scores + cost.output_bytes
+    outside = cost.saved_bytes - cost.all_blocks_bytes
+    return outside + cost.between_blocks_bytes + cost.block_bytes - scores / cost.blocks + cost.output_bytes
+
+
+@dataclass(frozen=True)
+class Duration:
+    """What a clock decides."""
+
+    tokens_per_s: float
+    gpu_hours: float
+    hours: float
+    requeues: int
+
+
+def duration(model: Model, training: TrainingConfig, gpus: int, flops_per_s: float, limit_s: float) -> Duration:
+    """At `flops_per_s` model FLOPs on each GPU, in jobs of at most `limit_s`."""
+    tokens = training.steps * training.batch_size * model.layout.length
+    tokens_per_s = gpus * flops_per_s / model.flops_per_token
+    seconds = tokens / tokens_per_s
+    useful = limit_s - STOP_MARGIN_S - START_S
+    if useful <= 0:
+        raise UserError(f"expected a time limit above {STOP_MARGIN_S + START_S} s, found {limit_s:.0f} s: allow more")
+    return Duration(tokens_per_s, gpus * seconds / 3600, seconds / 3600, math.ceil(seconds / useful) - 1)

@@ -1,0 +1,70 @@
+"""How fast a training is, and how much memory it takes.
+
+Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is what the model's matrix products need, three forward
+passes a step whatever is recomputed, over what this device reaches: `training.peak_tflops`, or a rate of matrix
+products that is measured once at the start, in 0.2 s. All of these figures depend on the clock, so a resumed
+training repeats every other metric bit by bit, but not them.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.config.training import TrainingConfig
+from pipeline.core import distributed
+from pipeline.training.flops import cost_of, matmul_flops_per_s
+
+if TYPE_CHECKING:
+    from pipeline.training.workload import Workload
+
+CLOCK_METRICS = ("samples_per_s", "tokens_per_s", "mfu", "memory_peak_bytes")
+
+
+class Speedometer:
+    """Made before the engine, which changes the model, and started with the first step."""
+
+    def __init__(self, training: TrainingConfig, workload: Workload) -> None:
+        self._batch_size = training.batch_size
+        self._tokens_per_sample = workload.tokens_per_sample
+        batch = next(workload.batches(0))
+        cost = cost_of(workload.objective, batch, training.precision)
+        samples = next(iter(batch.values())).shape[0]
+        self._flops_per_sample = 3 * cost.flops / samples if cost else None
+        self._peak_tflops = training.peak_tflops
+        self._precision = training.precision
+        self._peak = 0.0
+        self._since = (0.0, 0)  # when, step
+
+    def start(self, step: int) -> None:
+        if self._flops_per_sample:
+            peak = self._peak_tflops
+            self._peak = peak * 1e12 if peak else matmul_flops_per_s(self._precision, distributed.device())
+        self._since = (time.monotonic(), step)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent training."""
+        self._since = (self._since[0] + seconds, self._since[1])
+
+    def read(self, step: int) -> dict[str, float]:
+        """Figures since the last reading."""
+        (then, first), now = self._since, time.monotonic()
+        self._since = (now, step)
+        samples_per_s = (step - first) * self._batch_size / max(now - then, 1e-9)
+        figures = {"samples_per_s": samples_per_s, "memory_peak_bytes": _memory_peak_bytes()}
+        if self._tokens_per_sample:
+            figures["tokens_per_s"] = samples_per_s * self._tokens_per_sample
+        if self._flops_per_sample:
+            share = samples_per_s / distributed.world_size()
+            figures["mfu"] = share * self._flops_per_sample / self._peak
+        return figures
+
+
+def _memory_peak_bytes() -> int:
+    """Of this process since it began: on its GPU, or else in the host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,250 @@
+"""THE training loop. Both training stages run it; the engine and the workload differ.
+
+    seed -> batch -> forward/backward (a micro-batch at a time) -> update -> log / evaluate / picture / checkpoint
+
+Exact resume rests on three things: the batch of step n is a function of the samples consumed before it,
+all randomness of step n comes from a generator seeded by (seed, n, rank), and what a step changes
+(weights, optimizer, moving average, running means) is in the checkpoint. So a process killed anywhere
+and started again ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.config.base import digest
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core import distributed, signals
+from pipeline.core.atomic_io import read_json, write_json
+from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.progress import progress
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.ema import Ema
+from pipeline.training.engines import build_engine
+from pipeline.training.engines.base import Batch, Engine, Metrics, accumulation_steps
+from pipeline.training.schedule import schedule
+from pipeline.training.sharded_state import Pieces, write_pieces
+from pipeline.training.throughput import Speedometer
+from pipeline.training.workload import Workload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """The loop's own part of a checkpoint."""
+
+    step: int = 0  # optimizer updates done
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # of metrics since the last log line
+    count: int = 0
+
+
+def train(
+    run: StageRun,
+    training: TrainingConfig,
+    workload: Workload,
+    *,
+    engine: Literal["accelerate", "deepspeed"],
+    deepspeed: DeepSpeedConfig | None = None,
+) -> None:
+    """Train to the last step, going on from the newest checkpoint. At the end `workload.objective` holds the result.
+
+    Raises:
+        StoppedOnRequest: asked to stop; everything is in a checkpoint.
+        UserError: too many non-finite steps in a row, or no usable checkpoint.
+    """
+    speed = Speedometer(training, workload)
+    built = build_engine(engine, workload.objective, training, deepspeed, run.directory)
+    Trainer(run, training, workload, built, speed).run()
+
+
+class Trainer:
+    def __init__(
+        self, run: StageRun, training: TrainingConfig, workload: Workload, engine: Engine, speed: Speedometer
+    ) -> None:
+        self.stage = run
+        self.training = training
+        self.workload = workload
+        self.engine = engine
+        self.accumulation = accumulation_steps(training)
+        self._after_update = getattr(engine.objective, "after_update", None)
+        self.ema = Ema(engine.held, training.ema_decay) if training.ema_decay else None
+        self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
+        self.state = State()
+        self._saved_step = -1
+        self._asked_to_stop = False
+        self._speed = speed
+
+    def run(self) -> None:
+        self._restore()
+        training, state = self.training, self.state
+        batches = self.workload.batches(state.step * training.batch_size)
+        bar = progress(
+            total=training.steps,
+            initial=state.step,
+            description=self.stage.name,
+            unit="step",
+            shown=distributed.is_main(),
+        )
+        self._speed.start(state.step)
+        with bar:
+            while state.step < training.steps:
+                metrics = self._step(next(batches))
+                bar.update()
+                if state.step % training.log_every == 0 or state.step == training.steps:
+                    bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+                    self._log()
+                self._at_intervals()
+                self._stop_if_asked()
+        self._save()
+        if self.ema:
+            self.ema.swap_in()
+            self.engine.refresh()
+        self.engine.finish()
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer update; returns this step's metrics, averaged over micro-batches and ranks."""
+        state = self.state
+        seed_step(self.stage.config.seed, state.step, distributed.rank())
+        self.engine.objective.train()
+        parts: list[Metrics] = []
+        size = next(iter(batch.values())).shape[0] // self.accumulation
+        for index in range(self.accumulation):
+            micro = {name: t[index * size : (index + 1) * size].to(distributed.device()) for name, t in batch.items()}
+            last = index == self.accumulation - 1
+            parts.append(self.engine.accumulate(micro, state.step, 1 / self.accumulation, last))
+        update = self.engine.update(schedule(self.training, state.step))
+        if self._after_update:
+            self._after_update(update.applied)
+        metrics = {name: sum(float(part[name]) for part in parts) / len(parts) for name in parts[0]}
+        metrics = self._agree(metrics)
+        if update.applied:
+            state.nonfinite_in_a_row = 0
+            if self.ema:
+                self.ema.update()
+            for name, value in (metrics | {"gradient_norm": update.gradient_norm}).items():
+                state.sums[name] = state.sums.get(name, 0.0) + value
+            state.count += 1
+        else:
+            self._count_nonfinite(metrics["loss"])
+        state.step += 1
+        return metrics
+
+    def _agree(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Means over ranks; in the same collective, all learn whether one of them was asked to stop."""
+        means = distributed.mean(metrics | {"asked_to_stop": float(signals.requested() is not None)})
+        self._asked_to_stop = means.pop("asked_to_stop") > 0
+        return means
+
+    def _count_nonfinite(self, loss: float) -> None:
+        state = self.state
+        state.nonfinite_steps += 1
+        state.nonfinite_in_a_row += 1
+        log.warning("step %d: loss or gradient is not finite (loss %s): step skipped", state.step, loss)
+        if state.nonfinite_in_a_row >= self.training.max_nonfinite_steps:
+            raise UserError(
+                f"{self.stage.name}: expected finite gradients, found {state.nonfinite_in_a_row} non-finite steps in a"
+                f" row at step {state.step}: lower training.learning_rate, raise warmup_steps, or set precision=fp32"
+            )
+
+    def _log(self) -> None:
+        state = self.state
+        means = {name: total / state.count for name, total in state.sums.items()}
+        state.sums, state.count = {}, 0
+        means |= {
+            "learning_rate": self.training.learning_rate * schedule(self.training, state.step - 1),
+            "nonfinite_steps": state.nonfinite_steps,
+        }
+        self.stage.tracker.log(means | self._speed.read(state.step), state.step)
+
+    def _at_intervals(self) -> None:
+        step, training = self.state.step, self.training
+        at_end = step == training.steps
+        if step % training.evaluate_every == 0 or at_end:
+            self._evaluate(pictures=step % training.picture_every == 0 or at_end)
+        elif step % training.picture_every == 0:
+            self._evaluate(figures=False)
+        if step % training.checkpoint_every == 0:
+            self._save()
+
+    @torch.no_grad()
+    def _evaluate(self, figures: bool = True, pictures: bool = True) -> None:
+        """With the averaged weights, if there are any. Draws nothing from the training's random numbers."""
+        started = time.monotonic()
+        objective = self.engine.objective
+        objective.eval()
+        seed_step(self.stage.config.seed, -1, distributed.rank())
+        with self._averaged(), self.engine.autocast():
+            if figures:
+                self.stage.tracker.log(self.workload.evaluate(self.engine.model), self.state.step)
+            if pictures:
+                with self.engine.whole():
+                    if distributed.is_main():
+                        for name, image in self.workload.pictures(objective).items():
+                            self.stage.tracker.picture(name, image, self.state.step)
+        self._speed.leave_out(time.monotonic() - started)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, if there are any."""
+        if self.ema is None:
+            yield
+            return
+        before = self.ema.swap_in()
+        self.engine.refresh()
+        try:
+            yield
+        finally:
+            self.ema.put(before)
+            self.engine.refresh()
+
+    def _stop_if_asked(self) -> None:
+        """All ranks stop at the same step, whichever of them got the signal."""
+        if not self._asked_to_stop:
+            return
+        asked = signals.asked(distributed.all_gather_objects(signals.requested()))
+        self._save()
+        raise StoppedOnRequest(f"{self.stage.name}: stopped at step {self.state.step}/{self.training.steps}: {asked}")
+
+    def _save(self) -> None:
+        if self._saved_step != self.state.step:
+            self.checkpoints.save(self.state.step, self._write)
+            self._saved_step = self.state.step
+
+    def _write(self, directory: Path) -> None:
+        self.engine.save(directory)
+        if self.ema:
+            write_pieces(directory, "ema", self.engine.pieces_of(self.ema.average))
+        if distributed.is_main():
+            write_json(directory / "trainer.json", vars(self.state))
+
+    def _restore(self) -> None:
+        step = self.checkpoints.restore(self._read)
+        if distributed.is_main():
+            self.stage.tracker.truncate(self.state.step)
+            if step is not None:
+                log.info("%s: goes on from step %d", self.stage.name, step)
+        self._saved_step = -1 if step is None else step
+
+    def _read(self, directory: Path) -> None:
+        self.engine.load(directory)
+        self.state = State(**read_json(directory / "trainer.json"))
+        if self.ema:
+            self.engine.fill(self.ema.average, Pieces(directory, "ema"))
+            self.ema.updates = self.state.step - self.state.nonfinite_steps
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one rank, so that no generator state needs saving."""
+    torch.manual_seed(int(digest([seed, step, rank])[:16], 16) & (2**63 - 1))

@@ -1,0 +1,36 @@
+"""What a stage brings to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from PIL import Image
+from torch import nn
+
+from pipeline.training.engines.base import Batch
+
+
+class Workload(Protocol):
+    """Objective, batches, validation metrics and image grids of one training."""
+
+    @property
+    def objective(self) -> nn.Module:
+        """`forward(batch, step) -> (loss, metrics)`; all its randomness comes from torch's global generator.
+
+        If it has `after_update(applied: bool)`, that is called once a step on every rank, behind the optimizer: for
+        what does not learn by gradients.
+        """
+
+    @property
+    def tokens_per_sample(self) -> int | None:
+        """Positions of a sequence; None where samples are no sequences."""
+
+    def batches(self, consumed: int) -> Iterator[Batch]:
+        """This rank's slice of each global batch, from global sample `consumed` on, without end."""
+
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        """Figures on the validation split; collective, without gradients, in eval mode."""
+
+    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """Picture grids for a look; on rank 0 alone."""

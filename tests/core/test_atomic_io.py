@@ -1,0 +1,58 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
+from pipeline.core.errors import UserError
+
+
+def test_an_interrupted_write_leaves_the_old_content_and_no_debris(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet_in_a_temporary_one(tmp_path: Path) -> None:
+    # As two array tasks on two hosts may, with the same process id.
+    path = tmp_path / "file"
+    with atomic_path(path) as first:
+        first.write_text("first")
+        with atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    # /dev/full is a real device on which every write fails with ENOSPC.
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def write_to_full_disk() -> None:
+        with atomic_path(path) as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("new")
+
+    with pytest.raises(UserError, match="no space left for .*file"):
+        write_to_full_disk()
+    assert path.read_text() == "old"
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json is damaged: expected JSON"):
+        read_json(tmp_path / "a.json")

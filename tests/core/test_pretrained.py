@@ -1,0 +1,40 @@
+"""Promises of a trained model's folder, whichever model it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.core.errors import UserError
+from pipeline.core.pretrained import load_model, save_model
+
+
+def _network() -> nn.Module:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))  # the latter counts batches in whole numbers
+    network.register_buffer("started", torch.tensor(True))
+    return network
+
+
+def _load(directory: Path) -> nn.Module:
+    return load_model(directory, "some-stage", ("size",), lambda config, where: _network())
+
+
+def test_weights_of_half_precision_are_written_in_float32_and_what_is_no_float_as_it_is(tmp_path: Path) -> None:
+    network = _network().half()
+    save_model(network, {"size": 1}, tmp_path)
+    loaded = _load(tmp_path)
+    assert not loaded.training
+    for name, value in loaded.state_dict().items():
+        expected = network.state_dict()[name]
+        torch.testing.assert_close(value, expected.float() if expected.is_floating_point() else expected)
+
+
+@pytest.mark.parametrize(("written", "found"), [('{"width": 3}', "found width"), ("[1]", "found list")])
+def test_another_config_is_a_one_line_error(written: str, found: str, tmp_path: Path) -> None:
+    save_model(_network(), {"size": 1}, tmp_path)
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(UserError, match=f"expected the keys size, {found}; run the stage some-stage again"):
+        _load(tmp_path)

@@ -1,0 +1,123 @@
+"""Extractors by path: CLIP, DINOv2 and Inception-v3 as saved on disk, tiny or of seeded weights; the real code path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel, Dinov2Config, Dinov2Model
+
+from pipeline.config.base import parse_config
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.core.errors import UserError
+from pipeline.evaluation.comparison import caption_rows, compare_pictures
+from pipeline.extractors.hf import CaptionJudge
+from pipeline.extractors.inception_v3 import InceptionV3
+from pipeline.extractors.registry import load_extractor
+from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
+from pipeline.metrics.lpips import Lpips
+from tests.extractors.tiny_clip import PROCESSOR, save_clip
+from tests.metrics import seeded
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red heart", "a blue cat", "a green tree", "a yellow sun"]
+
+
+def pictures(n: int, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"), CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"crop_size": {"height": 28, "width": 28}}))
+    return folder
+
+
+def test_clip_features_are_the_models_own(clip: Path) -> None:
+    extractor = load_extractor("clip", CPU, weights=str(clip))
+    found = extractor(pictures(3))
+    assert found.features.shape == (3, 12)
+    assert found.logits is None
+    model = CLIPModel.from_pretrained(clip).eval()
+    with torch.inference_mode():
+        pooled = model.vision_model(pixel_values=extractor.input(pictures(3))).pooler_output
+        torch.testing.assert_close(found.features, model.visual_projection(pooled))
+
+
+def test_mean_and_deviation_are_the_processors(dinov2: Path) -> None:
+    extractor = load_extractor("dinov2", CPU, weights=str(dinov2))
+    white = extractor.input([Image.new("RGB", (28, 28), "white")])
+    expected = (1 - torch.tensor(PROCESSOR["image_mean"])) / torch.tensor(PROCESSOR["image_std"])
+    torch.testing.assert_close(white[0, :, 0, 0], expected)
+    assert extractor.credentials.resize.startswith("28 × 28")
+    assert extractor(pictures(3)).features.shape == (3, 16)
+
+
+def test_figures_are_named_after_the_extractor_and_without_classes_there_is_no_inception_score(dinov2: Path) -> None:
+    config = EvaluateConfig(extractor="dinov2", weights=str(dinov2), neighbours=2, kid_subsets=2, bootstraps=3)
+    rows = compare_pictures(pictures(8), pictures(8, seed=1), config, seed=0)
+    assert {"FD (DINOv2)", "FD∞ (DINOv2)", "KID (DINOv2)", "precision k=2 (DINOv2)"} <= {row.metric for row in rows}
+    assert not [row.metric for row in rows if row.metric.startswith("IS")]
+    assert all(len(row.weights_sha256 or "") == 64 for row in rows)
+
+
+def test_captions_are_judged(clip: Path) -> None:
+    judge = CaptionJudge(str(clip), CPU, batch_size=3)
+    captions = judge.captions(CAPTIONS)
+    assert captions.shape == (4, 12)
+    torch.testing.assert_close(judge.captions(CAPTIONS[1:2]), captions[1:2])
+    rows = caption_rows(judge.images(pictures(4)), captions, "", seed=0)
+    assert [row.metric for row in rows] == ["CLIP score (CLIP)", "R@1 (CLIP)"]
+
+
+def test_clip_score_and_retrieval_of_known_embeddings() -> None:
+    captions = torch.eye(4)
+    images = torch.tensor([[2.0, 0, 0, 0], [0, 1, 1, 0], [0, 0, -1, 0], [1, 0, 0, 0.5]])
+    assert clip_scores(images, captions).tolist() == pytest.approx([100, 100 / 2**0.5, 0, 100 * 0.5 / 1.25**0.5])
+    assert own_caption_ranks(images, captions).tolist() == [0, 0, 3, 1]
+    same = torch.tensor([[1.0, 0], [1, 0]])
+    assert own_caption_ranks(same, same).tolist() == [0, 0]  # two pictures of one caption are both right
+
+
+def test_fid_is_inceptions(tmp_path: Path) -> None:
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(seeded.weights(InceptionV3().state_dict()), path)
+    config = EvaluateConfig(
+        extractor="inception-v3", weights=str(path), neighbours=2, kid_subsets=2, bootstraps=0, inception_splits=2
+    )
+    rows = compare_pictures(pictures(4), pictures(4, seed=1), config, seed=0)
+    assert {"FID (Inception-v3)", "FID∞ (Inception-v3)", "IS (Inception-v3)"} <= {row.metric for row in rows}
+    assert rows[0].resize == "299 × 299, bicubic, antialiased, float"
+
+
+def test_missing_or_other_weights_say_where_to_put_them(
+    tmp_path: Path, clip: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"no weights at .*checkpoints.*pt_inception.*evaluate.weights"):
+        load_extractor("inception-v3", CPU)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="expected the state dict pt_inception"):
+        load_extractor("inception-v3", CPU, weights=str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match="no model at .*nothing is downloaded"):
+        load_extractor("dinov2", CPU, weights=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="expected a model of type clip in .*, found dinov2"):
+        CaptionJudge(str(dinov2), CPU)
+    with pytest.raises(UserError, match=r"expected vgg16-397923af.pth .* in the folder .*put it there"):
+        Lpips.from_folder(tmp_path)
+    with pytest.raises(UserError, match=r"clip needs evaluate.weights"):
+        parse_config(EvaluateConfig, {"extractor": "clip"}, where="evaluate")

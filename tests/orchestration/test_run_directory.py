@@ -1,0 +1,153 @@
+"""The run directory: what is up to date, what must run again and why, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import stage_named, stages_of
+from pipeline.orchestration.run_directory import RunDirectory
+from tests.conftest import STAGE_NAMES, TINY
+from tests.launch import environment
+
+
+def _config(tmp_path: Path, *overrides: str) -> PipelineConfig:
+    return load_pipeline(TINY, [f"runs={tmp_path}", *overrides])
+
+
+def _finish(runs: RunDirectory, config: PipelineConfig, name: str, content: str) -> None:
+    """What a stage process does around its work, whose result is one file."""
+    stage = stage_named(name)
+    if runs.begin(config, stage):
+        output = runs.stage(name) / "output.txt"
+        output.write_text(content)
+        runs.finish(stage, {output: None})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PipelineConfig:
+    return _config(tmp_path)
+
+
+@pytest.fixture
+def runs(config: PipelineConfig) -> RunDirectory:
+    """A run of which every stage is finished."""
+    runs = RunDirectory(config.run_directory)
+    runs.check("tiny.yaml")
+    runs.open(config, "tiny.yaml")
+    for name in STAGE_NAMES:
+        _finish(runs, config, name, f"made by {name}")
+    return runs
+
+
+def _outdated(runs: RunDirectory, config: PipelineConfig) -> dict[str, list[str]]:
+    reasons = {stage.name: runs.why_not_done(config, stage) for stage in stages_of(config)}
+    return {name: why for name, why in reasons.items() if why}
+
+
+def test_a_finished_run_is_up_to_date(runs: RunDirectory, config: PipelineConfig) -> None:
+    assert _outdated(runs, config) == {}
+
+
+def test_a_changed_key_is_named_and_outdates_its_stage(runs: RunDirectory, tmp_path: Path) -> None:
+    changed = _config(tmp_path, "transformer.layers=3")
+    assert _outdated(runs, changed) == {"transformer": ["transformer.layers: 2 -> 3"]}
+
+
+def test_dependents_run_again_only_if_the_input_came_out_different(runs: RunDirectory, tmp_path: Path) -> None:
+    changed = _config(tmp_path, "transformer.layers=3")
+    _finish(runs, changed, "transformer", "other weights")
+    why = ["its input transformer is another one"]
+    assert _outdated(runs, changed) == {"generate": why, "evaluate": why, "report": why}
+
+
+def test_operational_keys_outdate_nothing(runs: RunDirectory, tmp_path: Path) -> None:
+    assert _outdated(runs, _config(tmp_path, "transformer.training.log_every=7", "processes=2")) == {}
+
+
+def test_what_another_config_made_is_set_aside_and_comes_back_with_it(
+    runs: RunDirectory, config: PipelineConfig, tmp_path: Path
+) -> None:
+    _finish(runs, _config(tmp_path, "transformer.layers=3"), "transformer", "other weights")
+    assert len(list((runs.path / "superseded").glob("transformer-*/output.txt"))) == 1
+    assert not runs.begin(config, stage_named("transformer"))
+    assert (runs.stage("transformer") / "output.txt").read_text() == "made by transformer"
+
+
+def test_an_unfinished_stage_of_the_same_config_keeps_what_it_has(runs: RunDirectory, config: PipelineConfig) -> None:
+    (runs.stage("transformer") / "_SUCCESS").unlink()
+    checkpoint = runs.stage("transformer") / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    assert runs.begin(config, stage_named("transformer"))
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut short"])
+def test_a_stage_refuses_an_input_that_is_not_as_it_was_written(
+    runs: RunDirectory, config: PipelineConfig, damage: str
+) -> None:
+    output = runs.stage("tokenize") / "output.txt"
+    if damage == "deleted":
+        output.unlink()
+    else:
+        os.truncate(output, 3)
+    with pytest.raises(UserError, match=r"transformer: expected \d+ bytes, found .*, at .*output.txt"):
+        runs.identity(config, stage_named("transformer"))
+    assert list(_outdated(runs, config)) == ["tokenize"]
+
+
+def test_an_unfinished_input_is_named(runs: RunDirectory, config: PipelineConfig) -> None:
+    (runs.stage("tokenize") / "_SUCCESS").unlink()
+    with pytest.raises(UserError, match="transformer needs tokenize, which is not finished"):
+        runs.identity(config, stage_named("transformer"))
+
+
+def test_inputs_of_another_config_are_seen_from_further_down(runs: RunDirectory, tmp_path: Path) -> None:
+    changed = _config(tmp_path, "prepare.image_size=32")
+    reasons = runs.stale_inputs(changed, stage_named("transformer"))
+    assert reasons == ["prepare: prepare.image_size: 16 -> 32"]
+
+
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    config.run_directory.mkdir()
+    (config.run_directory / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="expected an empty or a Smalti run directory at .*tiny, found other files"):
+        RunDirectory(config.run_directory).check("tiny.yaml")
+    assert [path.name for path in config.run_directory.iterdir()] == ["thesis.tex"]
+
+
+def test_the_run_of_another_config_file_is_refused_unless_taken_over(runs: RunDirectory) -> None:
+    with pytest.raises(UserError, match=r"holds the run of tiny.yaml, found another config, mine.yaml"):
+        runs.check("mine.yaml")
+    runs.check("mine.yaml", take_over=True)
+
+
+def test_the_hash_of_a_result_does_not_depend_on_when_or_where_it_was_made(
+    runs: RunDirectory, config: PipelineConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        again = RunDirectory(tmp_path / "elsewhere")
+        again.open(config, "tiny.yaml")
+        for name in STAGE_NAMES:
+            _finish(again, config, name, f"made by {name}")
+    assert [again.manifest(n) and again.manifest(n)["hash"] for n in STAGE_NAMES] == [  # type: ignore[index]
+        runs.manifest(n)["hash"]
+        for n in STAGE_NAMES  # type: ignore[index]
+    ]
+
+
+def test_the_command_line_reads_configs_without_importing_torch() -> None:
+    code = (
+        "import sys, pipeline.cli.main, pipeline.orchestration.local_runner;"
+        "print(sorted({'torch', 'mlflow', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,55 @@
+"""Promises of pipeline/sampling/logits.py, and of the guidance schedules of config.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.config.generate import SamplingConfig
+from pipeline.sampling.logits import draw
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    n = 20_000
+    drawn = draw(probabilities.log().expand(n, 4), torch.linspace(0, 1, n + 1)[:-1], SamplingConfig())
+    torch.testing.assert_close(drawn.bincount(minlength=4) / n, probabilities, atol=1e-3, rtol=0)
+
+
+def test_filters_keep_exactly_the_codes_they_promise() -> None:
+    logits = torch.tensor([0.4, 0.05, 0.3, 0.25]).log().expand(1000, 4)
+    spread = torch.linspace(0, 1, 1001)[:-1]
+    kept = {
+        "top_k 1": (SamplingConfig(top_k=1), {0}),
+        "top_k 2": (SamplingConfig(top_k=2), {0, 2}),
+        "top_p 0.5": (SamplingConfig(top_p=0.5), {0, 2}),
+        "top_p tiny": (SamplingConfig(top_p=1e-9), {0}),
+        "top_p 0.9": (SamplingConfig(top_p=0.9), {0, 2, 3}),
+        "min_p 0.6": (SamplingConfig(min_p=0.6), {0, 2, 3}),
+        "min_p 0.7": (SamplingConfig(min_p=0.7), {0, 2}),
+        "min_p 1": (SamplingConfig(min_p=1), {0}),
+        "min_p of the tempered": (SamplingConfig(min_p=0.5, temperature=0.1), {0}),
+        "min_p and top_k": (SamplingConfig(min_p=0.1, top_k=2), {0, 2}),
+        "top_k above the codebook": (SamplingConfig(top_k=99), {0, 1, 2, 3}),
+    }
+    for name, (sampling, expected) in kept.items():
+        assert set(draw(logits, spread, sampling).tolist()) == expected, name
+
+
+def test_extreme_uniforms_never_draw_impossible_codes() -> None:
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
+    for uniform in (0.0, math.nextafter(1.0, 0.0)):
+        assert draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig()).tolist() == [1]
+
+
+def test_schedules_begin_at_1_and_end_at_the_scale() -> None:
+    for schedule, half in {"linear": 3.0, "cosine": 3.0, "power": 2.0}.items():
+        config = SamplingConfig(guidance=5, guidance_schedule=schedule)  # type: ignore[arg-type]
+        assert [config.guidance_at(progress) for progress in (0, 0.5, 1)] == pytest.approx([1, half, 5])
+    inside = SamplingConfig(guidance=5, guidance_interval=(0.25, 0.5))
+    assert [inside.guidance_at(progress) for progress in (0, 0.25, 0.5, 0.51)] == [1, 5, 5, 1]
+    with pytest.raises(ValidationError, match="two rising numbers from 0 to 1"):
+        SamplingConfig(guidance_interval=(0.5, 0.5))

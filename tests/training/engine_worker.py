@@ -1,0 +1,157 @@
+"""Run by tests/training/test_engines.py, by one or two processes: trainings of a small network on an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
+from pipeline.training.engines import build_engine
+from pipeline.training.engines.base import accumulation_steps
+from pipeline.training.schedule import schedule
+
+STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training."""
+
+    kind: str = "deepspeed"
+    zero: int = 1
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    overlap: bool = False
+    offload: bool = False
+    recompute: bool = False
+    dropout: bool = False
+    poisoned_step: int | None = None  # one sample of the last process is not a number
+    first_step: int = 0
+    last_step: int = STEPS
+    load: str | None = None
+    save: str | None = None
+
+    @property
+    def name(self) -> str:
+        default = Case()
+        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return " ".join(f"{k}={v}" for k, v in changed.items() if k in ("kind", "zero") or v != getattr(default, k))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.LayerNorm(WIDTH), nn.Dropout(0.0)
+        self.into, self.out = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.out(nn.functional.gelu(self.into(self.norm(x)))))
+
+
+class Objective(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        for block in self.blocks:
+            block.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        return (self.head(x) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
+
+
+def global_batch(step: int, poisoned: bool = False) -> dict[str, Tensor]:
+    x = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+    if poisoned:
+        x[-1, 0] = float("nan")
+    return {"x": x}
+
+
+def training(case: Case, processes: int) -> TrainingConfig:
+    return TrainingConfig(
+        optimizer=case.optimizer,
+        steps=STEPS,
+        batch_size=BATCH,
+        micro_batch_size=BATCH // processes // case.accumulation,
+        precision=case.precision,
+        activation_checkpointing=case.recompute,
+        learning_rate=1e-2,
+        warmup_steps=3,
+        gradient_clipping=0.5,
+        weight_decay=0.1,
+    )
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    config = training(case, distributed.world_size())
+    torch.manual_seed(0)
+    objective = Objective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+    zero = DeepSpeedConfig(
+        zero_stage=case.zero,
+        overlap_communication=case.overlap,
+        offload_optimizer=case.offload,
+    )
+    try:
+        engine = build_engine(case.kind, objective, config, zero, folder)  # type: ignore[arg-type]
+        if case.load:
+            engine.load(folder / case.load)
+    except UserError as error:
+        return {"error": str(error)}
+    parts, rank, world = accumulation_steps(config), distributed.rank(), distributed.world_size()
+    norms, applied = [], []
+    for step in range(case.first_step, case.last_step):
+        torch.manual_seed(step)
+        mine = global_batch(step, step == case.poisoned_step)["x"].chunk(world)[rank]
+        for index, micro in enumerate(mine.chunk(parts)):
+            engine.accumulate({"x": micro}, step, 1 / parts, last=index == parts - 1)
+        update = engine.update(schedule(config, step))
+        norms.append(update.gradient_norm)
+        applied.append(update.applied)
+    if case.save:
+        if distributed.is_main():
+            (folder / case.save).mkdir(parents=True)
+        distributed.barrier()
+        engine.save(folder / case.save)
+        distributed.barrier()
+    engine.finish()
+    weights = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    return {"weights": weights, "norms": norms, "applied": applied}
+
+
+def main(cases: str, folder: str) -> None:
+    distributed.init()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    results = {}
+    for values in json.loads(cases):
+        case = Case(**values)
+        results[case.name] = run(case, Path(folder))
+        _forget_accelerate()
+    if distributed.is_main():
+        torch.save(results, Path(folder) / "results.pt")
+    distributed.leave(0)
+
+
+def _forget_accelerate() -> None:
+    """Accelerate allows one precision a process."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

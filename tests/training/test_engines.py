@@ -1,0 +1,215 @@
+"""Both engines train as plain PyTorch does, whatever the ZeRO stage, accumulation and number of processes.
+
+Every training runs for real, on one process or two; each set of processes is started once and goes through its list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core.errors import UserError
+from pipeline.training.engines import build_engine
+from pipeline.training.engines.base import accumulation_steps
+from pipeline.training.optimizer import build_adamw, set_learning_rates
+from pipeline.training.schedule import schedule
+from tests.launch import launch
+from tests.training.engine_worker import BATCH, STEPS, Case, Objective, global_batch, training
+
+ZERO = (0, 1, 2, 3)
+POISONED = 3
+HALF = STEPS // 2
+RESUMED = [Case(zero=zero) for zero in ZERO] + [Case(zero=zero, optimizer="muon") for zero in ZERO]
+
+PARITY = [
+    *(Case(zero=zero, accumulation=accumulation) for zero in ZERO for accumulation in (1, 2)),
+    *(Case(kind="accelerate", zero=0, accumulation=accumulation) for accumulation in (1, 2)),
+    *(Case(zero=zero, overlap=True) for zero in (1, 2, 3)),
+    *(Case(zero=zero, offload=True, accumulation=2) for zero in (1, 2, 3)),
+]
+MUON = [Case(zero=zero, optimizer="muon") for zero in ZERO]
+POISON = [Case(zero=zero, poisoned_step=POISONED) for zero in ZERO] + [
+    Case(zero=1, optimizer="muon", poisoned_step=POISONED),
+    Case(zero=3, optimizer="muon", poisoned_step=POISONED),
+    Case(kind="accelerate", zero=0, poisoned_step=POISONED),
+]
+RECOMPUTED = [Case(zero=zero, recompute=True) for zero in (0, 3)]
+DROPPED = [Case(zero=zero, dropout=True) for zero in (0, 3)]
+BF16 = [Case(zero=zero, precision="bf16", poisoned_step=POISONED) for zero in ZERO]  # last: it is global in DeepSpeed
+
+
+def _first_half(case: Case, processes: int) -> Case:
+    return dataclasses.replace(case, last_step=HALF, save=f"{case.name} of {processes}")
+
+
+def _second_half(case: Case, by: int, zero: int | None = None) -> Case:
+    """What `by` processes saved goes on, maybe at another stage."""
+    zero = case.zero if zero is None else zero
+    return dataclasses.replace(case, zero=zero, first_step=HALF, load=f"{case.name} of {by}")
+
+
+# Saved by the one, resumed by the other, and the reverse; and the stages in a circle.
+BY_ONE = [_first_half(case, 1) for case in RESUMED]
+BY_TWO = [_first_half(case, 2) for case in RESUMED]
+BY_TWO_AFTER_ONE = [_second_half(case, by=1) for case in RESUMED]
+BY_ONE_AFTER_TWO = [_second_half(case, by=2) for case in RESUMED]
+BY_TWO_AFTER_TWO = [_second_half(case, by=2) for case in RESUMED]
+OTHER_STAGE = [_second_half(case, by=2, zero=(case.zero + 1) % 4) for case in RESUMED[:4]]
+
+Results = dict[str, dict[str, Any]]
+
+
+def _train(cases: list[Case], folder: Path, processes: int) -> Results:
+    launch("tests.training.engine_worker", json.dumps([vars(case) for case in cases]), str(folder), processes=processes)
+    found: Results = torch.load(folder / "results.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    """Results by number of processes and name of the case."""
+    folder = tmp_path_factory.mktemp("engine")
+    everywhere = PARITY + MUON + POISON
+    one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *BF16], folder, 1)
+    two = _train([*everywhere, *BY_TWO, *BY_TWO_AFTER_ONE, *BY_TWO_AFTER_TWO, *BF16], folder, 2)
+    return {1: one | _train([*BY_ONE_AFTER_TWO, *OTHER_STAGE], folder, 1), 2: two}
+
+
+def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], list[float]]:
+    config = training(Case(), 1)
+    torch.manual_seed(0)
+    objective = Objective()
+    optimizer = build_adamw(objective, config)
+    norms = []
+    for step in range(STEPS):
+        if step != skipped_step:
+            set_learning_rates(optimizer, schedule(config, step))
+            objective(global_batch(step), step)[0].backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.gradient_clipping).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in objective.named_parameters()}, norms
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
+def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dict[int, Results]) -> None:
+    found = trained[processes][case.name]
+    weights, norms = _plain_pytorch()
+    torch.testing.assert_close(found["weights"], weights, rtol=1e-5, atol=1e-6)
+    assert found["norms"] == pytest.approx(norms, rel=1e-4)
+    assert all(found["applied"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", MUON, ids=lambda case: case.name)
+def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, trained: dict[int, Results]) -> None:
+    config = training(case, 1)
+    torch.manual_seed(0)
+    objective = Objective()
+    matrices = [p for name, p in objective.named_parameters() if p.ndim == 2 and "blocks." in name]
+    others = [p for p in objective.parameters() if all(p is not matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+    for step in range(STEPS):
+        muon.param_groups[0]["lr"] = config.muon_learning_rate * schedule(config, step)
+        adamw.param_groups[0]["lr"] = config.learning_rate * schedule(config, step)
+        objective(global_batch(step), step)[0].backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    # Both orthogonalise in bfloat16, whose 8 bits depend on the order of operations.
+    weights = {name: parameter.detach() for name, parameter in objective.named_parameters()}
+    assert _distance(trained[processes][case.name]["weights"], weights) < 0.01
+
+
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Norm of the difference / norm of what was expected."""
+    pairs = [(found[name] - value, value) for name, value in expected.items()]
+    off, whole = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
+    return float(off.norm() / whole.norm())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", POISON + BF16, ids=lambda case: case.name)
+def test_a_step_that_is_not_finite_on_one_process_is_applied_on_none(
+    case: Case, processes: int, trained: dict[int, Results]
+) -> None:
+    found = trained[processes][case.name]
+    assert [step for step, applied in enumerate(found["applied"]) if not applied] == [POISONED]
+    assert all(torch.isfinite(weight).all() for weight in found["weights"].values())
+    if case.optimizer == "adamw":
+        distance = _distance(found["weights"], _plain_pytorch(skipped_step=POISONED)[0])
+        assert distance < (1e-6 if case.precision == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("case", RECOMPUTED, ids=lambda case: case.name)
+def test_activation_checkpointing_changes_no_bit(case: Case, trained: dict[int, Results]) -> None:
+    kept = dataclasses.replace(case, recompute=False, dropout=True)
+    assert all(trained[1][case.name]["applied"])
+    torch.testing.assert_close(
+        trained[1][case.name]["weights"], trained[1][kept.name]["weights"], rtol=0, atol=0, msg="dropout drew anew"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [
+        *((case, 2) for case in BY_TWO_AFTER_ONE),
+        *((case, 1) for case in BY_ONE_AFTER_TWO),
+        *((case, 2) for case in BY_TWO_AFTER_TWO),
+        *((case, 1) for case in OTHER_STAGE),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else f"{value} processes",
+)
+def test_a_training_goes_on_at_another_number_of_processes_and_another_stage(
+    case: Case, processes: int, trained: dict[int, Results]
+) -> None:
+    undisturbed = trained[processes][Case(zero=case.zero, optimizer=case.optimizer).name] if processes == 2 else None
+    if undisturbed and case.load and case.load.endswith("of 2"):  # as if nothing had happened
+        torch.testing.assert_close(trained[2][case.name]["weights"], undisturbed["weights"], rtol=0, atol=0)
+        return
+    weights = trained[1][Case(zero=case.zero, optimizer=case.optimizer).name]["weights"]
+    assert _distance(trained[processes][case.name]["weights"], weights) < (1e-6 if case.optimizer == "adamw" else 0.01)
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
+    config = TrainingConfig(steps=10, warmup_steps=0, batch_size=12, micro_batch_size=6)
+    assert accumulation_steps(config) == 2
+    with pytest.raises(UserError, match="found 6: set training.micro_batch_size to a divisor of 4"):
+        accumulation_steps(config.model_copy(update={"batch_size": 4}))
+
+
+def test_fp16_on_cpu_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("fp16 trains on a GPU")
+    config = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH, precision="fp16")
+    with pytest.raises(UserError, match="found fp16: set training.precision=bf16"):
+        build_engine("accelerate", Objective(), config, None, tmp_path)
+
+
+def test_activation_checkpointing_without_blocks_is_refused(tmp_path: Path) -> None:
+    config = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH, activation_checkpointing=True)
+    with pytest.raises(UserError, match="needs a model with blocks, found none: set it to false"):
+        build_engine("accelerate", torch.nn.Linear(2, 2), config, None, tmp_path)
+
+
+def test_one_process_spreads_nothing_unless_it_must() -> None:
+    assert [DeepSpeedConfig().stage(processes, "bf16") for processes in (1, 2)] == [0, 1]
+    assert DeepSpeedConfig().stage(1, "fp16") == 1
+    assert DeepSpeedConfig(offload_optimizer=True).stage(1, "bf16") == 1
+    assert DeepSpeedConfig(zero_stage=2).stage(1, "bf16") == 2
+
+
+def test_offload_without_zero_is_refused() -> None:
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match="set zero_stage to 1, 2 or 3"):
+        DeepSpeedConfig(zero_stage=0, offload_optimizer=True)

@@ -1,0 +1,213 @@
+"""Killed anywhere and run again, a run ends with the same weights; asked to stop, it saves and says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.training.throughput import CLOCK_METRICS
+from tests.conftest import TINY
+from tests.launch import ROOT, command, environment, kill_all, launch, wait_for_end
+
+
+def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    arguments = ["run", str(TINY), f"runs={folder}", *overrides]
+    return subprocess.Popen(
+        command("pipeline", arguments),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _prepared(tiny_run: Path, folder: Path, *stages: str) -> Path:
+    """A run in `folder` of which only these stages are finished, copied from the finished run."""
+    run = folder / "tiny"
+    run.mkdir(parents=True)
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(tiny_run / name, run)
+    for stage in stages:
+        shutil.copytree(tiny_run / stage, run / stage)
+    return run
+
+
+def _wait_for(happened: Callable[[], bool], runner: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert runner.poll() is None, f"the run ended early: {runner.stderr.read() if runner.stderr else ''}"
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.0005)
+
+
+def _outputs(run: Path, stage: str) -> dict[str, str]:
+    """SHA-256 of each output of a finished stage."""
+    manifest = json.loads((run / stage / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
+
+
+def _figures(run: Path, stage: str) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "system/", *CLOCK_METRICS)
+    return [{name: value for name, value in line.items() if not name.startswith(clock)} for line in lines]
+
+
+def _killed(folder: Path, stage: str, moment: Callable[[Path], bool], *overrides: str) -> Path:
+    """Kill the stage's process when `moment` comes, by SIGKILL, and wait for the runner to say so."""
+    runner = _start(folder, *overrides)
+    directory = folder / "tiny" / stage
+    _wait_for(lambda: moment(directory), runner)
+    kill_all(psutil.Process(runner.pid).children(recursive=True))
+    _, errors = runner.communicate()
+    assert f"{stage} was killed by SIGKILL" in errors
+    return folder / "tiny"
+
+
+def _after_first_checkpoint(directory: Path) -> bool:
+    return (directory / "checkpoints" / "step-00000010").exists()
+
+
+def _during_a_later_save(directory: Path) -> bool:
+    return any(path.suffix == ".tmp" and "10" not in path.name for path in (directory / "checkpoints").glob("*"))
+
+
+def _before_first_checkpoint(directory: Path) -> bool:
+    return (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """One run whose training stages are killed before, during and after a save, and each time started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    _prepared(tiny_run, folder, "prepare", "text-tokenizer")
+    for stage in ("image-tokenizer", "transformer"):
+        for moment in (_before_first_checkpoint, _after_first_checkpoint):
+            _killed(folder, stage, moment)
+        # A save is over in no time: with many of them, one is seen.
+        _killed(folder, stage, _during_a_later_save, f"{stage.replace('-', '_')}.training.checkpoint_every=1")
+    launch("pipeline", "run", str(TINY), f"runs={folder}")
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize("stage", ["image-tokenizer", "transformer"])
+def test_killed_before_during_and_after_a_save_ends_with_the_same_bits(
+    stage: str, killed_and_resumed: Path, tiny_run: Path
+) -> None:
+    assert _outputs(killed_and_resumed, stage) == _outputs(tiny_run, stage)
+    assert _figures(killed_and_resumed, stage) == _figures(tiny_run, stage)
+
+
+def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_path: Path, tiny_run: Path) -> None:
+    _prepared(tiny_run, tmp_path, "prepare", "text-tokenizer")
+    runner = _start(tmp_path)
+    _wait_for(lambda: _after_first_checkpoint(tmp_path / "tiny" / "image-tokenizer"), runner)
+    stage = psutil.Process(runner.pid).children()[0]
+    runner.kill()
+    runner.communicate()
+    wait_for_end([stage], seconds=10)
+    config = ["--config", str(tmp_path / "tiny" / "config.yaml")]
+    assert "goes on from step" in launch("stages.image_tokenizer", *config)
+    assert _outputs(tmp_path / "tiny", "image-tokenizer") == _outputs(tiny_run, "image-tokenizer")
+
+
+def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_process_with_the_same_losses(
+    tmp_path: Path, tiny_run: Path
+) -> None:
+    finished = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
+    undisturbed, killed = (_prepared(tiny_run, tmp_path / name, *finished) for name in ("undisturbed", "killed"))
+    # ZeRO-3 with an average: everything is in pieces. What is drawn at random depends on the number of processes.
+    overrides = [
+        "transformer.deepspeed.zero_stage=3",
+        "transformer.training.ema_decay=0.9",
+        "transformer.training.precision=fp32",
+        "transformer.caption_dropout=0",
+    ]
+    arguments = ["--config", str(killed / "config.yaml"), *overrides]
+    launcher = subprocess.Popen(
+        command("stages.transformer", arguments, processes=2), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not _after_first_checkpoint(killed / "transformer"):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    kill_all([*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)])
+    launcher.wait()
+    (tmp_path / "alone").mkdir()
+    alone = Path(shutil.copytree(killed, tmp_path / "alone" / "tiny"))
+    assert "goes on from step" in launch("stages.transformer", *arguments, processes=2)
+    launch("stages.transformer", "--config", str(undisturbed / "config.yaml"), *overrides, processes=2)
+    assert _outputs(killed, "transformer") == _outputs(undisturbed, "transformer")
+    assert _figures(killed, "transformer") == _figures(undisturbed, "transformer")
+
+    overrides[0] = "transformer.deepspeed.zero_stage=1"
+    assert "goes on from step" in launch("stages.transformer", "--config", str(alone / "config.yaml"), *overrides)
+    for found, expected in zip(_figures(alone, "transformer"), _figures(undisturbed, "transformer"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert sorted(_files(alone)) == sorted(_files(undisturbed))
+
+
+def _files(run: Path) -> list[str]:
+    """What a finished transformer stage leaves for people to look at."""
+    folder = run / "transformer"
+    return [str(path.relative_to(folder)) for kind in ("pictures", "model") for path in (folder / kind).iterdir()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, tmp_path: Path, tiny_run: Path) -> None:
+    _prepared(tiny_run, tmp_path, "prepare", "text-tokenizer")
+    endless = ["image_tokenizer.training.steps=100000", "image_tokenizer.training.checkpoint_every=100000"]
+    runner = _start(tmp_path, *endless)
+    directory = tmp_path / "tiny" / "image-tokenizer"
+    _wait_for(lambda: _before_first_checkpoint(directory), runner)
+    os.kill(runner.pid, number)
+    _, errors = runner.communicate()
+    assert runner.returncode == 75
+    assert "run the same command again to go on" in errors
+    assert not (directory / "_SUCCESS").exists()
+    assert len(list((directory / "checkpoints").iterdir())) == 1
+
+
+def test_a_second_process_in_the_same_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    first = _start(tmp_path)
+    try:
+        _wait_for((tmp_path / "tiny" / "locks" / "run.json").exists, first)
+        output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", check=False)
+        assert f"error: the run in {tmp_path / 'tiny'} is already being written by process {first.pid}" in output
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of six megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("a file system of its own needs root and the right to mount one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_gets_one_line_and_the_run_goes_on_when_there_is_room(
+    small_disk: Path, tiny_run: Path
+) -> None:
+    run = _prepared(tiny_run, small_disk, "prepare", "text-tokenizer", "image-tokenizer", "tokenize")
+    config = ["--config", str(run / "config.yaml")]
+    output = launch("stages.transformer", *config, check=False)  # its second checkpoint does not fit
+    assert "error: no space left for" in output
+    assert "Traceback" not in output
+    subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
+    launch("stages.transformer", *config)
+    assert _outputs(run, "transformer") == _outputs(tiny_run, "transformer")

@@ -1,0 +1,47 @@
+"""Training state on disk: whatever part is wanted, from the files of however many processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.core.errors import UserError
+from pipeline.training.engines.base import expect_same_shapes
+from pipeline.training.sharded_state import Piece, Pieces, write_pieces
+
+
+@pytest.fixture
+def three_processes(tmp_path: Path) -> Path:
+    """0, 1, 2 ... 9 of `w` in the files of three processes, the middle ones twice."""
+    whole = torch.arange(10.0)
+    for rank, (start, end) in enumerate([(0, 4), (3, 8), (8, 10)]):
+        save_file({f"w@{start}": whole[start:end]}, tmp_path / f"state-{rank:05d}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 10), (2, 5), (7, 2), (9, 1)])
+def test_any_part_is_put_together(start: int, length: int, three_processes: Path) -> None:
+    out = torch.empty(length)
+    Pieces(three_processes, "state").fill("w", start, out)
+    assert out.tolist() == list(range(start, start + length))
+
+
+def test_what_nobody_wrote_is_told(three_processes: Path) -> None:
+    with pytest.raises(UserError, match=r"expected element 10 of w, found none; was it made by another optimizer"):
+        Pieces(three_processes, "state").fill("w", 9, torch.empty(2))
+
+
+def test_what_is_written_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    value = torch.randn(3, 5).T  # not contiguous
+    write_pieces(tmp_path, "ema", [Piece("blocks.0.weight", 0, value)])
+    out = torch.empty(15)
+    Pieces(tmp_path, "ema").fill("blocks.0.weight", 0, out)
+    assert torch.equal(out.view(5, 3), value)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_what_was_expected_and_found(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected head.weight of shape \[4, 8\], found \[4, 16\]"):
+        expect_same_shapes({"head.weight": [4, 8], "a": [1]}, {"head.weight": [4, 16], "a": [1]}, tmp_path)
+    with pytest.raises(UserError, match=r"expected extra of shape none, found \[2\]"):
+        expect_same_shapes({"a": [1]}, {"a": [1], "extra": [2]}, tmp_path)
