@@ -1,11 +1,11 @@
-"""How fast data is, beside what it has to keep up with. Prints tables; figures and what they mean: docs/data.md.
+"""How fast data is, beside what it has to keep up with. Prints tables; metrics and what they mean: docs/data.md.
 
     python -m benchmarks.data stream [PREPARE...]   image stream beside webdataset pipelines; resume at 90 % of an epoch
     python -m benchmarks.data sampler               token sampler beside training steps of small models; 10^9 samples
     python -m benchmarks.data tokenize              tokenize beside the encoder alone
-    python -m benchmarks.data duplicates            search for equal keys and near pictures among 2^24 samples
+    python -m benchmarks.data duplicates            search for equal keys and near images among 2^24 samples
 
-Alternatives take turns, and each figure is the median of its rounds. `stream` reads OpenMoji at 64 x 64, or the
+Alternatives take turns, and each metric is the median of its rounds. `stream` reads OpenMoji at 64 x 64, or the
 directories of finished `prepare` stages (runs/x/prepare); it also counts processor time, workers' included, which
 other work on the machine disturbs less than the clock.
 """
@@ -38,7 +38,7 @@ from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.atomic_io import write_json
 from pipeline.data import png
-from pipeline.data.duplicates import same_key, same_picture
+from pipeline.data.duplicates import same_image, same_key
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
@@ -124,7 +124,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def rates_of(prepared: Path, make: Callable[[Path], Iterator[Any]], epoch: int) -> tuple[float, float, float]:
-    """Seconds of the first epoch (cold files, start-up included); then pictures a second, and a processor second."""
+    """Seconds of the first epoch (cold files, start-up included); then images a second, and a processor second."""
     drop_from_page_cache(prepared / "train")
     started = time.perf_counter()
     batches = make(prepared)
@@ -144,9 +144,7 @@ def stream(given: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for prepared in [Path(path) for path in given] or [shards(Path(folder), 64)]:
             whole = ImageStream(prepared, "train", 0)
-            print(
-                f"\n{len(whole):,} pictures of {whole.image_size} px in {len(whole.shards)} shards, batches of {BATCH}"
-            )
+            print(f"\n{len(whole):,} images of {whole.image_size} px in {len(whole.shards)} shards, batches of {BATCH}")
             found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in PIPELINES}
             for _ in range(ROUNDS):
                 for name, make in PIPELINES.items():
@@ -156,7 +154,7 @@ def stream(given: list[str]) -> None:
                 for name, values in found.items()
             }
             rows = [[name, f"{v[0]:.2f} s", f"{v[1]:,.0f}", f"{v[2]:,.0f}"] for name, v in medians.items()]
-            table(["", "first epoch, cold", "then pictures/s", "a processor second"], rows)
+            table(["", "first epoch, cold", "then images/s", "a processor second"], rows)
             rate = {name: values[1] for name, values in medians.items()}
             ours, theirs = ([name for name in rate if name.startswith(s)] for s in ("stream", "webdataset"))
             mine, plain = max(rate[name] for name in ours[:2]), max(rate[name] for name in theirs[:3])
@@ -294,30 +292,30 @@ def tokenize() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             encode, whole = tokenized_s(Path(folder), config, size)
         rows.append([f"{size} px", f"{encode:,.0f}", f"{whole:,.0f}", f"{whole / encode:.2f} x"])
-    table(["", "the demo's encoder alone, pictures/s", "tokenize: read, decode, encode, write", ""], rows)
+    table(["", "the demo's encoder alone, images/s", "tokenize: read, decode, encode, write", ""], rows)
 
 
 def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float, float]:
-    """Pictures/s of the encoder alone, and of tokenize."""
+    """Images/s of the encoder alone, and of tokenize."""
     tokenizer = build(config.image_tokenizer.model, size).eval()
     levels = [Level(*level) for level in tokenizer.levels]
     prepared = shards(folder / "prepare", size)
     text = TextTokenizer.train([sample.caption for sample in read_samples(prepared, "train")], config.text_tokenizer)
     hashes = {"image-tokenizer": "", "text-tokenizer": ""}
     encoders = Encoders(tokenizer.encode, text.encode, levels, text.text_length, text.vocab_size, hashes)
-    pictures = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
-    batches = torch.split(pictures.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
+    images = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
+    batches = torch.split(images.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
     train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]
     alone, whole = [], []
     for number in range(ROUNDS + 1):
         started = time.perf_counter()
         for batch in batches:
             tokenizer.encode(batch)
-        alone.append(len(pictures) / (time.perf_counter() - started))
+        alone.append(len(images) / (time.perf_counter() - started))
         started = time.perf_counter()
         out = folder / f"tokens{number}"
         list(tokenize_shards(out, prepared, train, encoders, TokenizeConfig(batch_size=BATCH), 0))
-        whole.append(len(pictures) / (time.perf_counter() - started))
+        whole.append(len(images) / (time.perf_counter() - started))
     return statistics.median(alone[1:]), statistics.median(whole[1:])
 
 
@@ -334,7 +332,7 @@ def duplicates() -> None:
         for name, search in (
             ("equal keys, one slice", lambda: same_key(paths, [count // files] * files)),
             ("equal keys, 8 slices", lambda: same_key(paths, [count // files] * files, count // 8)),
-            ("near pictures, 3 bits", lambda: same_picture(paths, 3, np.empty(0, np.int64))),
+            ("near images, 3 bits", lambda: same_image(paths, 3, np.empty(0, np.int64))),
         ):
             started = time.perf_counter()
             found = search()

@@ -1,9 +1,9 @@
 """The bars of the evaluation, as a table: what was measured, against what, and whether it holds.
 
-    python benchmarks/metrics.py parity      # figures against torchmetrics, prdc and scipy, at 2,000 to 10,000 × 2,048
+    python benchmarks/metrics.py parity      # metrics against torchmetrics, prdc and scipy, at 2,000 to 10,000 × 2,048
     python benchmarks/metrics.py frechet     # seconds: ours and scipy.linalg.sqrtm's way, 2,048 dimensions
     python benchmarks/metrics.py memory      # precision/recall of 20,000 × 20,000 × 2,048: peak memory, seconds
-    python benchmarks/metrics.py extractor   # pictures a second: extractor and bare network
+    python benchmarks/metrics.py extractor   # images a second: extractor and bare network
 
 Each needs minutes on two cores. Sizes by option: `--samples`, `--dimensions`.
 """
@@ -57,7 +57,7 @@ def parity(samples: int, dimensions: int, rank: int | None, centred: bool) -> No
     for metric in (fid, kid):
         metric.update(real, real=True)
         metric.update(generated, real=False)
-    row("figure", "ours", "reference", "relative difference")
+    row("metric", "ours", "reference", "relative difference")
     ours, expected = frechet_distance(real, generated), fid.compute().item()
     compare("FID, torchmetrics", ours, expected)
     if rank:
@@ -112,8 +112,8 @@ def memory(samples: int, dimensions: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(samples, dimensions, generator=generator) for _ in range(2)]
     before = peak_bytes()
-    figures, seconds = timed(lambda: precision_recall_density_coverage(sets[0], sets[1], 5), 1)
-    row("figures", str(figures))
+    metrics, seconds = timed(lambda: precision_recall_density_coverage(sets[0], sets[1], 5), 1)
+    row("metrics", str(metrics))
     row("seconds", f"{seconds:.0f}")
     row("peak with the sets alone", f"{before / 1e9:.2f} GB")
     bar("peak, GB", peak_bytes() / 1e9, at_most=2)
@@ -125,11 +125,11 @@ def memory(samples: int, dimensions: int) -> None:
 @click.option("--weights")
 @click.option("--rounds", default=21)
 def extractor(samples: int, name: str, weights: str | None, rounds: int) -> None:
-    """Pictures a second with resizing, scaling and collecting, and of the network alone, in turns."""
+    """Images a second with resizing, scaling and collecting, and of the network alone, in turns."""
     it = load_extractor(name, torch.device("cpu"), weights=weights)
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(samples)]
-    batch = it.input(pictures[: it.batch_size])
+    images = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(samples)]
+    batch = it.input(images[: it.batch_size])
 
     @torch.inference_mode()
     def bare() -> None:
@@ -139,10 +139,10 @@ def extractor(samples: int, name: str, weights: str | None, rounds: int) -> None
     bare()
     wholes, alones = [], []
     for _ in range(rounds):  # in short turns, so that whatever else the machine does meets both
-        wholes.append(timed(lambda: it(pictures), 1)[1])
+        wholes.append(timed(lambda: it(images), 1)[1])
         alones.append(timed(bare, 1)[1])
     ratios = [alone / whole for whole, alone in zip(wholes, alones, strict=True)]
-    row("", "extractor, pictures/s", "bare network, pictures/s")
+    row("", "extractor, images/s", "bare network, images/s")
     row("median", f"{samples / statistics.median(wholes):.0f}", f"{samples / statistics.median(alones):.0f}")
     row("best", f"{samples / min(wholes):.0f}", f"{samples / min(alones):.0f}")
     bar("extractor / bare, median", statistics.median(ratios), at_least=0.9)

@@ -85,18 +85,18 @@ def measured(prepare: Path, model: dict[str, Any], steps: int, batch_size: int) 
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
     seconds = (time.perf_counter() - started) / (steps - 10)
-    figures = evaluate(tokenizer.eval(), validation(prepare)).figures
+    metrics = evaluate(tokenizer.eval(), validation(prepare)).metrics
     return [
         f"{sum(p.numel() for p in tokenizer.parameters()):,}",
         f"{kept / 1e6:.1f}",
         f"{1000 * seconds:.1f}",
-        f"{figures['psnr']:.2f}",
-        f"{100 * figures['codebook_usage']:.0f} %",
+        f"{metrics['psnr']:.2f}",
+        f"{100 * metrics['codebook_usage']:.0f} %",
     ]
 
 
 def validation(prepare: Path) -> Iterator[dict[str, Tensor]]:
-    """Each picture of the split once."""
+    """Each image of the split once."""
     stream = ImageStream(prepare, "val", 0)
     batches = stream.batches(0, 16)
     for start in range(0, len(stream), 16):

@@ -78,8 +78,8 @@ def _worker(model: str, stage: int) -> None:
     distributed.leave(0)
 
 
-def _train(config: PipelineConfig, stage: int, figure: Callable[[], int] = lambda: 0) -> int:
-    """`figure()` while all of the training is still there."""
+def _train(config: PipelineConfig, stage: int, metric: Callable[[], int] = lambda: 0) -> int:
+    """`metric()` while all of the training is still there."""
     import torch
 
     from pipeline.config.training import DeepSpeedConfig
@@ -108,7 +108,7 @@ def _train(config: PipelineConfig, stage: int, figure: Callable[[], int] = lambd
         engine.update(1.0)
         if average:
             average.update()
-    return figure()
+    return metric()
 
 
 def _toy(config: PipelineConfig) -> object:
@@ -126,8 +126,8 @@ def main(stages: list[int]) -> None:
     for model in MODELS:
         for stage in stages:
             plan, (tensors, resident) = planned(model, stage).total, measured(model, stage)
-            figures = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
-            print(f"{model:50}{stage:4}{figures}", flush=True)
+            metrics = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
+            print(f"{model:50}{stage:4}{metrics}", flush=True)
 
 
 if __name__ == "__main__":

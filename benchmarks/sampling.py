@@ -58,7 +58,7 @@ def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: b
             work["smalti compiled"] = partial(_ours, model, batch, compiled=True)
             started = time.perf_counter()
             work["smalti compiled"]()
-            print(f"the first picture through torch.compile: {time.perf_counter() - started:.1f} s")
+            print(f"the first image through torch.compile: {time.perf_counter() - started:.1f} s")
         seconds = _medians(work, repeats)
         if "dalle-pytorch" in seconds:
             seconds["dalle-pytorch"] *= IMAGE / dalle_tokens
@@ -95,7 +95,7 @@ def _ours(
 
 
 def _quarters(model: Transformer, batch: int, repeats: int) -> tuple[float, float]:
-    """Median seconds a code in the first and in the last quarter of the picture."""
+    """Median seconds a code in the first and in the last quarter of the image."""
     first: list[float] = []
     last: list[float] = []
     for _ in range(repeats):
@@ -124,12 +124,12 @@ def _peers(dalle_tokens: int) -> dict[str, Callable[[int], object]]:
             dim_head=WIDTH // HEADS, attn_types=("full",),
         ).eval()  # fmt: skip
 
-        def paint(batch: int) -> object:
+        def generate(batch: int) -> object:
             text, given = torch.randint(1, TEXT_CODES, (batch, TEXT)), IMAGE - dalle_tokens
             image = torch.rand(batch, 3, 4 * SIDE, 4 * SIDE) if given else None
             return dalle.generate_images(text, img=image, num_init_img_tokens=given or None, use_cache=True)
 
-        found["dalle-pytorch"] = paint
+        found["dalle-pytorch"] = generate
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = model_hidden()

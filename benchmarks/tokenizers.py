@@ -1,14 +1,14 @@
-"""Every kind of image tokenizer, trained for the same time on the same pictures, beside two peers.
+"""Every kind of image tokenizer, trained for the same time on the same images, beside two peers.
 
     python -m benchmarks.tokenizers --data DIR --minutes 5         trains what is not in the results yet; the table
     python -m benchmarks.tokenizers --data DIR --minutes 2 --seeds 0,1,2 --kinds ema,fsq
     python -m benchmarks.tokenizers --encode                       `encode` beside the bare encoder, K = 8192
     python -m benchmarks.tokenizers --table                        the table of what the results hold
 
-DIR holds train/ and val/, folders of WebDataset tars or of pictures; without it, OpenMoji, every 16th picture for
+DIR holds train/ and val/, folders of WebDataset tars or of images; without it, OpenMoji, every 16th image for
 validation. Each (kind, seed) is a process of its own whose line is appended to `--results`: a broken run goes on there.
 Schedules (learning rate, temperature, weights) run on the clock: a faster kind takes more steps in the same time.
-32×32 pictures to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16, figures on the validation split.
+32×32 images to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16, metrics on the validation split.
 docs/tokenizers.md says what they mean. The peers: benchmarks/peers.py.
 """
 
@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config.training import TrainingConfig
-from pipeline.evaluation.image_sets import named_pictures
+from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import psnr
 from pipeline.metrics.psnr_ssim import ssim
@@ -58,7 +58,7 @@ def ramp(start: float, end: float, until: float = 0.9) -> dict[str, float]:
 
 
 RELAXED = {"codebook_size": K, "code_width": 32, "logits": "distance", "kl_weight": ramp(0, 0)}
-RELAXED |= {"usage_weight": ramp(0.03, 0.003), "temperature": ramp(1.0, 0.05)}
+RELAXED |= {"batch_entropy_weight": ramp(0.03, 0.003), "temperature": ramp(1.0, 0.05)}
 
 
 def vqvae(**quantizer: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def vqvae(**quantizer: Any) -> dict[str, Any]:
 
 
 OURS: dict[str, dict[str, Any]] = {
-    "dvae": {"kind": "dvae", **ARCHITECTURE, **RELAXED, "widths": [160], "usage_weight": ramp(0.01, 0)},
+    "dvae": {"kind": "dvae", **ARCHITECTURE, **RELAXED, "widths": [160], "batch_entropy_weight": ramp(0.01, 0)},
     "gumbel": vqvae(kind="gumbel", **RELAXED),
     "ema": vqvae(**CODEBOOK),
     "gradient": vqvae(**CODEBOOK | {"kind": "gradient"}),
@@ -83,14 +83,14 @@ TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_dec
 
 
 class Contestant(ABC):
-    """A tokenizer in training: a loss to minimise; then codes of pictures, and pictures of codes."""
+    """A tokenizer in training: a loss to minimise; then codes of images, and images of codes."""
 
     module: Any  # the nn.Module that is trained
     sizes: list[int]  # of each level's codebook
 
     @abstractmethod
     def loss(self, images: Tensor, progress: float) -> Tensor:
-        """Of uint8 pictures [B,3,H,W], at `progress` in [0,1] of the training."""
+        """Of uint8 images [B,3,H,W], at `progress` in [0,1] of the training."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]: ...
@@ -168,9 +168,9 @@ class PlainVectorQuantize(Contestant):
         self.sizes = [K]
 
     def loss(self, images: Tensor, progress: float) -> Tensor:
-        pictures = images.float() / 127.5 - 1
-        z, _, commitment = self.quantizer(self.encoder(pictures))
-        return F.mse_loss(self.decoder(z).float(), pictures) + commitment
+        scaled = images.float() / 127.5 - 1
+        z, _, commitment = self.quantizer(self.encoder(scaled))
+        return F.mse_loss(self.decoder(z).float(), scaled) + commitment
 
     def encode(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -195,20 +195,20 @@ def contestant(kind: str) -> Contestant:
     return PEERS[kind]() if kind in PEERS else Ours(OURS[kind])
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
-def pictures_of(folder: Path) -> Tensor:
+def images_of(folder: Path) -> Tensor:
     """uint8 [n,3,32,32]."""
-    arrays = [np.asarray(p.resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for _, p in named_pictures(folder)]
+    arrays = [np.asarray(p.resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for _, p in named_images(folder)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def splits(data: Path | None, cache: Path) -> tuple[Tensor, Tensor]:
-    """Training and validation pictures, decoded once."""
+    """Training and validation images, decoded once."""
     if not cache.exists():
         if data:
-            found = {split: pictures_of(data / split) for split in ("train", "val")}
+            found = {split: images_of(data / split) for split in ("train", "val")}
         else:
             every = openmoji()
             held = torch.arange(len(every)) % 16 == 0
@@ -232,9 +232,9 @@ def openmoji() -> Tensor:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Train one kind and measure it: the line of the results."""
-    train_pictures, val_pictures = pictures
+    train_images, val_images = images
     torch.manual_seed(seed)
     made = contestant(kind)
     settings = PEER_TRAINING if kind in PEERS else TRAINING
@@ -243,7 +243,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
     held = {name: parameter.data for name, parameter in made.module.named_parameters()}
     ema = Ema(lambda: held, config.ema_decay) if config.ema_decay else None
     generator = torch.Generator().manual_seed(seed)
-    order, used = torch.randperm(len(train_pictures), generator=generator), 0
+    order, used = torch.randperm(len(train_images), generator=generator), 0
     step = skipped = 0
     started = time.perf_counter()
     made.module.train()
@@ -252,8 +252,8 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
         if spent >= 1:
             break
         if used + config.batch_size > len(order):
-            order, used = torch.randperm(len(train_pictures), generator=generator), 0
-        batch = train_pictures[order[used : used + config.batch_size]]
+            order, used = torch.randperm(len(train_images), generator=generator), 0
+        batch = train_images[order[used : used + config.batch_size]]
         used += config.batch_size
         with torch.autocast("cpu", torch.bfloat16):
             loss = made.loss(batch, spent)
@@ -273,18 +273,18 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, pictures: tup
     if ema:
         ema.swap_in()
     line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
-    line |= {"pictures_per_s": step * config.batch_size / seconds, "skipped": skipped}
+    line |= {"images_per_s": step * config.batch_size / seconds, "skipped": skipped}
     line["parameters"] = sum(p.numel() for p in made.module.parameters())
-    return line | figures(made, val_pictures)
+    return line | metrics(made, val_images)
 
 
 @torch.no_grad()
-def figures(made: Contestant, pictures: Tensor) -> dict[str, Any]:
+def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
     """In float32, on hard codes."""
     made.module.eval()
     counts = [torch.zeros(size) for size in made.sizes]
     decibels, similarity, bits = [], [], 0.0
-    for batch in pictures.split(64):
+    for batch in validation.split(64):
         images = batch.float() / 255
         codes = made.encode(images)
         for count, level in zip(counts, codes, strict=True):
@@ -297,7 +297,7 @@ def figures(made: Contestant, pictures: Tensor) -> dict[str, Any]:
         share = count / count.sum()
         entropy = -torch.xlogy(share, share).sum().item()
         perplexity.append(math.exp(entropy))
-        bits += entropy / math.log(2) * count.sum().item() / (len(pictures) * SIZE**2)
+        bits += entropy / math.log(2) * count.sum().item() / (len(validation) * SIZE**2)
     return {
         "psnr": torch.cat(decibels).mean().item(),
         "ssim": torch.cat(similarity).mean().item(),
@@ -332,7 +332,7 @@ def _with_8192_codes(model: dict[str, Any]) -> dict[str, Any]:
 
 def _encode_table(models: dict[str, dict[str, Any]], images: Tensor) -> None:
     """Best of the rounds, in which the two take turns."""
-    print("| kind | encoder, pictures/s | encode, pictures/s | ratio |\n|---|---|---|---|")
+    print("| kind | encoder, images/s | encode, images/s | ratio |\n|---|---|---|---|")
     for kind, model in models.items():
         tokenizer = build(model, images.shape[-1]).eval()
         encoder, bare, whole = without_quantizer(tokenizer), [], []
@@ -366,7 +366,7 @@ def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row a kind, medians over seeds; usage is the lowest of all seeds and levels."""
-    rows = ["| kind | PSNR, dB | SSIM | lowest usage | perplexity | bits a pixel | pictures/s | parameters | seeds |"]
+    rows = ["| kind | PSNR, dB | SSIM | lowest usage | perplexity | bits a pixel | images/s | parameters | seeds |"]
     rows.append("|---|---|---|---|---|---|---|---|---|")
     for kind in dict.fromkeys(line["kind"] for line in lines):
         mine = [line for line in lines if line["kind"] == kind]
@@ -376,13 +376,13 @@ def table(lines: list[dict[str, Any]]) -> str:
         usage = min(min(line["usage"]) for line in mine)
         rows.append(
             f"| {kind} | {middle['psnr']:.2f}{spread} | {middle['ssim']:.3f} | {usage:.0%} | {perplexity} |"
-            f" {middle['bits_per_pixel']:.2f} | {middle['pictures_per_s']:,.0f} | {middle['parameters'] / 1e6:.2f} M |"
+            f" {middle['bits_per_pixel']:.2f} | {middle['images_per_s']:,.0f} | {middle['parameters'] / 1e6:.2f} M |"
             f" {len(mine)} |"
         )
     return "\n".join(rows)
 
 
-MEDIANS = ("psnr", "ssim", "bits_per_pixel", "pictures_per_s", "parameters")
+MEDIANS = ("psnr", "ssim", "bits_per_pixel", "images_per_s", "parameters")
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--encode", action="store_true", help="measure the speed of encode and do nothing else")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    cache = given.results.with_suffix(".pictures.pt")
+    cache = given.results.with_suffix(".images.pt")
     if given.one:
         line = train(given.one[0], int(given.one[1]), given.minutes, given.steps, splits(given.data, cache))
         with open(given.results, "a") as file:

@@ -1,3 +1,3 @@
-"""Smalti: train an image tokenizer and a text+image transformer, and paint pictures from prompts."""
+"""Smalti: train an image tokenizer and a text+image transformer, and generate images from prompts."""
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""Stage 7, evaluate: how good the generated pictures are, and the tokenizer's reconstructions.
+"""Stage 7, evaluate: how good the generated images are, and the tokenizer's reconstructions.
 
-Reads generate/samples (a picture painted for each of many captions) and generate/prompts.json (the grid), prepare, and
-the models. Writes metrics.json: rows of figures with extractor, sample counts, intervals and warnings; the nearest
-training picture of each picture in the grid; some samples and reconstructions; with evaluate.sweep also the figures of
-other settings of sampling, their pictures, and best.yaml, the best one as a section of a config. Array tasks share the
-extraction of features and the painting of the sweep, the stage itself measures. See
+Reads generate/samples (an image generated for each of many captions) and generate/prompts.json (the grid), prepare, and
+the models. Writes metrics.json: rows of metrics with extractor, sample counts, intervals and warnings; the nearest
+training image of each image in the grid; some samples and reconstructions; with evaluate.sweep also the metrics of
+other settings of sampling, their images, and best.yaml, the best one as a section of a config. Array tasks share the
+extraction of features and the generating of the sweep, the stage itself measures. See
 pipeline/evaluation/run_evaluation.py and sweep.py.
 """
 
@@ -19,18 +19,18 @@ from pipeline.core.atomic_io import write_json
 from pipeline.evaluation.comparison import Row
 from pipeline.evaluation.feature_store import FeatureStore, trim
 from pipeline.evaluation.run_evaluation import (
-    PictureSets,
-    RealPictures,
+    ImageSets,
+    RealImages,
     generated_rows,
     judged,
-    nearest_training_pictures,
+    nearest_training_images,
     reranked,
     save_reconstructions,
     save_samples,
     tokenizer_rows,
 )
 from pipeline.evaluation.sweep import Sweep
-from pipeline.extractors.hf import CaptionJudge
+from pipeline.extractors.hf import ClipScorer
 from pipeline.extractors.registry import load_extractor
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
@@ -40,28 +40,28 @@ def main(run: StageRun) -> None:
     config = run.config.evaluate
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
     store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
-    sets = PictureSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
-    judge = CaptionJudge(config.clip, distributed.device(), config.batch_size) if config.clip else None
+    sets = ImageSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
+    judge = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
     share = run.array_task or (0, 1)
-    for name, pictures in sets.all():
-        store.extract(pictures, *share, description=f"features of {name} pictures")
+    for name, images in sets.all():
+        store.extract(images, *share, description=f"features of {name} images")
     if judge and sets.generated:
-        for pictures in (sets.generated, sets.own):
-            FeatureStore(store.folder, judge.images).extract(pictures, *share, description="CLIP's features")
+        for images in (sets.generated, sets.own):
+            FeatureStore(store.folder, judge.images).extract(images, *share, description="CLIP's features")
     if sweep:
-        sweep.paint(*share)
+        sweep.generate(*share)
     if run.array_task is None:
         _measure(run, sets, store, judge, sweep)
         trim(store.folder, config.feature_cache_gb)
 
 
 def _measure(
-    run: StageRun, sets: PictureSets, store: FeatureStore, judge: CaptionJudge | None, sweep: Sweep | None
+    run: StageRun, sets: ImageSets, store: FeatureStore, judge: ClipScorer | None, sweep: Sweep | None
 ) -> None:
     config, seed, generate = run.config.evaluate, run.config.seed, run.input("generate")
     tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
-    real = RealPictures(sets, store)
+    real = RealImages(sets, store)
     rows: list[Row] = []
     scores: list[float] | None = None
     if sets.generated:
@@ -71,24 +71,24 @@ def _measure(
             rows += clip_rows
     by_reranker = reranked(sets.generated)
     rows += tokenizer_rows(tokenizer, real, store, config, seed)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "rows": [row.as_json() for row in rows],
-        "nearest": nearest_training_pictures(generate, real, store),
+        "nearest": nearest_training_images(generate, real, store),
         "judge": "the reranker" if by_reranker else "CLIP score" if scores else None,
         "samples": save_samples(sets.generated, by_reranker or scores, real, store, run.directory, config, seed),
         "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
     }
     if sweep:
-        figures["sweep"] = sweep.measure(real)
-    write_json(run.directory / "metrics.json", figures)
-    shown = [entry["file"] for entry in (*figures["samples"], *figures["reconstructions"])]
+        metrics["sweep"] = sweep.measure(real)
+    write_json(run.directory / "metrics.json", metrics)
+    shown = [entry["file"] for entry in (*metrics["samples"], *metrics["reconstructions"])]
     for file in ("metrics.json", *shown):
         run.add_output(file)
     run.tracker.log({_tracked_name(row): row.value for row in rows if row.value is not None}, step=0)
 
 
 def _tracked_name(row: Row) -> str:
-    """Of the characters that MLflow allows in names: `FD Lite0/generated - other real pictures`."""
+    """Of the characters that MLflow allows in names: `FD Lite0/generated - other real images`."""
     name = f"{row.metric}/{row.compares.replace(', ', ' - ')}".replace("=", " ").replace("∞", " infinity")
     return re.sub(r"[^\w/ .:-]", "", name)
 

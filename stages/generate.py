@@ -1,9 +1,9 @@
-"""Stage 6, generate: paint the prompts for the eye, and captions of the train split for the figures.
+"""Stage 6, generate: generate the prompts for the eye, and captions of the train split for the metrics.
 
-Reads prepare (captions), the three models, and the reranker where there is one, which then scores every picture and
+Reads prepare (captions), the three models, and the reranker where there is one, which then scores every image and
 keeps the best of `generate.candidates`. Writes prompts/00.png ..., prompts.json and the grid
 prompts.png, then samples/000000.tar ... (KEY.png, KEY.txt, KEY.json; KEY is that of the caption's own
-picture), a shard at a time: after a stop or a crash the finished ones stay. Array tasks share these
+image), a shard at a time: after a stop or a crash the finished ones stay. Array tasks share these
 shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
 """
 
@@ -22,12 +22,12 @@ from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
-from pipeline.sampling.pipeline import Painted, Pipeline
+from pipeline.sampling.pipeline import GeneratedImage, Pipeline
 from pipeline.sampling.prompts import check_against_training, sampled_rows
-from pipeline.sampling.save import save_picture
+from pipeline.sampling.save import save_image
 
 _NOTES = {
-    "training": "Captions of training pictures: a small model mostly paints those pictures again.",
+    "training": "Captions of training images: a small model mostly generates those images again.",
     "new": "Prompts that training never saw: new combinations of known words.",
 }
 
@@ -41,40 +41,40 @@ def main(run: StageRun) -> None:
     chosen = [captions[row] for row in sampled_rows(len(captions), config.samples, run.config.seed)]
     pipeline = Pipeline.from_pretrained(run.input("transformer").parent, distributed.device())
     if run.array_task is None:
-        _paint_prompts(run, pipeline)
-    _paint_samples(run, pipeline, chosen)
+        _generate_prompts(run, pipeline)
+    _generate_samples(run, pipeline, chosen)
 
 
-def _paint_prompts(run: StageRun, pipeline: Pipeline) -> None:
+def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
     config = run.config.generate
     entries = [(prompt, "training") for prompt in config.training_prompts]
     entries += [(prompt, "new") for prompt in config.new_prompts]
     if not entries:
         return
-    painted = _paint(run, pipeline, [prompt for prompt, _ in entries])
-    pictures = [one.picture for one in painted]
+    generated = _generate(run, pipeline, [prompt for prompt, _ in entries])
+    images = [one.image for one in generated]
     listed = []
-    for number, ((prompt, kind), one) in enumerate(zip(entries, painted, strict=True)):
+    for number, ((prompt, kind), one) in enumerate(zip(entries, generated, strict=True)):
         file = f"prompts/{number:02d}.png"
         listed.append({"prompt": prompt, "kind": kind, "file": file} | _score(one))
         about = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
-        _save(run, one.picture, file, about | _drawn(pipeline, one))
+        _save(run, one.image, file, about | _drawn(pipeline, one))
     write_json(run.directory / "prompts.json", listed)
     run.add_output("prompts.json")
     groups = []
     for kind, title in (("training", "Training captions"), ("new", "New prompts")):
-        pairs = zip(entries, pictures, strict=True)
-        tiles = [Tile(picture, prompt) for (prompt, its_kind), picture in pairs if its_kind == kind]
+        pairs = zip(entries, images, strict=True)
+        tiles = [Tile(image, prompt) for (prompt, its_kind), image in pairs if its_kind == kind]
         if tiles:
             groups.append(Group(title, tiles, _NOTES[kind]))
     sheet = grid(groups)
     _save(run, sheet, "prompts.png")
-    run.tracker.picture("prompts", sheet, 0)
+    run.tracker.log_image("prompts", sheet, 0)
 
 
-def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, str]]) -> None:
+def _generate_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, str]]) -> None:
     config = run.config.generate
-    tokens = pipeline.transformer.layout.image_length * config.candidates  # a picture
+    tokens = pipeline.transformer.layout.image_length * config.candidates  # an image
     bar = progress(total=len(chosen) * tokens, description="generate", unit="token")
     for start in run.my_share(range(0, len(chosen), config.shard_size)):
         part = chosen[start : start + config.shard_size]
@@ -83,23 +83,23 @@ def _paint_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, st
             bar.update(len(part) * tokens)
         else:
             signals.check()
-            painted = _paint(run, pipeline, [caption for _, caption in part], start, bar.update)
-            write_shard(path, [_sample(*pair, pipeline, one) for pair, one in zip(part, painted, strict=True)])
+            generated = _generate(run, pipeline, [caption for _, caption in part], start, bar.update)
+            write_shard(path, [_sample(*pair, pipeline, one) for pair, one in zip(part, generated, strict=True)])
         run.add_output(path)
         run.add_output(path.with_suffix(".index.npy"))
     bar.close()
 
 
-def _paint(
+def _generate(
     run: StageRun,
     pipeline: Pipeline,
     prompts: list[str],
     first: int = 0,
     on_tokens: Callable[[int], object] | None = None,
-) -> list[Painted]:
-    """A picture a prompt: where there is a reranker, the one of the candidates that it likes best."""
+) -> list[GeneratedImage]:
+    """An image a prompt: where there is a reranker, the one of the candidates that it likes best."""
     config = run.config.generate
-    return pipeline.paint(
+    return pipeline.generate(
         *(prompts, config.candidates, run.seed, config.sampling),
         keep=1 if pipeline.ranker is not None else None,
         batch_size=config.batch_size,
@@ -109,23 +109,23 @@ def _paint(
     )
 
 
-def _sample(key: str, caption: str, pipeline: Pipeline, one: Painted) -> Sample:
+def _sample(key: str, caption: str, pipeline: Pipeline, one: GeneratedImage) -> Sample:
     content = io.BytesIO()
-    one.picture.save(content, format="png")
+    one.image.save(content, format="png")
     about = {"key": key, "caption": caption, "generated": True} | _drawn(pipeline, one)
     return Sample(key, content.getvalue(), caption, about)
 
 
-def _drawn(pipeline: Pipeline, one: Painted) -> dict[str, Any]:
+def _drawn(pipeline: Pipeline, one: GeneratedImage) -> dict[str, Any]:
     return {"prompt_number": one.prompt, "candidate": one.candidate, "model": pipeline.source.model_hash} | _score(one)
 
 
-def _score(one: Painted) -> dict[str, float]:
+def _score(one: GeneratedImage) -> dict[str, float]:
     return {} if one.score is None else {"score": round(one.score, 4)}
 
 
-def _save(run: StageRun, picture: Image.Image, name: str, about: dict[str, Any] | None = None) -> None:
-    save_picture(picture, run.directory / name, about or {})
+def _save(run: StageRun, image: Image.Image, name: str, about: dict[str, Any] | None = None) -> None:
+    save_image(image, run.directory / name, about or {})
     run.add_output(name)
 
 

@@ -1,8 +1,8 @@
-"""Stage 3, image-tokenizer: learn to turn pictures into grids of discrete codes, and back.
+"""Stage 3, image-tokenizer: learn to turn images into grids of discrete codes, and back.
 
 Reads prepare (image shards). Trains the tokenizer of `image_tokenizer.model` through accelerate. Writes
 model/{model.safetensors,config.json} (`ImageTokenizer.from_pretrained` loads them with plain torch) and
-reconstructions.png: training and validation pictures above what their codes decode to. See pipeline/image_tokenizer/.
+reconstructions.png: training and validation images above what their codes decode to. See pipeline/image_tokenizer/.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pipeline.core.atomic_io import atomic_path
 from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
-from pipeline.image_tokenizer.image_losses import add_picture_losses
+from pipeline.image_tokenizer.image_losses import add_image_losses
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.trainer import train
 
 log = logging.getLogger(__name__)
-_PICTURES = 32  # of each split
+_IMAGES = 32  # of each split
 
 
 class Workload:
-    """What the training loop needs: objective, batches, validation figures, pictures."""
+    """What the training loop needs: objective, batches, validation metrics, images."""
 
     tokens_per_sample = None
 
@@ -40,39 +40,39 @@ class Workload:
         torch.manual_seed(run.config.seed)
         self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
         self.objective = self.tokenizer.objective()
-        add_picture_losses(self.objective, self.train.image_size, self.config.perceptual, self.config.adversarial)
+        add_image_losses(self.objective, self.train.image_size, self.config.perceptual, self.config.adversarial)
         self.evaluation: Evaluation | None = None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         return self.train.batches(consumed, self.config.training.batch_size)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Figures of one pass over the validation split, on hard codes."""
+        """Metrics of one pass over the validation split, on hard codes."""
         self.evaluation = evaluate(self.tokenizer, self._validation_slices())
         if distributed.is_main() and (warning := collapsed(self.evaluation, self.config.usage_floor)):
             log.warning("%s", warning)
-        return {f"val/{name}": value for name, value in self.evaluation.figures.items()}
+        return {f"val/{name}": value for name, value in self.evaluation.metrics.items()}
 
     def _validation_slices(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of the validation split, each picture once."""
+        """This rank's part of the validation split, each image once."""
         size = self.config.training.batch_size
         share = size // distributed.world_size()
         batches = self.validation.batches(0, size)
         for start in range(0, len(self.validation), size):
-            # The stream goes on with the next epoch behind the last picture; those are cut off.
+            # The stream goes on with the next epoch behind the last image; those are cut off.
             left = len(self.validation) - start - distributed.rank() * share
             batch = next(batches)
             if left > 0:
                 yield {"images": batch["images"][:left]}
 
-    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """The same pictures each time: training ones, then validation ones."""
+    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """The same images each time: training ones, then validation ones."""
         streams = [
             ImageStream(self.run.input("prepare"), s, self.run.config.seed, rank=0, world_size=1)
             for s in ("train", "val")
         ]
-        images = [next(stream.batches(0, _PICTURES))["images"] for stream in streams]
-        found = {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(images))}
+        shown = [next(stream.batches(0, _IMAGES))["images"] for stream in streams]
+        found = {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(shown))}
         if self.evaluation:
             found["codebook-usage"] = usage_histogram(self.evaluation.counts)
         return found
@@ -85,7 +85,7 @@ def main(run: StageRun) -> None:
         return
     workload.tokenizer.save_pretrained(run.directory / "model")
     with atomic_path(run.directory / "reconstructions.png") as temporary:
-        workload.pictures(workload.objective.eval())["reconstructions"].save(temporary, format="png")
+        workload.sample_images(workload.objective.eval())["reconstructions"].save(temporary, format="png")
     for name in ("model/model.safetensors", "model/config.json", "reconstructions.png"):
         run.add_output(name)
 

@@ -1,6 +1,6 @@
-"""Stage 1, prepare: captioned pictures from any source -> image shards.
+"""Stage 1, prepare: captioned images from any source -> image shards.
 
-Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every picture once; splits by a
+Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every image once; splits by a
 hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png.
 See pipeline/data/prepare.py.
 """
@@ -29,7 +29,7 @@ def main(run: StageRun) -> None:
         counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}
         run.tracker.log({**counts, "rejected_samples": float(index["rejected"]["samples"])}, step=0)
         with Image.open(run.directory / "contact-sheet.png") as sheet:
-            run.tracker.picture("contact-sheet", sheet, step=0)
+            run.tracker.log_image("contact-sheet", sheet, step=0)
     distributed.barrier()
 
 

@@ -1,8 +1,8 @@
-"""Optional stage, reranker: learn which picture fits a caption, to keep the best of many candidates.
+"""Optional stage, reranker: learn which image fits a caption, to keep the best of many candidates.
 
 Reads prepare (image shards with captions) and text-tokenizer. Trains a small CLIP through accelerate, or takes the
-pretrained one at `reranker.clip`. Writes model/ (`Ranker.from_pretrained` loads it) and retrieval.json: how often a
-picture of the validation split finds its caption, and a caption its picture. See pipeline/reranker/.
+pretrained one at `reranker.clip`. Writes model/ (`Ranker.from_pretrained` loads it) and retrieval.json: how often an
+image of the validation split finds its caption, and a caption its image. See pipeline/reranker/.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.trainer import train
 
-_MEASURED = 5_000  # pictures of the validation split, at most
+_MEASURED = 5_000  # images of the validation split, at most
 
 
 class Workload:
-    """What the training loop needs: objective, batches, validation figures, pictures."""
+    """What the training loop needs: objective, batches, validation metrics, images."""
 
     tokens_per_sample = None
 
@@ -47,7 +47,7 @@ class Workload:
         self.objective = ContrastiveObjective(self.towers)
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
-        """Pictures in the stream's order, each with its caption's ids."""
+        """Images in the stream's order, each with its caption's ids."""
         size, share = self.config.training.batch_size, self.config.training.batch_size // distributed.world_size()
         start = consumed + distributed.rank() * share
         for batch in self.stream.batches(consumed, size):
@@ -57,13 +57,13 @@ class Workload:
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""
-        figures = retrieval(self.ranker(), read_samples(self.run.input("prepare"), "val"), _MEASURED)
-        return {f"val/{name}": value for name, value in figures.items()}
+        metrics = retrieval(self.ranker(), read_samples(self.run.input("prepare"), "val"), _MEASURED)
+        return {f"val/{name}": value for name, value in metrics.items()}
 
     def ranker(self) -> Ranker:
         return Ranker(self.towers, self.text_tokenizer)
 
-    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
+    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
         return {}
 
 
@@ -81,10 +81,10 @@ def main(run: StageRun) -> None:
             run.add_output("model/config.json")
     if not distributed.is_main():
         return
-    figures = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
-    write_json(run.directory / "retrieval.json", figures)
+    metrics = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
+    write_json(run.directory / "retrieval.json", metrics)
     run.add_output("retrieval.json")
-    run.tracker.log({f"retrieval/{name}": value for name, value in figures.items()}, run.config.reranker.training.steps)
+    run.tracker.log({f"retrieval/{name}": value for name, value in metrics.items()}, run.config.reranker.training.steps)
 
 
 def _pretrained(run: StageRun, clip: str) -> Ranker:

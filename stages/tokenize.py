@@ -55,8 +55,8 @@ def main(run: StageRun) -> None:
                     run.add_output(name, sha256=sha256)
         run.add_output("index.json")
         splits = index["splits"].items()
-        figures = {f"{split}_{name}": float(found[name]) for split, found in splits for name in _COUNTS}
-        run.tracker.log(figures, step=0)
+        metrics = {f"{split}_{name}": float(found[name]) for split, found in splits for name in _COUNTS}
+        run.tracker.log(metrics, step=0)
         for split, found in splits:
             log.info(
                 "%s: %d of %d captions are longer than the window of %d tokens and were cut",

@@ -1,8 +1,8 @@
 """Stage 5, transformer: learn text and image codes as one sequence, on the DeepSpeed engine.
 
-Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to paint a few prompts on the way).
+Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts on the way).
 Writes model/{model.safetensors,config.json} (`Transformer.from_pretrained` loads them with plain torch)
-and samples.png, the last of those pictures. See pipeline/transformer/.
+and samples.png, the last of those images. See pipeline/transformer/.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.position_plot import position_plot
 
-_PICTURES = 8
+_IMAGES = 8
 
 
 class Workload:
-    """What the training loop needs: objective, batches, validation figures, pictures."""
+    """What the training loop needs: objective, batches, validation metrics, images."""
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.transformer
@@ -75,7 +75,7 @@ class Workload:
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Mean losses over one pass of the validation split, its last batch filled up from its start.
 
-        The loss of each position becomes a picture, which `pictures` shows.
+        The loss of each position becomes an image, which `images` shows.
         """
         size = self.config.training.batch_size
         sums: dict[str, Tensor] = {}
@@ -89,21 +89,21 @@ class Workload:
         self._curve = position_plot([curve[name] for name in sorted(curve)], self.objective.transformer.layout)
         return distributed.mean({f"val/{name}": float(total) / count for name, total in sums.items()})
 
-    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """What the model paints for a few captions of each split, beside what the tokenizer makes of the originals."""
+    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """What the model generates for a few captions of each split, beside their reconstructions."""
         assert isinstance(objective, JointObjective)
         pipeline = Pipeline(self.text_tokenizer, objective.transformer, self.image_tokenizer)
         groups = []
         for title, split in (("Training captions", "train"), ("Validation captions", "val")):
-            # Rank 0 paints alone, the same captions each time.
+            # Rank 0 generates alone, the same captions each time.
             sampler = TokenSampler(self.run.input("tokenize"), split, self.run.config.seed, rank=0, world_size=1)
-            batch = next(sampler.batches(0, _PICTURES))
+            batch = next(sampler.batches(0, _IMAGES))
             prompts = [self.text_tokenizer.decode(row) for row in batch["text"]]
-            painted = pipeline.generate(prompts, seed=self.run.config.seed)
-            groups.append(Group(title, [Tile(p, c) for p, c in zip(painted, prompts, strict=True)]))
+            generated = [one.image for one in pipeline.generate(prompts, seed=self.run.config.seed)]
+            groups.append(Group(title, [Tile(p, c) for p, c in zip(generated, prompts, strict=True)]))
             originals = pipeline.decode(batch["codes"].to(distributed.device()))
             groups.append(Group("", [Tile(p) for p in originals], note="the originals, through the image tokenizer"))
-        drawn = {"samples": grid(groups, columns=_PICTURES, side=96)}
+        drawn = {"samples": grid(groups, columns=_IMAGES, side=96)}
         return drawn | ({"loss_by_position": self._curve} if self._curve else {})
 
 
@@ -115,7 +115,7 @@ def main(run: StageRun) -> None:
         return
     workload.objective.transformer.save_pretrained(run.directory / "model")
     with torch.no_grad(), atomic_path(run.directory / "samples.png") as temporary:
-        workload.pictures(workload.objective.eval())["samples"].save(temporary, format="png")
+        workload.sample_images(workload.objective.eval())["samples"].save(temporary, format="png")
     for name in ("model/model.safetensors", "model/config.json", "samples.png"):
         run.add_output(name)
 

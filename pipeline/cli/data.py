@@ -34,8 +34,8 @@ def inspect(path: Path, sheet: Path | None, verify: bool) -> None:
 def export(
     path: Path, out: Path, count: int, split: str, image_tokenizer: Path | None, text_tokenizer: Path | None
 ) -> None:
-    """Decode token arrays back to pictures and captions. PATH: a run or its tokenize directory."""
+    """Decode token arrays back to images and captions. PATH: a run or its tokenize directory."""
     from pipeline.data.export import export_tokens
 
     written = export_tokens(path, out, count, split, image_tokenizer, text_tokenizer)
-    click.echo(f"{written} pictures and their captions are in {out}; all of them: {out / 'sheet.png'}")
+    click.echo(f"{written} images and their captions are in {out}; all of them: {out / 'sheet.png'}")

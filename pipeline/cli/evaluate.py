@@ -1,4 +1,4 @@
-"""`smalti evaluate --real A --fake B`: the figures of any two sets of pictures, whoever made them."""
+"""`smalti evaluate --real A --fake B`: the metrics of any two sets of images, whoever made them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _CACHE = Path("runs/.cache/features")
 
 @click.command("evaluate")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--real", type=_PATH, help="a folder of pictures, a tar, a folder of tars, or a feature file")
+@click.option("--real", type=_PATH, help="a folder of images, a tar, a folder of tars, or a feature file")
 @click.option("--fake", type=_PATH, help="likewise")
 @click.option("--extractor", type=click.Choice(EXTRACTORS), default=EXTRACTORS[0], show_default=True)
 @click.option("--weights", help="of the extractor: Inception's file; a folder or name for clip and dinov2")
-@click.option("--clip", help="also judge the fake pictures by their captions (.txt beside them), with this CLIP model")
-@click.option("--samples", type=int, help="pictures a set  [default: the smaller set's]")
+@click.option("--clip", help="also judge the fake images by their captions (.txt beside them), with this CLIP model")
+@click.option("--samples", type=int, help="images a set  [default: the smaller set's]")
 @click.option("--neighbours", default=5, show_default=True, help="k of precision, recall, density, coverage")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cache", type=_PATH, default=_CACHE, show_default=True, help="folder of features by content hash")
 @click.option("--cache-gb", "feature_cache_gb", type=float, help="bound of the cache  [default: 20]")
-@click.option("-o", "--output", type=_PATH, help="write the figures there, as JSON")
+@click.option("-o", "--output", type=_PATH, help="write the metrics there, as JSON")
 @click.option("--save-real", type=_PATH, help="write the features of --real there (.npz), for later comparisons")
 @click.option("--save-fake", type=_PATH, help="likewise of --fake")
 @click.option("--config", "config_path", help="instead: run the stage evaluate of this config")
@@ -52,10 +52,10 @@ def evaluate(
     seed: int,
     **options: Any,
 ) -> None:
-    """Measure one set of pictures against another, or, with --config, a pipeline's run.
+    """Measure one set of images against another, or, with --config, a pipeline's run.
 
     Fréchet distance and FD∞, KID, Inception Score, precision, recall, density and coverage, at equal numbers of
-    pictures. Several processes (torchrun -m pipeline evaluate …) share the extraction of features.
+    images. Several processes (torchrun -m pipeline evaluate …) share the extraction of features.
     """
     if config_path:
         if print_config:
@@ -66,7 +66,7 @@ def evaluate(
             return
         run_stage_here("evaluate", ["--config", config_path, *overrides])
     if real is None or fake is None:
-        raise UserError("expected two sets of pictures, found fewer: smalti evaluate --real FOLDER --fake FOLDER")
+        raise UserError("expected two sets of images, found fewer: smalti evaluate --real FOLDER --fake FOLDER")
     if overrides:
         raise UserError(f"expected options only (overrides go with --config), found '{overrides[0]}'")
 
@@ -98,12 +98,12 @@ def _feature_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -
     """Both sets, from feature files where they are; what is extracted goes to the cache, ranks sharing the work."""
     from pipeline.core import distributed
     from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, is_feature_file, read_features
-    from pipeline.evaluation.image_sets import pictures_at
+    from pipeline.evaluation.image_sets import images_at
     from pipeline.extractors.registry import load_extractor
 
     for path in (real, fake):
         if not path.exists():
-            raise UserError(f"{path}: expected a folder of pictures, a tar or a feature file, found nothing")
+            raise UserError(f"{path}: expected a folder of images, a tar or a feature file, found nothing")
     store = None
     if not (is_feature_file(real) and is_feature_file(fake)):
         extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
@@ -114,15 +114,15 @@ def _feature_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -
         if store is None or is_feature_file(path):
             found.append(read_features(path))
             continue
-        pictures = pictures_at(path)
-        store.extract(pictures, distributed.rank(), distributed.world_size(), f"{what} pictures")
-        sizes[what] = store.sizes(pictures)
+        images = images_at(path)
+        store.extract(images, distributed.rank(), distributed.world_size(), f"{what} images")
+        sizes[what] = store.sizes(images)
         distributed.barrier()
         if distributed.is_main():
-            found.append(store.features(pictures, f"{what} pictures"))
+            found.append(store.features(images, f"{what} images"))
         distributed.barrier()
         if not distributed.is_main():
-            found.append(store.features(pictures))
+            found.append(store.features(images))
     check_same_extractor(*found)
     if distributed.is_main():
         _tell_sizes(sizes)
@@ -130,14 +130,14 @@ def _feature_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -
 
 
 def _tell_sizes(sizes: dict[str, Counter[tuple[int, int]]]) -> None:
-    """Warn of mixed sizes: every picture is resized on its own, and an enlarged one looks blurred to a network."""
+    """Warn of mixed sizes: every image is resized on its own, and an enlarged one looks blurred to a network."""
     for what, found in (*sizes.items(), ("real and fake", sum(sizes.values(), Counter()))):
         if len(found) > 1 and (what != "real and fake" or all(len(other) == 1 for other in sizes.values())):
             shown = ", ".join(f"{count} of {width} × {height}" for (width, height), count in found.most_common(3))
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             click.echo(
-                f"warning: {what} pictures: expected one size, found {len(found)} ({shown}{more}); each is resized on "
-                "its own, which the figures see",
+                f"warning: {what} images: expected one size, found {len(found)} ({shown}{more}); each is resized on "
+                "its own, which the metrics see",
                 err=True,
             )
 
@@ -149,21 +149,21 @@ def _rows(real: FeatureSet, fake: FeatureSet, path: Path, config: EvaluateConfig
     if config.clip:
         from pipeline.core.distributed import device
         from pipeline.evaluation.feature_store import FeatureStore
-        from pipeline.evaluation.image_sets import pictures_at
-        from pipeline.extractors.hf import CaptionJudge
+        from pipeline.evaluation.image_sets import images_at
+        from pipeline.extractors.hf import ClipScorer
 
-        pictures = [picture for picture in pictures_at(path) if picture.caption]
-        if not pictures:
-            raise UserError(f"--clip: expected captions (a .txt beside each picture) in {path}, found none")
-        judge = CaptionJudge(config.clip, device(), config.batch_size)
-        images = FeatureStore(cache, judge.images).features(pictures, "CLIP's features")
-        captions = judge.captions([picture.caption or "" for picture in pictures])
-        rows += caption_rows(images, captions, "generated, their captions", seed)
+        images = [image for image in images_at(path) if image.caption]
+        if not images:
+            raise UserError(f"--clip: expected captions (a .txt beside each image) in {path}, found none")
+        judge = ClipScorer(config.clip, device(), config.batch_size)
+        embedded = FeatureStore(cache, judge.images).features(images, "CLIP's features")
+        captions = judge.captions([image.caption or "" for image in images])
+        rows += caption_rows(embedded, captions, "generated, their captions", seed)
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """A line a figure, then which extractor saw how many pictures, then the warnings."""
+    """A line a metric, then which extractor saw how many images, then the warnings."""
     from pipeline.evaluation.comparison import warnings
 
     width = max(len(row.metric) for row in rows)
@@ -178,6 +178,6 @@ def table(rows: list[Row]) -> str:
         real, fake = seen.get(about, (0, 0))
         seen[about] = max(real, row.n_real), max(fake, row.n_generated)
     for about, (real, fake) in seen.items():
-        lines.append(f"\nfeatures: {about}; {real or 'no'} real and {fake} fake pictures")
+        lines.append(f"\nfeatures: {about}; {real or 'no'} real and {fake} fake images")
     lines += [f"warning: {text}" for text in warnings(row.as_json() for row in rows)]
     return "\n".join(lines)

@@ -15,4 +15,4 @@ from pipeline.sampling.export import export_run
 def export(run_directory: Path, target: Path) -> None:
     """Export a finished run to one self-contained folder with a model card."""
     export_run(run_directory, target)
-    click.echo(f'exported to {target}; try: smalti generate {target} "red heart" -o picture.png', err=True)
+    click.echo(f'exported to {target}; try: smalti generate {target} "red heart" -o image.png', err=True)

@@ -1,4 +1,4 @@
-"""`smalti generate RUN "a prompt" …`: pictures and a grid from a finished run or an export."""
+"""`smalti generate RUN "a prompt" …`: images and a grid from a finished run or an export."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pipeline.core.errors import UserError
 if TYPE_CHECKING:
     from pipeline.sampling.image_prompt import ImagePrompt
 
-_picture = click.Path(path_type=Path)
+_image = click.Path(path_type=Path)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype")
 
 
 @click.command("generate")
 @click.argument("arguments", nargs=-1, metavar="RUN [PROMPT]...")
-@click.option("--prompts", "prompts_file", type=_picture, help="a text file with a prompt a line")
-@click.option("-n", "--candidates", default=1, show_default=True, help="pictures drawn a prompt")
+@click.option("--prompts", "prompts_file", type=_image, help="a text file with a prompt a line")
+@click.option("-n", "--candidates", default=1, show_default=True, help="images drawn a prompt")
 @click.option("--keep", type=int, help="keep only the best of the candidates, as the reranker sees them")
 @click.option("--seed", default=0, show_default=True)
-@click.option("-o", "--output", type=_picture, default="pictures", show_default=True)
+@click.option("-o", "--output", type=_image, default="images", show_default=True)
 @click.option("--temperature", type=float, help="default, as of all settings: generate.sampling of the run's config")
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
@@ -34,19 +34,19 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_sch
 @click.option("--guidance-interval", type=(float, float), help="the part of the sequence that is guided, e.g. 0 0.8")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
-@click.option("--image", type=_picture, help="a picture to start from, with one of the next three")
+@click.option("--image", type=_image, help="an image to start from, with one of the next three")
 @click.option("--keep-rows", type=int, help="complete it: rows of codes that stay, from the top")
 @click.option("--keep-levels", type=int, help="vary it: coarse levels that stay")
-@click.option("--mask", type=_picture, help="fill it: a picture, white where new pixels are wanted")
-@click.option("--reranker", type=_picture, help="folder of a pretrained CLIP, in place of the run's own reranker")
-@click.option("--batch-size", default=64, show_default=True, help="pictures drawn at once; never changes them")
+@click.option("--mask", type=_image, help="fill it: an image, white where new pixels are wanted")
+@click.option("--reranker", type=_image, help="folder of a pretrained CLIP, in place of the run's own reranker")
+@click.option("--batch-size", default=64, show_default=True, help="images drawn at once; never changes them")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the step; docs/sampling.md says when it pays")
-@click.option("--preview/--no-preview", default=None, help="watch the first picture fill in; default: on a terminal")
+@click.option("--preview/--no-preview", default=None, help="watch the first image fill in; default: on a terminal")
 @click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
 def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path: str | None, **options: Any) -> None:
-    """Paint prompts with the models of a finished run, or of a folder that `smalti export` wrote.
+    """Generate prompts with the models of a finished run, or of a folder that `smalti export` wrote.
 
-    OUTPUT is a picture file (.png), which gets all pictures on one sheet, or a folder, which gets each picture
+    OUTPUT is an image file (.png), which gets all images on one sheet, or a folder, which gets each image
     (<prompt>-<rank>.png) and grid.png. Into a folder the same command goes on where it was stopped.
     """
     if config_path:
@@ -61,7 +61,7 @@ def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path:
     from pipeline.config.generate import SamplingConfig
     from pipeline.core.distributed import device
     from pipeline.sampling.pipeline import Pipeline
-    from pipeline.sampling.to_directory import Job, paint_into_folder, paint_onto_sheet
+    from pipeline.sampling.to_directory import Job, generate_folder, generate_sheet
 
     pipeline = Pipeline.from_pretrained(arguments[0], device(), reranker=options["reranker"])
     chosen = _best(Path(arguments[0])) if options["best"] else {}
@@ -77,24 +77,22 @@ def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path:
         preview=preview,
     )
     output: Path = options["output"]
-    count = paint_onto_sheet(pipeline, job, output) if output.suffix else paint_into_folder(pipeline, job, output)
-    click.echo(f"{count} pictures in {output}", err=True)
+    count = generate_sheet(pipeline, job, output) if output.suffix else generate_folder(pipeline, job, output)
+    click.echo(f"{count} images in {output}", err=True)
 
 
 def _image_prompt(options: dict[str, Any]) -> ImagePrompt | None:
     from pipeline.sampling.image_prompt import ImagePrompt
-    from pipeline.sampling.save import open_picture
+    from pipeline.sampling.save import open_image
 
     rules = {name: options[name] for name in ("keep_rows", "keep_levels", "mask") if options[name] is not None}
     if options["image"] is None:
         if rules:
-            raise UserError(
-                f"--{next(iter(rules)).replace('_', '-')} needs a picture to start from: add --image PICTURE"
-            )
+            raise UserError(f"--{next(iter(rules)).replace('_', '-')} needs an image to start from: add --image IMAGE")
         return None
     if "mask" in rules:
-        rules["mask"] = open_picture(rules["mask"], "--mask")
-    return ImagePrompt(open_picture(options["image"], "--image").convert("RGB"), **rules)
+        rules["mask"] = open_image(rules["mask"], "--mask")
+    return ImagePrompt(open_image(options["image"], "--image").convert("RGB"), **rules)
 
 
 def _best(run_directory: Path) -> dict[str, Any]:

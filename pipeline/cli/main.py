@@ -1,10 +1,10 @@
 """The command line: `smalti …`, also `python -m pipeline …`.
 
 smalti run configs/openmoji.yaml transformer.layers=8     every stage, on this machine
-smalti generate runs/openmoji "red heart" -n 16           pictures from a prompt
-smalti reconstruct runs/openmoji FOLDER -o DIR            any pictures through a run's image tokenizer
+smalti generate runs/openmoji "red heart" -n 16           images from a prompt
+smalti reconstruct runs/openmoji FOLDER -o DIR            any images through a run's image tokenizer
 smalti export runs/openmoji FOLDER                        its models as one folder, with a model card
-smalti evaluate --real FOLDER --fake FOLDER               figures of any two sets of pictures
+smalti evaluate --real FOLDER --fake FOLDER               metrics of any two sets of images
 smalti plan configs/dalle-12b.yaml --gpus 1024            memory, FLOPs, time of a training before it starts
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
@@ -60,7 +60,7 @@ def main() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Train an image tokenizer and a text+image transformer, and paint pictures from prompts."""
+    """Train an image tokenizer and a text+image transformer, and generate images from prompts."""
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""`smalti reconstruct RUN PICTURES -o DIR`: what a tokenizer makes of any pictures. Imports no torch until it runs."""
+"""`smalti reconstruct RUN IMAGES -o DIR`: what a tokenizer makes of any images. Imports no torch until it runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _PAIRS = 64  # on a sheet
-_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal pictures
+_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 @click.command("reconstruct")
 @click.argument("tokenizer", type=_PATH, metavar="RUN")
-@click.argument("pictures", type=_PATH)
-@click.option("-o", "--output", type=_PATH, required=True, help="folder for the sheets and figures.json")
-@click.option("--limit", type=click.IntRange(min=1), help="so many pictures at most")
-def reconstruct(tokenizer: Path, pictures: Path, output: Path, limit: int | None) -> None:
-    """Put PICTURES through the codes of an image tokenizer and back, and show both side by side.
+@click.argument("images", type=_PATH)
+@click.option("-o", "--output", type=_PATH, required=True, help="folder for the sheets and metrics.json")
+@click.option("--limit", type=click.IntRange(min=1), help="so many images at most")
+def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) -> None:
+    """Put IMAGES through the codes of an image tokenizer and back, and show both side by side.
 
-    RUN is a run, or a folder with a tokenizer's config.json and model.safetensors. PICTURES is a folder of pictures, a
+    RUN is a run, or a folder with a tokenizer's config.json and model.safetensors. IMAGES is a folder of images, a
     tar, or a folder of tars; they are cropped and resized as `prepare` does it. Prints the mean PSNR and SSIM.
     """
     from pipeline.core.atomic_io import write_json
@@ -40,17 +40,17 @@ def reconstruct(tokenizer: Path, pictures: Path, output: Path, limit: int | None
     found: dict[str, dict[str, float]] = {}
     refused: dict[str, str] = {}
     sheets = 0
-    for batch in _batches(_usable(pictures, model.image_size, _filters(tokenizer), refused), limit):
+    for batch in _batches(_usable(images, model.image_size, _filters(tokenizer), refused), limit):
         found |= _rebuild(model, batch, output / f"sheet-{sheets:03d}.png")
         sheets += 1
     for name, why in refused.items():
         click.echo(f"refused: {name}: {why}", err=True)
     if not found:
-        raise UserError(f"{pictures}: expected pictures, found none that can be used ({len(refused)} refused)")
-    means = {key: sum(figures[key] for figures in found.values()) / len(found) for key in next(iter(found.values()))}
-    write_json(output / "figures.json", {"mean": means, "pictures": found, "refused": refused})
+        raise UserError(f"{images}: expected images, found none that can be used ({len(refused)} refused)")
+    means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in next(iter(found.values()))}
+    write_json(output / "metrics.json", {"mean": means, "images": found, "refused": refused})
     told = ", ".join(f"{_LABELS[key].format(value)}" for key, value in means.items())
-    click.echo(f"{told} over {len(found)} pictures, {len(refused)} refused; {sheets} sheets in {output}")
+    click.echo(f"{told} over {len(found)} images, {len(refused)} refused; {sheets} sheets in {output}")
 
 
 _LABELS = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
@@ -77,12 +77,12 @@ def _filters(path: Path) -> FilterConfig:
 
 
 def _usable(path: Path, size: int, filters: FilterConfig, refused: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
-    """(name, RGB picture of size × size) of what is at `path`; what `prepare` would not take goes to `refused`."""
+    """(name, RGB image of size × size) of what is at `path`; what `prepare` would not take goes to `refused`."""
     from pipeline.data.images import BadSample, decode, square
 
     for name, extension, content in _contents(path):
         try:
-            yield name, square(decode(content, extension, filters).picture, size)
+            yield name, square(decode(content, extension, filters).image, size)
         except BadSample as bad:
             refused[name] = f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
 
@@ -90,10 +90,10 @@ def _usable(path: Path, size: int, filters: FilterConfig, refused: dict[str, str
 def _contents(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """(name, extension, bytes), sorted by name."""
     from pipeline.config.prepare import FolderSource
-    from pipeline.evaluation.image_sets import pictures_at
+    from pipeline.evaluation.image_sets import images_at
 
     if not path.exists():
-        raise UserError(f"{path}: expected a folder of pictures, a tar or a folder of tars, found nothing")
+        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found nothing")
     extensions = FolderSource.model_fields["extensions"].default
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in extensions) if path.is_dir() else []
     if not files and path.suffix.lower() in extensions:
@@ -102,40 +102,40 @@ def _contents(path: Path) -> Iterator[tuple[str, str, bytes]]:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         yield name, file.suffix.lower(), file.read_bytes()
     if not files:
-        for picture in pictures_at(path):
-            yield f"{picture.place.file.name}/{picture.key}", "", picture.content()
+        for image in images_at(path):
+            yield f"{image.place.file.name}/{image.key}", "", image.content()
 
 
-def _batches(pictures: Iterator[tuple[str, Image.Image]], limit: int | None) -> Iterator[list[tuple[str, Image.Image]]]:
+def _batches(images: Iterator[tuple[str, Image.Image]], limit: int | None) -> Iterator[list[tuple[str, Image.Image]]]:
     from itertools import islice
 
     from pipeline.core.progress import progress
 
-    with progress(total=None, description="reconstruct", unit="picture") as bar:
-        pictures = islice(pictures, limit)
-        while batch := list(islice(pictures, _PAIRS)):
+    with progress(total=None, description="reconstruct", unit="image") as bar:
+        images = islice(images, limit)
+        while batch := list(islice(images, _PAIRS)):
             yield batch
             bar.update(len(batch))
 
 
 def _rebuild(model: ImageTokenizer, batch: list[tuple[str, Image.Image]], sheet: Path) -> dict[str, dict[str, float]]:
-    """Each picture's figures, and the batch on one sheet: a picture, and beside it what its codes decode to."""
+    """Each image's metrics, and the batch on one sheet: an image, and beside it what its codes decode to."""
     from pipeline.core.atomic_io import atomic_path
     from pipeline.evaluation.reconstruction import reconstruct as rebuilt_by
     from pipeline.evaluation.reconstruction import stacked
     from pipeline.metrics.psnr_ssim import psnr, ssim
     from pipeline.sampling.grid import Group, Tile, grid
 
-    names, originals = [name for name, _ in batch], [picture for _, picture in batch]
+    names, originals = [name for name, _ in batch], [image for _, image in batch]
     rebuilt = rebuilt_by(model, originals)
     pair = stacked(originals), stacked(rebuilt)
     decibels = psnr(*pair).clamp(max=_IDENTICAL_DB).tolist()
-    figures = [{"psnr": value} for value in decibels]
+    metrics = [{"psnr": value} for value in decibels]
     if model.image_size >= 11:  # SSIM's window
-        figures = [one | {"ssim": value} for one, value in zip(figures, ssim(*pair).tolist(), strict=True)]
+        metrics = [one | {"ssim": value} for one, value in zip(metrics, ssim(*pair).tolist(), strict=True)]
     tiles = []
     for name, original, after, value in zip(names, originals, rebuilt, decibels, strict=True):
         tiles += [Tile(original, name), Tile(after, f"{value:.1f} dB")]
     with atomic_path(sheet) as temporary:
         grid([Group("", tiles)]).save(temporary, format="png")
-    return dict(zip(names, figures, strict=True))
+    return dict(zip(names, metrics, strict=True))

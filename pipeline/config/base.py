@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.config.renamed import with_current_names
 from pipeline.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Config(BaseModel):
@@ -112,6 +116,10 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
 
 def parse_config(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
     """Validate plain values against `cls`; `where` names their origin in errors."""
+    renamed: dict[str, str] = {}
+    values = with_current_names(values, renamed)
+    for old, new in renamed.items():
+        log.warning("%s: key '%s' is now '%s'; the old name still works in this version: rename it", where, old, new)
     try:
         return cls.model_validate(values)
     except ValidationError as error:

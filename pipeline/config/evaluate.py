@@ -20,7 +20,7 @@ class SweepConfig(Config):
     )
     temperature: list[Annotated[float, Field(ge=0, le=10)]] = Field([1.0], min_length=1)
     top_k: list[Annotated[int, Field(ge=1)] | None] = Field([None], min_length=1, description="null: all codes")
-    samples: int = Field(256, ge=2, description="pictures a setting")
+    samples: int = Field(256, ge=2, description="images a setting")
 
     @field_validator("guidance", "temperature", "top_k")
     @classmethod
@@ -31,7 +31,7 @@ class SweepConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """What is measured, on how many pictures. All set figures compare equal numbers of pictures."""
+    """What is measured, on how many images. All set metrics compare equal numbers of images."""
 
     extractor: str = Field(
         "efficientnet-lite0", description=f"network whose features the distances are taken in: {', '.join(EXTRACTORS)}"
@@ -39,22 +39,20 @@ class EvaluateConfig(Config):
     weights: str | None = Field(
         None, description="inception-v3: its weights file; clip, dinov2: the folder that transformers saved, or a name"
     )
-    clip: str | None = Field(None, description="folder or name of a CLIP model that judges pictures by their captions")
+    clip: str | None = Field(None, description="folder or name of a CLIP model that judges images by their captions")
     lpips: Path | None = Field(None, description="folder with vgg16-397923af.pth and LPIPS's vgg.pth")
     sweep: SweepConfig | None = Field(None, description="settings of sampling to try; the best one is written down")
-    samples: int | None = Field(None, ge=2, description="pictures a set; None: all that `generate` made")
-    training_pictures: int = Field(20_000, ge=2, description="at most so many are searched for the nearest one")
-    reconstructions: int = Field(
-        250, ge=2, description="pictures of each split that the tokenizer reconstructs, at most"
-    )
-    reconstructions_shown: int = Field(12, ge=0, description="of the validation pictures, for the report")
-    samples_shown: int = Field(18, ge=0, description="of the generated pictures, drawn at random, for the report")
+    samples: int | None = Field(None, ge=2, description="images a set; None: all that `generate` made")
+    training_images: int = Field(20_000, ge=2, description="at most so many are searched for the nearest one")
+    reconstructions: int = Field(250, ge=2, description="images of each split that the tokenizer reconstructs, at most")
+    reconstructions_shown: int = Field(12, ge=0, description="of the validation images, for the report")
+    samples_shown: int = Field(18, ge=0, description="of the generated images, drawn at random, for the report")
     inception_splits: int = Field(10, ge=1, description="parts of the Inception Score, for its spread")
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     kid_subsets: int = Field(50, ge=1)
     kid_subset_size: int = Field(1000, ge=2, description="at most half of the samples are used for one subset")
     bootstraps: int = Field(20, ge=0, description="resamples for the interval of the Fréchet distance; 0: none")
-    batch_size: int = operational(64, ge=1, description="pictures a pass through the extractor")
+    batch_size: int = operational(64, ge=1, description="images a pass through the extractor")
     feature_cache: Path | None = operational(
         None, description="folder of features by content hash, shared by runs; None: .cache/features beside the runs"
     )

@@ -60,14 +60,14 @@ class SamplingConfig(Config):
 
 
 class GenerateConfig(Config):
-    """Section `generate`: the prompts for the eye, and the captions whose pictures are measured."""
+    """Section `generate`: the prompts for the eye, and the captions whose images are measured."""
 
     training_prompts: list[str] = Field(default_factory=list, description="captions that are in the train split")
     new_prompts: list[str] = Field(default_factory=list, description="captions that are not in the train split")
-    samples: int = Field(512, ge=0, description="pictures for evaluate, captions drawn from the train split")
-    shard_size: int = Field(128, ge=1, description="pictures a tar shard; a restart goes on at the next shard")
-    candidates: int = Field(1, ge=1, description="pictures drawn for each; the reranker keeps the one that fits best")
-    batch_size: int = operational(64, ge=1, description="pictures drawn at once; never changes them")
+    samples: int = Field(512, ge=0, description="images for evaluate, captions drawn from the train split")
+    shard_size: int = Field(128, ge=1, description="images a tar shard; a restart goes on at the next shard")
+    candidates: int = Field(1, ge=1, description="images drawn for each; the reranker keeps the one that fits best")
+    batch_size: int = operational(64, ge=1, description="images drawn at once; never changes them")
     compile: bool = operational(
         False, description="torch.compile the decode step: docs/sampling.md says when that pays"
     )
@@ -77,7 +77,7 @@ class GenerateConfig(Config):
     def _check(self) -> GenerateConfig:
         prompts = self.training_prompts + self.new_prompts
         if any(not prompt.strip() for prompt in prompts):
-            raise ValueError("a prompt is empty; write what the picture should show")
+            raise ValueError("a prompt is empty; write what the image should show")
         twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
         if twice:
             raise ValueError(f"'{twice[0]}' is listed twice; keep it once")

@@ -18,9 +18,9 @@ from pipeline.config.training import TrainingConfig
 
 
 class ArchitectureConfig(Config):
-    """The encoder and decoder of all kinds, and the loss between a picture and its reconstruction.
+    """The encoder and decoder of all kinds, and the loss between an image and its reconstruction.
 
-    The picture is downsampled by `patch_size * 2 ** (len(widths) - 1)` on each side.
+    The image is downsampled by `patch_size * 2 ** (len(widths) - 1)` on each side.
     """
 
     patch_size: int = Field(1, ge=1, description="pixels of a patch's side that become one position before any layer")
@@ -47,7 +47,7 @@ class ArchitectureConfig(Config):
         if min(self.widths) < 1 or any(width % self.bottleneck for width in self.widths):
             raise ValueError(f"widths {list(self.widths)} must be positive multiples of bottleneck ({self.bottleneck})")
         if any(kernel < 1 or kernel % 2 == 0 for kernel in (*self.block_kernels, self.stem_kernel)):
-            raise ValueError("block_kernels and stem_kernel must be odd, so that a layer keeps the picture's size")
+            raise ValueError("block_kernels and stem_kernel must be odd, so that a layer keeps the image's size")
         return self
 
 
@@ -60,7 +60,7 @@ class DVAEConfig(ArchitectureConfig):
     code_width: int = Field(128, ge=1, description="channels of a code's vector, the decoder's input")
     logits: Literal["linear", "distance"] = Field("linear", description="distance: near vectors of the codebook score")
     kl_weight: CosineRamp = CosineRamp(start=0.0, end=6.6, steps=5_000)
-    usage_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
+    batch_entropy_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
     temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=150_000)
     straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
 

@@ -10,14 +10,14 @@ from pipeline.config.base import Config, operational
 
 
 class OpenMojiSource(Config):
-    """The demo's corpus: 1,918 OpenMoji pictures (CC BY-SA 4.0) with their names, from pip packages."""
+    """The demo's corpus: 1,918 OpenMoji images (CC BY-SA 4.0) with their names, from pip packages."""
 
     kind: Literal["openmoji"]
     limit: int | None = Field(None, ge=1, description="only the first so many, in the order of their code points")
 
 
 class FolderSource(Config):
-    """Pictures in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
+    """Images in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
 
     kind: Literal["folder"]
     path: str = Field(min_length=1, description="local path or fsspec URL")
@@ -32,16 +32,16 @@ class FolderSource(Config):
 
 
 class TableSource(Config):
-    """A CSV, JSONL or Parquet table: a row a picture, by path or (Parquet) by bytes.
+    """A CSV, JSONL or Parquet table: a row an image, by path or (Parquet) by bytes.
 
-    Relative picture paths start at the table's own folder.
+    Relative image paths start at the table's own folder.
     """
 
     kind: Literal["table"]
     path: str = Field(min_length=1, description="local path or fsspec URL; the extension says the format")
     caption_column: str = "caption"
-    path_column: str | None = Field(None, description="column with the path of the picture")
-    bytes_column: str | None = Field(None, description="column with the encoded picture itself (Parquet only)")
+    path_column: str | None = Field(None, description="column with the path of the image")
+    bytes_column: str | None = Field(None, description="column with the encoded image itself (Parquet only)")
     key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
     group_column: str | None = Field(None, description="rows with the same value here are never split")
 
@@ -53,7 +53,7 @@ class TableSource(Config):
         return path
 
     @model_validator(mode="after")
-    def _one_picture_column(self) -> TableSource:
+    def _one_image_column(self) -> TableSource:
         if (self.path_column is None) == (self.bytes_column is None):
             raise ValueError("set exactly one of path_column and bytes_column")
         if self.bytes_column and not self.path.lower().endswith(".parquet"):
@@ -100,7 +100,7 @@ class FilterConfig(Config):
         None,
         ge=0,
         le=4,
-        description="pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture: the first "
+        description="images whose 64-bit perceptual hashes differ in at most so many bits are one image: the first "
         "is kept; null: off; 3 finds most copies of another size or JPEG quality",
     )
 
@@ -115,9 +115,9 @@ class PrepareConfig(Config):
     """Section `prepare`: from a source to image shards."""
 
     source: Source
-    image_size: int = Field(ge=8, le=2048, description="pixels of each side of the square pictures that are stored")
+    image_size: int = Field(ge=8, le=2048, description="pixels of each side of the square images that are stored")
     crop: Literal["center", "random"] = Field(
-        "center", description="which square of a picture is kept; random: drawn once, from the key and the seed"
+        "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
     )
     shard_size: int = Field(1_000, ge=1, description="source samples a shard; an input tar always becomes one shard")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")

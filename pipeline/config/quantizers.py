@@ -42,7 +42,7 @@ class CodebookConfig(Config):
     commitment_weight: float = Field(0.25, ge=0, description="β, pulls the encoder's vectors to their codes")
     codebook_weight: float = Field(1.0, ge=0, description="gradient only: pulls codes to the encoder's vectors")
     decay: float = Field(0.99, ge=0, lt=1, description="of the moving averages, per step")
-    revive_below: float = Field(
+    dead_code_threshold: float = Field(
         0.1, ge=0, le=1, description="a code used less than this part of an even share moves to a vector of the batch"
     )
     kmeans_iterations: int = Field(10, ge=0, description="of the start from the first batch's vectors; 0: random codes")
@@ -101,7 +101,7 @@ class GumbelConfig(Config):
     code_width: int = Field(32, ge=1, description="channels of a code's vector")
     logits: Literal["linear", "distance"] = "distance"
     kl_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
-    usage_weight: CosineRamp = CosineRamp(start=0.01, end=0.0, steps=2_250)
+    batch_entropy_weight: CosineRamp = CosineRamp(start=0.01, end=0.0, steps=2_250)
     temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=2_250)
     straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
 

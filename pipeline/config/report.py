@@ -14,5 +14,5 @@ class ReportConfig(Config):
 
     title: str | None = Field(None, description="heading of the page; None: the run's name")
     enlargement: Literal["auto", "smooth", "pixelated"] = Field(
-        "auto", description="how browsers enlarge pictures; auto: pixelated below 48 pixels"
+        "auto", description="how browsers enlarge images; auto: pixelated below 48 pixels"
     )

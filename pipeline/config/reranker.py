@@ -15,7 +15,7 @@ class TowerConfig(Config):
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     patch_size: int = Field(4, ge=1, description="pixels of a patch's side; must divide prepare.image_size")
-    dimensions: int = Field(256, ge=2, description="of the space that pictures and captions meet in")
+    dimensions: int = Field(256, ge=2, description="of the space that images and captions meet in")
     dropout: float = Field(0.1, ge=0, lt=1, description="in training")
 
     @model_validator(mode="after")

@@ -10,6 +10,6 @@ from pipeline.config.base import Config
 class TokenizeConfig(Config):
     """Section `tokenize`: from image shards to token arrays."""
 
-    crops: int = Field(1, ge=1, le=64, description="versions of a training picture: the whole, then random crops of it")
-    min_crop_scale: float = Field(0.8, gt=0, le=1, description="smallest side of a random crop / side of the picture")
-    batch_size: int = Field(64, ge=1, description="pictures the image tokenizer encodes at once")
+    crops: int = Field(1, ge=1, le=64, description="versions of a training image: the whole, then random crops of it")
+    min_crop_scale: float = Field(0.8, gt=0, le=1, description="smallest side of a random crop / side of the image")
+    batch_size: int = Field(64, ge=1, description="images the image tokenizer encodes at once")

@@ -45,7 +45,7 @@ class TrainingConfig(Config):
     )
     log_every: int = operational(10, ge=1)
     evaluate_every: int = operational(500, ge=1)
-    picture_every: int = operational(500, ge=1)
+    log_images_every: int = operational(500, ge=1)
     checkpoint_every: int = operational(200, ge=1)
     keep_checkpoints: int = operational(2, ge=1)
 

@@ -1,13 +1,13 @@
-"""Which samples to leave out because an earlier one has the same key, or shows the same picture.
+"""Which samples to leave out because an earlier one has the same key, or shows the same image.
 
-Every part leaves two 64-bit hashes a sample in a file: of the key, and of what the picture looks like. "Earlier" is by
+Every part leaves two 64-bit hashes a sample in a file: of the key, and of what the image looks like. "Earlier" is by
 part, then by place in it, so the answer is a function of the source.
 
 Keys: memory stays below 2 GB at any number of samples, since the hashes are compared a slice of their range at a time
 (2^26 samples a slice; each slice reads all files once). Two different keys share a hash with a probability of
 n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
 
-Pictures: about 50 bytes of memory a sample, which is the limit of the near-duplicate filter: 5 GB for 10^8 samples.
+Images: about 50 bytes of memory a sample, which is the limit of the near-duplicate filter: 5 GB for 10^8 samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
-KEY, PICTURE = 0, 1  # columns of the files
+KEY, IMAGE = 0, 1  # columns of the files
 _SAMPLES_A_SLICE = 1 << 26
 
 
@@ -50,14 +50,14 @@ def same_key(files: Sequence[Path], counts: Sequence[int], samples_a_slice: int 
     return np.sort(np.concatenate(found))
 
 
-def same_picture(files: Sequence[Path], bits: int, without: Ints) -> Ints:
+def same_image(files: Sequence[Path], bits: int, without: Ints) -> Ints:
     """Numbers of the samples whose hash differs in at most `bits` bits from an earlier one's, ascending.
 
     Samples `without` are not looked at.
     """
     if not files:
         return np.empty(0, np.int64)
-    hashes = np.concatenate([np.load(path)[:, PICTURE] for path in files])
+    hashes = np.concatenate([np.load(path)[:, IMAGE] for path in files])
     samples = np.delete(np.arange(len(hashes)), without)
     hashes = hashes[samples]
     equal = _repeated(hashes, samples)

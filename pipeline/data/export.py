@@ -1,4 +1,4 @@
-"""Token arrays -> pictures and captions, for a look at what the transformer learns from."""
+"""Token arrays -> images and captions, for a look at what the transformer learns from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export_tokens(
         path: a run, or its tokenize directory.
         image_tokenizer, text_tokenizer: directories; by default those of the same run.
 
-    Returns how many pictures were written.
+    Returns how many images were written.
 
     Raises:
         UserError: there are no token arrays, they are damaged, or they were made by other tokenizers.
@@ -38,7 +38,7 @@ def export_tokens(
     arrays = TokenArrays(directory, split)
     image_dir = image_tokenizer or directory.parent / "image-tokenizer" / "model"
     text_dir = text_tokenizer or directory.parent / "text-tokenizer"
-    pictures_of, captions_of = ImageTokenizer.from_pretrained(image_dir), TextTokenizer.from_pretrained(text_dir)
+    images_of, captions_of = ImageTokenizer.from_pretrained(image_dir), TextTokenizer.from_pretrained(text_dir)
     _check(directory, "image-tokenizer", image_dir, ["config.json", "model.safetensors"])
     _check(directory, "text-tokenizer", text_dir, ["config.json", "tokenizer.json"])
     samples = np.unique(np.linspace(0, len(arrays) - 1, min(count, len(arrays))).astype(np.int64))
@@ -49,7 +49,7 @@ def export_tokens(
     for start in range(0, len(numbers), _BATCH):
         here = slice(start, start + _BATCH)
         text, codes = arrays.gather(numbers[here], crops[here])
-        images = _decoded(pictures_of, torch.from_numpy(codes), arrays)
+        images = _decoded(images_of, torch.from_numpy(codes), arrays)
         for row, (number, crop) in enumerate(zip(numbers[here].tolist(), crops[here].tolist(), strict=True)):
             key = _key(arrays, number)
             name = f"{key}.crop-{crop}.png" if crop else f"{key}.png"
@@ -79,7 +79,7 @@ def _key(arrays: TokenArrays, number: int) -> str:
     return arrays.keys(shard)[number - int(arrays.counts[:shard].sum())]
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""Bytes that claim to be a picture -> an RGB picture of one size, or the reason why not."""
+"""Bytes that claim to be an image -> an RGB image of one size, or the reason why not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXTENSIONS = {
 _HASH_SIDE = 32
 _FREQUENCIES = np.arange(6)[:, None] * (2 * np.arange(_HASH_SIDE) + 1)
 _COSINES = np.round(1_024 * np.cos(np.pi / (2 * _HASH_SIDE) * _FREQUENCIES)).astype(np.int64)  # rows of a DCT-II
-# Close together around grey (128), where the means of most pictures lie.
+# Close together around grey (128), where the means of most images lie.
 _CHROMA_THRESHOLDS = 128 + np.array([-42, -30, -21, -14, -9, -5, -2, 2, 5, 9, 14, 21, 30, 42])
 
 
@@ -41,84 +41,84 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    picture: Image.Image  # mode RGB
+    image: Image.Image  # mode RGB
     conversions: tuple[str, ...]  # what had to be changed to get there
 
 
 def decode(content: bytes | None, extension: str, filters: FilterConfig) -> Decoded:
-    """Decode any still picture to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
+    """Decode any still image to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
 
     Raises:
-        BadSample: missing, not a picture, truncated, animated, too small, too long, or a decompression bomb.
+        BadSample: missing, not an image, truncated, animated, too small, too long, or a decompression bomb.
     """
     if not content:
-        raise BadSample("missing picture")
+        raise BadSample("missing image")
     try:
         with warnings.catch_warnings():
             # Pillow warns from half its own limit on; ours is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(content))
-            _check_header(picture, filters)
-            picture.load()
+            image = Image.open(io.BytesIO(content))
+            _check_header(image, filters)
+            image.load()
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("decompression bomb", str(error)) from error
     except UnidentifiedImageError as error:
-        raise BadSample("not a picture", f"{len(content)} bytes of no known format") from error
+        raise BadSample("not an image", f"{len(content)} bytes of no known format") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         truncated = "truncat" in str(error).lower() or isinstance(error, (EOFError, SyntaxError))
-        raise BadSample("truncated picture" if truncated else "undecodable picture", str(error)) from error
+        raise BadSample("truncated image" if truncated else "undecodable image", str(error)) from error
     conversions = []
-    if extension and picture.format in _EXTENSIONS and extension not in _EXTENSIONS[picture.format]:
-        conversions.append(f"extension {extension} holds {picture.format}")
-    upright = ImageOps.exif_transpose(picture)
+    if extension and image.format in _EXTENSIONS and extension not in _EXTENSIONS[image.format]:
+        conversions.append(f"extension {extension} holds {image.format}")
+    upright = ImageOps.exif_transpose(image)
     rgb, conversion = _to_rgb(upright)
     if conversion:
         conversions.append(conversion)
     return Decoded(rgb, tuple(conversions))
 
 
-def _check_header(picture: Image.Image, filters: FilterConfig) -> None:
-    width, height = picture.size
+def _check_header(image: Image.Image, filters: FilterConfig) -> None:
+    width, height = image.size
     if width * height > filters.max_pixels:
         raise BadSample("decompression bomb", f"{width}x{height} pixels, at most {filters.max_pixels} (max_pixels)")
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-        raise BadSample("animated picture", f"{picture.n_frames} frames")  # type: ignore[attr-defined]
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise BadSample("animated image", f"{image.n_frames} frames")  # type: ignore[attr-defined]
     if min(width, height) < filters.min_side:
         raise BadSample("too small", f"{width}x{height}, at least {filters.min_side} (min_side)")
     if max(width, height) > filters.max_aspect_ratio * min(width, height):
         raise BadSample("aspect ratio", f"{width}x{height}, at most {filters.max_aspect_ratio} (max_aspect_ratio)")
 
 
-def _to_rgb(picture: Image.Image) -> tuple[Image.Image, str]:
-    mode = picture.mode
-    if mode == "RGB" and "transparency" not in picture.info:
-        return picture, ""
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image, ""
     if mode.startswith("I"):
         # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
-        grey = (np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB"), "16-bit to 8-bit"
     if mode == "F":
-        raise BadSample("undecodable picture", "floating-point pixels have no known range")
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+        raise BadSample("undecodable image", "floating-point pixels have no known range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB"), "alpha on white"
-    return picture.convert("RGB"), f"{mode} to RGB"
+    return image.convert("RGB"), f"{mode} to RGB"
 
 
-def square(picture: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The largest square of `picture` at (x, y) of the room it has (0.5: centre), at `size` pixels a side.
+def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The largest square of `image` at (x, y) of the room it has (0.5: centre), at `size` pixels a side.
 
     Resized with an antialiasing filter (Lanczos over the whole source area of each pixel), once.
     """
-    width, height = picture.size
+    width, height = image.size
     side = min(width, height)
     left, top = round((width - side) * where[0]), round((height - side) * where[1])
     if (width, height) == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        return image
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def random_of(*parts: object) -> random.Random:
@@ -127,14 +127,14 @@ def random_of(*parts: object) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
 
 
-def perceptual_hash(picture: Image.Image) -> int:
-    """64 bits that copies of a picture of another size or compression share, but for a few.
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that copies of an image of another size or compression share, but for a few.
 
     35 bits say which low frequencies of the luma's DCT lie above their median (Zauner 2010, "Implementation and
     benchmarking of perceptual image hash functions", section 3.2.1). That is blind to colour, so 2 x 14 bits count how
     many of 14 thresholds the mean Cb and Cr exceed. All in integers: the same on every machine.
     """
-    small = np.asarray(picture.convert("YCbCr").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BICUBIC))
+    small = np.asarray(image.convert("YCbCr").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BICUBIC))
     luma = small[:, :, 0].astype(np.int64)
     frequencies = (_COSINES @ luma @ _COSINES.T).ravel()[1:]
     bits = [frequencies > np.median(frequencies)]
@@ -144,12 +144,12 @@ def perceptual_hash(picture: Image.Image) -> int:
     return int.from_bytes(np.packbits(np.concatenate(bits)).tobytes(), "big")
 
 
-def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size beside and under each other, on white."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Images of one size beside and under each other, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
     return sheet

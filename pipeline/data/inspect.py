@@ -18,7 +18,7 @@ from pipeline.data.shards import SPLITS, Shard, ShardFile, check_shard, read_sam
 from pipeline.data.tokens import check_arrays
 
 _CAPTIONS = 100_000  # read for the statistics of captions
-_SHEET = (12, 12)  # pictures a row, rows
+_SHEET = (12, 12)  # images a row, rows
 
 
 def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[str]:
@@ -33,15 +33,15 @@ def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[
     for folder in found:
         index = read_json(folder / "index.json")
         if "image_size" in index:
-            yield from _pictures(folder, index, sheet, verify)
+            yield from _images(folder, index, sheet, verify)
         elif "levels" in index:
             yield from _tokens(folder, index, verify)
         else:
             raise UserError(f"{folder / 'index.json'} is an index of neither image shards nor token arrays")
 
 
-def _pictures(folder: Path, index: dict[str, Any], sheet: Path | None, verify: bool) -> Iterator[str]:
-    yield f"{folder}: pictures of {index['image_size']}x{index['image_size']}"
+def _images(folder: Path, index: dict[str, Any], sheet: Path | None, verify: bool) -> Iterator[str]:
+    yield f"{folder}: images of {index['image_size']}x{index['image_size']}"
     for split in SPLITS:
         entry = index["splits"][split]
         shards = [Shard(**shard) for shard in entry["shards"]]
@@ -57,11 +57,11 @@ def _pictures(folder: Path, index: dict[str, Any], sheet: Path | None, verify: b
         yield "  every shard is, byte for byte, as prepare wrote it"
     if sheet is not None:
         columns, rows = _SHEET
-        pictures = [sample.image for sample in islice(_spread(folder, index), columns * rows)]
+        images = [sample.image for sample in islice(_spread(folder, index), columns * rows)]
         content = io.BytesIO()
-        grid(pictures, columns).save(content, "PNG")
+        grid(images, columns).save(content, "PNG")
         write_atomic(sheet, content.getvalue())
-        yield f"  {len(pictures)} pictures: {sheet}"
+        yield f"  {len(images)} images: {sheet}"
 
 
 def _check_all(folder: Path, shards: list[Shard]) -> None:

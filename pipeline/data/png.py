@@ -1,7 +1,7 @@
-"""PNG files that decode three times as fast: all rows of a picture are filtered alike.
+"""PNG files that decode three times as fast: all rows of an image are filtered alike.
 
 A PNG row is stored as differences to its left ("Sub") or upper ("Up") neighbours, a filter chosen a row (PNG
-specification, third edition, section 9). With one filter for the whole picture, undoing it is one cumulative sum
+specification, third edition, section 9). With one filter for the whole image, undoing it is one cumulative sum
 instead of a loop over rows, and the rest is zlib. Any reader reads these files, and `decode` reads any PNG.
 """
 
@@ -24,9 +24,9 @@ _LEVEL = 6
 Pixels = NDArray[np.uint8]
 
 
-def encode(picture: Image.Image) -> bytes:
-    """`picture` (RGB) as a PNG file, with the filter that makes it smaller."""
-    pixels = np.asarray(picture)
+def encode(image: Image.Image) -> bytes:
+    """`image` (RGB) as a PNG file, with the filter that makes it smaller."""
+    pixels = np.asarray(image)
     height, width, _ = pixels.shape
     left, up = pixels.copy(), pixels.copy()
     left[:, 1:] -= pixels[:, :-1]
@@ -54,8 +54,8 @@ def decode(png: bytes) -> Pixels:
                 out = np.empty(differences.shape, np.uint8)
                 # Sums modulo 256 are what the specification asks for.
                 return np.add.accumulate(differences, axis=2 if filters[0] == _SUB else 1, dtype=np.uint8, out=out)
-    picture = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+    image = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _deflated(kind: int, rows: Pixels) -> bytes:

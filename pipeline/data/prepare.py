@@ -5,7 +5,7 @@ became of every sample. A run that was killed finds these records, checks that t
 and that the shards are as recorded, and does only the other parts. The result is a function of config and source alone,
 so it has the same bytes however often it was interrupted and however many workers made it.
 
-Whether an earlier part has the same key or picture is known when all parts are made. So each leaves its hashes in
+Whether an earlier part has the same key or image is known when all parts are made. So each leaves its hashes in
 `parts/`, `duplicates.py` compares them, and the parts that hold duplicates are written again without them.
 """
 
@@ -37,18 +37,18 @@ from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_a
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import progress
 from pipeline.data import png
-from pipeline.data.duplicates import KEY, same_key, same_picture
+from pipeline.data.duplicates import KEY, same_image, same_key
 from pipeline.data.images import BadSample, decode, grid, perceptual_hash, random_of, square
 from pipeline.data.order import ShardOrder, key_of
 from pipeline.data.shards import SPLITS, Sample, Shard, ShardFile, read_shard, write_shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Part, Record, Unreadable
 
-_SHEET_SIDE = 12  # pictures a side of the contact sheet
+_SHEET_SIDE = 12  # images a side of the contact sheet
 _FORMAT = 2  # of the shards and records: parts of another format are made again
 _EARLIER = {
     "duplicate key": "an earlier sample has the same key",
-    "near-duplicate": "an earlier picture looks the same (filters.near_duplicate_bits)",
+    "near-duplicate": "an earlier image looks the same (filters.near_duplicate_bits)",
 }
 
 
@@ -69,7 +69,7 @@ class Task:
 
     @property
     def hashes_path(self) -> Path:
-        """uint64 [samples, 2] in the part's own order: of the key, of the picture; also of samples left out."""
+        """uint64 [samples, 2] in the part's own order: of the key, of the image; also of samples left out."""
         return self.directory / "parts" / f"{self.part.number:06d}.hashes.npy"
 
     @property
@@ -136,17 +136,17 @@ def _make_from_source(task: Task, without: dict[str, str]) -> int:
     rejected: list[dict[str, str]] = []
     left_out: list[dict[str, str]] = []
     conversions: Counter[str] = Counter()
-    hashes: dict[int, int] = {}  # of keys -> of pictures
+    hashes: dict[int, int] = {}  # of keys -> of images
     for record in _opened(task.config.source, task.config.image_size).records(task.part):
         try:
-            sample, split, changed, picture_hash = _sample(record, task)
+            sample, split, changed, image_hash = _sample(record, task)
             key_hash = key_of("key", sample.key)
             if key_hash in hashes:
                 raise BadSample("duplicate key", "an earlier sample has the same key")
         except BadSample as bad:
             rejected.append(_rejection(record.key, bad.reason, bad.detail))
             continue
-        hashes[key_hash] = picture_hash
+        hashes[key_hash] = image_hash
         if reason := without.get(f"{key_hash:016x}"):
             left_out.append(_rejection(sample.key, reason, _EARLIER[reason]))
             continue
@@ -197,7 +197,7 @@ def _rejection(key: str, reason: str, detail: str) -> dict[str, str]:
 
 
 def _sample(record: Record | Unreadable, task: Task) -> tuple[Sample, str, tuple[str, ...], int]:
-    """(sample, its split, what was converted, hash of the picture). Raises BadSample."""
+    """(sample, its split, what was converted, hash of the image). Raises BadSample."""
     if isinstance(record, Unreadable):
         raise BadSample(record.reason, record.detail)
     config = task.config
@@ -207,14 +207,14 @@ def _sample(record: Record | Unreadable, task: Task) -> tuple[Sample, str, tuple
     if config.crop == "random":
         rng = random_of("crop", task.seed, record.key)
         where = (rng.random(), rng.random())
-    picture = square(decoded.picture, config.image_size, where)
+    image = square(decoded.image, config.image_size, where)
     try:
         json.dumps(record.meta)
     except (TypeError, ValueError) as error:
         raise BadSample("metadata is not JSON", str(error)) from error
-    sample = Sample(safe_key(record.key), png.encode(picture), caption, record.meta)
+    sample = Sample(safe_key(record.key), png.encode(image), caption, record.meta)
     split = split_of(sample.key if record.group is None else record.group, config.validation_fraction)
-    looks = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(picture)
+    looks = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
     return sample, split, decoded.conversions, looks
 
 
@@ -317,7 +317,7 @@ def _with_duplicates(tasks: list[Task], near_bits: int | None) -> list[Task]:
     repeated = same_key(files, counts)
     reasons = dict.fromkeys(repeated.tolist(), "duplicate key")
     if near_bits is not None:
-        reasons |= dict.fromkeys(same_picture(files, near_bits, repeated).tolist(), "near-duplicate")
+        reasons |= dict.fromkeys(same_image(files, near_bits, repeated).tolist(), "near-duplicate")
     numbers = np.array(sorted(reasons), dtype=np.int64)
     starts = np.cumsum([0, *counts])
     bounds = np.searchsorted(numbers, starts).tolist()
@@ -389,14 +389,14 @@ def _remove_strangers(directory: Path, splits: dict[str, Any], tasks: list[Task]
 
 
 def write_contact_sheet(directory: Path, shards: list[Shard]) -> None:
-    """contact-sheet.png: training pictures from everywhere in the source, for a look."""
+    """contact-sheet.png: training images from everywhere in the source, for a look."""
     order = ShardOrder([shard.samples for shard in shards], seed=0)
     places = zip(*order.locate(np.arange(min(_SHEET_SIDE**2, order.samples))), strict=True)
-    pictures = [_picture(directory, shards[shard], row) for shard, row in places]
+    images = [_image(directory, shards[shard], row) for shard, row in places]
     content = io.BytesIO()
-    grid(pictures, _SHEET_SIDE).save(content, "PNG")
+    grid(images, _SHEET_SIDE).save(content, "PNG")
     write_atomic(directory / "contact-sheet.png", content.getvalue())
 
 
-def _picture(directory: Path, shard: Shard, row: int) -> Image.Image:
+def _image(directory: Path, shard: Shard, row: int) -> Image.Image:
     return Image.fromarray(png.decode(ShardFile(directory / shard.name, shard).read(row)).transpose(1, 2, 0))

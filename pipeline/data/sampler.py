@@ -80,7 +80,7 @@ class TokenSampler:
         """Endless batches from global sample `consumed` on; `{"text": int64 [b, T], "codes": int64 [b, N]}`.
 
         b = batch_size / ranks; rank r gets samples [r * b, (r + 1) * b) of each global batch. Codes are those of all
-        levels, coarse to fine, each counted from 0. Of several crops of a picture each epoch takes another.
+        levels, coarse to fine, each counted from 0. Of several crops of an image each epoch takes another.
 
         Raises:
             UserError: the number of ranks does not divide `batch_size`.

@@ -1,8 +1,8 @@
-"""Image shards: WebDataset tars of one size of picture, with an index.
+"""Image shards: WebDataset tars of one size of image, with an index.
 
     prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
     prepare/train/000000.tar       members KEY.json KEY.png KEY.txt (caption), a sample after the other
-    prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each picture
+    prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
 
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
 `stream.py` reads the samples of a shard in any order, skips without reading, and notices a tar that is another one.
@@ -38,7 +38,7 @@ _PLACE = struct.Struct("<3q")  # a row of .index.npy
 
 @dataclass(frozen=True)
 class Sample:
-    """A captioned picture of an image shard. The picture is decoded when first asked for."""
+    """A captioned image of an image shard. The image is decoded when first asked for."""
 
     key: str
     png: bytes
@@ -94,7 +94,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
 
 
 class ShardFile:
-    """An open shard as random access to its pictures. Threads may share it."""
+    """An open shard as random access to its images. Threads may share it."""
 
     def __init__(self, path: Path, shard: Shard) -> None:
         """Raises UserError when the tar or its index is missing or of another size than recorded."""
@@ -117,7 +117,7 @@ class ShardFile:
             )
 
     def read(self, row: int) -> bytes:
-        """The bytes of the picture of sample `row`. Raises UserError when they are not those that prepare wrote."""
+        """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
         place = os.pread(self._index.fileno(), _PLACE.size, self._begin + row * _PLACE.size)
         begin, size, checksum = _PLACE.unpack(place)
         content = os.pread(self._file.fileno(), size, begin) if begin >= 0 and 0 <= size < 1 << 31 else b""

@@ -1,4 +1,4 @@
-"""Image shards -> batches of pictures, in the order of `order.ShardOrder`, for this rank.
+"""Image shards -> batches of images, in the order of `order.ShardOrder`, for this rank.
 
     stream = ImageStream(run.input("prepare"), "train", seed=run.seed)
     for batch in stream.batches(consumed=0, batch_size=64):
@@ -9,7 +9,7 @@ a tar is random access once indexed, which makes the shuffle exact (no shuffle b
 lose), lets a resume begin at any sample without reading what comes before, and saves the parsing of tar headers.
 Locality stays: a canonical stream reads one shard at a time, so the system's cache and read-ahead serve it.
 
-Decoding happens after the shuffle, in threads, a few batches ahead. Pictures of a small data set stay in memory
+Decoding happens after the shuffle, in threads, a few batches ahead. Images of a small data set stay in memory
 decoded, so each is decoded once.
 """
 
@@ -35,7 +35,7 @@ from pipeline.data.shards import ShardFile, read_index, read_shards
 
 _BATCHES_AHEAD = 4
 _OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
-_DECODE_TOGETHER = 16  # pictures a task of the thread pool: small ones would cost more to hand out than to decode
+_DECODE_TOGETHER = 16  # images a task of the thread pool: small ones would cost more to hand out than to decode
 
 
 class ImageStream:
@@ -55,8 +55,8 @@ class ImageStream:
             prepare_dir: the directory of a finished `prepare`.
             split: "train" or "val".
             rank, world_size: this process's place; by default that of `pipeline.core.distributed`.
-            cache_bytes: decoded pictures are kept in memory when the whole split fits into this.
-            threads: decoding threads. Of 32x32 pictures one decodes 11,000/s, two fewer: they wait for each other.
+            cache_bytes: decoded images are kept in memory when the whole split fits into this.
+            threads: decoding threads. Of 32x32 images one decodes 11,000/s, two fewer: they wait for each other.
 
         Raises:
             UserError: there are no shards, or the split is empty.
@@ -97,10 +97,10 @@ class ImageStream:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
                 shards, rows = self.order.locate(np.arange(start, start + share))
-                yield {"images": torch.from_numpy(self._pictures(shards, rows, pool))}
+                yield {"images": torch.from_numpy(self._images(shards, rows, pool))}
                 start += stride
 
-    def _pictures(
+    def _images(
         self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
     ) -> NDArray[np.uint8]:
         """uint8 [n, 3, H, W]"""
@@ -116,26 +116,26 @@ class ImageStream:
     def _decode_all(
         self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
     ) -> NDArray[np.uint8]:
-        pictures = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
+        images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
 
         def decode(start: int) -> None:
             for index in range(start, min(start + _DECODE_TOGETHER, len(rows))):
-                pictures[index] = self._decode(int(shards[index]), int(rows[index]))
+                images[index] = self._decode(int(shards[index]), int(rows[index]))
 
         list(pool.map(decode, range(0, len(rows), _DECODE_TOGETHER)))
-        return pictures
+        return images
 
     def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
         file = self._open(shard)
         try:
-            picture = png.decode(file.read(row))
+            image = png.decode(file.read(row))
         except (OSError, ValueError, SyntaxError, zlib.error) as error:
             raise UserError(f"{file.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
-        if picture.shape != (3, self.image_size, self.image_size):
+        if image.shape != (3, self.image_size, self.image_size):
             raise UserError(
-                f"{file.path}: expected pictures of {self.image_size} pixels, found {picture.shape} at sample {row}"
+                f"{file.path}: expected images of {self.image_size} pixels, found {image.shape} at sample {row}"
             )
-        return picture
+        return image
 
     def _open(self, shard: int) -> ShardFile:
         """The shard, kept open; of too many, the one that was opened first is let go."""

@@ -3,10 +3,10 @@
 `tokenize_shards` makes the arrays of each image shard on its own: tasks share the shards, and a task may die and be run
 again. `join` checks that all are there and whole, and writes the index.
 
-Threads decode and crop pictures and encode their captions; on a CPU they run the image tokenizer too, a batch each; on
+Threads decode and crop images and encode their captions; on a CPU they run the image tokenizer too, a batch each; on
 a GPU the main thread does. Meanwhile one thread reads on, across the borders of shards, and another writes the arrays
-of the shard before. On a GPU, pictures travel as bytes from pinned memory, and codes come back one batch late, so that
-neither way waits. All pictures of a shard are of one size, so batches need no sorting to be full.
+of the shard before. On a GPU, images travel as bytes from pinned memory, and codes come back one batch late, so that
+neither way waits. All images of a shard are of one size, so batches need no sorting to be full.
 """
 
 from __future__ import annotations
@@ -141,14 +141,14 @@ def tokenize_shards(
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads for pictures, in which an operation of torch is no more threads.
+    """Threads for images, in which an operation of torch is no more threads.
 
     Threads of an operation wait for each other, and on a busy core for the threads that decode: with them, tokenize
     ran at 0.4 of the encoder's own speed on two cores.
     """
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "pictures", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(threads, "images", torch.set_num_threads, (1,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)
@@ -216,15 +216,15 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
     return index
 
 
-def crop_of(picture: Image.Image, crop: int, min_scale: float, *name: object) -> Image.Image:
-    """Version number `crop` of a square picture: 0 is the whole, others are random squares of it, resized back."""
+def crop_of(image: Image.Image, crop: int, min_scale: float, *name: object) -> Image.Image:
+    """Version number `crop` of a square image: 0 is the whole, others are random squares of it, resized back."""
     if crop == 0:
-        return picture
+        return image
     rng = random_of(*name, crop)
-    size = picture.width
+    size = image.width
     side = size * rng.uniform(min_scale, 1.0)
     left, top = rng.uniform(0, size - side), rng.uniform(0, size - side)
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _steps(
@@ -250,8 +250,8 @@ def _steps(
 
 
 def _batch(chunk: list[Sample], crops: int, encoders: Encoders, config: TokenizeConfig, seed: int) -> _Batch:
-    pictures = [picture for sample in chunk for picture in _versions(sample, crops, config.min_crop_scale, seed)]
-    images = torch.from_numpy(np.stack(pictures))
+    versions = [version for sample in chunk for version in _versions(sample, crops, config.min_crop_scale, seed)]
+    images = torch.from_numpy(np.stack(versions))
     codes: list[torch.Tensor] = []
     if encoders.device.startswith("cuda"):
         images = images.pin_memory()
@@ -266,13 +266,13 @@ def _batch(chunk: list[Sample], crops: int, encoders: Encoders, config: Tokenize
 
 
 def _versions(sample: Sample, crops: int, min_scale: float, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """The whole picture and its random crops, uint8 [3, H, W] each."""
+    """The whole image and its random crops, uint8 [3, H, W] each."""
     whole = png.decode(sample.png)
     yield whole
     if crops > 1:
-        picture = Image.fromarray(whole.transpose(1, 2, 0))
+        image = Image.fromarray(whole.transpose(1, 2, 0))
         for crop in range(1, crops):
-            yield np.asarray(crop_of(picture, crop, min_scale, "tokenize", seed, sample.key)).transpose(2, 0, 1)
+            yield np.asarray(crop_of(image, crop, min_scale, "tokenize", seed, sample.key)).transpose(2, 0, 1)
 
 
 def _encoded(images: torch.Tensor, encoders: Encoders, batch_size: int) -> list[torch.Tensor]:

@@ -61,7 +61,7 @@ class TokenArrays:
         levels: list of Level, coarse to fine; also unpackable as (height, width, codebook_size) by `astuple`.
         text_length, text_vocab_size: of the text ids.
         tokenizers: name -> hash of the files of the tokenizer that made them.
-        crops: versions of each picture.
+        crops: versions of each image.
     """
 
     def __init__(self, tokenize_dir: Path, split: str) -> None:

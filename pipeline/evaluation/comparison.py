@@ -1,6 +1,6 @@
-"""All figures of two sets of pictures, as rows that say what was measured with what on how many.
+"""All metrics of two sets of images, as rows that say what was measured with what on how many.
 
-rows = compare_pictures(real, generated, config, seed)      # two iterables of PIL pictures
+rows = compare_images(real, generated, config, seed)      # two iterables of PIL images
 [row.as_json() for row in rows]
 """
 
@@ -34,10 +34,10 @@ _RESAMPLES = 1000  # of a mean's bootstrap
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `value` is None when it could not be measured; `warning` then says why."""
+    """One metric. `value` is None when it could not be measured; `warning` then says why."""
 
     metric: str
-    compares: str  # which pictures with which
+    compares: str  # which images with which
     value: float | None
     better: str  # "lower" | "higher"
     n_real: int
@@ -54,7 +54,7 @@ class Row:
 
 
 def warnings(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Each warning of rows of metrics.json once, with the figures that it is about."""
+    """Each warning of rows of metrics.json once, with the metrics that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
         if row["warning"]:
@@ -62,19 +62,19 @@ def warnings(rows: Iterable[dict[str, Any]]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(metrics))}: {text}" for text, metrics in about.items()]
 
 
-def compare_pictures(
+def compare_images(
     real: Iterable[Image.Image], generated: Iterable[Image.Image], config: EvaluateConfig, seed: int
 ) -> list[Row]:
-    """Every figure of two sets of pictures; the larger set is cut to the size of the smaller one."""
+    """Every metric of two sets of images; the larger set is cut to the size of the smaller one."""
     extractor = load_extractor(config.extractor, device(), config.batch_size, config.weights)
-    real_set = extractor(real, description="real pictures")
-    return compare_features(real_set, extractor(generated, description="generated pictures"), config, seed)
+    real_set = extractor(real, description="real images")
+    return compare_features(real_set, extractor(generated, description="generated images"), config, seed)
 
 
 def compare_features(
     real: FeatureSet, generated: FeatureSet, config: EvaluateConfig, seed: int, cache: Path | None = None
 ) -> list[Row]:
-    """Every figure of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`.
+    """Every metric of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`.
 
     Raises:
         UserError: a set is empty, or has features that are NaN or of other dimensions.
@@ -160,7 +160,7 @@ def frechet_row(
 ) -> Row:
     """Fréchet distance, named after the extractor; it is called FID only on the Inception network of that name.
 
-    `paired`: each generated picture belongs to the real one of its place, as reconstructions do.
+    `paired`: each generated image belongs to the real one of its place, as reconstructions do.
     """
     n, dimensions = min(len(real), len(generated)), real.features.shape[1]
     more: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def _frechet_name(features: FeatureSet) -> str:
 def caption_rows(
     images: FeatureSet, captions: Tensor, compares: str, seed: int, ks: tuple[int, ...] = (1, 5, 10)
 ) -> list[Row]:
-    """CLIP score and retrieval R@k of pictures and their captions (networks.CaptionJudge)."""
+    """CLIP score and retrieval R@k of images and their captions (networks.ClipScorer)."""
     scores = clip_scores(images.features, captions)
     ranks = own_caption_ranks(images.features, captions)
     measured = [("CLIP score", scores)] + [(f"R@{k}", (ranks < k).double()) for k in ks if k < len(captions)]
@@ -214,18 +214,18 @@ def caption_rows(
     return rows
 
 
-def inception_rows(pictures: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> list[Row]:
+def inception_rows(images: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> list[Row]:
     """Inception Score, if the extractor classifies."""
-    return [] if pictures.logits is None else [inception_row(pictures, compares, config, seed)]
+    return [] if images.logits is None else [inception_row(images, compares, config, seed)]
 
 
-def inception_row(pictures: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> Row:
+def inception_row(images: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> Row:
     def score() -> tuple[float, float]:
-        assert pictures.logits is not None
-        return inception_score(pictures.logits, config.inception_splits, torch.Generator().manual_seed(seed))
+        assert images.logits is not None
+        return inception_score(images.logits, config.inception_splits, torch.Generator().manual_seed(seed))
 
     spread_of = f"± 1 standard deviation over {config.inception_splits} splits"
-    return _spread_row("IS", compares, "higher", None, pictures, score, spread_of)
+    return _spread_row("IS", compares, "higher", None, images, score, spread_of)
 
 
 def pair_row(
@@ -237,24 +237,24 @@ def pair_row(
     better: str = "higher",
     network: Lpips | None = None,
 ) -> Row:
-    """The mean of a figure of n pairs of pictures (PSNR, SSIM, LPIPS): `values` `[n]`, or why there are none."""
+    """The mean of a metric of n pairs of images (PSNR, SSIM, LPIPS): `values` `[n]`, or why there are none."""
     about: dict[str, Any] = {}
     if network:
         about = {"extractor": network.name, "weights_sha256": network.weights_sha256, "resize": "not resized"}
     if isinstance(values, UserError):
         return Row(metric, compares, None, better, n, n, warning=str(values), **about)
-    if torch.isfinite(values).all():  # the PSNR of equal pictures is infinite
+    if torch.isfinite(values).all():  # the PSNR of equal images is infinite
         about["interval"] = bootstrap_interval(values, seed)
         about["interval_of"] = f"95 % confidence, {_RESAMPLES} bootstraps"
     return Row(metric, compares, values.mean().item(), better, n, n, **about)
 
 
 def distance_row(queries: FeatureSet, compares: str, training: FeatureSet, seed: int) -> Row:
-    """Median distance in feature space from a picture to its nearest training picture; near 0 are copies."""
+    """Median distance in feature space from an image to its nearest training image; near 0 are copies."""
     distances, _ = nearest(queries.features, training.features)
-    warning = None if len(queries) >= 10 else f"only {len(queries)} pictures"
+    warning = None if len(queries) >= 10 else f"only {len(queries)} images"
     median = distances.median().item()
-    name = "median distance to the nearest training picture"
+    name = "median distance to the nearest training image"
     interval, of = bootstrap_interval(distances, seed, torch.median), f"95 % confidence, {_RESAMPLES} bootstraps"
     more = {"interval": interval, "interval_of": of, "warning": warning}
     return _row(name, compares, median, "higher", training, queries, **more)

@@ -1,14 +1,14 @@
-"""Features on disk, under the hash of what they are features of: the pictures' bytes, the weights, the resize rule.
+"""Features on disk, under the hash of what they are features of: the images' bytes, the weights, the resize rule.
 
     store = FeatureStore(folder, extractor)
-    store.extract(pictures, which=rank, of=ranks)       # this rank's share, where it is not there yet
-    features = store.features(pictures)                 # the rest, and all of them as one memory-mapped set
+    store.extract(images, which=rank, of=ranks)       # this rank's share, where it is not there yet
+    features = store.features(images)                 # the rest, and all of them as one memory-mapped set
 
     <folder>/<hash>/about.json features.npy logits.npy keys.txt       a finished set
-    <folder>/<hash>/part-00003.npz                                    1,024 pictures of one in the making
+    <folder>/<hash>/part-00003.npz                                    1,024 images of one in the making
 
 A part is whole or not there, so a killed extraction goes on where it was; a set that was seen before, in whichever
-run, costs the reading of its pictures. A finished folder is a feature file of its own (`read_features`). `trim` keeps
+run, costs the reading of its images. A finished folder is a feature file of its own (`read_features`). `trim` keeps
 the folder within a bound: what was not used for longest goes first.
 """
 
@@ -33,13 +33,13 @@ import torch
 
 from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
-from pipeline.evaluation.image_sets import Picture, Place, size_of
-from pipeline.extractors.base import Credentials, Extractor, FeatureSet
+from pipeline.evaluation.image_sets import Place, StoredImage, size_of
+from pipeline.extractors.base import Extractor, ExtractorInfo, FeatureSet
 
 log = logging.getLogger(__name__)
 
 _FORMAT = "smalti features 1"
-PART = 1024  # pictures
+PART = 1024  # images
 _IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
 
 
@@ -48,20 +48,20 @@ class FeatureStore:
         self.folder, self.extractor = folder, extractor
         self._seen: dict[tuple[Place, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
 
-    def place(self, pictures: Sequence[Picture]) -> Path:
-        """Where the features of these pictures, in this order, are or will be."""
-        return self._read(pictures)[0]
+    def place(self, images: Sequence[StoredImage]) -> Path:
+        """Where the features of these images, in this order, are or will be."""
+        return self._read(images)[0]
 
-    def sizes(self, pictures: Sequence[Picture]) -> Counter[tuple[int, int]]:
-        """How many pictures there are of each width and height. Raises UserError at what is no picture."""
-        return self._read(pictures)[1]
+    def sizes(self, images: Sequence[StoredImage]) -> Counter[tuple[int, int]]:
+        """How many images there are of each width and height. Raises UserError at what is no image."""
+        return self._read(images)[1]
 
-    def _read(self, pictures: Sequence[Picture]) -> tuple[Path, Counter[tuple[int, int]]]:
-        """All bytes of all pictures, once in a process."""
-        places = tuple(picture.place for picture in pictures)
+    def _read(self, images: Sequence[StoredImage]) -> tuple[Path, Counter[tuple[int, int]]]:
+        """All bytes of all images, once in a process."""
+        places = tuple(image.place for image in images)
         if places not in self._seen:
             digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
-            for value in asdict(self.extractor.credentials).values():
+            for value in asdict(self.extractor.info).values():
                 digest.update(f"\n{value}".encode())
             for place in places:
                 content = place.read()
@@ -70,18 +70,20 @@ class FeatureStore:
             self._seen[places] = self.folder / digest.hexdigest()[:32], sizes
         return self._seen[places]
 
-    def extract(self, pictures: Sequence[Picture], which: int = 0, of: int = 1, description: str = "features") -> Path:
+    def extract(
+        self, images: Sequence[StoredImage], which: int = 0, of: int = 1, description: str = "features"
+    ) -> Path:
         """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's place."""
-        if not pictures:
-            raise UserError(f"{description}: expected pictures, found none")
-        place = self.place(pictures)
+        if not images:
+            raise UserError(f"{description}: expected images, found none")
+        place = self.place(images)
         if (place / "about.json").is_file():
             os.utime(place / "about.json")  # for trim
             return place
-        missing = [part for part in range(which, _parts(pictures), of) if not _part_path(place, part).is_file()]
+        missing = [part for part in range(which, _parts(images), of) if not _part_path(place, part).is_file()]
         for part in missing:
-            chunk = pictures[part * PART : (part + 1) * PART]
-            found = self.extractor((picture.image for picture in chunk), len(chunk), description)
+            chunk = images[part * PART : (part + 1) * PART]
+            found = self.extractor((image.image for image in chunk), len(chunk), description)
             arrays: dict[str, Any] = {"features": found.features.numpy()}
             if found.logits is not None:
                 arrays["logits"] = found.logits.numpy()
@@ -89,24 +91,24 @@ class FeatureStore:
                 np.savez(file, **arrays)
         return place
 
-    def features(self, pictures: Sequence[Picture], description: str = "features") -> FeatureSet:
-        """The features of all pictures, extracted where they are not there yet."""
-        place = self.extract(pictures, description=description)
+    def features(self, images: Sequence[StoredImage], description: str = "features") -> FeatureSet:
+        """The features of all images, extracted where they are not there yet."""
+        place = self.extract(images, description=description)
         if not (place / "about.json").is_file():
-            self._join(place, pictures)
+            self._join(place, images)
         return read_features(place)
 
-    def _join(self, place: Path, pictures: Sequence[Picture]) -> None:
+    def _join(self, place: Path, images: Sequence[StoredImage]) -> None:
         try:
             for name in _names(place):
-                _write_rows(place / f"{name}.npy", len(pictures), _rows(place, name, _parts(pictures)))
+                _write_rows(place / f"{name}.npy", len(images), _rows(place, name, _parts(images)))
         except FileNotFoundError:
             if (place / "about.json").is_file():  # another process was quicker, and has cleaned up
                 return
             raise
-        write_atomic(place / "keys.txt", "".join(f"{picture.key}\n" for picture in pictures))
-        write_json(place / "about.json", {"pictures": len(pictures), **asdict(self.extractor.credentials)})
-        for part in range(_parts(pictures)):
+        write_atomic(place / "keys.txt", "".join(f"{image.key}\n" for image in images))
+        write_json(place / "about.json", {"images": len(images), **asdict(self.extractor.info)})
+        for part in range(_parts(images)):
             with suppress(FileNotFoundError):
                 _part_path(place, part).unlink()
 
@@ -146,7 +148,7 @@ def read_features(path: Path) -> FeatureSet:
         if path.is_dir():
             about: dict[str, Any] = read_json(path / "about.json")
             arrays = {file.stem: np.load(file, mmap_mode="c") for file in sorted(path.glob("*.npy"))}
-            rows = about["pictures"]
+            rows = about["images"]
         else:
             with np.load(path, allow_pickle=False) as content:
                 arrays = {name: content[name] for name in content.files if content[name].ndim == 2}
@@ -158,7 +160,7 @@ def read_features(path: Path) -> FeatureSet:
         found = {name: array.shape for name, array in arrays.items()}
         raise UserError(f"{path}: expected {rows} rows of features, found {found}; remove it, and extract again")
     name = about.get("name", "unknown extractor")
-    credentials = Credentials(
+    credentials = ExtractorInfo(
         name, about.get("label", name), about.get("weights_sha256", "unknown"), about.get("resize", "unknown")
     )
     logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
@@ -189,8 +191,8 @@ def check_same_extractor(real: FeatureSet, generated: FeatureSet) -> None:
             )
 
 
-def _parts(pictures: Sequence[Picture]) -> int:
-    return -(-len(pictures) // PART)
+def _parts(images: Sequence[StoredImage]) -> int:
+    return -(-len(images) // PART)
 
 
 def _part_path(place: Path, part: int) -> Path:

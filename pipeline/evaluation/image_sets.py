@@ -1,6 +1,6 @@
-"""Pictures by name, from a folder of pictures, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …).
+"""Images by name, from a folder of images, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …).
 
-A `Picture` knows where its bytes are, and reads them when asked: a set of any size takes a few hundred bytes a picture.
+A `Image` knows where its bytes are, and reads them when asked: a set of any size takes a few hundred bytes an image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Picture:
+class StoredImage:
     key: str
     place: Place
     caption_place: Place | None = None
@@ -61,40 +61,40 @@ class Picture:
         return found
 
 
-def pictures_at(path: Path) -> list[Picture]:
-    """Every picture at `path`, sorted by file and, in tars, in the tar's order; none is decoded yet.
+def images_at(path: Path) -> list[StoredImage]:
+    """Every image at `path`, sorted by file and, in tars, in the tar's order; none is decoded yet.
 
     Raises:
-        UserError: nothing there, or no picture in it.
+        UserError: nothing there, or no image in it.
     """
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     if tars:
-        found = [picture for tar in tars for picture in _in_tar(tar)]
+        found = [image for tar in tars for image in _in_tar(tar)]
     else:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         found = [_in_folder(path, file) for file in files]
     if not found:
-        raise UserError(f"{path}: expected a folder of pictures, a tar or a folder of tars, found no picture or tar")
+        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found no image or tar")
     return found
 
 
-def named_pictures(path: Path) -> Iterator[tuple[str, Image.Image]]:
-    """(key, RGB picture) of every picture at `path`. Raises as `pictures_at` and `Picture.image` do."""
-    for picture in pictures_at(path):
-        yield picture.key, picture.image
+def named_images(path: Path) -> Iterator[tuple[str, Image.Image]]:
+    """(key, RGB image) of every image at `path`. Raises as `images_at` and `StoredImage.image` do."""
+    for image in images_at(path):
+        yield image.key, image.image
 
 
 def decoded(content: bytes, where: str) -> Image.Image:
-    """An RGB picture from a file's bytes; transparent parts become white."""
-    picture = _opened(content, where)
+    """An RGB image from a file's bytes; transparent parts become white."""
+    image = _opened(content, where)
     try:
-        picture.load()
+        image.load()
     except (OSError, SyntaxError, ValueError) as error:  # whatever the formats raise at damaged data
         raise _unreadable(where, error) from error
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def size_of(content: bytes, where: str) -> tuple[int, int]:
@@ -110,20 +110,20 @@ def _opened(content: bytes, where: str) -> Image.Image:
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: expected a picture, found something unreadable ({error}); remove it")
+    return UserError(f"{where}: expected an image, found something unreadable ({error}); remove it")
 
 
-def _in_folder(folder: Path, file: Path) -> Picture:
+def _in_folder(folder: Path, file: Path) -> StoredImage:
     caption = file.with_suffix(".txt")
-    return Picture(
+    return StoredImage(
         key=file.relative_to(folder).with_suffix("").as_posix(),
         place=Place(file, str(file)),
         caption_place=Place(caption, str(caption)) if caption.is_file() else None,
     )
 
 
-def _in_tar(path: Path) -> list[Picture]:
-    pictures: dict[str, Place] = {}
+def _in_tar(path: Path) -> list[StoredImage]:
+    images: dict[str, Place] = {}
     captions: dict[str, Place] = {}
     abouts: dict[str, Place] = {}
     try:
@@ -134,14 +134,14 @@ def _in_tar(path: Path) -> list[Picture]:
                 key, suffix = f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
                 place = Place(path, f"{path}: {member.name}", member.offset_data, member.size)
                 if suffix in _SUFFIXES and member.isfile():
-                    pictures[key] = place
+                    images[key] = place
                 elif suffix == ".txt":
                     captions[key] = place
                 elif suffix == ".json":
                     abouts[key] = place
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{path}: expected an uncompressed tar of pictures, found something else or a damaged one ({error});"
+            f"{path}: expected an uncompressed tar of images, found something else or a damaged one ({error});"
             " write it again"
         ) from error
-    return [Picture(key, place, captions.get(key), abouts.get(key)) for key, place in pictures.items()]
+    return [StoredImage(key, place, captions.get(key), abouts.get(key)) for key, place in images.items()]

@@ -1,8 +1,8 @@
-"""Which setting of sampling paints best: pictures of every guidance × temperature × top-k, and their figures.
+"""Which setting of sampling generates best: images of every guidance × temperature × top-k, and their metrics.
 
-All settings paint the same captions from the same random numbers, so they differ by nothing but the setting. They are
-compared with *other* real pictures than those of the captions (`evaluation.py` says why); the best has the lowest
-Fréchet distance. Pictures stay in sweep/<setting>.tar, so a sweep that was stopped goes on at the next setting.
+All settings generate the same captions from the same random numbers, so they differ by nothing but the setting. They
+are compared with *other* real images than those of the captions (`evaluation.py` says why); the best has the lowest
+Fréchet distance. Images stay in sweep/<setting>.tar, so a sweep that was stopped goes on at the next setting.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation.comparison import compare_sets, inception_rows
 from pipeline.evaluation.feature_store import FeatureStore
-from pipeline.evaluation.image_sets import Picture, pictures_at
-from pipeline.evaluation.run_evaluation import GENERATED_OTHER, RealPictures
+from pipeline.evaluation.image_sets import StoredImage, images_at
+from pipeline.evaluation.run_evaluation import GENERATED_OTHER, RealImages
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.pipeline import Pipeline
 
@@ -43,20 +43,20 @@ def settings(config: SweepConfig, base: SamplingConfig) -> list[SamplingConfig]:
 
 
 class Sweep:
-    """What a stage's process paints and measures of it. Array tasks share the settings; `measure` does what is left.
+    """What a stage's process generates and measures of it. Array tasks share the settings; `measure` does what is left.
 
     Raises:
-        UserError: guidance other than 1 without caption dropout, or more samples than half of the training pictures.
+        UserError: guidance other than 1 without caption dropout, or more samples than half of the training images.
     """
 
-    def __init__(self, run: StageRun, config: SweepConfig, training: list[Picture], store: FeatureStore) -> None:
+    def __init__(self, run: StageRun, config: SweepConfig, training: list[StoredImage], store: FeatureStore) -> None:
         if any(scale != 1 for scale in config.guidance) and run.config.transformer.caption_dropout == 0:
             raise UserError(
                 "evaluate.sweep.guidance other than 1 needs a transformer trained with caption_dropout above 0"
             )
         if 2 * config.samples > len(training):
             raise UserError(
-                f"evaluate.sweep.samples: expected at most half of the {len(training)} training pictures (the"
+                f"evaluate.sweep.samples: expected at most half of the {len(training)} training images (the"
                 f" other half is compared with), found {config.samples}; lower it"
             )
         self._run, self._store = run, store
@@ -64,29 +64,29 @@ class Sweep:
         self._settings = settings(config, run.config.generate.sampling)
         self._pipeline: Pipeline | None = None
 
-    def paint(self, which: int = 0, of: int = 1) -> None:
-        """Pictures and features of the settings `which`, `which` + `of`, … that are not there yet."""
+    def generate(self, which: int = 0, of: int = 1) -> None:
+        """Images and features of the settings `which`, `which` + `of`, … that are not there yet."""
         for setting in progress(self._settings[which::of], description="sweep", unit="setting"):
             signals.check()
-            self._store.extract(self._painted(setting), description="features of the sweep")
+            self._store.extract(self._generated(setting), description="features of the sweep")
 
-    def measure(self, real: RealPictures) -> dict[str, Any]:
-        """The figures of every setting; `best.yaml` gets the best one, as a section of a pipeline's config.
+    def measure(self, real: RealImages) -> dict[str, Any]:
+        """The metrics of every setting; `best.yaml` gets the best one, as a section of a pipeline's config.
 
         Returns:
-            {"settings": [{guidance, temperature, top_k, figures: {metric: value}}], "best": index, "compares",
+            {"settings": [{guidance, temperature, top_k, metrics: {metric: value}}], "best": index, "compares",
             "samples"}
         """
         run, config = self._run, self._run.config.evaluate.model_copy(update={"bootstraps": 0})
-        _, other = real.own_and_other([picture.key for picture in self._chosen], run.seed)
+        _, other = real.own_and_other([image.key for image in self._chosen], run.seed)
         measured = []
         for setting in self._settings:
             signals.check()
-            features = self._store.features(self._painted(setting), "features of the sweep")
+            features = self._store.features(self._generated(setting), "features of the sweep")
             rows = compare_sets(other, features, "", config, run.seed, self._store.folder)
             rows += inception_rows(features, "", config, run.seed)
-            figures = {row.metric: row.value for row in rows}
-            measured.append({name: getattr(setting, name) for name in VARIED} | {"figures": figures})
+            metrics = {row.metric: row.value for row in rows}
+            measured.append({name: getattr(setting, name) for name in VARIED} | {"metrics": metrics})
             run.add_output(self._path(setting))
         best = min(range(len(measured)), key=lambda i: _distance(measured[i]))
         overrides = {"generate": {"sampling": {name: measured[best][name] for name in VARIED}}}
@@ -94,22 +94,23 @@ class Sweep:
         run.add_output(BEST)
         return {"settings": measured, "best": best, "compares": GENERATED_OTHER, "samples": len(self._chosen)}
 
-    def _painted(self, setting: SamplingConfig) -> list[Picture]:
+    def _generated(self, setting: SamplingConfig) -> list[StoredImage]:
         path = self._path(setting)
         if not path.is_file():
-            captions = [picture.caption or "" for picture in self._chosen]
+            captions = [image.caption or "" for image in self._chosen]
             batch_size = self._run.config.generate.batch_size
             if self._pipeline is None:
                 directory = self._run.input("transformer").parent
                 self._pipeline = Pipeline.from_pretrained(directory, distributed.device())
-            pictures = self._pipeline.generate(captions, 1, self._run.seed, setting, batch_size=batch_size)
+            generated = self._pipeline.generate(captions, 1, self._run.seed, setting, batch_size=batch_size)
+            images = [one.image for one in generated]
             samples = []
-            for picture, caption, source in zip(pictures, captions, self._chosen, strict=True):
+            for image, caption, source in zip(images, captions, self._chosen, strict=True):
                 content = io.BytesIO()
-                picture.save(content, format="png")
+                image.save(content, format="png")
                 samples.append(Sample(source.key, content.getvalue(), caption, {"sampling": setting.model_dump()}))
             write_shard(path, samples)
-        return pictures_at(path)
+        return images_at(path)
 
     def _path(self, setting: SamplingConfig) -> Path:
         name = f"guidance-{setting.guidance}-temperature-{setting.temperature}-top_k-{setting.top_k or 'all'}.tar"
@@ -117,5 +118,5 @@ class Sweep:
 
 
 def _distance(setting: dict[str, Any]) -> float:
-    value: float = next(value for metric, value in setting["figures"].items() if metric.startswith(("FD (", "FID (")))
+    value: float = next(value for metric, value in setting["metrics"].items() if metric.startswith(("FD (", "FID (")))
     return value

@@ -1,15 +1,15 @@
-"""Feature extractors by name: pictures -> features and class logits of a pretrained network.
+"""Feature extractors by name: images -> features and class logits of a pretrained network.
 
     extractor = load_extractor("efficientnet-lite0", device)
-    real = extractor(pictures)          # any iterable of PIL pictures, of any sizes
+    real = extractor(images)          # any iterable of PIL images, of any sizes
     real.features                       # float32 [n, 1280]
 
     efficientnet-lite0     in a package, needs no download
     inception-v3           the network of published FID; its weights file by path or in torch.hub's cache
     clip, dinov2           a folder that transformers saved, or a name in its cache (networks.py)
 
-Figures of different extractors cannot be compared, so each is named after its extractor ("FD (Lite0)"; "FID" is
-kept for Inception's) and carries the hash of the weights and the rule by which pictures were resized.
+Metrics of different extractors cannot be compared, so each is named after its extractor ("FD (Lite0)"; "FID" is
+kept for Inception's) and carries the hash of the weights and the rule by which images were resized.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from pipeline.core.progress import progress
 
 
 @dataclass(frozen=True)
-class Credentials:
+class ExtractorInfo:
     """What decides an extractor's features. Two sets may be compared if theirs are equal."""
 
     name: str
-    label: str  # short, for the names of figures: "FD (Lite0)"
+    label: str  # short, for the names of metrics: "FD (Lite0)"
     weights_sha256: str
     resize: str
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What an extractor saw in n pictures, with the extractor's credentials."""
+    """What an extractor saw in n images, with the extractor's credentials."""
 
     features: Tensor  # float [n, dimensions]
     logits: Tensor | None  # float [n, classes]; None: the network is no classifier
-    extractor: Credentials
+    extractor: ExtractorInfo
 
     def __len__(self) -> int:
         return len(self.features)
@@ -64,7 +64,7 @@ class FeatureSet:
 class Extractor:
     """A pretrained network with the input that it was trained on."""
 
-    credentials: Credentials
+    info: ExtractorInfo
     network: nn.Module = field(repr=False)  # [B, 3, side, side], shifted and scaled, -> features, logits or None
     side: int  # pixels
     shift: tuple[float, ...]  # a channel; of values in 0…255
@@ -72,16 +72,16 @@ class Extractor:
     batch_size: int = 64
 
     @torch.inference_mode()
-    def __call__(self, pictures: Iterable[Image.Image], total: int | None = None, description: str = "") -> FeatureSet:
-        """Features and logits of RGB pictures, in their order.
+    def __call__(self, images: Iterable[Image.Image], total: int | None = None, description: str = "") -> FeatureSet:
+        """Features and logits of RGB images, in their order.
 
         Raises:
-            UserError: no pictures.
+            UserError: no images.
         """
         features: list[Tensor] = []
         logits: list[Tensor] = []
-        with progress(total=total, description=description, unit="picture") as bar:
-            for batch in _batches(pictures, self.batch_size):
+        with progress(total=total, description=description, unit="image") as bar:
+            for batch in _batches(images, self.batch_size):
                 signals.check()
                 found, classes = self.network(self.input(batch))
                 features.append(found.float().cpu())
@@ -89,26 +89,26 @@ class Extractor:
                     logits.append(classes.float().cpu())
                 bar.update(len(batch))
         if not features:
-            raise UserError(f"{description or 'features'}: expected pictures, found none")
-        return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, self.credentials)
+            raise UserError(f"{description or 'features'}: expected images, found none")
+        return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, self.info)
 
-    def input(self, pictures: list[Image.Image]) -> Tensor:
+    def input(self, images: list[Image.Image]) -> Tensor:
         """What the network takes: float32 `[B, 3, side, side]` on its device."""
         device = next(self.network.parameters()).device
-        x = resized(pictures, self.side, device)
+        x = resized(images, self.side, device)
         shift, scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.shift, self.scale))
         # Channels last: a depthwise network runs a third faster on CPUs in this layout.
         return x.sub_(shift).div_(scale).contiguous(memory_format=torch.channels_last)
 
 
-def resized(pictures: list[Image.Image], side: int, device: torch.device | None = None) -> Tensor:
-    """RGB pictures as float32 `[n, 3, side, side]` in 0…255, resized on `device`.
+def resized(images: list[Image.Image], side: int, device: torch.device | None = None) -> Tensor:
+    """RGB images as float32 `[n, 3, side, side]` in 0…255, resized on `device`.
 
     Bicubic with antialiasing, in float, both sides to `side` (no crop): rounding to 8 bits after resizing, or a
     filter without antialiasing, moves FID by more than methods differ (Parmar et al. 2022, section 3).
     """
-    rgb = (picture if picture.mode == "RGB" else picture.convert("RGB") for picture in pictures)
-    arrays = [torch.from_numpy(np.array(picture)) for picture in rgb]  # [H, W, 3]
+    rgb = (image if image.mode == "RGB" else image.convert("RGB") for image in images)
+    arrays = [torch.from_numpy(np.array(image)) for image in rgb]  # [H, W, 3]
     alike = len({array.shape for array in arrays}) == 1
     groups = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
     found = [_resized(group.to(device).permute(0, 3, 1, 2).contiguous().float(), side) for group in groups]
@@ -125,7 +125,7 @@ def resize_rule(side: int) -> str:
     return f"{side} × {side}, bicubic, antialiased, float"
 
 
-def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    iterator = iter(pictures)
+def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    iterator = iter(images)
     while batch := list(islice(iterator, size)):
         yield batch

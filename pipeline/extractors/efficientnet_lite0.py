@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.core.atomic_io import sha256_file
 from pipeline.core.errors import UserError
-from pipeline.extractors.base import Credentials, Extractor, resize_rule
+from pipeline.extractors.base import Extractor, ExtractorInfo, resize_rule
 
 # expansion, channels out, blocks, kernel, stride of the first block
 _STAGES = (
@@ -69,7 +69,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures `[B, 3, H, W]`, (value − 127) / 128 of 0…255, to features `[B, 1280]` and logits `[B, 1000]`."""
+    """Images `[B, 3, H, W]`, (value − 127) / 128 of 0…255, to features `[B, 1280]` and logits `[B, 1000]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,5 +135,5 @@ def load(device: torch.device, batch_size: int, weights: str | None) -> Extracto
     network = EfficientNetLite0()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.fold_norms().requires_grad_(False).to(device)
-    credentials = Credentials("efficientnet-lite0", "Lite0", sha256_file(path), resize_rule(128))
-    return Extractor(credentials, network, 128, (127.0,), (128.0,), batch_size)
+    info = ExtractorInfo("efficientnet-lite0", "Lite0", sha256_file(path), resize_rule(128))
+    return Extractor(info, network, 128, (127.0,), (128.0,), batch_size)

@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021) and DINOv2 (Oquab et al. 2024) through transformers, as extractors; and CLIP as a judge.
 
 Both come from a folder that `save_pretrained` wrote, or by a name in transformers' cache; nothing is downloaded here.
-Pictures are squeezed to the network's square by our own resizing (`features.resized`), not by the model's processor,
+Images are squeezed to the network's square by our own resizing (`features.resized`), not by the model's processor,
 which needs torchvision and crops; mean and deviation are the processor's.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.core.atomic_io import sha256_file
 from pipeline.core.errors import UserError
-from pipeline.extractors.base import Credentials, Extractor, resize_rule
+from pipeline.extractors.base import Extractor, ExtractorInfo, resize_rule
 
 _LABELS = {"clip": "CLIP", "dinov2": "DINOv2"}
 _CLASSES = {"clip": "CLIPModel", "dinov2": "Dinov2Model"}
@@ -46,11 +46,11 @@ def load_pretrained(name: str, device: torch.device, batch_size: int, weights: s
     return _extractor(name, folder, model, device, batch_size)
 
 
-class CaptionJudge:
-    """How well pictures fit their captions, in CLIP's eyes.
+class ClipScorer:
+    """How well images fit their captions, in CLIP's eyes.
 
-    score = 100 · max(cos(picture, caption), 0)        (Hessel et al. 2021, eq. 1, with w = 100 as torchmetrics has it)
-    R@k   = share of pictures whose own caption is among the k nearest of all n captions
+    score = 100 · max(cos(image, caption), 0)        (Hessel et al. 2021, eq. 1, with w = 100 as torchmetrics has it)
+    R@k   = share of images whose own caption is among the k nearest of all n captions
     """
 
     def __init__(self, weights: str, device: torch.device, batch_size: int = 64) -> None:
@@ -118,9 +118,9 @@ def _extractor(name: str, folder: Path, model: Any, device: torch.device, batch_
     processor = json.loads(path.read_text())
     vision = model.config.vision_config if name == "clip" else model.config
     side = _side(name, processor, vision.image_size)
-    credentials = Credentials(name, _LABELS[name], _hash(folder), resize_rule(side))
+    info = ExtractorInfo(name, _LABELS[name], _hash(folder), resize_rule(side))
     mean, deviation = (tuple(255.0 * v for v in processor[key]) for key in ("image_mean", "image_std"))
-    return Extractor(credentials, _ImageTower(model, name).eval().to(device), side, mean, deviation, batch_size)
+    return Extractor(info, _ImageTower(model, name).eval().to(device), side, mean, deviation, batch_size)
 
 
 def _side(name: str, processor: dict[str, Any], trained: int) -> int:

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.core.atomic_io import sha256_file
 from pipeline.core.errors import UserError
-from pipeline.extractors.base import Credentials, Extractor, resize_rule
+from pipeline.extractors.base import Extractor, ExtractorInfo, resize_rule
 
 FEATURES, CLASSES = 2048, 1008
 INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -142,7 +142,7 @@ _MIXED: tuple[tuple[str, list[list[Step]]], ...] = (
 
 
 class InceptionV3(nn.Module):
-    """Pictures `[B, 3, 299, 299]`, (value − 128) / 128 of 0…255, to features `[B, 2048]` and logits `[B, 1008]`.
+    """Images `[B, 3, 299, 299]`, (value − 128) / 128 of 0…255, to features `[B, 2048]` and logits `[B, 1008]`.
 
     The logits are without the last layer's bias, as Inception Score has them since Salimans et al.'s own code.
     """
@@ -204,5 +204,5 @@ def load(device: torch.device, batch_size: int, weights: str | None) -> Extracto
             f" ({str(error).splitlines()[0]})"
         ) from error
     network.fold_norms().requires_grad_(False).to(device)
-    credentials = Credentials("inception-v3", "Inception-v3", sha256_file(path), resize_rule(299))
-    return Extractor(credentials, network, 299, (128.0,), (128.0,), batch_size)
+    info = ExtractorInfo("inception-v3", "Inception-v3", sha256_file(path), resize_rule(299))
+    return Extractor(info, network, 299, (128.0,), (128.0,), batch_size)

@@ -1,4 +1,4 @@
-"""Pictures to grids of discrete codes and back: `base.py` is the interface, each kind has its own module."""
+"""Images to grids of discrete codes and back: `base.py` is the interface, each kind has its own module."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The one encoder and decoder that all kinds of tokenizer share: pictures to features, vectors of codes to pictures.
+"""The one encoder and decoder that all kinds of tokenizer share: images to features, vectors of codes to images.
 
-    picture → fold patches into channels → blocks, halve, blocks, halve, … → features at each resolution
+    image → fold patches into channels → blocks, halve, blocks, halve, … → features at each resolution
     vectors → 1×1 → blocks, double, blocks, … → 1×1 → unfold patches
 
 As in Ramesh et al. 2021 (appendix A): residual blocks whose branch is scaled down, max-pooling down, nearest neighbour
@@ -50,7 +50,7 @@ def residual_stack(width: int, config: ArchitectureConfig) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """Pictures [B,3,H,W] in [0,1] -> features [B,C,h,w] of the coarsest resolution, or of each."""
+    """Images [B,3,H,W] in [0,1] -> features [B,C,h,w] of the coarsest resolution, or of each."""
 
     def __init__(self, config: ArchitectureConfig) -> None:
         super().__init__()

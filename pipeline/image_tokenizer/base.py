@@ -1,4 +1,4 @@
-"""What every image tokenizer is: pictures to grids of codes and back, saved as safetensors + config.json.
+"""What every image tokenizer is: images to grids of codes and back, saved as safetensors + config.json.
 
     tokenizer = ImageTokenizer.from_pretrained("runs/openmoji/image-tokenizer/model")
     codes = tokenizer.encode(images)      # [B,3,H,W] in [0,1] -> a tensor [B, h*w] a level, coarse to fine
@@ -38,7 +38,7 @@ class Level(NamedTuple):
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """Base of all tokenizers of square pictures, `image_size` pixels a side."""
+    """Base of all tokenizers of square images, `image_size` pixels a side."""
 
     config_class: type[Config]
 
@@ -56,7 +56,7 @@ class ImageTokenizer(nn.Module, ABC):
     def encode(self, images: Tensor) -> list[Tensor]:
         """Images [B,3,H,W], float in [0,1] -> codes, an int64 [B, h*w] a level (rows first), coarse to fine.
 
-        Raises UserError when the pictures are not of `image_size`.
+        Raises UserError when the images are not of `image_size`.
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class ImageTokenizer(nn.Module, ABC):
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise UserError(
-                f"the image tokenizer takes pictures of {self.image_size}×{self.image_size}, 3 channels; found"
+                f"the image tokenizer takes images of {self.image_size}×{self.image_size}, 3 channels; found"
                 f" {list(images.shape)}: resize them, or train a tokenizer at that size"
             )
         if not images.is_floating_point():
@@ -99,7 +99,7 @@ class ImageTokenizer(nn.Module, ABC):
 def check_size(image_size: int, config: ArchitectureConfig) -> None:
     if image_size % config.factor:
         raise UserError(
-            f"pictures of {image_size}×{image_size} cannot be cut into codes of {config.factor}×{config.factor}"
+            f"images of {image_size}×{image_size} cannot be cut into codes of {config.factor}×{config.factor}"
             f" pixels: choose an image size that is a multiple of {config.factor}, or other widths or patch_size"
         )
 

@@ -11,7 +11,7 @@ their ratio. Here they are compared at the decoder's output, not in its last lay
 decoder. With `fixed`, λ = 1.
 
 **LeCam** (Tseng et al. 2021, section 3): R_LC = mean (D(x) − α_F)² + mean (D(x̂) − α_R)², with α_R, α_F the running
-means of D on real and rebuilt pictures: D cannot grow without bound on few pictures.
+means of D on real and rebuilt images: D cannot grow without bound on few images.
 
 **Guard.** The squared error of x̂ is watched: a slow running mean, whose lowest value since `start_step` is the best,
 and a fast one. While the fast one and the batch lie more than `guard` above the best, the adversarial weight halves
@@ -44,17 +44,17 @@ _LARGEST_RATIO = 1e4  # of gradients; as in Esser et al.'s code
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures [B,3,H,W] in [0,1] -> a score for each patch, float32 [B,1,h,w]: high for real ones.
+    """Images [B,3,H,W] in [0,1] -> a score for each patch, float32 [B,1,h,w]: high for real ones.
 
     4×4 convolutions, `layers` of them with stride 2, channels doubling up to 8 times `width`. Groups are normalised
-    where Isola et al. normalise batches: a picture's score then depends on nothing beside it, and nothing runs along.
+    where Isola et al. normalise batches: an image's score then depends on nothing beside it, and nothing runs along.
     """
 
     def __init__(self, config: AdversarialConfig, image_size: int) -> None:
         least = 3 * 2**config.layers
         if image_size < least:
             raise UserError(
-                f"adversarial.layers {config.layers} needs pictures of at least {least}×{least} pixels, found"
+                f"adversarial.layers {config.layers} needs images of at least {least}×{least} pixels, found"
                 f" {image_size}×{image_size}: set adversarial.layers to less, or leave adversarial out"
             )
         super().__init__()

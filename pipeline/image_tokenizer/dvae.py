@@ -3,15 +3,15 @@
 The encoder q_φ gives each position a categorical over K codes, the decoder p_θ gives pixels from the codes' vectors.
 Training relaxes the sampling by the Gumbel-softmax (Jang et al. 2016; Maddison et al. 2016): the decoder
 sees a convex combination of the vectors, which turns into one vector as the temperature τ falls. The loss is
-the negative evidence lower bound, with weight β on the KL term to the uniform prior. Afterwards a picture's
+the negative evidence lower bound, with weight β on the KL term to the uniform prior. Afterwards an image's
 codes are the argmax, with no noise (appendix A.3).
 
 As in the paper: residual blocks whose branch is scaled down, 1×1 convolutions on both sides of the codes (they keep
 the receptive field around the relaxation small), max-pooling down, nearest neighbour up, float32 around the codes
 (under autocast too). Unlike it, for short trainings on small machines, and off by default: `patch_size` folds pixels
 into channels first; `logits: distance` scores a code by how near its vector lies, so that one set of vectors serves
-encoder and decoder; `usage_weight` pulls the batch's mean posterior to uniform, which keeps codes from dying early
-(each single posterior stays free to be sure).
+encoder and decoder; `batch_entropy_weight` pulls the batch's mean posterior to uniform, which keeps codes from dying
+early (each single posterior stays free to be sure).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from pipeline.config.image_tokenizer import DVAEConfig
 from pipeline.image_tokenizer.architecture import Decoder, Encoder
 from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
-from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures, sample_gumbel
+from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images, sample_gumbel
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
-from pipeline.image_tokenizer.quantizers.gumbel import closeness, divergences, gumbel_softmax
+from pipeline.image_tokenizer.quantizers.gumbel import distance_logits, gumbel_softmax, kl_losses
 
 
 class DiscreteVAE(ImageTokenizer):
@@ -55,12 +55,12 @@ class DiscreteVAE(ImageTokenizer):
         return [Level(side, side, self.config.codebook_size)]
 
     def logits(self, images_B3HW: Tensor) -> Tensor:
-        """Unnormalised ln q(code | picture), float32 [B, N, K], the N positions rows first."""
+        """Unnormalised ln q(code | image), float32 [B, N, K], the N positions rows first."""
         features_BNC = self.encoder(images_B3HW).flatten(2).transpose(1, 2)
         with torch.autocast(features_BNC.device.type, enabled=False):
             z_BNC = self.to_logits(features_BNC.float())
             if self.config.logits == "distance":
-                return closeness(z_BNC, self.codebook, self.log_scale)
+                return distance_logits(z_BNC, self.codebook, self.log_scale)
             return z_BNC
 
     def decode_mixture(self, weights_BNK: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class DiscreteVAE(ImageTokenizer):
 
     @torch.no_grad()
     def sample(self, images: Tensor) -> list[Tensor]:
-        """Codes drawn from q(code | picture) instead of its argmax, by the Gumbel-max trick (Maddison et al. 2014).
+        """Codes drawn from q(code | image) instead of its argmax, by the Gumbel-max trick (Maddison et al. 2014).
 
         With torch's global generator. Ramesh et al. 2021, section 2.2, footnote: a regulariser for the transformer.
         """
@@ -99,7 +99,7 @@ class DiscreteVAE(ImageTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: list[Tensor]) -> Tensor:
-        return pictures(self.config.reconstruction, self._decode_vectors(F.embedding(codes[0], self.codebook)))
+        return output_to_images(self.config.reconstruction, self._decode_vectors(F.embedding(codes[0], self.codebook)))
 
     def objective(self) -> DVAEObjective:
         return DVAEObjective(self)
@@ -122,5 +122,5 @@ class DVAEObjective(nn.Module):
         output = self.tokenizer.decode_mixture(weights_BNK)
 
         reconstruction, metrics = self.reconstruction(images, output, step)
-        terms, more = divergences(logits_BNK, config, step, images[0].numel())
+        terms, more = kl_losses(logits_BNK, config, step, images[0].numel())
         return reconstruction + terms, metrics | more

@@ -1,4 +1,4 @@
-"""How good a tokenizer is, measured on hard codes (what the transformer will see), and pictures for a look."""
+"""How good a tokenizer is, measured on hard codes (what the transformer will see), and images for a look."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipeline.metrics.psnr_ssim import ssim
 class Evaluation(NamedTuple):
     """What `evaluate` found."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     counts: list[Tensor]  # how often each code of a level occurs, float64 [K] a level
 
 
 @torch.no_grad()
 def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) -> Evaluation:
-    """Reconstruction and codebook figures over the `batches` {"images": uint8 [b,3,H,W]} of all ranks. Collective.
+    """Reconstruction and codebook metrics over the `batches` {"images": uint8 [b,3,H,W]} of all ranks. Collective.
 
-    psnr: mean over pictures, dB, of 10·log10(1 / MSE) with pixels in [0,1]. ssim: mean over pictures (left out below
+    psnr: mean over images, dB, of 10·log10(1 / MSE) with pixels in [0,1]. ssim: mean over images (left out below
     11 pixels). For each level (suffix `_0`, `_1`, … where there are several): codebook_usage, the share of codes that
     occur at all, in [0,1]; codebook_perplexity, exp of the entropy of how often they occur, in [1, K];
-    code_entropy_bits, the same entropy in bits. bits_per_pixel: what a picture's codes take at that entropy.
+    code_entropy_bits, the same entropy in bits. bits_per_pixel: what an image's codes take at that entropy.
     """
     counts = [torch.zeros(level.codebook_size, dtype=torch.float64) for level in tokenizer.levels]
     sums = {"psnr": 0.0, "ssim": 0.0}
@@ -47,20 +47,20 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
         count += len(images)
     everywhere = distributed.all_gather_objects((sums, count, counts))
     counts = [torch.stack(level).sum(0) for level in zip(*(part[2] for part in everywhere), strict=True)]
-    pictures = max(1, sum(part[1] for part in everywhere))
-    figures = {name: sum(part[0][name] for part in everywhere) / pictures for name in sums}
+    total = max(1, sum(part[1] for part in everywhere))
+    metrics = {name: sum(part[0][name] for part in everywhere) / total for name in sums}
     if tokenizer.image_size < 11:
-        del figures["ssim"]
-    figures["bits_per_pixel"] = 0.0
+        del metrics["ssim"]
+    metrics["bits_per_pixel"] = 0.0
     for i, (level, level_counts) in enumerate(zip(tokenizer.levels, counts, strict=True)):
         suffix = f"_{i}" if len(counts) > 1 else ""
         share = level_counts / level_counts.sum().clamp_min(1)
         entropy = -torch.xlogy(share, share).sum().item()
-        figures[f"codebook_usage{suffix}"] = (level_counts > 0).double().mean().item()
-        figures[f"codebook_perplexity{suffix}"] = math.exp(entropy)
-        figures[f"code_entropy_bits{suffix}"] = entropy / math.log(2)
-        figures["bits_per_pixel"] += entropy / math.log(2) * level.height * level.width / tokenizer.image_size**2
-    return Evaluation(figures, counts)
+        metrics[f"codebook_usage{suffix}"] = (level_counts > 0).double().mean().item()
+        metrics[f"codebook_perplexity{suffix}"] = math.exp(entropy)
+        metrics[f"code_entropy_bits{suffix}"] = entropy / math.log(2)
+        metrics["bits_per_pixel"] += entropy / math.log(2) * level.height * level.width / tokenizer.image_size**2
+    return Evaluation(metrics, counts)
 
 
 def collapsed(evaluation: Evaluation, floor: float) -> str | None:
@@ -71,8 +71,8 @@ def collapsed(evaluation: Evaluation, floor: float) -> str | None:
         return None
     return (
         f"codebook collapse: expected at least {floor:.0%} of the codes in use on the validation split, found"
-        f" {', '.join(low)}: lower training.learning_rate, or raise revive_below (codebooks), usage_weight with logits:"
-        " distance (dvae, gumbel) or entropy_weight (lfq), or take a smaller codebook"
+        f" {', '.join(low)}: lower training.learning_rate, or raise dead_code_threshold (codebooks),"
+        " batch_entropy_weight with logits: distance (dvae, gumbel) or entropy_weight (lfq), or take a smaller codebook"
     )
 
 
@@ -97,7 +97,7 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, [B], dB; both [B,3,H,W] in [0,1]. At most 100 (equal pictures)."""
+    """Peak signal-to-noise ratio of each image, [B], dB; both [B,3,H,W] in [0,1]. At most 100 (equal images)."""
     mse = (images.double() - reconstructions.double()).square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 

@@ -1,4 +1,4 @@
-"""The loss between pictures and reconstructions with all its optional terms: perceptual, adversarial.
+"""The loss between images and reconstructions with all its optional terms: perceptual, adversarial.
 
 An objective knows one of these as `reconstruction` (losses.py: `ReconstructionLoss`); none of this is exported.
 """
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.image_tokenizer.discriminator import Adversary
-from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures
+from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.perceptual import Perceptual
 
 
-class PictureLosses(ReconstructionLoss):
+class ImageLosses(ReconstructionLoss):
     """Pixels' loss + weight · perceptual distance + the adversary's part."""
 
     def __init__(
@@ -25,7 +25,7 @@ class PictureLosses(ReconstructionLoss):
 
     def forward(self, images: Tensor, output: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = super().forward(images, output, step)
-        rebuilt = pictures(self.kind, output)
+        rebuilt = output_to_images(self.kind, output)
         if self.perceptual:
             distance = self.perceptual(images, rebuilt, step)
             loss = loss + self.perceptual.config.weight * distance
@@ -36,11 +36,11 @@ class PictureLosses(ReconstructionLoss):
         return loss, metrics
 
 
-def add_picture_losses(
+def add_image_losses(
     objective: nn.Module, image_size: int, perceptual: PerceptualConfig | None, adversarial: AdversarialConfig | None
 ) -> None:
     """Put the optional terms into a tokenizer's objective. Without any, it stays as it is."""
     if perceptual or adversarial:
         plain = objective.reconstruction
         assert isinstance(plain, ReconstructionLoss)
-        objective.reconstruction = PictureLosses(plain.kind, image_size, perceptual, adversarial)
+        objective.reconstruction = ImageLosses(plain.kind, image_size, perceptual, adversarial)

@@ -1,4 +1,4 @@
-"""Losses: likelihoods of pictures, and the divergences that keep codes in use.
+"""Losses: likelihoods of images, and the kl_losses that keep codes in use.
 
 Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.1 and appendix A.3.
 """
@@ -16,13 +16,13 @@ from pipeline.core import distributed
 EPSILON = 0.1  # keeps pixels away from 0 and 1, where the logit is infinite
 
 
-def shrink(x: Tensor) -> Tensor:
+def map_pixels(x: Tensor) -> Tensor:
     """Pixels in [0, 1] to [ε, 1 − ε], the support that the logit-Laplace density is fitted on."""
     return (1 - 2 * EPSILON) * x + EPSILON
 
 
-def unshrink(x: Tensor) -> Tensor:
-    """The inverse of `shrink`, cut to [0, 1]."""
+def unmap_pixels(x: Tensor) -> Tensor:
+    """The inverse of `map_pixels`, cut to [0, 1]."""
     return ((x - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 
@@ -35,9 +35,9 @@ def logit_laplace_nll(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
 
 
 class ReconstructionLoss(nn.Module):
-    """How far the decoder's output is from the pictures: what every objective starts from.
+    """How far the decoder's output is from the images: what every objective starts from.
 
-    Further terms on pictures (perceptual, adversarial) belong here: an objective knows none of them.
+    Further terms on images (perceptual, adversarial) belong here: an objective knows none of them.
     """
 
     def __init__(self, kind: str) -> None:
@@ -59,16 +59,16 @@ def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
     """Mean loss a pixel value. `images` [B,3,H,W] in [0,1]; `output` [B,6,H,W] (μ, ln b) or [B,3,H,W]."""
     if kind == "logit_laplace":
         mu, ln_b = output.chunk(2, dim=1)
-        return logit_laplace_nll(shrink(images), mu, ln_b).mean()
+        return logit_laplace_nll(map_pixels(images), mu, ln_b).mean()
     if kind == "l1":
         return F.l1_loss(output, images)
     return F.mse_loss(output, images)
 
 
-def pictures(kind: str, output: Tensor) -> Tensor:
-    """The decoder's output as pictures [B,3,H,W] in [0,1]."""
+def output_to_images(kind: str, output: Tensor) -> Tensor:
+    """The decoder's output as images [B,3,H,W] in [0,1]."""
     if kind == "logit_laplace":
-        return unshrink(torch.sigmoid(output[:, :3]))
+        return unmap_pixels(torch.sigmoid(output[:, :3]))
     return output.clamp(0, 1)
 
 
@@ -82,7 +82,7 @@ def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
     """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
 
     0 when the codes are used evenly over the micro-batch of all ranks, ln K when all collapse into one. A small
-    micro-batch seems to use few codes: the figure depends on its size, though not on the number of ranks that share it.
+    micro-batch seems to use few codes: the metric depends on its size, though not on the number of ranks that share it.
     """
     return math.log(q.shape[-1]) - entropy(distributed.mean_with_gradient(q.flatten(0, -2).mean(0)))
 

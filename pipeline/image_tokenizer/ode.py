@@ -17,7 +17,7 @@ finer steps and other solvers go between the blocks. With N = 1, f does not depe
 
 `adjoint: true` keeps no activations: it solves the adjoint equation backwards in time (Chen et al. 2018, section 2),
 with twice the work and with gradients that are those of the exact solution, so they differ from those of a coarse
-solver's steps. dopri5 chooses its steps for a batch as a whole: within the tolerance, a picture's result depends on
+solver's steps. dopri5 chooses its steps for a batch as a whole: within the tolerance, an image's result depends on
 those beside it. Where codes must not, take a solver with fixed steps.
 """
 

@@ -1,4 +1,4 @@
-"""A perceptual distance as a loss: pictures compared in the features of a frozen network (Johnson et al. 2016).
+"""A perceptual distance as a loss: images compared in the features of a frozen network (Johnson et al. 2016).
 
     d(x, x̂) = 1/L · Σ_l  mean over positions of ‖f_l(x) − f_l(x̂)‖²
 
@@ -29,16 +29,16 @@ from pipeline.config.image_losses import PerceptualConfig
 from pipeline.core.errors import UserError
 
 _KEY = "image_tokenizer.perceptual"
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pictures in [0, 1]
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two [B,3,h,w] in [0,1] -> a scalar
 
 
 class Perceptual(nn.Module):
-    """Pictures and reconstructions [B,3,H,W] in [0,1] -> their mean distance, a scalar ≥ 0."""
+    """Images and reconstructions [B,3,H,W] in [0,1] -> their mean distance, a scalar ≥ 0."""
 
     def __init__(self, config: PerceptualConfig, image_size: int) -> None:
-        """Raises UserError when the network or its weights are not there, or pictures are too small for it."""
+        """Raises UserError when the network or its weights are not there, or images are too small for it."""
         super().__init__()
         self.config = config
         network, distance = _LOADERS[config.backbone](config)
@@ -52,7 +52,7 @@ class Perceptual(nn.Module):
                 distance(*torch.zeros(2, 1, 3, side, side))
         except (UserError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"{_KEY}: {config.backbone} cannot take pictures of {side}×{side} ({_first_line(error)}):"
+                f"{_KEY}: {config.backbone} cannot take images of {side}×{side} ({_first_line(error)}):"
                 f" set {_KEY}.resize to what it was trained on"
             ) from error
 

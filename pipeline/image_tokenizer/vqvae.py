@@ -2,13 +2,13 @@
 
 One grid of codes at the coarsest resolution, or one at each of the two or three coarsest, from coarse to fine:
 
-    encoder:  picture → h at each resolution
+    encoder:  image → h at each resolution
     level 0:  z = project(h_0)               → codes → e_0 → decoder's blocks, doubled → d_1
     level 1:  z = project([h_1, d_1])        → codes → d_1 + expand(e_1) → decoder's blocks …
     … → pixels
 
 A level is quantized knowing what the coarser ones decode to, as in the paper, so it spends its codes on what is
-missing. Where the paper has a decoder for each level and one for the picture, here the one decoder of the architecture
+missing. Where the paper has a decoder for each level and one for the image, here the one decoder of the architecture
 serves as all of them: at each resolution that has codes, their vectors come in. A residual quantizer gives a position
 several codes; each is a level of its own, of equal size.
 """
@@ -22,7 +22,7 @@ from pipeline.config.base import Config
 from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv
 from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
-from pipeline.image_tokenizer.losses import ReconstructionLoss, pictures
+from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 
 
@@ -89,7 +89,7 @@ class VQVAE(ImageTokenizer):
             of_grid, left = left[: len(quantizer.codebook_sizes)], left[len(quantizer.codebook_sizes) :]
             x = self._put_in(x, quantizer.vectors(of_grid), i)
         assert x is not None
-        return pictures(self.config.reconstruction, self.decoder.finish(x, len(quantizers) - 1))
+        return output_to_images(self.config.reconstruction, self.decoder.finish(x, len(quantizers) - 1))
 
     def objective(self) -> VQVAEObjective:
         return VQVAEObjective(self)

@@ -1,4 +1,4 @@
-"""What every figure asks of its input, said in one line when it does not hold."""
+"""What every metric asks of its input, said in one line when it does not hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checked(values: Array, name: str, at_least: int = 1, reason: str = "one samp
     if tensor.ndim != 2:
         raise UserError(f"{name}: expected an array [samples, dimensions], found shape {tuple(tensor.shape)}")
     if len(tensor) < at_least:
-        raise UserError(f"{name}: expected at least {at_least} samples ({reason}), found {len(tensor)}; add pictures")
+        raise UserError(f"{name}: expected at least {at_least} samples ({reason}), found {len(tensor)}; add images")
     finite = torch.cat([torch.isfinite(block).all(dim=1) for block in tensor.split(BLOCK)])
     if not finite.all():
         first = int((~finite).nonzero()[0])
@@ -39,7 +39,7 @@ def checked_pair(real: Array, generated: Array, at_least: int = 1, reason: str =
     pair = checked(real, "real", at_least, reason), checked(generated, "generated", at_least, reason)
     if pair[0].shape[1] != pair[1].shape[1]:
         raise UserError(
-            f"features of real and generated pictures: expected equal dimensions, found {pair[0].shape[1]} and "
+            f"features of real and generated images: expected equal dimensions, found {pair[0].shape[1]} and "
             f"{pair[1].shape[1]}; use one extractor for both"
         )
     return pair

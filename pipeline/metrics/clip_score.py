@@ -8,12 +8,12 @@ from pipeline.core.errors import UserError
 
 
 def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
-    """100 · max(cos, 0) of each picture `[n, d]` and its caption `[n, d]`: float64 `[n]`."""
+    """100 · max(cos, 0) of each image `[n, d]` and its caption `[n, d]`: float64 `[n]`."""
     return 100 * _cosines(images, captions).clamp(min=0)
 
 
 def own_caption_ranks(images: Tensor, captions: Tensor) -> Tensor:
-    """How many captions are nearer to each picture than its own: int64 `[n]`. Equal captions do not count."""
+    """How many captions are nearer to each image than its own: int64 `[n]`. Equal captions do not count."""
     images, captions = (nn.functional.normalize(values.double(), dim=1) for values in (images, captions))
     similarity = images @ captions.T
     own = (images * captions).sum(dim=1, keepdim=True)
@@ -22,5 +22,5 @@ def own_caption_ranks(images: Tensor, captions: Tensor) -> Tensor:
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
-        raise UserError(f"CLIP score: expected a caption for each picture, found {len(b)} for {len(a)}")
+        raise UserError(f"CLIP score: expected a caption for each image, found {len(b)} for {len(a)}")
     return nn.functional.cosine_similarity(a.double(), b.double(), dim=1)

@@ -3,7 +3,7 @@
     d² = |μ₁ − μ₂|² + Tr Σ₁ + Tr Σ₂ − 2 Tr (Σ₁ Σ₂)^½
 
 with means μ and covariances Σ (divisor n − 1) of the two sets. It is FID only on the features of
-the one Inception network that published figures use; on others it is named after the extractor.
+the one Inception network that published metrics use; on others it is named after the extractor.
 The estimate falls as the number of samples grows: compare at equal n only, or use `frechet_infinity`.
 """
 
@@ -118,7 +118,7 @@ def frechet_infinity(
     """
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")
     if len(y) < 20:
-        raise UserError(f"FD∞: expected at least 20 generated samples, found {len(y)}; add pictures")
+        raise UserError(f"FD∞: expected at least 20 generated samples, found {len(y)}; add images")
     reference = reference or Gaussian.of(x)
     sizes = torch.linspace(len(y) / 10, len(y), points).round().long().tolist()
     distances = []
@@ -139,7 +139,7 @@ def frechet_deviation(
 
     `paired`: sample i of one set belongs to sample i of the other (reconstructions), so pairs are drawn.
     Its spread is that of d² at this n. Its mean is not: a resample repeats samples, which lifts d², so percentiles
-    of the bootstrap would miss the figure itself; hence a deviation, to be put around the figure. Where
+    of the bootstrap would miss the metric itself; hence a deviation, to be put around the metric. Where
     hardly anything but the bias is left (d² near that of two halves of one set) it is too wide, not too narrow.
     """
     x, y = checked_pair(real, generated, at_least=2, reason="a covariance")

@@ -1,9 +1,9 @@
-"""Inception Score (Salimans et al. 2016, section 4): each picture clearly one class, all classes there.
+"""Inception Score (Salimans et al. 2016, section 4): each image clearly one class, all classes there.
 
     IS = exp( E_x KL( p(y|x) ‖ p(y) ) ),    p(y) = E_x p(y|x)
 
-from 1 to the number of classes. It looks at generated pictures only, and says little where the
-classifier's classes (here ImageNet's) are not what the pictures show.
+from 1 to the number of classes. It looks at generated images only, and says little where the
+classifier's classes (here ImageNet's) are not what the images show.
 """
 
 from __future__ import annotations

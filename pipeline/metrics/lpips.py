@@ -1,4 +1,4 @@
-"""LPIPS, a learned perceptual distance of two pictures (Zhang et al. 2018, section 3, eq. 1), on VGG-16, version 0.1.
+"""LPIPS, a learned perceptual distance of two images (Zhang et al. 2018, section 3, eq. 1), on VGG-16, version 0.1.
 
     d(x, y) = Σ_l  mean over positions of  w_l · (ŷ_l − x̂_l)²
 
@@ -23,7 +23,7 @@ BACKBONE, HEADS = "vgg16-397923af.pth", "vgg.pth"
 # Convolutions of VGG-16 (Simonyan & Zisserman 2015, table 1, D) by their place in the published state dict.
 _LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _WIDTHS = (64, 128, 256, 512, 512)
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 
 
 class Lpips(nn.Module):
@@ -87,26 +87,26 @@ class Lpips(nn.Module):
         model.weights_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         return model.requires_grad_(False).eval()
 
-    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
-        """Distance of each pair of pictures `[n, 3, H, W]` in [0, 1], at least 16 × 16: float64 `[n]`."""
-        if pictures.shape != others.shape:
-            raise UserError(f"LPIPS: expected equal shapes, found {tuple(pictures.shape)} and {tuple(others.shape)}")
-        if min(pictures.shape[-2:]) < 16:
-            raise UserError(f"LPIPS: expected pictures of at least 16 × 16 pixels, found {tuple(pictures.shape[-2:])}")
-        distance = torch.zeros(len(pictures), dtype=torch.float64, device=pictures.device)
-        for head, x, y in zip(self.heads, self._activations(pictures), self._activations(others), strict=True):
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance of each pair of images `[n, 3, H, W]` in [0, 1], at least 16 × 16: float64 `[n]`."""
+        if images.shape != others.shape:
+            raise UserError(f"LPIPS: expected equal shapes, found {tuple(images.shape)} and {tuple(others.shape)}")
+        if min(images.shape[-2:]) < 16:
+            raise UserError(f"LPIPS: expected images of at least 16 × 16 pixels, found {tuple(images.shape[-2:])}")
+        distance = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+        for head, x, y in zip(self.heads, self._activations(images), self._activations(others), strict=True):
             distance += (head * (x - y).square()).sum(dim=1).mean(dim=(1, 2)).double()
         return distance
 
     @torch.inference_mode()
-    def batched(self, pictures: Tensor, others: Tensor, batch_size: int = 16) -> Tensor:
+    def batched(self, images: Tensor, others: Tensor, batch_size: int = 16) -> Tensor:
         device = self.heads[0].device
-        pairs = zip(pictures.split(batch_size), others.split(batch_size), strict=True)
+        pairs = zip(images.split(batch_size), others.split(batch_size), strict=True)
         return torch.cat([self(x.float().to(device), y.float().to(device)).cpu() for x, y in pairs])
 
-    def _activations(self, pictures: Tensor) -> list[Tensor]:
+    def _activations(self, images: Tensor) -> list[Tensor]:
         """Of the last convolution of each group, each position scaled to unit length."""
-        x = 2 * pictures - 1
+        x = 2 * images - 1
         x = (x - x.new_tensor(_SHIFT).view(3, 1, 1)) / x.new_tensor(_SCALE).view(3, 1, 1)
         found = []
         for i, places in enumerate(_LAYERS):

@@ -21,7 +21,7 @@ from pipeline.metrics.checks import BLOCK, Array, checked_pair
 
 
 @dataclass(frozen=True)
-class ManifoldFigures:
+class ManifoldMetrics:
     precision: float
     recall: float
     density: float
@@ -30,7 +30,7 @@ class ManifoldFigures:
 
 @dataclass(frozen=True)
 class Membership:
-    """What the four figures are the means of: a value a sample, float64."""
+    """What the four metrics are the means of: a value a sample, float64."""
 
     precision: Tensor  # [m], 0 or 1
     recall: Tensor  # [n], 0 or 1
@@ -38,10 +38,10 @@ class Membership:
     coverage: Tensor  # [n], 0 or 1
 
 
-def precision_recall_density_coverage(real: Array, generated: Array, neighbours: int) -> ManifoldFigures:
-    """The four figures of two sets `[n, d]`, `[m, d]` with k = `neighbours`. Raises as `membership` does."""
+def precision_recall_density_coverage(real: Array, generated: Array, neighbours: int) -> ManifoldMetrics:
+    """The four metrics of two sets `[n, d]`, `[m, d]` with k = `neighbours`. Raises as `membership` does."""
     values = membership(real, generated, neighbours)
-    return ManifoldFigures(**{name: value.mean().item() for name, value in vars(values).items()})
+    return ManifoldMetrics(**{name: value.mean().item() for name, value in vars(values).items()})
 
 
 def membership(real: Array, generated: Array, neighbours: int) -> Membership:

@@ -14,26 +14,24 @@ _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 
 
-def psnr(pictures: Tensor, reconstructions: Tensor) -> Tensor:
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, 10 log₁₀ (1 / mean squared error), in dB, of each pair: `[n]`.
 
-    Identical pictures give infinity.
+    Identical images give infinity.
     """
-    x, y = _checked(pictures, reconstructions)
+    x, y = _checked(images, reconstructions)
     return -10 * (x - y).square().mean(dim=(1, 2, 3)).log10()
 
 
-def ssim(pictures: Tensor, reconstructions: Tensor) -> Tensor:
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, eq. 13) of each pair, at most 1: `[n]`.
 
     Means, variances and covariance under an 11 × 11 Gaussian window (σ = 1.5) that stays inside the
-    picture, on each colour channel; averaged over channels and positions.
+    image, on each colour channel; averaged over channels and positions.
     """
-    x, y = _checked(pictures, reconstructions)
+    x, y = _checked(images, reconstructions)
     if min(x.shape[-2:]) < _WINDOW:
-        raise UserError(
-            f"SSIM: expected pictures of at least {_WINDOW} × {_WINDOW} pixels, found {tuple(x.shape[-2:])}"
-        )
+        raise UserError(f"SSIM: expected images of at least {_WINDOW} × {_WINDOW} pixels, found {tuple(x.shape[-2:])}")
     mean_x, mean_y = _blurred(x), _blurred(y)
     var_x = _blurred(x * x) - mean_x**2
     var_y = _blurred(y * y) - mean_y**2
@@ -51,12 +49,12 @@ def _blurred(x: Tensor) -> Tensor:
     return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
 
 
-def _checked(pictures: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-    if pictures.shape != reconstructions.shape or pictures.ndim != 4 or len(pictures) == 0:
+def _checked(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+    if images.shape != reconstructions.shape or images.ndim != 4 or len(images) == 0:
         raise UserError(
-            "pictures and reconstructions: expected equal shapes [n, C, H, W] with n > 0, "
-            f"found {tuple(pictures.shape)} and {tuple(reconstructions.shape)}"
+            "images and reconstructions: expected equal shapes [n, C, H, W] with n > 0, "
+            f"found {tuple(images.shape)} and {tuple(reconstructions.shape)}"
         )
-    if not (torch.isfinite(pictures).all() and torch.isfinite(reconstructions).all()):
-        raise UserError("pictures and reconstructions: expected numbers in [0, 1], found NaN or infinity")
-    return pictures.double(), reconstructions.double()
+    if not (torch.isfinite(images).all() and torch.isfinite(reconstructions).all()):
+        raise UserError("images and reconstructions: expected numbers in [0, 1], found NaN or infinity")
+    return images.double(), reconstructions.double()

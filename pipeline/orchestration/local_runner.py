@@ -37,7 +37,7 @@ def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -
     with Lock(runs.lock("run"), f"the run in {runs.path}"):
         runs.open(config, source)
         for stage in stages_of(config):
-            reasons = runs.why_not_done(config, stage)
+            reasons = runs.stale_reasons(config, stage)
             if not reasons:
                 _say(stage, "up to date")
                 continue

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.config.base import differences, digest, to_yaml
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named
@@ -69,7 +70,7 @@ class RunDirectory:
         if not (success.exists() and path.exists() and success.read_text().strip() == sha256_file(path)):
             return None
         manifest: dict[str, Any] = read_json(path)
-        return manifest
+        return manifest | {"config": with_current_names(manifest["config"])}
 
     def identity(self, config: PipelineConfig, stage: Stage) -> dict[str, Any]:
         """What this stage's result is a function of: its config and the hashes of its finished inputs.
@@ -86,7 +87,7 @@ class RunDirectory:
             inputs[name] = manifest["hash"]
         return {"config": stage_identity(config, stage.name), "inputs": inputs}
 
-    def why_not_done(self, config: PipelineConfig, stage: Stage) -> list[str]:
+    def stale_reasons(self, config: PipelineConfig, stage: Stage) -> list[str]:
         """Why this stage must run, a reason a line; empty if it is up to date."""
         manifest = self.manifest(stage.name)
         if manifest is None:
@@ -108,7 +109,7 @@ class RunDirectory:
         reasons: list[str] = []
         for name in inputs_of(config, stage):
             upstream = stage_named(name)
-            own = [f"{name}: {reason}" for reason in self.why_not_done(config, upstream)]
+            own = [f"{name}: {reason}" for reason in self.stale_reasons(config, upstream)]
             reasons += self.stale_inputs(config, upstream) or own
         return list(dict.fromkeys(reasons))
 
@@ -124,7 +125,7 @@ class RunDirectory:
         if not directory.exists() and shelved.is_dir() and _identity_of(shelved) == identity:
             shelved.rename(directory)
             log.info("%s: taken back from %s", stage.name, shelved)
-        if self.manifest(stage.name) is not None and not self.why_not_done(config, stage):
+        if self.manifest(stage.name) is not None and not self.stale_reasons(config, stage):
             return False
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "_SUCCESS").unlink(missing_ok=True)
@@ -198,7 +199,7 @@ class RunDirectory:
 
 def _identity_of(directory: Path) -> Any:
     path = directory / "identity.json"
-    return read_json(path) if path.exists() else None
+    return with_current_names(read_json(path)) if path.exists() else None
 
 
 def config_of(run_directory: Path) -> Path:

@@ -1,6 +1,6 @@
 """Tracking: metrics.jsonl is the truth, MLflow its mirror.
 
-A stage appends every figure to its `metrics.jsonl`. A background thread copies what MLflow does not
+A stage appends every metric to its `metrics.jsonl`. A background thread copies what MLflow does not
 have yet: on a resume it asks the server for the last step of each metric and goes on behind it, so
 nothing is doubled, and a server that was away for a while catches up. A broken server is told of once
 and delays nothing. MLflow keeps a parent run for the pipeline and a child for each stage.
@@ -50,7 +50,7 @@ class Tracker:
         self._system_logged = 0.0
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append a line to metrics.jsonl; with system figures every few seconds."""
+        """Append a line to metrics.jsonl; with system metrics every few seconds."""
         if not self.active or not metrics:
             return
         line: dict[str, float] = {"step": step, "time": time.time()} | metrics
@@ -60,14 +60,14 @@ class Tracker:
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Save a picture of this step under pictures/ and as an artifact."""
+    def log_image(self, name: str, image: Image.Image, step: int) -> None:
+        """Save an image of this step under images/ and as an artifact."""
         if not self.active:
             return
-        path = self.directory / "pictures" / f"{name}-{step:08d}.png"
+        path = self.directory / "images" / f"{name}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-        self.artifact(path, folder="pictures")
+        self.artifact(path, folder="images")
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         if self.active and self._mirror:

@@ -1,7 +1,7 @@
-"""report/index.html: one self-contained file. Pictures are data URIs, plots inline SVG, styles inline CSS.
+"""report/index.html: one self-contained file. Images are data URIs, plots inline SVG, styles inline CSS.
 
-What is on the page is also there as files of its own, for MLflow: plots/*.svg, grids/*.png (painted pictures with the
-nearest training picture beside each), figures.csv and costs.json.
+What is on the page is also there as files of its own, for MLflow: plots/*.svg, grids/*.png (generated images with the
+nearest training image beside each), metrics.csv and costs.json.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _SMALL_PX = 48  # below, enlarging with interpolation shows nothing but blur
 
 
 @dataclass(frozen=True)
-class Painted:
-    """A painted picture, with the training picture that it comes closest to."""
+class GeneratedImage:
+    """A generated image, with the training image that it comes closest to."""
 
     prompt: str
-    picture: str  # data URI
-    nearest_picture: str
+    image: str  # data URI
+    nearest_image: str
     nearest_caption: str
     distance: float
     score: float | None = None
 
     @property
     def both(self) -> tuple[str, str]:
-        return self.picture, self.nearest_picture
+        return self.image, self.nearest_image
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     """The page and its parts, from the directories of all stages before it (by stage name)."""
     evaluation = read_json(directories["evaluate"] / "metrics.json")
     facts = read_facts(directories)
-    originals = _training_pictures(directories["prepare"], evaluation)
+    originals = _training_images(directories["prepare"], evaluation)
     prompted = _grouped(evaluation["nearest"], "kind", ("training", "new"), directories["generate"], originals)
     sampled = _grouped(evaluation["samples"], "group", ("random", "best", "worst"), directories["evaluate"], originals)
     curves = {name: panels(facts.stages[name].history, name) for name in TRAINED}
@@ -70,7 +70,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     }
     groups = {**{f"prompts-{kind}": found for kind, found in prompted.items()}, **sampled}
     files |= {f"grids/{name}.png": sheet(name, found) for name, found in groups.items() if found}
-    files |= {"figures.csv": _csv(evaluation["rows"]), "costs.json": _costs(facts)}
+    files |= {"metrics.csv": _csv(evaluation["rows"]), "costs.json": _costs(facts)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -78,20 +78,20 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "size": size, "figure": _figure, "count": lambda n: f"{n:,}"}
+    environment.filters |= {"duration": duration, "size": size, "metric": _metric, "count": lambda n: f"{n:,}"}
     page = environment.get_template("template.html").render(
         title=config.report.title or config.name,
         facts=facts,
         trained=[facts.stages[name] for name in TRAINED],
         seed=config.seed,
-        painted=prompted,
+        generated=prompted,
         sampled=sampled,
         sweep=sweep,
         reconstructions=[
             {
                 **entry,
                 "original": originals[entry["key"]],
-                "picture": _data_uri(directories["evaluate"] / entry["file"]),
+                "image": _data_uri(directories["evaluate"] / entry["file"]),
             }
             for entry in evaluation["reconstructions"]
         ],
@@ -111,41 +111,41 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
 
 def _grouped(
     entries: list[dict[str, Any]], by: str, groups: tuple[str, ...], directory: Path, originals: dict[str, str]
-) -> dict[str, list[Painted]]:
-    """The pictures of each of `groups`."""
-    found: dict[str, list[Painted]] = {group: [] for group in groups}
+) -> dict[str, list[GeneratedImage]]:
+    """The images of each of `groups`."""
+    found: dict[str, list[GeneratedImage]] = {group: [] for group in groups}
     for entry in entries:
-        painted = Painted(
+        generated = GeneratedImage(
             prompt=entry["prompt"],
-            picture=_data_uri(directory / entry["file"]),
-            nearest_picture=originals[entry["key"]],
+            image=_data_uri(directory / entry["file"]),
+            nearest_image=originals[entry["key"]],
             nearest_caption=entry["caption"],
             distance=entry["distance"],
             score=entry.get("score"),
         )
-        found[entry[by]].append(painted)
+        found[entry[by]].append(generated)
     return found
 
 
-def sheet(title: str, pictures: list[Painted]) -> bytes:
-    """A PNG of the painted pictures, beside each the training picture that is nearest to it."""
+def sheet(title: str, images: list[GeneratedImage]) -> bytes:
+    """A PNG of the generated images, beside each the training image that is nearest to it."""
     tiles = []
-    for painted in pictures:
-        pair = [Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB") for uri in painted.both]
+    for generated in images:
+        pair = [Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB") for uri in generated.both]
         width, height = pair[0].size
         both = Image.new("RGB", (2 * width, 2 * width), "white")
         both.paste(pair[0], (0, (2 * width - height) // 2))
         both.paste(pair[1].resize(pair[0].size, Image.Resampling.NEAREST), (width, (2 * width - height) // 2))
-        score = f" · {painted.score:.3g}" if painted.score is not None else ""
-        tiles.append(Tile(both, f"{painted.prompt}{score}"))
-    note = "Left what was painted, right the training picture that it comes nearest to."
+        score = f" · {generated.score:.3g}" if generated.score is not None else ""
+        tiles.append(Tile(both, f"{generated.prompt}{score}"))
+    note = "Left what was generated, right the training image that it comes nearest to."
     result = io.BytesIO()
     grid([Group(title.replace("-", ", ").capitalize(), tiles, note)], columns=6, side=160).save(result, format="PNG")
     return result.getvalue()
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    """Every figure, a row each."""
+    """Every metric, a row each."""
     text = io.StringIO()
     names = [name for name in rows[0] if name != "interval"] if rows else []
     writer = csv.writer(text, lineterminator="\n")
@@ -170,7 +170,7 @@ def _costs(facts: RunFacts) -> str:
 
 
 def _extractors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each network that figures come from, with the labels by which they are named."""
+    """Each network that metrics come from, with the labels by which they are named."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if row["extractor"]:
@@ -182,8 +182,8 @@ def _extractors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _training_pictures(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
-    """The real pictures that the page shows, by key, as data URIs."""
+def _training_images(prepare: Path, evaluation: dict[str, Any]) -> dict[str, str]:
+    """The real images that the page shows, by key, as data URIs."""
     shown = (*evaluation["nearest"], *evaluation["samples"], *evaluation["reconstructions"])
     missing = {entry["key"] for entry in shown}
     splits = {"train", *(entry["split"] for entry in evaluation["reconstructions"])}
@@ -208,10 +208,10 @@ def _as_data_uri(png: bytes) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures as rows, what they compare as columns, so that each stands beside its floor."""
+    """Metrics as rows, what they compare as columns, so that each stands beside its floor."""
 
     title: str
-    columns: list[tuple[str, int]]  # what is compared, on how many pictures
+    columns: list[tuple[str, int]]  # what is compared, on how many images
     rows: list[tuple[str, str, list[dict[str, Any]]]]  # metric, better, cells
 
 
@@ -235,16 +235,16 @@ def _tables(rows: list[dict[str, Any]]) -> list[Table]:
 
 
 def _title(metric: str, compares: str) -> str:
-    if "nearest training picture" in metric:
-        return "How near the training pictures are"
+    if "nearest training image" in metric:
+        return "How near the training images are"
     if "reconstruction" in compares:
         return "Reconstructions of the image tokenizer"
     if "captions" in compares and ", their" in compares:
-        return "Pictures against their captions"
-    return "Set against set" if "," in compares else "Generated pictures beside real ones"
+        return "Images against their captions"
+    return "Set against set" if "," in compares else "Generated images beside real ones"
 
 
-def _figure(value: float | None) -> str:
+def _metric(value: float | None) -> str:
     """Three significant digits, as people write them."""
     if value is None:
         return "–"

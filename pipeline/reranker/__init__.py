@@ -1,4 +1,4 @@
-"""Which picture fits its prompt best: a small CLIP (`model.py`), or a pretrained one, behind `Ranker`."""
+"""Which image fits its prompt best: a small CLIP (`model.py`), or a pretrained one, behind `Ranker`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al. 2021): two towers whose embeddings meet where picture and caption belong together.
+"""A small CLIP (Radford et al. 2021): two towers whose embeddings meet where image and caption belong together.
 
 Shapes: B batch, P patches, T text positions, D width, E dimensions.
 """
@@ -75,7 +75,7 @@ class TwoTowers(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """InfoNCE in both directions: each picture finds its caption among the batch's, and the reverse.
+    """InfoNCE in both directions: each image finds its caption among the batch's, and the reverse.
 
     The negatives are those of one process and micro-batch. `forward(batch, step) -> (loss, metrics)`, with
     `batch` "images" uint8 [B, 3, H, W] and "text" int64 [B, T].
@@ -90,7 +90,7 @@ class ContrastiveObjective(nn.Module):
         images, captions = self.towers.images(batch["images"]), self.towers.captions(text)
         scale = self.towers.log_scale.clamp(max=_MAX_SCALE).exp()
         logits = scale * images @ captions.T
-        # Two pictures with one caption are both right.
+        # Two images with one caption are both right.
         same = (text[:, None] == text[None]).all(-1).float()
         targets = same / same.sum(dim=1, keepdim=True)
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -1,1 +1,1 @@
-"""From prompt to pictures: decode.py draws codes, pipeline.py turns prompts into pictures, grid.py shows them."""
+"""From prompt to images: decode.py draws codes, pipeline.py turns prompts into images, grid.py shows them."""

@@ -2,7 +2,7 @@
 
 `Transformer.read_codes` says the same in the words of training. At one position a row, what an operation costs to
 start outweighs what it computes (1 to 5 µs each on a CPU, more on a GPU), and a view costs as much as a sum. So this
-step spends one operation where the general form takes five, and writes into a `_Room` whose views are made once.
+step spends one operation where the general form takes five, and writes into a `_Workspace` whose views are made once.
 `tests/sampling/test_cached_step.py` holds it to the full pass at every position of every shape.
 
 Shapes: B rows, C = max(B, 2) rows of which the second may be a copy, D width, M hidden width of the MLP, H heads,
@@ -30,7 +30,7 @@ from pipeline.transformer.model import Cache, Transformer
 Norm = Callable[[Tensor, Tensor], object]  # of the first argument, into the second
 
 
-class CodeReader:
+class CachedDecoder:
     """Reads codes into a cache, one position at a time, for as long as neither weights nor cache are replaced."""
 
     def __init__(self, model: Transformer, cache: Cache, compiled: bool = False) -> None:
@@ -43,9 +43,9 @@ class CodeReader:
         places = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
         self._places = torch.cat(places).unbind() if places else None
         self._first = layout.text_length + 1
-        self._turns = _Turns.of(model, cache[0].keys.dtype) if model.shape.positions == "rotary" else None
+        self._turns = RotaryTable.of(model, cache[0].keys.dtype) if model.shape.positions == "rotary" else None
         self._layers = [_Layer.of(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
-        self._norm, self._room = _norm(model.norm), _Room(self._layers[0], self._batch)
+        self._norm, self._room = _norm(model.norm), _Workspace(self._layers[0], self._batch)
         self._compiled = torch.compile(_through, dynamic=True) if compiled else None
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
@@ -69,19 +69,19 @@ class CodeReader:
 
 
 @dataclass
-class _Turns:
+class RotaryTable:
     """Rotary positions as x * cosine + swapped(x) * sine, with the halves of a head swapped: [S, K] each."""
 
     cosine: Tensor
     sine: Tensor
 
     @classmethod
-    def of(cls, model: Transformer, kind: torch.dtype) -> _Turns:
+    def of(cls, model: Transformer, kind: torch.dtype) -> RotaryTable:
         angles = rotary_angles(model.layout, model.shape.head_width, model.embedding.weight.device)
         cosine, sine = angles.cos(), angles.sin()
         return cls(torch.cat([cosine, cosine], 1).to(kind), torch.cat([-sine, sine], 1).to(kind))
 
-    def turn_(self, x_BHK: Tensor, position: int) -> None:
+    def apply_(self, x_BHK: Tensor, position: int) -> None:
         swapped = x_BHK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         x_BHK.mul_(self.cosine[position]).addcmul_(swapped, self.sine[position])
 
@@ -110,7 +110,7 @@ class _Layer:
         return (self.mlp.hidden if isinstance(self.mlp, GELU) else self.mlp.gate_value).weight
 
 
-class _Room:
+class _Workspace:
     """Where a layer puts its results, and the views that it takes of them. The same for all layers."""
 
     def __init__(self, layer: _Layer, batch: int) -> None:
@@ -130,10 +130,15 @@ class _Room:
 
 
 def _through(
-    layers: list[_Layer], turns: _Turns | None, x_CD: Tensor, position: int, batch: int, room: _Room | None = None
+    layers: list[_Layer],
+    turns: RotaryTable | None,
+    x_CD: Tensor,
+    position: int,
+    batch: int,
+    room: _Workspace | None = None,
 ) -> Tensor:
     """All blocks; changes `x_CD`, and returns it. Without a room it makes one, as torch.compile likes it."""
-    room = room or _Room(layers[0], batch)
+    room = room or _Workspace(layers[0], batch)
     for layer in layers:
         layer.attention_norm(x_CD, room.normed_CD)
         _attend(layer, turns, position, room)
@@ -150,7 +155,7 @@ def _through(
     return x_CD
 
 
-def _attend(layer: _Layer, turns: _Turns | None, position: int, room: _Room) -> None:
+def _attend(layer: _Layer, turns: RotaryTable | None, position: int, room: _Workspace) -> None:
     """What the heads find at one position, which sees what its pattern shows of the cache: `room.mixed_CD`."""
     own, cache, end = layer.attention, layer.cache, position + 1
     torch.mm(own.qkv.weight, room.normed_DC, out=room.qkv_EC)
@@ -159,7 +164,7 @@ def _attend(layer: _Layer, turns: _Turns | None, position: int, room: _Room) -> 
     else:
         room.query_key.copy_(room.made)
     if turns is not None:
-        turns.turn_(room.query_key, position)
+        turns.apply_(room.query_key, position)
     cache.keys.select(2, position).copy_(room.key)
     cache.values.select(2, position).copy_(room.value)
     mixed = F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""What is wrong with prompts and settings, told before anything is painted."""
+"""What is wrong with prompts and settings, told before anything is generated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise UserError(f"expected a list of at least one prompt, found {prompts!r}")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompt {index}: expected some text, found {prompt!r}: write what the picture should show")
+            raise UserError(f"prompt {index}: expected some text, found {prompt!r}: write what the image should show")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.sampling.cached_step import CodeReader
+from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.logits import draw
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.model import Cache, Transformer
@@ -70,7 +70,7 @@ def draw_codes(
     forced = (known_PN != UNKNOWN).any(0).tolist()
     guided = sampling.guidance != 1.0
     hidden, cache = _read_prompts(model, text_PT, prompt_of_B, known_PN[:, :given], guided)
-    reader = CodeReader(model, cache, compiled)
+    reader = CachedDecoder(model, cache, compiled)
     for index in range(given, count):
         scale = sampling.guidance_at(index / max(count - 1, 1))
         logits = reader.logits(hidden, index)

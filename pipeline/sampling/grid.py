@@ -1,6 +1,6 @@
-"""Picture grids with captions: what everybody looks at first.
+"""Image grids with captions: what everybody looks at first.
 
-grid([Group("Training captions", [Tile(picture, "red heart"), ...])], columns=8).save("prompts.png")
+grid([Group("Training captions", [Tile(image, "red heart"), ...])], columns=8).save("prompts.png")
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _CAPTION_LINES = 3
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture and the text under it."""
+    """An image and the text under it."""
 
-    picture: Image.Image
+    image: Image.Image
     caption: str = ""
 
 
@@ -39,7 +39,7 @@ def grid(groups: Sequence[Group], columns: int = 8, side: int = 128, smooth: boo
     """All groups on one sheet.
 
     Args:
-        side: width of a picture on the sheet in pixels.
+        side: width of an image on the sheet in pixels.
         smooth: enlarge with Lanczos; otherwise every source pixel stays a crisp square.
     """
     width = 2 * _MARGIN + columns * (side + 2 * _PADDING) + (columns - 1) * _GAP
@@ -97,10 +97,8 @@ def _draw_card(
     box = (left, top, left + side + 2 * _PADDING - 1, top + height - 1)
     draw.rounded_rectangle(box, radius=9, fill=_CARD, outline=_EDGE)
     resample = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-    picture = tile.picture.convert("RGB").resize(
-        (side, round(side * tile.picture.height / tile.picture.width)), resample
-    )
-    sheet.paste(picture, (left + _PADDING, top + _PADDING))
+    image = tile.image.convert("RGB").resize((side, round(side * tile.image.height / tile.image.width)), resample)
+    sheet.paste(image, (left + _PADDING, top + _PADDING))
     middle = left + _PADDING + side // 2
     for number, line in enumerate(_wrap(tile.caption, side)):
         below = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)

@@ -1,12 +1,12 @@
-"""A picture as part of the prompt: what of it stays, and what is painted anew.
+"""An image as part of the prompt: what of it stays, and what is generated anew.
 
-    ImagePrompt(picture, keep_rows=8)        complete: the first 8 rows of codes stay
-    ImagePrompt(picture, keep_levels=1)      vary: the coarse level stays, the finer ones are painted
-    ImagePrompt(picture, mask=mask)          fill: white pixels of the mask are painted
+    ImagePrompt(image, keep_rows=8)        complete: the first 8 rows of codes stay
+    ImagePrompt(image, keep_levels=1)      vary: the coarse level stays, the finer ones are generated
+    ImagePrompt(image, mask=mask)          fill: white pixels of the mask are generated
 
-The model paints codes in raster order, level by level, and sees only what comes before. So a filled region knows what
-is above it and left of it, and of finer levels also the coarse codes of everything; it does not know what stays below
-it and right of it within its level. `docs/sampling.md` says what helps.
+The model generates codes in raster order, level by level, and sees only what comes before. So a filled region knows
+what is above it and left of it, and of finer levels also the coarse codes of everything; it does not know what stays
+below it and right of it within its level. `docs/sampling.md` says what helps.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from pipeline.sampling.decode import UNKNOWN
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A picture and one rule of what stays of it.
+    """An image and one rule of what stays of it.
 
     Args:
-        picture: of the image tokenizer's size.
+        image: of the image tokenizer's size.
         keep_rows: rows of codes of the finest level that stay, from the top; of coarser levels those that these cover.
         keep_levels: coarse levels that stay whole.
-        mask: of the picture's size; a code is painted where its square holds a pixel of 128 or more.
+        mask: of the image's size; a code is generated where its square holds a pixel of 128 or more.
     """
 
-    picture: Image.Image
+    image: Image.Image
     keep_rows: int | None = None
     keep_levels: int | None = None
     mask: Image.Image | None = None
@@ -50,17 +50,17 @@ class ImagePrompt:
 
 @torch.inference_mode()
 def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.device) -> Tensor:
-    """The codes of all levels, int64 [N], coarse to fine; UNKNOWN (-1) where one is to be painted.
+    """The codes of all levels, int64 [N], coarse to fine; UNKNOWN (-1) where one is to be generated.
 
     Raises:
-        UserError: picture or mask of another size, or more rows or levels than there are.
+        UserError: image or mask of another size, or more rows or levels than there are.
     """
     side = tokenizer.image_size
-    for name, picture in (("picture", prompt.picture), ("mask", prompt.mask)):
-        if picture is not None and picture.size != (side, side):
-            found = f"{picture.width}×{picture.height}"
-            raise UserError(f"image prompt: expected a {name} of {side}×{side} pixels, found {found}: resize it")
-    pixels = np.array(prompt.picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
+    for name, image in (("image", prompt.image), ("mask", prompt.mask)):
+        if image is not None and image.size != (side, side):
+            found = f"{image.width}×{image.height}"
+            raise UserError(f"image prompt: expected {"an image" if name == "image" else "a mask"} of {side}×{side} pixels, found {found}: resize it")
+    pixels = np.array(prompt.image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels)[None].to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]
@@ -82,14 +82,14 @@ def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
         kept = [prompt.keep_rows * level.height // finest for level in levels]
         return [torch.arange(v.height * v.width) < rows * v.width for v, rows in zip(levels, kept, strict=True)]
     assert prompt.mask is not None
-    painted = np.asarray(prompt.mask.convert("L")) >= 128
-    if not painted.any():
-        raise UserError("mask: expected white pixels where the picture is to be painted, found none")
-    return [torch.from_numpy(~_any_within(painted, level)).flatten() for level in levels]
+    generated = np.asarray(prompt.mask.convert("L")) >= 128
+    if not generated.any():
+        raise UserError("mask: expected white pixels where the image is to be generated, found none")
+    return [torch.from_numpy(~_any_within(generated, level)).flatten() for level in levels]
 
 
-def _any_within(painted: np.ndarray, level: Level) -> np.ndarray:
-    """bool [h, w]: is any pixel of the code's square painted?"""
-    height, width = painted.shape
+def _any_within(generated: np.ndarray, level: Level) -> np.ndarray:
+    """bool [h, w]: is any pixel of the code's square generated?"""
+    height, width = generated.shape
     rows, columns = height // level.height, width // level.width
-    return np.asarray(painted.reshape(level.height, rows, level.width, columns).any(axis=(1, 3)))
+    return np.asarray(generated.reshape(level.height, rows, level.width, columns).any(axis=(1, 3)))

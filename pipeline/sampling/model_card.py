@@ -1,4 +1,4 @@
-"""The model card of an export: what the run's own files say of data, models, losses and figures. Nothing is made up."""
+"""The model card of an export: what the run's own files say of data, models, losses and metrics. Nothing is made up."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def model_card(run_directory: Path, source: Source, has_grid: bool) -> str:
     levels = " + ".join(f"{v['height']}×{v['width']} codes of {v['codebook_size']}" for v in layout["levels"])
     parts = [
         f"# {config.name}",
-        f"Paints pictures of {index['image_size']}×{index['image_size']} pixels from a caption, code by code: a Smalti"
+        f"Generates images of {index['image_size']}×{index['image_size']} pixels from a caption, code by code: a Smalti"
         f" run, exported. Model hash `{source.model_hash}`.",
-        "![What it paints](prompts.png)" if has_grid else "",
+        "![What it generates](prompts.png)" if has_grid else "",
         "## Use",
         _use(),
         "## Data",
-        f"Source: `{config.prepare.source.kind}`. {splits['train']['samples']:,} captioned pictures for training,"
+        f"Source: `{config.prepare.source.kind}`. {splits['train']['samples']:,} captioned images for training,"
         f" {splits['val']['samples']:,} for validation.",
         _licence(config.prepare.source.kind, index),
         "## Models",
         _table(("model", "parameters", "what it is"), _models(source, config, levels, layout)),
         "## At the end of training",
-        _table(("stage", "steps", "figure", "value"), _losses(run_directory)),
-        "## Figures",
-        _figures(run_directory),
+        _table(("stage", "steps", "metric", "value"), _losses(run_directory)),
+        "## Metrics",
+        _metrics(run_directory),
         "## Limits",
-        "Each figure carries its extractor and sample counts, and compares with nothing else. The model knows the words"
+        "Each metric carries its extractor and sample counts, and compares with nothing else. The model knows the words"
         " and the things of its captions only, and a small data set comes back mostly as it went in. Codes are drawn in"
         " raster order: a filled region does not know what stays below it and right of it.",
     ]
@@ -59,20 +59,20 @@ from pipeline.sampling.pipeline import Pipeline
 from pipeline.config.generate import SamplingConfig
 
 pipeline = Pipeline.from_pretrained("this folder")
-pictures = pipeline.generate(["red heart"], candidates=4, seed=7, sampling=pipeline.source.sampling)
+images = pipeline.generate(["red heart"], candidates=4, seed=7, sampling=pipeline.source.sampling)
 ```
 
-    smalti generate "this folder" "red heart" -n 4 --seed 7 -o picture.png"""
+    smalti generate "this folder" "red heart" -n 4 --seed 7 -o image.png"""
 
 
 def _licence(kind: str, index: dict[str, Any]) -> str:
     credit = index.get("credit")
     if kind == "openmoji":
         return (
-            f"Pictures by [{OPENMOJI['credit']}]({OPENMOJI['url']}), {OPENMOJI['license']}. What the model paints"
+            f"Images by [{OPENMOJI['credit']}]({OPENMOJI['url']}), {OPENMOJI['license']}. What the model generates"
             " derives from them and is shared under the same licence."
         )
-    return str(credit) if credit else "Licence of the pictures: the run does not record one; ask who exported this."
+    return str(credit) if credit else "Licence of the images: the run does not record one; ask who exported this."
 
 
 def _models(source: Source, config: Any, levels: str, layout: dict[str, Any]) -> Iterable[tuple[object, ...]]:
@@ -82,7 +82,7 @@ def _models(source: Source, config: Any, levels: str, layout: dict[str, Any]) ->
     what = f"{shape.layers} layers, width {shape.width}, {shape.heads} heads"
     yield "transformer", _parameters(source.transformer), what
     if source.reranker:
-        yield "reranker", _parameters(source.reranker), "picture and caption into one space; keeps the best candidates"
+        yield "reranker", _parameters(source.reranker), "image and caption into one space; keeps the best candidates"
 
 
 def _parameters(folder: Path) -> str:
@@ -113,7 +113,7 @@ def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
             yield "reranker", "–", name, f"{value:.4g}"
 
 
-def _figures(run_directory: Path) -> str:
+def _metrics(run_directory: Path) -> str:
     path = run_directory / "evaluate" / "metrics.json"
     if not path.is_file():
         return "The run has not been evaluated."
@@ -125,7 +125,7 @@ def _figures(run_directory: Path) -> str:
         )
         for r in rows
     ]
-    return _table(("figure", "compares", "value", "real", "generated", "note"), cells)
+    return _table(("metric", "compares", "value", "real", "generated", "note"), cells)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 
 EXPORT_RECORD = "pipeline.json"
-_WEIGHTS = {  # stage -> the files that decide what it paints
+_WEIGHTS = {  # stage -> the files that decide what it generates
     "text-tokenizer": ("tokenizer.json",),
     "image-tokenizer": ("model/model.safetensors", "model/config.json"),
     "transformer": ("model/model.safetensors", "model/config.json"),

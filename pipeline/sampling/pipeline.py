@@ -1,8 +1,8 @@
-"""Prompts in, pictures out:
+"""Prompts in, images out:
 
     pipeline = Pipeline.from_pretrained("runs/openmoji")
-    pictures = pipeline.generate(["red heart", "blue cat"], candidates=4, seed=7)     # 8 PIL images
-    pictures = pipeline.generate(["red heart"], candidates=64, keep=4)                # the reranker's best 4
+    images = pipeline.generate(["red heart", "blue cat"], candidates=4, seed=7)     # 8 PIL images
+    images = pipeline.generate(["red heart"], candidates=64, keep=4)                # the reranker's best 4
 
 `from_pretrained` takes a run directory whose transformer stage is finished, or what `smalti export` made of one.
 `docs/sampling.md` is the manual.
@@ -37,21 +37,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Painted:
-    """A picture, and what it came from."""
+class GeneratedImage:
+    """An image, and what it came from."""
 
-    picture: Image.Image
+    image: Image.Image
     prompt: int  # index of its prompt, from `first_prompt` on
     candidate: int
-    score: float | None = None  # the reranker's: 100 cos(picture, prompt); of a filled picture without one, log p
+    score: float | None = None  # the reranker's: 100 cos(image, prompt); of a filled image without one, log p
 
 
 class Pipeline:
-    """The models that together paint a prompt.
+    """The models that together generate a prompt.
 
     Attributes:
         text_tokenizer, transformer, image_tokenizer: as trained, in eval mode.
-        ranker: scores pictures against prompts; None where the run has no reranker.
+        ranker: scores images against prompts; None where the run has no reranker.
         source: where the models came from: hash, default sampling, whether guidance was trained.
     """
 
@@ -109,46 +109,26 @@ class Pipeline:
         image_prompt: ImagePrompt | None = None,
         batch_size: int = 64,
         first_prompt: int = 0,
-        on_tokens: Callable[[int], object] | None = None,
-    ) -> list[Image.Image]:
-        """Paint every prompt `candidates` times; the pictures come prompt by prompt. Arguments as `paint` has them."""
-        painted = self.paint(
-            *(prompts, candidates, seed, sampling),
-            keep=keep, image_prompt=image_prompt, batch_size=batch_size, first_prompt=first_prompt, on_tokens=on_tokens,
-        )  # fmt: skip
-        return [one.picture for one in painted]
-
-    def paint(
-        self,
-        prompts: Sequence[str],
-        candidates: int = 1,
-        seed: int = 0,
-        sampling: SamplingConfig | None = None,
-        *,
-        keep: int | None = None,
-        image_prompt: ImagePrompt | None = None,
-        batch_size: int = 64,
-        first_prompt: int = 0,
         compiled: bool = False,
         on_tokens: Callable[[int], object] | None = None,
         on_row: Callable[[Tensor, int], object] | None = None,
-    ) -> list[Painted]:
-        """As `generate`, and says of each picture where it came from and how it scored.
+    ) -> list[GeneratedImage]:
+        """Generate every prompt `candidates` times; the images come prompt by prompt.
 
-        Picture j of prompt i is a function of (seed, first_prompt + i, j), the prompt, the image prompt and `sampling`
+        Image j of prompt i is a function of (seed, first_prompt + i, j), the prompt, the image prompt and `sampling`
         alone: batch size, other prompts, and how many candidates there are never change it.
 
         Args:
             prompts: some text each; a longer one than the window is cut, with a warning.
-            candidates: pictures drawn a prompt.
+            candidates: images drawn a prompt.
             sampling: how; None: the model's own distribution.
-            keep: pictures kept of each prompt's candidates, best first: those that the reranker finds nearest to the
-                prompt; of filled pictures without a reranker, those that make what stays behind the hole likeliest.
-            image_prompt: a picture that all prompts start from.
-            batch_size: pictures drawn at once.
-            first_prompt: the number of the first prompt, for a job that paints a slice of a longer list.
+            keep: images kept of each prompt's candidates, best first: those that the reranker finds nearest to the
+                prompt; of filled images without a reranker, those that make what stays behind the hole likeliest.
+            image_prompt: an image that all prompts start from.
+            batch_size: images drawn at once.
+            first_prompt: the number of the first prompt, for a job that generates a slice of a longer list.
             compiled: run the step through `torch.compile` (see docs/sampling.md for when that pays).
-            on_tokens: called with the number of codes that have been added, over all pictures.
+            on_tokens: called with the number of codes that have been added, over all images.
             on_row: called with the codes [B, N] and how many of the N are drawn, after each row of codes.
 
         Raises:
@@ -166,7 +146,7 @@ class Pipeline:
         text_PT = self.text_tokenizer.encode(prompts).to(device)
         known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
         pairs = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
-        found: list[Painted] = []
+        found: list[GeneratedImage] = []
         for begin in range(0, len(pairs), batch_size):
             batch = pairs[begin : begin + batch_size]
             uniforms = torch.stack(
@@ -180,18 +160,18 @@ class Pipeline:
                 on_code=_reporter(model.layout, len(batch), on_tokens, on_row),
                 compiled=compiled,
             )
-            pictures = self.decode(codes_BN)
-            scores = self._scores(pictures, batch, prompts, codes_BN, text_PT, known_N) if keep else [None] * len(batch)
+            images = self.decode(codes_BN)
+            scores = self._scores(images, batch, prompts, codes_BN, text_PT, known_N) if keep else [None] * len(batch)
             found += [
-                Painted(picture, first_prompt + i, j, score)
-                for (i, j), picture, score in zip(batch, pictures, scores, strict=True)
+                GeneratedImage(image, first_prompt + i, j, score)
+                for (i, j), image, score in zip(batch, images, scores, strict=True)
             ]
             if keep:  # only the best so far of each prompt stay in memory
                 found = best(found, keep)
         return found
 
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
-        """Codes of all levels (no offsets) to 8-bit RGB pictures."""
+        """Codes of all levels (no offsets) to 8-bit RGB images."""
         levels = list(codes_BN.split([level.positions for level in self.transformer.layout.levels], dim=1))
         with torch.inference_mode():
             images = self.image_tokenizer.decode(levels)  # [B, 3, H, W] in [0, 1]
@@ -217,7 +197,7 @@ class Pipeline:
 
     def _scores(
         self,
-        pictures: list[Image.Image],
+        images: list[Image.Image],
         batch: list[tuple[int, int]],
         prompts: Sequence[str],
         codes_BN: Tensor,
@@ -226,17 +206,17 @@ class Pipeline:
     ) -> list[float]:
         rows = [i for i, _ in batch]
         if self.ranker is not None:
-            return self.ranker.scores(pictures, [prompts[i] for i in rows])
+            return self.ranker.scores(images, [prompts[i] for i in rows])
         assert known_N is not None
         return log_likelihood(self.transformer, text_PT[rows], codes_BN, known_N).tolist()
 
 
-def best(painted: Sequence[Painted], keep: int) -> list[Painted]:
-    """The `keep` pictures of each prompt that score highest, best first; of equals, the earlier candidate."""
-    by_prompt: dict[int, list[Painted]] = {}
-    for one in painted:
+def best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:
+    """The `keep` images of each prompt that score highest, best first; of equals, the earlier candidate."""
+    by_prompt: dict[int, list[GeneratedImage]] = {}
+    for one in generated:
         by_prompt.setdefault(one.prompt, []).append(one)
-    kept: list[Painted] = []
+    kept: list[GeneratedImage] = []
     for own in by_prompt.values():
         kept += sorted(own, key=lambda one: (-(one.score or 0.0), one.candidate))[:keep]
     return kept

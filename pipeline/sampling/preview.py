@@ -1,4 +1,4 @@
-"""A picture in the terminal that fills in row by row, as two pixels a character (upper half block, 24-bit colours)."""
+"""An image in the terminal that fills in row by row, as two pixels a character (upper half block, 24-bit colours)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _SIDE = 32  # characters a row, and twice the lines
 
 
 class Preview:
-    """`pipeline.paint(…, on_row=Preview(pipeline))`: draws the first picture of the batch over itself."""
+    """`pipeline.generate(…, on_row=Preview(pipeline))`: draws the first image of the batch over itself."""
 
     def __init__(self, pipeline: Pipeline, stream: TextIO = sys.stderr) -> None:
         self.pipeline, self.stream = pipeline, stream
         self._lines = 0  # of the last drawing, to go up
 
     def __call__(self, codes_BN: Tensor, there: int) -> None:
-        picture = self.pipeline.decode(codes_BN[:1])[0]
+        image = self.pipeline.decode(codes_BN[:1])[0]
         levels = self.pipeline.transformer.layout.levels
         into_last = max(there - sum(level.positions for level in levels[:-1]), 0)
-        painted = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
-        self._draw(picture, painted)
+        generated = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
+        self._draw(image, generated)
         if there == codes_BN.shape[1]:  # the next batch is drawn below
             self._lines = 0
 
-    def _draw(self, picture: Image.Image, painted: float) -> None:
-        pixels = np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX))
-        rows = round(_SIDE * painted)
+    def _draw(self, image: Image.Image, generated: float) -> None:
+        pixels = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX))
+        rows = round(_SIDE * generated)
         lines = []
         for row in range(0, rows - rows % 2, 2):
             pairs = zip(pixels[row], pixels[row + 1], strict=True)

@@ -1,4 +1,4 @@
-"""Which captions the generate stage paints: the prompts that people look at, and a sample of the train split."""
+"""Which captions the generate stage generates: the prompts that people look at, and a sample of the train split."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from pipeline.core.progress import progress
 from pipeline.sampling.checks import check_prompts
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
-from pipeline.sampling.pipeline import Painted, Pipeline
+from pipeline.sampling.pipeline import GeneratedImage, Pipeline
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.save import open_picture, read_about, save_picture
+from pipeline.sampling.save import open_image, read_about, save_image
 
-_ON_A_SHEET = 1024  # pictures; more make a sheet that viewers refuse
+_ON_A_SHEET = 1024  # images; more make a sheet that viewers refuse
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Job:
 
     @property
     def kept(self) -> int:
-        """Pictures a prompt."""
+        """Images a prompt."""
         return self.keep or self.candidates
 
     def about(self, prompt: int, pipeline: Pipeline) -> dict[str, Any]:
-        """What all pictures of a prompt have in common, for their metadata."""
+        """What all images of a prompt have in common, for their metadata."""
         common = {"prompt": self.prompts[prompt], "prompt_number": prompt, "seed": self.seed}
         common |= {"candidates": self.candidates, "sampling": self.sampling.model_dump(mode="json")}
         common |= {"keep": self.keep} if self.keep else {}
@@ -52,21 +52,21 @@ class Job:
         return common | {"model": pipeline.source.model_hash, "smalti": __version__}
 
 
-def paint_onto_sheet(pipeline: Pipeline, job: Job, path: Path) -> int:
-    """All pictures on one sheet. Returns how many."""
+def generate_sheet(pipeline: Pipeline, job: Job, path: Path) -> int:
+    """All images on one sheet. Returns how many."""
     if len(job.prompts) * job.kept > _ON_A_SHEET:
-        raise UserError(f"a sheet holds {_ON_A_SHEET} pictures, found more: give a folder, -o pictures")
-    painted = [one for part in _parts(pipeline, job, list(range(len(job.prompts)))) for one in part]
+        raise UserError(f"a sheet holds {_ON_A_SHEET} images, found more: give a folder, -o images")
+    generated = [one for part in _parts(pipeline, job, list(range(len(job.prompts)))) for one in part]
     about = job.about(0, pipeline) | {"prompts": job.prompts}
-    _save_sheet([(one.picture, job.prompts[one.prompt]) for one in painted], path, about)
-    return len(painted)
+    _save_sheet([(one.image, job.prompts[one.prompt]) for one in generated], path, about)
+    return len(generated)
 
 
-def paint_into_folder(pipeline: Pipeline, job: Job, folder: Path) -> int:
-    """Each picture as <prompt>-<rank>.png, and the first ones as grid.png. Returns how many pictures there are.
+def generate_folder(pipeline: Pipeline, job: Job, folder: Path) -> int:
+    """Each image as <prompt>-<rank>.png, and the first ones as grid.png. Returns how many images there are.
 
     Raises:
-        UserError: the folder holds pictures of other prompts or settings.
+        UserError: the folder holds images of other prompts or settings.
     """
     check_prompts(job.prompts)
     missing = [index for index in range(len(job.prompts)) if not _is_there(pipeline, job, folder, index)]
@@ -76,21 +76,21 @@ def paint_into_folder(pipeline: Pipeline, job: Job, folder: Path) -> int:
             rank = ranks[one.prompt] = ranks.get(one.prompt, -1) + 1
             about = job.about(one.prompt, pipeline) | {"candidate": one.candidate}
             about |= {} if one.score is None else {"score": round(one.score, 4)}
-            save_picture(one.picture, _path(folder, one.prompt, rank), about)
+            save_image(one.image, _path(folder, one.prompt, rank), about)
     numbers = [(index, rank) for index in range(len(job.prompts)) for rank in range(job.kept)]
-    shown = [(open_picture(_path(folder, i, r), "grid"), job.prompts[i]) for i, r in numbers[:_ON_A_SHEET]]
+    shown = [(open_image(_path(folder, i, r), "grid"), job.prompts[i]) for i, r in numbers[:_ON_A_SHEET]]
     _save_sheet(shown, folder / "grid.png", {"prompts": job.prompts[:_ON_A_SHEET], "seed": job.seed})
     return len(numbers)
 
 
-def _parts(pipeline: Pipeline, job: Job, prompts: list[int]) -> Iterator[list[Painted]]:
-    """The pictures of a few prompts at a time; runs of neighbours share their batches."""
+def _parts(pipeline: Pipeline, job: Job, prompts: list[int]) -> Iterator[list[GeneratedImage]]:
+    """The images of a few prompts at a time; runs of neighbours share their batches."""
     a_time = max(job.batch_size // job.candidates, 1)
     codes = pipeline.transformer.layout.image_length
     preview = Preview(pipeline) if job.preview else None
     with progress(total=len(prompts) * job.candidates * codes, description="generate", unit="token") as bar:
         for run in _runs(prompts, a_time):
-            yield pipeline.paint(
+            yield pipeline.generate(
                 [job.prompts[index] for index in run],
                 *(job.candidates, job.seed, job.sampling),
                 keep=job.keep,
@@ -116,7 +116,7 @@ def _runs(numbers: list[int], longest: int) -> Iterator[list[int]]:
 
 
 def _is_there(pipeline: Pipeline, job: Job, folder: Path, prompt: int) -> bool:
-    """Are all pictures of the prompt painted?"""
+    """Are all images of the prompt generated?"""
     expected = job.about(prompt, pipeline)
     for rank in range(job.kept):
         path = _path(folder, prompt, rank)
@@ -126,7 +126,7 @@ def _is_there(pipeline: Pipeline, job: Job, folder: Path, prompt: int) -> bool:
         different = [name for name, value in expected.items() if found.get(name) != value]
         if different:
             raise UserError(
-                f"{path} was painted with another {different[0]} ({found.get(different[0])!r} instead of"
+                f"{path} was generated with another {different[0]} ({found.get(different[0])!r} instead of"
                 f" {expected[different[0]]!r}): give another folder, or remove it"
             )
     return True
@@ -137,4 +137,4 @@ def _path(folder: Path, prompt: int, rank: int) -> Path:
 
 
 def _save_sheet(shown: list[tuple[Image.Image, str]], path: Path, about: dict[str, Any]) -> None:
-    save_picture(grid([Group("", [Tile(picture, caption) for picture, caption in shown])]), path, about)
+    save_image(grid([Group("", [Tile(image, caption) for image, caption in shown])]), path, about)

@@ -107,7 +107,7 @@ def make_plan(
             coming[stage.name] = last
             continue
         waits_for = [coming[name] for name in inputs_of(config, stage) if name in coming]
-        reasons = [] if waits_for else runs.why_not_done(config, stage)
+        reasons = [] if waits_for else runs.stale_reasons(config, stage)
         if not waits_for and not reasons:
             plan.append(Planned(stage, why="finished"))
         elif stage.name not in chosen:
@@ -151,7 +151,7 @@ def _jobs_of_stage(
 
 def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, coming: set[str]) -> None:
     for name in inputs_of(config, stage):
-        if name not in coming and (reasons := runs.why_not_done(config, STAGES[STAGE_NAMES.index(name)])):
+        if name not in coming and (reasons := runs.stale_reasons(config, STAGES[STAGE_NAMES.index(name)])):
             raise UserError(
                 f"{stage.name} needs {name}, which is neither finished nor queued ({'; '.join(reasons[:3])}):"
                 f" submit --from {name}, or everything"

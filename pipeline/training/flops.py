@@ -53,7 +53,7 @@ def cost_of(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
         shell = copy.deepcopy(objective, known)
         with fake:
             return measure(shell, inputs, precision)
-    except Exception as error:  # a figure less is no reason to end a training
+    except Exception as error:  # a metric less is no reason to end a training
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         log.info("no FLOPs utilisation for %s, which does not run without data (%s)", type(objective).__name__, reason)
         return None

@@ -21,22 +21,22 @@ def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales.
 
     A parameter that carries a `learning_rate_scale` (muP sets it) learns at so many times the config's rate; a
-    submodule that learns against the rest (`rivals`) has a group of its own, without weight decay.
+    submodule that learns against the rest (`adversaries`) has a group of its own, without weight decay.
     """
-    apart = rivals(module)
-    own = {id(p) for rival in apart for p in rival.parameters()}
+    apart = adversaries(module)
+    own = {id(p) for adversary in apart for p in adversary.parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
     groups = _adamw_groups([p for p in parameters if p.ndim >= 2], config, config.weight_decay)
     groups += _adamw_groups([p for p in parameters if p.ndim < 2], config, 0.0)
-    for rival in apart:
-        settings: Any = rival.adamw
+    for adversary in apart:
+        settings: Any = adversary.adamw
         rate = config.learning_rate * settings["learning_rate_ratio"]
-        for group in _adamw_groups(list(rival.parameters()), config, 0.0):
+        for group in _adamw_groups(list(adversary.parameters()), config, 0.0):
             groups.append(group | {"lr": rate, "initial_lr": rate, "betas": settings["betas"]})
     return torch.optim.AdamW(groups, fused=True)
 
 
-def rivals(module: nn.Module) -> list[nn.Module]:
+def adversaries(module: nn.Module) -> list[nn.Module]:
     """Submodules with settings of their own for AdamW, `adamw = {"learning_rate_ratio": …, "betas": …}`."""
     return [part for part in module.modules() if isinstance(getattr(part, "adamw", None), dict)]
 
@@ -45,7 +45,7 @@ def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     """Muon (Jordan et al. 2024) on the matrices of the module's blocks, AdamW on embeddings, heads and vectors.
 
     DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be spread over processes. Muon's steps
-    have a fixed size, so a clipped gradient norm would only shrink them all: clipping is AdamW's business.
+    have a fixed size, so a clipped gradient norm would only map_pixels them all: clipping is AdamW's business.
     """
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 

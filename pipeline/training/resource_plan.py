@@ -2,7 +2,7 @@
 
 The objective of the config is built and run on fake tensors (`cost.py`), so parameters, FLOPs and activations are
 counted and not estimated by a formula of one model. What DeepSpeed keeps beside them is known (`memory`), and held
-against measured figures in `benchmarks/plan_memory.py`. What a clock decides comes from the peak rate of the GPU and
+against measured metrics in `benchmarks/plan_memory.py`. What a clock decides comes from the peak rate of the GPU and
 the utilisation that you expect of it; `mfu` in a run's metrics says what it was.
 """
 

@@ -1,7 +1,7 @@
 """Training state on disk in pieces that any number of processes can read.
 
-    write_pieces(directory, "optimizer", [Piece("state.exp_avg:head.weight", 4096, values), ...])     # every process
-    Pieces(directory, "optimizer").fill("state.exp_avg:head.weight", 0, tensor)                       # every process
+    write_shards(directory, "optimizer", [TensorShard("state.exp_avg:head.weight", 4096, values)])
+    ShardedState(directory, "optimizer").fill("state.exp_avg:head.weight", 0, tensor)
 
 Each process writes the part that it holds to `<what>-<rank>.safetensors`. A key `name@start` holds the elements from
 `start` on of the flattened tensor `name`, so a reader puts together whatever part it needs from the files of however
@@ -25,7 +25,7 @@ from pipeline.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """The elements from `start` on of the flattened tensor `name`."""
 
     name: str
@@ -33,13 +33,13 @@ class Piece:
     value: Tensor
 
 
-def write_pieces(directory: Path, what: str, pieces: Iterable[Piece]) -> None:
+def write_shards(directory: Path, what: str, pieces: Iterable[TensorShard]) -> None:
     """This process's file; a process without pieces writes an empty one."""
     tensors = {f"{piece.name}@{piece.start}": piece.value.detach().flatten() for piece in pieces}
     save_file(tensors, directory / f"{what}-{distributed.rank():05d}.safetensors")
 
 
-class Pieces:
+class ShardedState:
     """What all processes wrote under one `what`."""
 
     def __init__(self, directory: Path, what: str) -> None:

@@ -2,7 +2,7 @@
 
 Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is what the model's matrix products need, three forward
 passes a step whatever is recomputed, over what this device reaches: `training.peak_tflops`, or a rate of matrix
-products that is measured once at the start, in 0.2 s. All of these figures depend on the clock, so a resumed
+products that is measured once at the start, in 0.2 s. All of these metrics depend on the clock, so a resumed
 training repeats every other metric bit by bit, but not them.
 """
 
@@ -50,17 +50,17 @@ class Speedometer:
         self._since = (self._since[0] + seconds, self._since[1])
 
     def read(self, step: int) -> dict[str, float]:
-        """Figures since the last reading."""
+        """Metrics since the last reading."""
         (then, first), now = self._since, time.monotonic()
         self._since = (now, step)
         samples_per_s = (step - first) * self._batch_size / max(now - then, 1e-9)
-        figures = {"samples_per_s": samples_per_s, "memory_peak_bytes": _memory_peak_bytes()}
+        metrics = {"samples_per_s": samples_per_s, "memory_peak_bytes": _memory_peak_bytes()}
         if self._tokens_per_sample:
-            figures["tokens_per_s"] = samples_per_s * self._tokens_per_sample
+            metrics["tokens_per_s"] = samples_per_s * self._tokens_per_sample
         if self._flops_per_sample:
             share = samples_per_s / distributed.world_size()
-            figures["mfu"] = share * self._flops_per_sample / self._peak
-        return figures
+            metrics["mfu"] = share * self._flops_per_sample / self._peak
+        return metrics
 
 
 def _memory_peak_bytes() -> int:

@@ -1,6 +1,6 @@
 """THE training loop. Both training stages run it; the engine and the workload differ.
 
-    seed -> batch -> forward/backward (a micro-batch at a time) -> update -> log / evaluate / picture / checkpoint
+    seed -> batch -> forward/backward (a micro-batch at a time) -> update -> log / evaluate / image / checkpoint
 
 Exact resume rests on three things: the batch of step n is a function of the samples consumed before it,
 all randomness of step n comes from a generator seeded by (seed, n, rank), and what a step changes
@@ -32,7 +32,7 @@ from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Batch, Engine, Metrics, accumulation_steps
 from pipeline.training.schedule import schedule
-from pipeline.training.sharded_state import Pieces, write_pieces
+from pipeline.training.sharded_state import ShardedState, write_shards
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
 
@@ -172,27 +172,27 @@ class Trainer:
         step, training = self.state.step, self.training
         at_end = step == training.steps
         if step % training.evaluate_every == 0 or at_end:
-            self._evaluate(pictures=step % training.picture_every == 0 or at_end)
-        elif step % training.picture_every == 0:
-            self._evaluate(figures=False)
+            self._evaluate(images=step % training.log_images_every == 0 or at_end)
+        elif step % training.log_images_every == 0:
+            self._evaluate(metrics=False)
         if step % training.checkpoint_every == 0:
             self._save()
 
     @torch.no_grad()
-    def _evaluate(self, figures: bool = True, pictures: bool = True) -> None:
+    def _evaluate(self, metrics: bool = True, images: bool = True) -> None:
         """With the averaged weights, if there are any. Draws nothing from the training's random numbers."""
         started = time.monotonic()
         objective = self.engine.objective
         objective.eval()
         seed_step(self.stage.config.seed, -1, distributed.rank())
         with self._averaged(), self.engine.autocast():
-            if figures:
+            if metrics:
                 self.stage.tracker.log(self.workload.evaluate(self.engine.model), self.state.step)
-            if pictures:
+            if images:
                 with self.engine.whole():
                     if distributed.is_main():
-                        for name, image in self.workload.pictures(objective).items():
-                            self.stage.tracker.picture(name, image, self.state.step)
+                        for name, image in self.workload.sample_images(objective).items():
+                            self.stage.tracker.log_image(name, image, self.state.step)
         self._speed.leave_out(time.monotonic() - started)
 
     @contextmanager
@@ -225,7 +225,7 @@ class Trainer:
     def _write(self, directory: Path) -> None:
         self.engine.save(directory)
         if self.ema:
-            write_pieces(directory, "ema", self.engine.pieces_of(self.ema.average))
+            write_shards(directory, "ema", self.engine.local_shards(self.ema.average))
         if distributed.is_main():
             write_json(directory / "trainer.json", vars(self.state))
 
@@ -241,7 +241,7 @@ class Trainer:
         self.engine.load(directory)
         self.state = State(**read_json(directory / "trainer.json"))
         if self.ema:
-            self.engine.fill(self.ema.average, Pieces(directory, "ema"))
+            self.engine.fill(self.ema.average, ShardedState(directory, "ema"))
             self.ema.updates = self.state.step - self.state.nonfinite_steps
 
 

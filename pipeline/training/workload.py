@@ -30,7 +30,7 @@ class Workload(Protocol):
         """This rank's slice of each global batch, from global sample `consumed` on, without end."""
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Figures on the validation split; collective, without gradients, in eval mode."""
+        """Metrics on the validation split; collective, without gradients, in eval mode."""
 
-    def pictures(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """Picture grids for a look; on rank 0 alone."""
+    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """Image grids for a look; on rank 0 alone."""

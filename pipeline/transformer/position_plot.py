@@ -1,4 +1,4 @@
-"""A picture of the validation loss at each position of the sequence: what is hard to predict, and where."""
+"""An image of the validation loss at each position of the sequence: what is hard to predict, and where."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pipeline.data.tokenize_shards import Encoders, all_shards, hash_of_files, j
 from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer.bpe import TextTokenizer
-from tests.data.images import folder_config, write_folder
+from tests.data.sample_images import folder_config, write_folder
 
 MODEL = {
     "kind": "dvae",

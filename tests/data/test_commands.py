@@ -67,11 +67,11 @@ def test_inspect_of_something_else_says_what_it_expected(tmp_path: Path) -> None
 
 
 def test_export_writes_what_the_tokenizer_makes_of_every_crop_and_the_captions(run: Path, tmp_path: Path) -> None:
-    assert "10 pictures" in _smalti("export", run, "-o", tmp_path, "-n", 5)
+    assert "10 images" in _smalti("export", run, "-o", tmp_path, "-n", 5)
     captions = sorted(path.name for path in tmp_path.glob("*.txt"))
     assert len(captions) == 5
     key = captions[0].removesuffix(".txt")
-    assert (tmp_path / captions[0]).read_text() == f"picture number {int(key)}\n"
+    assert (tmp_path / captions[0]).read_text() == f"image number {int(key)}\n"
     whole, crop = (np.asarray(Image.open(tmp_path / f"{key}{name}.png")) for name in ("", ".crop-1"))
     assert whole.shape == (16, 16, 3)
     assert (whole != crop).any()

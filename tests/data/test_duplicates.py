@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from pipeline.data.duplicates import same_key, same_picture
+from pipeline.data.duplicates import same_image, same_key
 from pipeline.data.images import perceptual_hash
-from tests.data.images import encoded, picture
+from tests.data.sample_images import encoded, image
 
 
 def _files(folder: Path, hashes: NDArray[np.uint64], size: int) -> tuple[list[Path], list[int]]:
@@ -56,19 +56,19 @@ def test_near_hashes_are_exactly_those_that_comparing_all_pairs_finds(tmp_path: 
         n for n in looked_at if any(int(hashes[n, 1] ^ hashes[m, 1]).bit_count() <= bits for m in looked_at if m < n)
     ]
     assert 10 < len(expected) < 590
-    assert same_picture(files, bits, without).tolist() == expected
+    assert same_image(files, bits, without).tolist() == expected
 
 
 def _scene(number: int, side: int = 96) -> Image.Image:
-    """A smooth picture, different for every number."""
-    return picture(number, (8, 8)).resize((side, side), Image.Resampling.BICUBIC)
+    """A smooth image, different for every number."""
+    return image(number, (8, 8)).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _distance(one: Image.Image, two: Image.Image) -> int:
     return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
 
 
-def test_copies_of_a_picture_are_near_and_other_pictures_are_far(tmp_path: Path) -> None:
+def test_copies_of_an_image_are_near_and_other_images_are_far(tmp_path: Path) -> None:
     close, far = [], []
     for number in range(40):
         scene = _scene(number)
@@ -83,7 +83,7 @@ def test_copies_of_a_picture_are_near_and_other_pictures_are_far(tmp_path: Path)
     assert min(far) > 8
 
 
-def test_the_same_drawing_in_another_colour_is_another_picture() -> None:
+def test_the_same_drawing_in_another_colour_is_another_image() -> None:
     heart = Image.new("RGB", (64, 64), "white")
     heart.paste((230, 30, 40), (12, 12, 52, 52))
     for colour in ((60, 170, 60), (40, 90, 220), (150, 60, 190), (245, 210, 40)):

@@ -19,7 +19,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.tokenize_shards import all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from tests.conftest import STAGE_NAMES, TINY
-from tests.data.images import folder_config, tree_bytes, write_folder
+from tests.data.sample_images import folder_config, tree_bytes, write_folder
 from tests.data.small_run import load_encoders, make_small_run
 from tests.launch import command, environment, launch
 
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from pipeline.data.prepare import prepare
 from pipeline.core.errors import UserError
-from tests.data.images import folder_config
+from tests.data.sample_images import folder_config
 if __name__ == "__main__":
     folder, out, workers = sys.argv[1:]
     try:
@@ -41,7 +41,7 @@ VALUES = {"shard_size": 20, "image_size": 32}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("pictures") / "in", 400)
+    return write_folder(tmp_path_factory.mktemp("images") / "in", 400)
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 
 from pipeline.data import png
-from tests.data.images import encoded, picture
+from tests.data.sample_images import encoded
+from tests.data.sample_images import image as drawn
 
 
 def _smooth(size: tuple[int, int]) -> Image.Image:
-    return picture(1, (4, 4)).resize(size, Image.Resampling.BICUBIC)
+    return drawn(1, (4, 4)).resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("image", [picture(0), picture(1, (1, 1)), picture(2, (7, 3)), _smooth((64, 64))])
-def test_pictures_come_back_exactly_and_pillow_reads_the_same(image: Image.Image) -> None:
+@pytest.mark.parametrize("image", [drawn(0), drawn(1, (1, 1)), drawn(2, (7, 3)), _smooth((64, 64))])
+def test_images_come_back_exactly_and_pillow_reads_the_same(image: Image.Image) -> None:
     content = png.encode(image)
     expected = np.asarray(image)
     assert (png.decode(content) == expected.transpose(2, 0, 1)).all()

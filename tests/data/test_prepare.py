@@ -17,10 +17,10 @@ from PIL import Image
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from tests.data.images import (
+from tests.data.sample_images import (
     encoded,
     folder_config,
-    picture,
+    image,
     prepare_config,
     tree_bytes,
     write_folder,
@@ -34,7 +34,7 @@ def test_folder_becomes_shards_that_hold_every_sample_once(tmp_path: Path) -> No
     index = prepare(tmp_path / "out", folder_config(folder, shard_size=10, validation_fraction=0.3), seed=0)
     samples = [s for split in ("train", "val") for s in read_samples(tmp_path / "out", split)]
     assert sorted(s.key for s in samples) == [f"{n:05d}" for n in range(25)]
-    assert all(s.caption == f"picture number {int(s.key)}" and s.image.size == (8, 8) for s in samples)
+    assert all(s.caption == f"image number {int(s.key)}" and s.image.size == (8, 8) for s in samples)
     assert index["splits"]["train"]["samples"] + index["splits"]["val"]["samples"] == 25
     assert index["splits"]["val"]["samples"] > 0
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size[0] > 8
@@ -44,14 +44,14 @@ def test_shards_are_read_by_plain_webdataset(tmp_path: Path) -> None:
     prepare(tmp_path / "out", folder_config(write_folder(tmp_path / "in", 5), validation_fraction=0), seed=0)
     loader = webdataset.WebDataset(str(tmp_path / "out/train/000000.tar"), shardshuffle=False).decode("pil")
     assert [(s["__key__"], s["txt"], s["png"].size) for s in loader] == [
-        (f"{n:05d}", f"picture number {n}", (8, 8)) for n in range(5)
+        (f"{n:05d}", f"image number {n}", (8, 8)) for n in range(5)
     ]
 
 
-def test_the_index_beside_a_tar_points_at_the_pictures(tmp_path: Path) -> None:
+def test_the_index_beside_a_tar_points_at_the_images(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 4)
     long = "long " * 45
-    (folder / f"{long}.png").write_bytes(encoded(picture(1)))  # a name longer than a tar header holds
+    (folder / f"{long}.png").write_bytes(encoded(image(1)))  # a name longer than a tar header holds
     (folder / f"{long}.txt").write_text("long")
     prepare(tmp_path / "out", folder_config(folder, validation_fraction=0), seed=0)
     tar = (tmp_path / "out/train/000000.tar").read_bytes()
@@ -80,18 +80,18 @@ def test_split_does_not_move_when_samples_are_added(tmp_path: Path) -> None:
 def _bad_folder(folder: Path) -> dict[str, int]:
     """A folder with one of everything that goes wrong; returns how often each reason must be counted."""
     write_folder(folder, 10)
-    good = encoded(picture(1))
+    good = encoded(image(1))
     bad: dict[str, tuple[bytes | None, bytes | None, str]] = {
-        "truncated": (encoded(picture(2), "JPEG")[:-200], b"caption", "truncated picture"),
-        "text": (b"this is no picture", b"caption", "not a picture"),
-        "nothing": (b"", b"caption", "missing picture"),
+        "truncated": (encoded(image(2), "JPEG")[:-200], b"caption", "truncated image"),
+        "text": (b"this is no image", b"caption", "not an image"),
+        "nothing": (b"", b"caption", "missing image"),
         "bomb": (encoded(Image.new("1", (9_000, 9_000))), b"caption", "decompression bomb"),
-        "thin": (encoded(picture(3, (90, 10))), b"caption", "aspect ratio"),
-        "tiny": (encoded(picture(3, (3, 3))), b"caption", "too small"),
+        "thin": (encoded(image(3, (90, 10))), b"caption", "aspect ratio"),
+        "tiny": (encoded(image(3, (3, 3))), b"caption", "too small"),
         "moving": (
-            encoded(picture(1), "GIF", save_all=True, append_images=[picture(2)]),
+            encoded(image(1), "GIF", save_all=True, append_images=[image(2)]),
             b"caption",
-            "animated picture",
+            "animated image",
         ),
         "silent": (good, None, "missing caption"),
         "blank": (good, b" \n", "empty caption"),
@@ -104,7 +104,7 @@ def _bad_folder(folder: Path) -> dict[str, int]:
         if caption is not None:
             (folder / f"{name}.txt").write_bytes(caption)
         counts[reason] = counts.get(reason, 0) + 1
-    (folder / "00000.jpg").write_bytes(encoded(picture(1), "JPEG"))  # the same key as 00000.png
+    (folder / "00000.jpg").write_bytes(encoded(image(1), "JPEG"))  # the same key as 00000.png
     counts["duplicate key"] = 1
     return counts
 
@@ -121,19 +121,19 @@ def test_bad_samples_are_counted_by_reason_listed_and_skipped(tmp_path: Path) ->
 
 def test_too_many_bad_samples_fail_the_stage_and_say_why(tmp_path: Path) -> None:
     _bad_folder(tmp_path / "in")
-    with pytest.raises(UserError, match=r"of 22 samples rejected \(.*1 animated picture.*max_rejected_fraction"):
+    with pytest.raises(UserError, match=r"of 22 samples rejected \(.*1 animated image.*max_rejected_fraction"):
         prepare(tmp_path / "out", folder_config(tmp_path / "in", max_rejected_fraction=0.2), seed=0)
     assert not (tmp_path / "out/index.json").exists()
     assert (tmp_path / "out/rejected.jsonl").exists()
 
 
-def test_every_still_picture_mode_becomes_rgb_on_white(tmp_path: Path) -> None:
+def test_every_still_image_mode_becomes_rgb_on_white(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     grey16 = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([255, 0, 0] + [0] * 765)
-    pictures = {
+    images = {
         "alpha.png": encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))),
         "clear.png": encoded(palette, transparency=0),
         "cmyk.jpg": encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"),
@@ -141,7 +141,7 @@ def test_every_still_picture_mode_becomes_rgb_on_white(tmp_path: Path) -> None:
         "palette.png": encoded(palette),
         "wrong.png": encoded(Image.new("RGB", (8, 8), (0, 0, 255)), "WEBP", lossless=True),
     }
-    for name, content in pictures.items():
+    for name, content in images.items():
         (folder / name).write_bytes(content)
         (folder / name).with_suffix(".txt").write_text("a colour")
     index = prepare(tmp_path / "out", folder_config(folder, validation_fraction=0), seed=0)
@@ -156,8 +156,8 @@ def test_every_still_picture_mode_becomes_rgb_on_white(tmp_path: Path) -> None:
 
 
 def test_table_rows_become_samples(tmp_path: Path) -> None:
-    write_folder(tmp_path / "pictures", 6)
-    rows = [{"file": f"pictures/{n:05d}.png", "text": f'number {n}, "quoted"\nline'} for n in range(6)]
+    write_folder(tmp_path / "images", 6)
+    rows = [{"file": f"images/{n:05d}.png", "text": f'number {n}, "quoted"\nline'} for n in range(6)]
     with open(tmp_path / "table.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["file", "text"])
         writer.writeheader()
@@ -176,7 +176,7 @@ def test_parquet_rows_become_samples_by_bytes(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: Parquet tables are not tested")
     import pyarrow.parquet as pq
 
-    columns = {"image": [encoded(picture(n)) for n in range(7)], "caption": [f"number {n}" for n in range(7)]}
+    columns = {"image": [encoded(image(n)) for n in range(7)], "caption": [f"number {n}" for n in range(7)]}
     pq.write_table(pyarrow.table(columns), tmp_path / "t.parquet", row_group_size=5)
     source = {"kind": "table", "path": str(tmp_path / "t.parquet"), "bytes_column": "image"}
     prepare(tmp_path / "out", prepare_config(source, shard_size=2, validation_fraction=0), seed=0)
@@ -196,7 +196,7 @@ def _members(numbers: range) -> list[tuple[str, bytes]]:
         member
         for n in numbers
         for member in (
-            (f"{n:05d}.jpg", encoded(picture(n), "JPEG")),
+            (f"{n:05d}.jpg", encoded(image(n), "JPEG")),
             (f"{n:05d}.json", json.dumps({"number": n}).encode()),
             (f"{n:05d}.txt", f"number {n}".encode()),
         )
@@ -258,7 +258,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from pipeline.data.prepare import prepare
-from tests.data.images import folder_config
+from tests.data.sample_images import folder_config
 if __name__ == "__main__":
     prepare(Path(sys.argv[2]), folder_config(Path(sys.argv[1]), shard_size=20, image_size=32, workers=2), seed=0)
 """
@@ -312,13 +312,13 @@ def test_openmoji_has_1918_base_emoji_without_skin_tones() -> None:
     assert not [name for name in names.values() if "skin tone" in name or "_" in name or name.startswith(":")]
 
 
-@pytest.mark.parametrize("damage", ["cut in a picture", "cut between samples", "another header", "nothing"])
+@pytest.mark.parametrize("damage", ["cut in an image", "cut between samples", "another header", "nothing"])
 def test_a_damaged_shard_read_front_to_back_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
     prepare(tmp_path / "out", folder_config(write_folder(tmp_path / "in", 5), validation_fraction=0), seed=0)
     tar = tmp_path / "out/train/000000.tar"
     content = tar.read_bytes()
     places = np.load(tar.with_suffix(".index.npy"))
-    beyond = {"cut in a picture": 100, "cut between samples": -1_536, "another header": -512}
+    beyond = {"cut in an image": 100, "cut between samples": -1_536, "another header": -512}
     cut = int(places[2, 0]) + beyond.get(damage, 0)
     damaged = {"another header": content[:cut] + b"x" * 512 + content[cut + 512 :], "nothing": b""}
     tar.write_bytes(damaged.get(damage, content[:cut]))

@@ -19,7 +19,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Part
-from tests.data.images import encoded, folder_config, picture, prepare_config, tree_bytes, write_folder, write_tar
+from tests.data.sample_images import encoded, folder_config, image, prepare_config, tree_bytes, write_folder, write_tar
 from tests.launch import environment
 
 
@@ -30,7 +30,7 @@ def _samples(directory: Path, *splits: str) -> list[tuple[str, str]]:
 def _saved_dataset(path: str, count: int, **columns: list[Any]) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'smalti[data]'")
     values = {
-        "image": [{"bytes": encoded(picture(n)), "path": None} for n in range(count)],
+        "image": [{"bytes": encoded(image(n)), "path": None} for n in range(count)],
         "caption": [f"number {n}" for n in range(count)],
         **columns,
     }
@@ -73,15 +73,15 @@ def test_a_group_is_never_divided_between_the_splits(tmp_path: Path, kind: str) 
             member
             for n in range(36)
             for member in (
-                (f"{n:03d}.png", encoded(picture(n))),
+                (f"{n:03d}.png", encoded(image(n))),
                 (f"{n:03d}.txt", b"a caption"),
                 (f"{n:03d}.json", json.dumps({"artist": groups[n]}).encode()),
             )
         ]
         source = {"kind": kind, "urls": str(write_tar(tmp_path / "0.tar", members)), "group_field": "artist"}
     else:
-        write_folder(tmp_path / "pictures", 36)
-        rows = [{"file": f"pictures/{n:05d}.png", "caption": "a", "artist": groups[n]} for n in range(36)]
+        write_folder(tmp_path / "images", 36)
+        rows = [{"file": f"images/{n:05d}.png", "caption": "a", "artist": groups[n]} for n in range(36)]
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = {"kind": "table", "path": str(tmp_path / "t.jsonl"), "path_column": "file", "group_column": "artist"}
     prepare(tmp_path / "out", prepare_config(source, validation_fraction=0.5), seed=0)
@@ -92,10 +92,10 @@ def test_a_group_is_never_divided_between_the_splits(tmp_path: Path, kind: str) 
 
 
 def _smooth_folder(folder: Path) -> Path:
-    """Twelve smooth pictures; 03 and 09 again as JPEG under other names."""
+    """Twelve smooth images; 03 and 09 again as JPEG under other names."""
     folder.mkdir()
     for number in range(12):
-        scene = picture(number, (8, 8)).resize((64, 64))
+        scene = image(number, (8, 8)).resize((64, 64))
         (folder / f"{number:02d}.png").write_bytes(encoded(scene))
         (folder / f"{number:02d}.txt").write_text("a scene")
         if number in (3, 9):
@@ -126,17 +126,17 @@ def test_a_sample_comes_back_when_what_it_repeated_is_gone(tmp_path: Path) -> No
     config = folder_config(folder, **values, max_rejected_fraction=0.5)
     prepare(tmp_path / "out", config, seed=0)
     for number in (3, 9):
-        (folder / f"{number:02d}.png").write_bytes(encoded(picture(70 + number, (8, 8)).resize((64, 64))))
+        (folder / f"{number:02d}.png").write_bytes(encoded(image(70 + number, (8, 8)).resize((64, 64))))
     index = prepare(tmp_path / "out", config, seed=0)
     assert index["rejected"]["samples"] == 0
     assert {"copy3", "copy9"} <= {key for key, _ in _samples(tmp_path / "out")}
 
 
-def test_a_replaced_picture_is_noticed_by_the_next_run(tmp_path: Path) -> None:
+def test_a_replaced_image_is_noticed_by_the_next_run(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 6)
     config = folder_config(folder, shard_size=2, validation_fraction=0)
     prepare(tmp_path / "out", config, seed=0)
-    (folder / "00003.png").write_bytes(encoded(picture(99, (40, 40))))
+    (folder / "00003.png").write_bytes(encoded(image(99, (40, 40))))
     prepare(tmp_path / "out", config, seed=0)
     prepare(tmp_path / "fresh", config, seed=0)
     assert tree_bytes(tmp_path / "out" / "train") == tree_bytes(tmp_path / "fresh" / "train")
@@ -168,7 +168,7 @@ def test_a_caption_that_disappears_is_not_a_missing_caption(tmp_path: Path) -> N
         list(source.records(part))
 
 
-def test_a_picture_that_cannot_be_read_is_rejected_alone(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_rejected_alone(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 3)
     (folder / "00001.png").unlink()
     (folder / "00001.png").symlink_to(tmp_path / "nowhere")
@@ -178,7 +178,7 @@ def test_a_picture_that_cannot_be_read_is_rejected_alone(tmp_path: Path) -> None
 
 def _tar_config(tmp_path: Path, count: int) -> Any:
     members = [
-        member for n in range(count) for member in ((f"{n:03d}.png", encoded(picture(n))), (f"{n:03d}.txt", b"caption"))
+        member for n in range(count) for member in ((f"{n:03d}.png", encoded(image(n))), (f"{n:03d}.txt", b"caption"))
     ]
     write_tar(tmp_path / "in/0.tar", members)
     return prepare_config({"kind": "webdataset", "urls": str(tmp_path / "in/*.tar")}, validation_fraction=0)
@@ -200,11 +200,11 @@ def test_a_tar_that_disappears_or_is_replaced_while_it_is_read_stops_and_rejects
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_table_that_changes_or_disappears_halfway_stops(tmp_path: Path, kind: str) -> None:
-    write_folder(tmp_path / "pictures", 8)
+    write_folder(tmp_path / "images", 8)
     path = tmp_path / f"t.{kind}"
 
     def write(word: str) -> None:
-        rows = [{"file": f"pictures/{n:05d}.png", "caption": f"{word} {n}"} for n in range(8)]
+        rows = [{"file": f"images/{n:05d}.png", "caption": f"{word} {n}"} for n in range(8)]
         if kind == "parquet":
             import pyarrow
             import pyarrow.parquet as pq
@@ -255,7 +255,7 @@ def test_thousands_of_tars_are_listed_without_opening_one(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """An s3fs file system on a fresh S3 server (moto) with a bucket `pictures`, which the environment names."""
+    """An s3fs file system on a fresh S3 server (moto) with a bucket `images`, which the environment names."""
     pytest.importorskip("moto", reason="moto is not installed: pip install 'smalti[test]'")
     s3fs = pytest.importorskip("s3fs")
     with socket.socket() as probe:
@@ -278,7 +278,7 @@ def bucket() -> Iterator[Any]:
     try:
         _wait_for(port, server)
         files = s3fs.S3FileSystem(skip_instance_cache=True)
-        files.mkdir("pictures")
+        files.mkdir("images")
         yield files
     finally:
         server.kill()
@@ -300,8 +300,8 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def _upload(bucket: Any, folder: Path, name: str) -> str:
-    bucket.put(str(folder), f"pictures/{name}", recursive=True)
-    return f"s3://pictures/{name}"
+    bucket.put(str(folder), f"images/{name}", recursive=True)
+    return f"s3://images/{name}"
 
 
 def test_a_folder_in_s3_gives_the_same_bytes_as_a_local_one(bucket: Any, tmp_path: Path) -> None:
@@ -330,20 +330,20 @@ def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(buck
 
     _tar_config(tmp_path, 5)
     _upload(bucket, tmp_path / "in", "tars")
-    write_folder(tmp_path / "tables" / "pictures", 5)
-    rows = [{"file": f"pictures/{n:05d}.png", "caption": f"number {n}"} for n in range(5)]
+    write_folder(tmp_path / "tables" / "images", 5)
+    rows = [{"file": f"images/{n:05d}.png", "caption": f"number {n}"} for n in range(5)]
     (tmp_path / "tables/t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pictures = [row | {"image": (tmp_path / "tables" / row["file"]).read_bytes()} for row in rows]
-    pq.write_table(pyarrow.Table.from_pylist(pictures), tmp_path / "tables/t.parquet", row_group_size=3)
+    images = [row | {"image": (tmp_path / "tables" / row["file"]).read_bytes()} for row in rows]
+    pq.write_table(pyarrow.Table.from_pylist(images), tmp_path / "tables/t.parquet", row_group_size=3)
     _upload(bucket, tmp_path / "tables", "tables")
     _saved_dataset(str(tmp_path / "saved"), 5)
     _upload(bucket, tmp_path / "saved", "saved")
     sources: list[dict[str, Any]] = [
-        {"kind": "webdataset", "urls": "s3://pictures/tars/*.tar"},
-        {"kind": "webdataset", "urls": "s3://pictures/tars/{0..0}.tar"},
-        {"kind": "table", "path": "s3://pictures/tables/t.jsonl", "path_column": "file"},
-        {"kind": "table", "path": "s3://pictures/tables/t.parquet", "bytes_column": "image"},
-        {"kind": "huggingface", "path": "s3://pictures/saved", "split": "train"},
+        {"kind": "webdataset", "urls": "s3://images/tars/*.tar"},
+        {"kind": "webdataset", "urls": "s3://images/tars/{0..0}.tar"},
+        {"kind": "table", "path": "s3://images/tables/t.jsonl", "path_column": "file"},
+        {"kind": "table", "path": "s3://images/tables/t.parquet", "bytes_column": "image"},
+        {"kind": "huggingface", "path": "s3://images/saved", "split": "train"},
     ]
     for number, source in enumerate(sources):
         config = prepare_config(source, shard_size=3, validation_fraction=0, workers=2 if number == 2 else 1)
@@ -358,7 +358,7 @@ def test_an_object_that_disappears_from_s3_halfway_stops_and_rejects_nothing(buc
     source, part = _first_part(prepare_config({"kind": "folder", "path": url}))
     records = source.records(part)
     next(records)
-    bucket.rm("pictures/vanishing", recursive=True)
+    bucket.rm("images/vanishing", recursive=True)
     with pytest.raises(UserError, match="it was listed a moment ago and is gone"):
         list(records)
 

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from tests.data.images import folder_config, write_folder
+from tests.data.sample_images import folder_config, write_folder
 
 SAMPLES = 90
 
@@ -28,7 +28,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _keys(prepared: Path) -> dict[bytes, str]:
-    """Decoded picture -> key."""
+    """Decoded image -> key."""
     return {
         np.asarray(sample.image).transpose(2, 0, 1).tobytes(): sample.key for sample in read_samples(prepared, "train")
     }
@@ -38,7 +38,7 @@ def _take(stream: ImageStream, consumed: int, batch_size: int, batches: int) -> 
     found = []
     for batch in islice(stream.batches(consumed, batch_size), batches):
         assert batch["images"].dtype == torch.uint8
-        found += [picture.numpy().tobytes() for picture in batch["images"]]
+        found += [image.numpy().tobytes() for image in batch["images"]]
     return found
 
 
@@ -47,7 +47,7 @@ def test_every_sample_comes_exactly_once_an_epoch(prepared: Path, cache_bytes: i
     keys = _keys(prepared)
     stream = ImageStream(prepared, "train", seed=1, cache_bytes=cache_bytes)
     assert len(stream) == SAMPLES == len(keys)
-    seen = [keys[picture] for picture in _take(stream, 0, 20, 27)]  # six epochs, batches across their borders
+    seen = [keys[image] for image in _take(stream, 0, 20, 27)]  # six epochs, batches across their borders
     epochs = [seen[start : start + SAMPLES] for start in range(0, 6 * SAMPLES, SAMPLES)]
     assert all(Counter(epoch) == Counter(keys.values()) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -64,7 +64,7 @@ def test_global_order_is_the_same_at_any_number_of_ranks_and_threads(
         ImageStream(prepared, "train", seed=1, rank=rank, **options).batches(36, 12)  # type: ignore[arg-type]
         for rank in range(world_size)
     ]
-    together = [picture.numpy().tobytes() for _ in range(10) for rank in ranks for picture in next(rank)["images"]]
+    together = [image.numpy().tobytes() for _ in range(10) for rank in ranks for image in next(rank)["images"]]
     assert together == alone
 
 
@@ -121,7 +121,7 @@ def test_a_tar_replaced_by_another_of_the_same_name_and_size_is_an_error(tmp_pat
         next(ImageStream(tmp_path / "one/out", "train", seed=0).batches(0, 4))
 
 
-def test_one_flipped_byte_in_a_picture_is_an_error(tmp_path: Path) -> None:
+def test_one_flipped_byte_in_an_image_is_an_error(tmp_path: Path) -> None:
     tar = _one_shard(tmp_path)
     begin, size, _ = np.load(tar.with_suffix(".index.npy"))[2].tolist()
     content = bytearray(tar.read_bytes())

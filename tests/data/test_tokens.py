@@ -21,7 +21,7 @@ from pipeline.data.sampler import TokenSampler, shuffled
 from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards
 from pipeline.data.tokens import Level, TokenArrays
-from tests.data.images import folder_config, tree_bytes, write_folder
+from tests.data.sample_images import folder_config, tree_bytes, write_folder
 
 SAMPLES = 70
 

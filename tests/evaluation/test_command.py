@@ -19,7 +19,7 @@ from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation import feature_store
 from pipeline.evaluation.comparison import compare_features
 from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, read_features, save_features
-from pipeline.evaluation.image_sets import Picture, pictures_at
+from pipeline.evaluation.image_sets import StoredImage, images_at
 from pipeline.evaluation.reference_stats import reference_gaussian
 from pipeline.extractors.base import Extractor
 from pipeline.extractors.registry import load_extractor
@@ -28,22 +28,22 @@ from pipeline.metrics.frechet import frechet_distance
 from tests.launch import launch
 
 
-def painted(seed: int) -> Image.Image:
+def generated(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 24 pictures as a folder and as a tar; and 20 others, with captions."""
+    """The same 24 images as a folder and as a tar; and 20 others, with captions."""
     root = tmp_path_factory.mktemp("sets")
     (root / "real").mkdir()
     (root / "fake").mkdir()
     for i in range(24):
-        painted(i).save(root / "real" / f"{i:03d}.png")
+        generated(i).save(root / "real" / f"{i:03d}.png")
     for i in range(20):
-        painted(100 + i).save(root / "fake" / f"{i:03d}.png")
-        (root / "fake" / f"{i:03d}.txt").write_text(f"picture {i}\n")
-    samples = [Sample(f"{i:03d}", (root / "real" / f"{i:03d}.png").read_bytes(), f"picture {i}", {}) for i in range(24)]
+        generated(100 + i).save(root / "fake" / f"{i:03d}.png")
+        (root / "fake" / f"{i:03d}.txt").write_text(f"image {i}\n")
+    samples = [Sample(f"{i:03d}", (root / "real" / f"{i:03d}.png").read_bytes(), f"image {i}", {}) for i in range(24)]
     write_shard(root / "real.tar", samples)
     return root
 
@@ -64,7 +64,7 @@ def test_folder_against_folder_then_feature_files(sets: Path, tmp_path: Path) ->
     output = launch("pipeline", *arguments, "-o", str(tmp_path / "folders.json"))
     assert "FD (Lite0)" in output
     assert "efficientnet-lite0, weights" in output
-    assert "20 real and 20 fake pictures" in output
+    assert "20 real and 20 fake images" in output
     assert "20 samples for 1280 feature dimensions" in output
     measured = rows(tmp_path / "folders.json")
     assert measured["FD (Lite0)"]["n_real"] == measured["FD (Lite0)"]["n_generated"] == 20
@@ -93,9 +93,9 @@ def test_two_ranks_share_the_features(sets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--real", "nowhere", "--fake", "nowhere"], "nowhere: expected a folder of pictures"),
-        (["--real", "nowhere"], "expected two sets of pictures"),
-        (["seed=1"], "expected two sets of pictures"),
+        (["--real", "nowhere", "--fake", "nowhere"], "nowhere: expected a folder of images"),
+        (["--real", "nowhere"], "expected two sets of images"),
+        (["seed=1"], "expected two sets of images"),
         (["--real", "{real}", "--fake", "{real}", "--extractor", "clip"], "clip needs evaluate.weights"),
         (
             ["--real", "{real}", "--fake", "{real}", "--extractor", "inception-v3", "--weights", "{real}/no.pth"],
@@ -110,45 +110,45 @@ def test_mistakes_are_told_in_one_line(sets: Path, arguments: list[str], message
     assert "Traceback" not in output
 
 
-def test_tar_and_folder_of_the_same_pictures_share_a_cache_entry(
+def test_tar_and_folder_of_the_same_images_share_a_cache_entry(
     sets: Path, tmp_path: Path, extractor: Extractor
 ) -> None:
     store = FeatureStore(tmp_path, extractor)
-    from_folder, from_tar = pictures_at(sets / "real"), pictures_at(sets / "real.tar")
+    from_folder, from_tar = images_at(sets / "real"), images_at(sets / "real.tar")
     assert [p.key for p in from_folder] == [p.key for p in from_tar]
-    assert from_tar[3].caption == "picture 3"
+    assert from_tar[3].caption == "image 3"
     store.features(from_folder)
     assert store.place(from_folder) == store.place(from_tar)
     (sets / "changed").mkdir()
-    for i, picture in enumerate(from_folder):
-        content = from_folder[0].content() if i == 5 else picture.content()
-        (sets / "changed" / f"{picture.key}.png").write_bytes(content)
-    assert store.place(pictures_at(sets / "changed")) != store.place(from_folder)
+    for i, image in enumerate(from_folder):
+        content = from_folder[0].content() if i == 5 else image.content()
+        (sets / "changed" / f"{image.key}.png").write_bytes(content)
+    assert store.place(images_at(sets / "changed")) != store.place(from_folder)
 
 
 def test_killed_extraction_goes_on(
     sets: Path, tmp_path: Path, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_store, "PART", 10)
-    pictures = pictures_at(sets / "real")
-    whole = FeatureStore(tmp_path / "whole", extractor).features(pictures)
+    images = images_at(sets / "real")
+    whole = FeatureStore(tmp_path / "whole", extractor).features(images)
     store = FeatureStore(tmp_path / "shared", extractor)
-    place = store.extract(pictures, which=1, of=2)
-    assert [path.name for path in place.iterdir()] == ["part-00001.npz"]  # pictures 10 to 19
+    place = store.extract(images, which=1, of=2)
+    assert [path.name for path in place.iterdir()] == ["part-00001.npz"]  # images 10 to 19
     read: list[str] = []
-    monkeypatch.setattr(Picture, "image", property(lambda self: read.append(self.key) or painted(int(self.key))))
-    shared = store.features(pictures)
+    monkeypatch.setattr(StoredImage, "image", property(lambda self: read.append(self.key) or generated(int(self.key))))
+    shared = store.features(images)
     assert read == [f"{i:03d}" for i in (*range(10), *range(20, 24))]
     assert torch.equal(shared.features, whole.features)
     assert shared.logits is not None
     assert shared.logits.shape == (24, 1000)
     assert sorted(path.name for path in place.iterdir()) == ["about.json", "features.npy", "keys.txt", "logits.npy"]
-    store.features(pictures)
+    store.features(images)
     assert len(read) == 14
 
 
 def test_features_of_another_extractor_are_refused(sets: Path, tmp_path: Path, extractor: Extractor) -> None:
-    ours = extractor([painted(1), painted(2)])
+    ours = extractor([generated(1), generated(2)])
     np.savez(tmp_path / "other.npz", features=np.zeros((3, 1280), np.float32), name="my network")
     with pytest.raises(UserError, match="expected one name, found 'efficientnet-lite0' .real. and 'my network'"):
         check_same_extractor(ours, read_features(tmp_path / "other.npz"))
@@ -160,11 +160,11 @@ def test_mixed_sizes_are_told(sets: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for i in range(6):
-        painted(i).resize((12 + 4 * (i % 2), 12)).save(mixed / f"{i}.png")
+        generated(i).resize((12 + 4 * (i % 2), 12)).save(mixed / f"{i}.png")
     arguments = ("pipeline", "evaluate", "--fake", str(mixed), "--cache", str(tmp_path / "cache"))
     output = launch(*arguments, "--real", str(sets / "real"))
-    assert "warning: fake pictures: expected one size, found 2 (3 of 12 × 12, 3 of 16 × 12)" in output
-    assert "real pictures: expected" not in output
+    assert "warning: fake images: expected one size, found 2 (3 of 12 × 12, 3 of 16 × 12)" in output
+    assert "real images: expected" not in output
 
 
 def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
 
 
 def test_empty_feature_file_is_named(extractor: Extractor) -> None:
-    some = extractor([painted(1), painted(2)])
+    some = extractor([generated(1), generated(2)])
     with pytest.raises(UserError, match=r"generated: expected at least 2 samples \(a covariance\), found 0"):
         compare_features(some, some.take(slice(0)), EvaluateConfig(), seed=0)
 
@@ -205,17 +205,17 @@ def test_statistics_of_a_reference_set_are_kept(tmp_path: Path, monkeypatch: pyt
 
 def test_cache_keeps_within_its_bound(sets: Path, tmp_path: Path, extractor: Extractor) -> None:
     store = FeatureStore(tmp_path, extractor)
-    pictures = pictures_at(sets / "real")
+    images = images_at(sets / "real")
     for n in (2, 3, 4):
-        store.features(pictures[:n])
-    places = [store.place(pictures[:n]) for n in (2, 3, 4)]
+        store.features(images[:n])
+    places = [store.place(images[:n]) for n in (2, 3, 4)]
     feature_store.trim(tmp_path, limit_gb=0)
     assert all(place.is_dir() for place in places)  # used a moment ago
     now = time.time()
     for hours, place in ((30, places[0]), (20, places[1]), (10, places[2])):
         for file in place.iterdir():
             os.utime(file, (now - 3600 * hours, now - 3600 * hours))
-    store.extract(pictures[:2])  # the oldest one is used again
+    store.extract(images[:2])  # the oldest one is used again
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("not ours")
     os.utime(tmp_path / "thesis" / "chapter.txt", (0, 0))

@@ -14,8 +14,8 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model
 from pipeline.config.base import parse_config
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
-from pipeline.evaluation.comparison import caption_rows, compare_pictures
-from pipeline.extractors.hf import CaptionJudge
+from pipeline.evaluation.comparison import caption_rows, compare_images
+from pipeline.extractors.hf import ClipScorer
 from pipeline.extractors.inception_v3 import InceptionV3
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 CAPTIONS = ["a red heart", "a blue cat", "a green tree", "a yellow sun"]
 
 
-def pictures(n: int, seed: int = 0) -> list[Image.Image]:
+def images(n: int, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -49,12 +49,12 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_clip_features_are_the_models_own(clip: Path) -> None:
     extractor = load_extractor("clip", CPU, weights=str(clip))
-    found = extractor(pictures(3))
+    found = extractor(images(3))
     assert found.features.shape == (3, 12)
     assert found.logits is None
     model = CLIPModel.from_pretrained(clip).eval()
     with torch.inference_mode():
-        pooled = model.vision_model(pixel_values=extractor.input(pictures(3))).pooler_output
+        pooled = model.vision_model(pixel_values=extractor.input(images(3))).pooler_output
         torch.testing.assert_close(found.features, model.visual_projection(pooled))
 
 
@@ -63,24 +63,24 @@ def test_mean_and_deviation_are_the_processors(dinov2: Path) -> None:
     white = extractor.input([Image.new("RGB", (28, 28), "white")])
     expected = (1 - torch.tensor(PROCESSOR["image_mean"])) / torch.tensor(PROCESSOR["image_std"])
     torch.testing.assert_close(white[0, :, 0, 0], expected)
-    assert extractor.credentials.resize.startswith("28 × 28")
-    assert extractor(pictures(3)).features.shape == (3, 16)
+    assert extractor.info.resize.startswith("28 × 28")
+    assert extractor(images(3)).features.shape == (3, 16)
 
 
-def test_figures_are_named_after_the_extractor_and_without_classes_there_is_no_inception_score(dinov2: Path) -> None:
+def test_metrics_are_named_after_the_extractor_and_without_classes_there_is_no_inception_score(dinov2: Path) -> None:
     config = EvaluateConfig(extractor="dinov2", weights=str(dinov2), neighbours=2, kid_subsets=2, bootstraps=3)
-    rows = compare_pictures(pictures(8), pictures(8, seed=1), config, seed=0)
+    rows = compare_images(images(8), images(8, seed=1), config, seed=0)
     assert {"FD (DINOv2)", "FD∞ (DINOv2)", "KID (DINOv2)", "precision k=2 (DINOv2)"} <= {row.metric for row in rows}
     assert not [row.metric for row in rows if row.metric.startswith("IS")]
     assert all(len(row.weights_sha256 or "") == 64 for row in rows)
 
 
 def test_captions_are_judged(clip: Path) -> None:
-    judge = CaptionJudge(str(clip), CPU, batch_size=3)
+    judge = ClipScorer(str(clip), CPU, batch_size=3)
     captions = judge.captions(CAPTIONS)
     assert captions.shape == (4, 12)
     torch.testing.assert_close(judge.captions(CAPTIONS[1:2]), captions[1:2])
-    rows = caption_rows(judge.images(pictures(4)), captions, "", seed=0)
+    rows = caption_rows(judge.images(images(4)), captions, "", seed=0)
     assert [row.metric for row in rows] == ["CLIP score (CLIP)", "R@1 (CLIP)"]
 
 
@@ -90,7 +90,7 @@ def test_clip_score_and_retrieval_of_known_embeddings() -> None:
     assert clip_scores(images, captions).tolist() == pytest.approx([100, 100 / 2**0.5, 0, 100 * 0.5 / 1.25**0.5])
     assert own_caption_ranks(images, captions).tolist() == [0, 0, 3, 1]
     same = torch.tensor([[1.0, 0], [1, 0]])
-    assert own_caption_ranks(same, same).tolist() == [0, 0]  # two pictures of one caption are both right
+    assert own_caption_ranks(same, same).tolist() == [0, 0]  # two images of one caption are both right
 
 
 def test_fid_is_inceptions(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_fid_is_inceptions(tmp_path: Path) -> None:
     config = EvaluateConfig(
         extractor="inception-v3", weights=str(path), neighbours=2, kid_subsets=2, bootstraps=0, inception_splits=2
     )
-    rows = compare_pictures(pictures(4), pictures(4, seed=1), config, seed=0)
+    rows = compare_images(images(4), images(4, seed=1), config, seed=0)
     assert {"FID (Inception-v3)", "FID∞ (Inception-v3)", "IS (Inception-v3)"} <= {row.metric for row in rows}
     assert rows[0].resize == "299 × 299, bicubic, antialiased, float"
 
@@ -116,7 +116,7 @@ def test_missing_or_other_weights_say_where_to_put_them(
     with pytest.raises(UserError, match="no model at .*nothing is downloaded"):
         load_extractor("dinov2", CPU, weights=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="expected a model of type clip in .*, found dinov2"):
-        CaptionJudge(str(dinov2), CPU)
+        ClipScorer(str(dinov2), CPU)
     with pytest.raises(UserError, match=r"expected vgg16-397923af.pth .* in the folder .*put it there"):
         Lpips.from_folder(tmp_path)
     with pytest.raises(UserError, match=r"clip needs evaluate.weights"):

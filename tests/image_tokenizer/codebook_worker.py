@@ -18,7 +18,7 @@ def main(output: str) -> None:
     distributed.init()
     rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(rank)  # ranks that begin apart
-    config = CodebookConfig(kind="ema", codebook_size=16, code_width=4, decay=0.5, revive_below=0.2)
+    config = CodebookConfig(kind="ema", codebook_size=16, code_width=4, decay=0.5, dead_code_threshold=0.2)
     made = Codebook(config).train()
     for step in range(6):
         seed_step(0, step, rank)

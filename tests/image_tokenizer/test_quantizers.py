@@ -89,7 +89,7 @@ def test_ema_codebook_moves_as_the_library_moves_its_own() -> None:
     """Reference: vector-quantize-pytorch's codebook, from the same state, on the same batches."""
     from vector_quantize_pytorch.vector_quantize_pytorch import Codebook as Reference
 
-    ours = codebook("ema", decay=0.9, revive_below=0.0)
+    ours = codebook("ema", decay=0.9, dead_code_threshold=0.0)
     reference = Reference(8, 64, decay=0.9, threshold_ema_dead_code=0, eps=0.0).train()
     ours.used.fill_(1.0)
     ours.sums.copy_(ours.embedding)
@@ -113,7 +113,7 @@ def codebook(kind: str, **changes: object) -> Codebook:
 
 def test_codebook_learns_once_an_update_from_all_micro_batches_and_not_from_a_skipped_one() -> None:
     z = torch.randn(6, 16, 8, generator=torch.Generator().manual_seed(0))
-    whole, parts = codebook("ema", revive_below=0.0), codebook("ema", revive_below=0.0)
+    whole, parts = codebook("ema", dead_code_threshold=0.0), codebook("ema", dead_code_threshold=0.0)
     for made in (whole, parts):
         torch.manual_seed(1)
         made._start(z[:2].flatten(0, 1))

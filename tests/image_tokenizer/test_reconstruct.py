@@ -1,4 +1,4 @@
-"""`smalti reconstruct` through the real command line's function: any pictures in, sheets and figures out."""
+"""`smalti reconstruct` through the real command line's function: any images in, sheets and metrics out."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture of every mode and size that people have, and files that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of every mode and size that people have, and files that are none."""
+    folder = tmp_path_factory.mktemp("images")
     (folder / "sub").mkdir()
     Image.fromarray(noise(16, 16)).save(folder / "exact.png")
     Image.fromarray(noise(37, 23)).save(folder / "sub" / "odd size.jpg")  # the factor, 4, divides neither side
@@ -50,7 +50,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(noise(20, 20, 4)).save(folder / "alpha.png")
     Image.fromarray(noise(20, 20, 4), mode="CMYK").save(folder / "cmyk.tif")
     Image.fromarray(noise(20, 20)[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "exact.png").read_bytes()[:100])
     frames = [Image.fromarray(noise(8, 8 + i)) for i in range(2)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
@@ -59,61 +59,61 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_mode_and_size_comes_through_and_what_does_not_is_told_in_a_line(
-    model: Path, pictures: Path, tmp_path: Path
+    model: Path, images: Path, tmp_path: Path
 ) -> None:
-    result = run(model, pictures, "-o", tmp_path)
+    result = run(model, images, "-o", tmp_path)
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     expected = ["alpha.png", "cmyk.tif", "deep.png", "exact.png", "grey.png", "sub/odd size.jpg", "tiny.bmp"]
-    assert sorted(figures["pictures"]) == expected
-    assert sorted(figures["refused"]) == ["cut.png", "long.png", "moving.gif", "text.png"]
+    assert sorted(metrics["images"]) == expected
+    assert sorted(metrics["refused"]) == ["cut.png", "long.png", "moving.gif", "text.png"]
     told = [line for line in result.stderr.splitlines() if line.startswith("refused:")]
     assert len(told) == 4
-    assert "refused: text.png: not a picture" in result.stderr
+    assert "refused: text.png: not an image" in result.stderr
     assert "SSIM" in result.stdout
-    assert "over 7 pictures, 4 refused; 1 sheets" in result.stdout
+    assert "over 7 images, 4 refused; 1 sheets" in result.stdout
 
 
-def test_figures_are_those_of_the_pictures_on_the_sheet(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_images_on_the_sheet(model: Path, images: Path, tmp_path: Path) -> None:
     from pipeline.image_tokenizer.base import ImageTokenizer
 
-    run(model, pictures, "-o", tmp_path)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    original = Image.open(pictures / "exact.png")
+    run(model, images, "-o", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    original = Image.open(images / "exact.png")
     rebuilt = through(ImageTokenizer.from_pretrained(model), [original])
     [expected] = psnr(stacked([original]), stacked(rebuilt)).tolist()
-    assert figures["pictures"]["exact.png"]["psnr"] == pytest.approx(expected)
+    assert metrics["images"]["exact.png"]["psnr"] == pytest.approx(expected)
     sheet = Image.open(tmp_path / "sheet-000.png").convert("RGB")
     # exact.png is the fourth of the sorted names that came through, so its pair is the last of the first row.
     shown = [np.asarray(p.resize((128, 128), Image.Resampling.NEAREST)) for p in (original, *rebuilt)]
     left = 28 + 10 + 6 * (128 + 20 + 14)
-    for i, picture in enumerate(shown):
+    for i, image in enumerate(shown):
         cell = sheet.crop((left + i * 162, 38, left + i * 162 + 128, 166))
-        assert np.array_equal(np.asarray(cell), picture)
+        assert np.array_equal(np.asarray(cell), image)
 
 
-def test_a_tar_gives_the_same_figures_as_its_pictures_in_a_folder(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_tar_gives_the_same_metrics_as_its_images_in_a_folder(model: Path, images: Path, tmp_path: Path) -> None:
     names = ["exact.png", "grey.png", "deep.png"]
     folder = tmp_path / "some"
     folder.mkdir()
     for name in names:
-        (folder / name).write_bytes((pictures / name).read_bytes())
+        (folder / name).write_bytes((images / name).read_bytes())
     samples = [Sample(Path(n).stem, (folder / n).read_bytes(), "a caption", {}) for n in sorted(names)]
     write_shard(tmp_path / "tars" / "000.tar", samples)
     for source in ("some", "tars"):
         assert run(model, tmp_path / source, "-o", tmp_path / f"{source}-out").exit_code == 0
-    one, other = (json.loads((tmp_path / f"{s}-out" / "figures.json").read_text()) for s in ("some", "tars"))
-    assert list(one["pictures"].values()) == list(other["pictures"].values())
+    one, other = (json.loads((tmp_path / f"{s}-out" / "metrics.json").read_text()) for s in ("some", "tars"))
+    assert list(one["images"].values()) == list(other["images"].values())
 
 
-def test_a_limit_takes_the_first_pictures(model: Path, pictures: Path, tmp_path: Path) -> None:
-    run(model, pictures, "-o", tmp_path, "--limit", 2)
-    assert list(json.loads((tmp_path / "figures.json").read_text())["pictures"]) == ["alpha.png", "cmyk.tif"]
+def test_a_limit_takes_the_first_images(model: Path, images: Path, tmp_path: Path) -> None:
+    run(model, images, "-o", tmp_path, "--limit", 2)
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["images"]) == ["alpha.png", "cmyk.tif"]
 
 
-def test_of_a_run_it_takes_the_tokenizer_and_the_filters(tiny_run: Path, pictures: Path, tmp_path: Path) -> None:
-    output = launch("pipeline", "reconstruct", str(tiny_run), str(pictures), "-o", str(tmp_path))
-    assert "over 7 pictures, 4 refused" in output
+def test_of_a_run_it_takes_the_tokenizer_and_the_filters(tiny_run: Path, images: Path, tmp_path: Path) -> None:
+    output = launch("pipeline", "reconstruct", str(tiny_run), str(images), "-o", str(tmp_path))
+    assert "over 7 images, 4 refused" in output
     assert (tmp_path / "sheet-000.png").is_file()
 
 
@@ -121,15 +121,15 @@ def test_of_a_run_it_takes_the_tokenizer_and_the_filters(tiny_run: Path, picture
     ("case", "message"),
     [
         ("no tokenizer", "expected a run with a finished image-tokenizer, or a folder"),
-        ("no folder", "expected a folder of pictures, a tar or a folder of tars, found nothing"),
-        ("empty folder", "found no picture or tar"),
+        ("no folder", "expected a folder of images, a tar or a folder of tars, found nothing"),
+        ("empty folder", "found no image or tar"),
         ("nothing usable", "found none that can be used (1 refused)"),
     ],
 )
 def test_what_cannot_work_is_one_line(case: str, message: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.png").write_text("no picture")
+    (tmp_path / "bad" / "a.png").write_text("no image")
     tokenizer = tmp_path / "empty" if case == "no tokenizer" else model
     folder = tmp_path / {"no folder": "gone", "empty folder": "empty"}.get(case, "bad")
     result = run(tokenizer, folder, "-o", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Promises of VQ-VAE and VQ-VAE-2: codes, pictures, saving, learning, and what collapse gets."""
+"""Promises of VQ-VAE and VQ-VAE-2: codes, images, saving, learning, and what collapse gets."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def small(name: str, **changes: object) -> ImageTokenizer:
 
 
 def shapes(seed: int = 0) -> Tensor:
-    """Pictures with something to learn: one bright square each on a dark ground, uint8 [64,3,16,16]."""
+    """Images with something to learn: one bright square each on a dark ground, uint8 [64,3,16,16]."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.full((64, 3, 16, 16), 40, dtype=torch.uint8)
-    for picture in pictures:
+    images = torch.full((64, 3, 16, 16), 40, dtype=torch.uint8)
+    for image in images:
         top, left = torch.randint(0, 10, (2,), generator=generator).tolist()
-        picture[:, top : top + 6, left : left + 6] = torch.randint(100, 256, (3, 1, 1), generator=generator).byte()
-    return pictures
+        image[:, top : top + 6, left : left + 6] = torch.randint(100, 256, (3, 1, 1), generator=generator).byte()
+    return images
 
 
 def learned(name: str, steps: int = 60, **changes: object) -> tuple[ImageTokenizer, float]:
@@ -53,7 +53,7 @@ def learned(name: str, steps: int = 60, **changes: object) -> tuple[ImageTokeniz
     tokenizer = small(name, **changes).train()
     objective = tokenizer.objective()
     optimizer = build_adamw(objective, TrainingConfig(steps=steps, batch_size=64, learning_rate=5e-3, warmup_steps=5))
-    before = evaluate(tokenizer.eval(), [{"images": shapes(1)}]).figures["psnr"]
+    before = evaluate(tokenizer.eval(), [{"images": shapes(1)}]).metrics["psnr"]
     objective.train()
     for step in range(steps):
         loss, _ = objective({"images": shapes()}, step)
@@ -65,25 +65,25 @@ def learned(name: str, steps: int = 60, **changes: object) -> tuple[ImageTokeniz
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_levels_are_coarse_to_fine_and_codes_make_pictures(name: str) -> None:
+def test_levels_are_coarse_to_fine_and_codes_make_images(name: str) -> None:
     tokenizer = small(name)
     images = torch.rand(3, 3, 16, 16)
     assert [tuple(level) for level in tokenizer.levels] == LEVELS[name]
     codes = tokenizer.encode(images)
     assert [code.shape for code in codes] == [(3, height * width) for height, width, _ in LEVELS[name]]
-    pictures = tokenizer.decode(codes)
-    assert pictures.shape == images.shape
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
-    torch.testing.assert_close(tokenizer.encode(images[1:2])[-1], codes[-1][1:2])  # beside no other picture
+    decoded = tokenizer.decode(codes)
+    assert decoded.shape == images.shape
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+    torch.testing.assert_close(tokenizer.encode(images[1:2])[-1], codes[-1][1:2])  # beside no other image
 
 
 @pytest.mark.parametrize("name", ["vqvae", "residual", "two levels"])
 def test_training_learns_and_the_saved_tokenizer_gives_equal_codes(name: str, tmp_path: Path) -> None:
     tokenizer, before = learned(name)
     images = shapes(1).float() / 255
-    figures = evaluate(tokenizer, [{"images": shapes(1)}]).figures
-    assert figures["psnr"] > before + 3
+    metrics = evaluate(tokenizer, [{"images": shapes(1)}]).metrics
+    assert metrics["psnr"] > before + 3
     tokenizer.save_pretrained(tmp_path)
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     codes = tokenizer.encode(images)
@@ -134,7 +134,7 @@ def test_collapse_is_told_with_what_to_try_and_the_histogram_shows_it() -> None:
     tokenizer = small("residual")
     tokenizer.quantizers[0].codebooks[1].embedding[1:] = 1e6  # type: ignore[union-attr, index, operator]
     evaluation = evaluate(tokenizer, [{"images": shapes()}])
-    assert evaluation.figures["codebook_usage_1"] == 1 / 32
+    assert evaluation.metrics["codebook_usage_1"] == 1 / 32
     warning = collapsed(evaluation, floor=0.05)
     assert warning is not None
     assert "3.1% on level 1: lower training.learning_rate" in warning
@@ -151,4 +151,4 @@ def test_bits_a_pixel_are_those_of_the_codes_entropy() -> None:
             * torch.distributions.Categorical(count / count.sum()).entropy().item()
             / torch.log(torch.tensor(2.0)).item()
         )
-    assert evaluation.figures["bits_per_pixel"] == pytest.approx(bits / 256, rel=1e-6)
+    assert evaluation.metrics["bits_per_pixel"] == pytest.approx(bits / 256, rel=1e-6)

@@ -46,7 +46,7 @@ def weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def pictures(n: int, side: int, seed: int) -> Tensor:
+def images(n: int, side: int, seed: int) -> Tensor:
     """uint8 `[n, 3, side, side]`: noise at several scales."""
     rng = np.random.default_rng(seed)
     values = sum(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pipeline.core.errors import UserError
-from pipeline.evaluation.image_sets import named_pictures
+from pipeline.evaluation.image_sets import named_images
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.inception_score import inception_score
@@ -28,27 +28,27 @@ def manifold(real: torch.Tensor, generated: torch.Tensor) -> object:
     return precision_recall_density_coverage(real, generated, neighbours=3)
 
 
-@pytest.mark.parametrize("figure", [frechet_distance, kid, manifold])
+@pytest.mark.parametrize("metric", [frechet_distance, kid, manifold])
 class TestFiguresOfSets:
-    def test_nan_is_found(self, figure) -> None:  # type: ignore[no-untyped-def]
+    def test_nan_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
         bad = torch.rand(10, 8)
         bad[7, 3] = torch.nan
         with pytest.raises(UserError, match=r"generated: .*NaN or infinity in 1 of 10 samples .*sample 7"):
-            figure(torch.rand(10, 8), bad)
+            metric(torch.rand(10, 8), bad)
 
-    def test_empty_set_is_found(self, figure) -> None:  # type: ignore[no-untyped-def]
+    def test_empty_set_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(UserError, match=r"real: expected at least . samples .*found 0"):
-            figure(torch.rand(0, 8), torch.rand(10, 8))
+            metric(torch.rand(0, 8), torch.rand(10, 8))
 
-    def test_features_of_another_extractor_are_found(self, figure) -> None:  # type: ignore[no-untyped-def]
+    def test_features_of_another_extractor_are_found(self, metric) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(UserError, match="equal dimensions, found 8 and 9"):
-            figure(torch.rand(10, 8), torch.rand(10, 9))
+            metric(torch.rand(10, 8), torch.rand(10, 9))
 
-    def test_wrong_shape_is_found(self, figure) -> None:  # type: ignore[no-untyped-def]
+    def test_wrong_shape_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(
             UserError, match=r"real: expected an array \[samples, dimensions\], found shape \(10, 8, 2\)"
         ):
-            figure(torch.rand(10, 8, 2), torch.rand(10, 8))
+            metric(torch.rand(10, 8, 2), torch.rand(10, 8))
 
 
 def test_fewer_samples_than_neighbours() -> None:
@@ -80,15 +80,15 @@ def test_unknown_extractor_names_the_known() -> None:
         load_extractor("inception", torch.device("cpu"))
 
 
-def test_no_pictures(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found no picture"):
-        list(named_pictures(tmp_path))
-    with pytest.raises(UserError, match="expected pictures, found none"):
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found no image"):
+        list(named_images(tmp_path))
+    with pytest.raises(UserError, match="expected images, found none"):
         load_extractor("efficientnet-lite0", torch.device("cpu"))([])
 
 
-def test_damaged_picture_is_named(tmp_path: Path) -> None:
+def test_damaged_image_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    with pytest.raises(UserError, match=r"b\.png: expected a picture"):
-        list(named_pictures(tmp_path))
+    with pytest.raises(UserError, match=r"b\.png: expected an image"):
+        list(named_images(tmp_path))

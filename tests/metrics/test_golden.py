@@ -52,9 +52,9 @@ def test_inception_score() -> None:
 def test_inception_network_from_its_state_dict() -> None:
     network = InceptionV3()
     network.load_state_dict(seeded.weights(network.state_dict()))
-    pictures = (seeded.pictures(2, 299, seed=3).float() - 128) / 128
+    images = (seeded.images(2, 299, seed=3).float() - 128) / 128
     with torch.inference_mode():
-        features, logits = network.fold_norms()(pictures)
+        features, logits = network.fold_norms()(images)
     for ours, name in ((features, "features"), (logits, "logits")):
         expected = torch.tensor(GOLDEN["inception network"][name])
         torch.testing.assert_close(
@@ -69,7 +69,7 @@ def test_lpips_with_the_packages_own_heads(tmp_path: Path) -> None:
     torch.save(made, tmp_path / BACKBONE)
     heads = Path(heads_are_here.__file__).parent / "lpips_models" / "vgg.pth"
     (tmp_path / HEADS).write_bytes(heads.read_bytes())
-    x, y = (seeded.pictures(3, 64, seed).float() / 255 for seed in (3, 4))
+    x, y = (seeded.images(3, 64, seed).float() / 255 for seed in (3, 4))
     model = Lpips.from_folder(tmp_path)
     assert model.batched(x, y, batch_size=2).tolist() == pytest.approx(GOLDEN["lpips"], rel=RELATIVE)
     assert model.batched(x, x).tolist() == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""On the same features the figures equal those of torchmetrics and prdc within 1e-4 relative."""
+"""On the same features the metrics equal those of torchmetrics and prdc within 1e-4 relative."""
 
 from __future__ import annotations
 

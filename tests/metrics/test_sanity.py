@@ -1,4 +1,4 @@
-"""On real pictures: what makes a set worse moves the figure that should move, in the right direction."""
+"""On real images: what makes a set worse moves the metric that should move, in the right direction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.prepare import OpenMojiSource
 from pipeline.data.sources.openmoji import OpenMoji
-from pipeline.evaluation.comparison import Row, compare_pictures, compare_sets
+from pipeline.evaluation.comparison import Row, compare_images, compare_sets
 from pipeline.evaluation.image_sets import decoded
 from pipeline.extractors.base import Extractor, FeatureSet, resized
 from pipeline.extractors.registry import load_extractor
@@ -25,7 +25,7 @@ def extractor() -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Real emoji, shuffled, so that both halves hold all kinds."""
     source = OpenMoji(OpenMojiSource(kind="openmoji", limit=700), image_size=32)
     source.named = [source.named[i] for i in np.random.default_rng(0).permutation(700)[: 2 * N]]
@@ -34,30 +34,30 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def real(extractor: Extractor, pictures: list[Image.Image]) -> FeatureSet:
-    return extractor(pictures[:N])
+def real(extractor: Extractor, images: list[Image.Image]) -> FeatureSet:
+    return extractor(images[:N])
 
 
 @pytest.fixture(scope="module")
-def other(extractor: Extractor, pictures: list[Image.Image]) -> FeatureSet:
-    return extractor(pictures[N:])
+def other(extractor: Extractor, images: list[Image.Image]) -> FeatureSet:
+    return extractor(images[N:])
 
 
-def figures(real: FeatureSet, generated: FeatureSet) -> dict[str, float]:
+def metrics(real: FeatureSet, generated: FeatureSet) -> dict[str, float]:
     rows: list[Row] = compare_sets(real, generated, "", CONFIG, seed=0)
     return {row.metric.split()[0]: row.value for row in rows if row.value is not None}
 
 
-def noisy(picture: Image.Image, sigma: float) -> Image.Image:
-    noise = np.random.default_rng(1).normal(0, sigma, (*picture.size[::-1], 3))
-    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+def noisy(image: Image.Image, sigma: float) -> Image.Image:
+    noise = np.random.default_rng(1).normal(0, sigma, (*image.size[::-1], 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
 def test_more_noise_is_farther(
-    extractor: Extractor, pictures: list[Image.Image], real: FeatureSet, other: FeatureSet
+    extractor: Extractor, images: list[Image.Image], real: FeatureSet, other: FeatureSet
 ) -> None:
-    steps = [figures(real, other)] + [
-        figures(real, extractor([noisy(p, sigma) for p in pictures[N:]])) for sigma in (15, 60)
+    steps = [metrics(real, other)] + [
+        metrics(real, extractor([noisy(p, sigma) for p in images[N:]])) for sigma in (15, 60)
     ]
     assert steps[0]["FD"] < steps[1]["FD"] < steps[2]["FD"]
     assert steps[0]["KID"] < steps[1]["KID"] < steps[2]["KID"]
@@ -65,42 +65,41 @@ def test_more_noise_is_farther(
 
 
 def test_more_blur_is_farther(
-    extractor: Extractor, pictures: list[Image.Image], real: FeatureSet, other: FeatureSet
+    extractor: Extractor, images: list[Image.Image], real: FeatureSet, other: FeatureSet
 ) -> None:
-    steps = [figures(real, other)] + [
-        figures(real, extractor([p.filter(ImageFilter.GaussianBlur(radius)) for p in pictures[N:]]))
-        for radius in (1, 3)
+    steps = [metrics(real, other)] + [
+        metrics(real, extractor([p.filter(ImageFilter.GaussianBlur(radius)) for p in images[N:]])) for radius in (1, 3)
     ]
     assert steps[0]["FD"] < steps[1]["FD"] < steps[2]["FD"]
     assert steps[0]["KID"] < steps[1]["KID"] < steps[2]["KID"]
 
 
 def test_fewer_modes_lower_recall_and_coverage_more_than_precision(real: FeatureSet, other: FeatureSet) -> None:
-    whole, collapsed = figures(real, other), figures(real, other.take(list(range(6)) * (N // 6)))
+    whole, collapsed = metrics(real, other), metrics(real, other.take(list(range(6)) * (N // 6)))
     assert collapsed["FD"] > whole["FD"]
     assert collapsed["coverage"] < whole["coverage"] / 2
     assert collapsed["recall"] < whole["recall"] / 2
     assert collapsed["precision"] > whole["precision"] / 2
 
 
-def test_memorised_pictures_come_nearer_than_real_ones_do(real: FeatureSet, other: FeatureSet) -> None:
-    copied = figures(real, real)
+def test_memorised_images_come_nearer_than_real_ones_do(real: FeatureSet, other: FeatureSet) -> None:
+    copied = metrics(real, real)
     assert copied["FD"] == pytest.approx(0, abs=1e-6)
     assert copied["precision"] == copied["recall"] == copied["coverage"] == 1
-    assert copied["FD"] < figures(real, other)["FD"]
+    assert copied["FD"] < metrics(real, other)["FD"]
 
 
-def test_two_iterables_of_pictures_are_enough(pictures: list[Image.Image]) -> None:
-    rows = compare_pictures(iter(pictures[:20]), iter(pictures[20:44]), CONFIG, seed=0)
+def test_two_iterables_of_images_are_enough(images: list[Image.Image]) -> None:
+    rows = compare_images(iter(images[:20]), iter(images[20:44]), CONFIG, seed=0)
     assert {row.metric for row in rows} >= {"FD (Lite0)", "KID (Lite0)", "IS (Lite0)", "recall k=3 (Lite0)"}
     assert all(row.n_generated == 20 for row in rows)
 
 
 @pytest.mark.parametrize("side", [128, 16])
-def test_resizing_is_that_of_pillow_in_float(pictures: list[Image.Image], side: int) -> None:
-    channels = np.moveaxis(np.asarray(pictures[0], dtype=np.float32), 2, 0)
+def test_resizing_is_that_of_pillow_in_float(images: list[Image.Image], side: int) -> None:
+    channels = np.moveaxis(np.asarray(images[0], dtype=np.float32), 2, 0)
     expected = np.stack([Image.fromarray(c).resize((side, side), Image.Resampling.BICUBIC) for c in channels])
-    assert np.abs(resized(pictures[:1], side)[0].numpy() - expected.clip(0, 255)).max() < 1e-3
+    assert np.abs(resized(images[:1], side)[0].numpy() - expected.clip(0, 255)).max() < 1e-3
 
 
 def test_folding_norms_changes_nothing(extractor: Extractor) -> None:

@@ -1,4 +1,4 @@
-"""The whole pipeline through the real command line: from captioned pictures to a report."""
+"""The whole pipeline through the real command line: from captioned images to a report."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_mlflow_has_a_parent_and_a_child_for_each_stage(tiny_run: Path) -> None:
     logged = [json.loads(line) for line in (tiny_run / "transformer" / "metrics.jsonl").read_text().splitlines()]
     assert [m.step for m in history] == [line["step"] for line in logged if "loss" in line]
     artifacts = {a.path for a in client.list_artifacts(children["transformer"].info.run_id)}
-    assert {"config.yaml", "manifest.json", "model", "pictures"} <= artifacts
+    assert {"config.yaml", "manifest.json", "model", "images"} <= artifacts
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

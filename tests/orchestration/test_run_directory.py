@@ -48,7 +48,7 @@ def runs(config: PipelineConfig) -> RunDirectory:
 
 
 def _outdated(runs: RunDirectory, config: PipelineConfig) -> dict[str, list[str]]:
-    reasons = {stage.name: runs.why_not_done(config, stage) for stage in stages_of(config)}
+    reasons = {stage.name: runs.stale_reasons(config, stage) for stage in stages_of(config)}
     return {name: why for name, why in reasons.items() if why}
 
 

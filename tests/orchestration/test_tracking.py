@@ -95,7 +95,7 @@ def test_a_resumed_stage_goes_on_in_its_own_run_and_doubles_nothing(
     second.truncate(10)  # resumed from the checkpoint of step 10: step 20 comes again
     for step in (20, 30):
         second.log({"loss": 1 / step}, step)
-    second.picture("samples", Image.new("RGB", (8, 8)), 30)
+    second.image("samples", Image.new("RGB", (8, 8)), 30)
     second.close("FINISHED")
 
     assert _run_ids(tmp_path) == ids
@@ -106,7 +106,7 @@ def test_a_resumed_stage_goes_on_in_its_own_run_and_doubles_nothing(
     assert client.get_run(child).data.params["transformer.training.steps"] == "30"
     assert {client.get_run(run).info.status for run in ids} == {"FINISHED"}
     assert "system/cpu_percent" in client.get_run(child).data.metrics
-    assert [a.path for a in client.list_artifacts(child, "pictures")] == ["pictures/samples-00000030.png"]
+    assert [a.path for a in client.list_artifacts(child, "images")] == ["images/samples-00000030.png"]
     lines = [json.loads(line) for line in (tmp_path / "transformer" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
 

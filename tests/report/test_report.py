@@ -45,7 +45,7 @@ def config(tiny_run: Path) -> PipelineConfig:
 
 
 @pytest.fixture(scope="module")
-def figures(tiny_run: Path) -> dict[str, Any]:
+def metrics(tiny_run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((tiny_run / "evaluate" / "metrics.json").read_text())
     return content
 
@@ -73,8 +73,8 @@ def again(
     return StageRun(config, stage_named(name), run, Tracker(run.stage(name), None), array_task)
 
 
-def painted(directory: Path, samples: list[Sample]) -> None:
-    """What the stage generate leaves, with these samples as what it painted."""
+def generated(directory: Path, samples: list[Sample]) -> None:
+    """What the stage generate leaves, with these samples as what it generated."""
     write_shard(directory / "samples" / "000000.tar", samples)
     (directory / "prompts.json").write_text("[]")
 
@@ -104,8 +104,8 @@ class References(HTMLParser):
         self.text.append(data)
 
 
-def test_every_row_names_extractor_weights_resize_and_counts(figures: dict[str, Any]) -> None:
-    for row in figures["rows"]:
+def test_every_row_names_extractor_weights_resize_and_counts(metrics: dict[str, Any]) -> None:
+    for row in metrics["rows"]:
         assert row["n_generated"] > 0
         assert row["value"] is not None or row["warning"]
         if "Lite0" in row["metric"]:
@@ -114,13 +114,13 @@ def test_every_row_names_extractor_weights_resize_and_counts(figures: dict[str, 
             assert "128 × 128" in row["resize"]
 
 
-def test_nothing_is_called_fid_without_inception(figures: dict[str, Any], page: str) -> None:
-    assert not [row["metric"] for row in figures["rows"] if "FID" in row["metric"]]
+def test_nothing_is_called_fid_without_inception(metrics: dict[str, Any], page: str) -> None:
+    assert not [row["metric"] for row in metrics["rows"] if "FID" in row["metric"]]
     assert "FD (Lite0)" in page
 
 
-def test_sets_are_compared_at_equal_n(figures: dict[str, Any]) -> None:
-    rows = [row for row in figures["rows"] if row["metric"] == "FD (Lite0)"]
+def test_sets_are_compared_at_equal_n(metrics: dict[str, Any]) -> None:
+    rows = [row for row in metrics["rows"] if row["metric"] == "FD (Lite0)"]
     assert len(rows) == 3  # own, other, floor
     assert {(row["n_real"], row["n_generated"]) for row in rows} == {(32, 32)}
     assert all("32 samples for 1280 feature dimensions" in row["warning"] for row in rows)
@@ -132,24 +132,24 @@ def test_measuring_again_gives_the_same_bytes(tiny_run: Path, tmp_path: Path, co
     assert measured.read_bytes() == (tiny_run / "evaluate" / "metrics.json").read_bytes()
 
 
-def test_reconstructions_carry_intervals(figures: dict[str, Any]) -> None:
-    rows = [row for row in figures["rows"] if row["compares"].endswith("their reconstructions")]
+def test_reconstructions_carry_intervals(metrics: dict[str, Any]) -> None:
+    rows = [row for row in metrics["rows"] if row["compares"].endswith("their reconstructions")]
     assert {row["metric"] for row in rows} == {"PSNR (dB)", "SSIM", "rFD (Lite0)"}
     assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
     assert all("bootstraps" in row["interval_of"] for row in rows)
 
 
-def test_copies_of_training_pictures_show_as_copies(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
+def test_copies_of_training_images_show_as_copies(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
     samples = list(read_samples(tiny_run / "prepare", "train"))[:24]
     run = again(tiny_run, tmp_path, config, "evaluate", "generate")
-    painted(run.input("generate"), samples)
+    generated(run.input("generate"), samples)
     evaluate.main(run)
     rows = json.loads((run.directory / "metrics.json").read_text())["rows"]
     own, other, floor = [row["value"] for row in rows if row["metric"] == "FD (Lite0)"]
     assert own == pytest.approx(0, abs=1e-4)
     assert other == pytest.approx(floor)
     assert floor > 1
-    copied, unseen = [row["value"] for row in rows if "nearest training picture" in row["metric"]]
+    copied, unseen = [row["value"] for row in rows if "nearest training image" in row["metric"]]
     assert copied < 1e-3 * unseen
 
 
@@ -163,9 +163,9 @@ def test_page_loads_nothing_from_anywhere(page: str) -> None:
     assert all("creativecommons.org" in link or "openmoji.org" in link for link in references.links)
 
 
-def test_page_tells_the_run(figures: dict[str, Any], page: str) -> None:
+def test_page_tells_the_run(metrics: dict[str, Any], page: str) -> None:
     text = " ".join("".join(References(page).text).split())
-    for entry in (*figures["nearest"], *figures["samples"]):
+    for entry in (*metrics["nearest"], *metrics["samples"]):
         assert entry["prompt"] in text
         assert f"nearest: {entry['caption']}" in text
     for expected in ("CC BY-SA 4.0", "mostly reproduces them", "codebook_size: 64", "New prompts", "PSNR", "At random"):
@@ -173,7 +173,7 @@ def test_page_tells_the_run(figures: dict[str, Any], page: str) -> None:
 
 
 def test_page_is_a_function_of_its_inputs(
-    tiny_run: Path, tmp_path: Path, config: PipelineConfig, page: str, figures: dict[str, Any]
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig, page: str, metrics: dict[str, Any]
 ) -> None:
     run = again(tiny_run, tmp_path, config, "report")
     report.main(run)
@@ -181,14 +181,14 @@ def test_page_is_a_function_of_its_inputs(
     plots = sorted((run.directory / "plots").iterdir())
     grids = sorted((run.directory / "grids").iterdir())
     assert [path.stem for path in grids] == ["prompts-new", "prompts-training", "random"]
-    assert len((run.directory / "figures.csv").read_text().splitlines()) == 1 + len(figures["rows"])
+    assert len((run.directory / "metrics.csv").read_text().splitlines()) == 1 + len(metrics["rows"])
     assert json.loads((run.directory / "costs.json").read_text())["stages"]["transformer"]["wall_time_s"] > 0
     assert [path.name for path in plots if path.name.startswith("transformer-loss")]
     for path in plots:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     manifest = json.loads((tiny_run / "report" / "manifest.json").read_text())
     shown = {str(path.relative_to(run.directory)) for path in (*plots, *grids)}
-    assert shown | {"index.html", "figures.csv", "costs.json"} == set(manifest["outputs"])
+    assert shown | {"index.html", "metrics.csv", "costs.json"} == set(manifest["outputs"])
 
 
 def test_ids_of_plots_do_not_clash(page: str) -> None:
@@ -205,8 +205,8 @@ def test_ids_of_plots_do_not_clash(page: str) -> None:
 def test_samples_of_another_run_are_found(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
     run = again(tiny_run, tmp_path, config, "evaluate", "generate")
     known = next(read_samples(tiny_run / "prepare", "train"))
-    painted(run.input("generate"), [Sample(f"stranger-{known.key}", known.png, "caption", {})])
-    with pytest.raises(UserError, match=r"expected keys of prepared pictures, found 'stranger-"):
+    generated(run.input("generate"), [Sample(f"stranger-{known.key}", known.png, "caption", {})])
+    with pytest.raises(UserError, match=r"expected keys of prepared images, found 'stranger-"):
         evaluate.main(run)
 
 
@@ -218,7 +218,7 @@ def test_array_tasks_share_the_features_and_the_stage_measures_the_same(
     for task in ((0, 2), (1, 2)):
         evaluate.main(again(tiny_run, tmp_path, cached, "evaluate", array_task=task))
     sets = sorted(path for path in (tmp_path / "cache").iterdir())
-    assert sorted(len(list(path.glob("part-*.npz"))) for path in sets) == [1, 1, 3]  # 179 training pictures
+    assert sorted(len(list(path.glob("part-*.npz"))) for path in sets) == [1, 1, 3]  # 179 training images
     run = again(tiny_run, tmp_path, cached, "evaluate")
     assert not (run.directory / "metrics.json").exists()
     evaluate.main(run)
@@ -232,7 +232,7 @@ def test_best_and_worst_by_clip_are_shown(tiny_run: Path, tmp_path: Path, config
     judged = changed(config, clip=str(clip), samples_shown=4, feature_cache=tmp_path / "cache")
     evaluate.main(again(tiny_run, tmp_path, judged, "evaluate", array_task=(0, 1)))
     sets = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/part-*.npz")}
-    assert len(sets) == 5  # three for the figures, two for CLIP
+    assert len(sets) == 5  # three for the metrics, two for CLIP
     run = again(tiny_run, tmp_path, judged, "evaluate")
     evaluate.main(run)
     measured = json.loads((run.directory / "metrics.json").read_text())
@@ -252,7 +252,7 @@ def test_best_and_worst_by_the_reranker_are_shown(tiny_run: Path, tmp_path: Path
     samples = list(read_samples(tiny_run / "prepare", "train"))[:12]
     run = again(tiny_run, tmp_path, changed(config, samples_shown=4), "evaluate", "generate")
     scored = [Sample(s.key, s.png, s.caption, {"score": float(i)}) for i, s in enumerate(samples)]
-    painted(run.input("generate"), scored)
+    generated(run.input("generate"), scored)
     evaluate.main(run)
     measured = json.loads((run.directory / "metrics.json").read_text())
     assert measured["judge"] == "the reranker"
@@ -285,8 +285,8 @@ def test_best_setting_paints(tiny_run: Path, tmp_path: Path) -> None:
         "generate: {sampling: {temperature: 0.0, top_k: 3, guidance: 1.0}}"
     )
     launch(*arguments)
-    (painted,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "grid.png")
-    recorded = "".join(Image.open(painted).text.values())  # type: ignore[attr-defined]
+    (generated,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "grid.png")
+    recorded = "".join(Image.open(generated).text.values())  # type: ignore[attr-defined]
     assert '"temperature": 0.0' in recorded
     assert '"top_k": 3' in recorded
 
@@ -302,7 +302,7 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     sweep = json.loads((run.directory / "metrics.json").read_text())["sweep"]
     tried = [(setting["temperature"], setting["top_k"]) for setting in sweep["settings"]]
     assert tried == [(0.2, 1), (0.2, None), (1.0, 1), (1.0, None)]
-    distances = [setting["figures"]["FD (Lite0)"] for setting in sweep["settings"]]
+    distances = [setting["metrics"]["FD (Lite0)"] for setting in sweep["settings"]]
     assert distances[0] == distances[2]  # of one code, temperature changes nothing
     assert len(set(distances)) == 3
     best = yaml.safe_load((run.directory / "best.yaml").read_text())["generate"]["sampling"]
@@ -310,7 +310,7 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     tars = {path: path.stat().st_mtime_ns for path in (run.directory / "sweep").glob("*.tar")}
     assert len(tars) == 4
     evaluate.main(run)
-    assert {path: path.stat().st_mtime_ns for path in tars} == tars  # painted once
+    assert {path: path.stat().st_mtime_ns for path in tars} == tars  # generated once
     directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
     report = build_report(directories, swept)
     assert "Settings of sampling" in report.page
@@ -323,5 +323,5 @@ def test_sweep_of_guidance_needs_caption_dropout(tiny_run: Path, tmp_path: Path,
     with pytest.raises(UserError, match="guidance other than 1 needs a transformer trained with caption_dropout"):
         evaluate.main(run)
     run = again(tiny_run, tmp_path, changed(config, sweep=SweepConfig(samples=100)), "evaluate")
-    with pytest.raises(UserError, match="at most half of the 179 training pictures"):
+    with pytest.raises(UserError, match="at most half of the 179 training images"):
         evaluate.main(run)

@@ -31,10 +31,10 @@ def samples() -> list[Sample]:
     found = []
     for name, colour in COLOURS.items():
         for side, left in (("left", 0), ("right", 4)):
-            picture = Image.new("RGB", (8, 8), "white")
-            picture.paste(colour, (left, 2, left + 4, 6))
+            image = Image.new("RGB", (8, 8), "white")
+            image.paste(colour, (left, 2, left + 4, 6))
             content = io.BytesIO()
-            picture.save(content, format="png")
+            image.save(content, format="png")
             found.append(Sample(f"{name}-{side}", content.getvalue(), f"{name} square on the {side}", {}))
     return found
 
@@ -58,9 +58,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
     return ranker
 
 
-def test_it_learns_which_caption_belongs_to_which_picture(trained: Ranker) -> None:
-    figures = retrieval(trained, samples(), 100)
-    assert figures == {
+def test_it_learns_which_caption_belongs_to_which_image(trained: Ranker) -> None:
+    metrics = retrieval(trained, samples(), 100)
+    assert metrics == {
         "image to text R@1": 1, "image to text R@5": 1, "text to image R@1": 1, "text to image R@5": 1, "samples": 8,
     }  # fmt: skip
     red = samples()[0].image
@@ -72,8 +72,8 @@ def test_saved_and_loaded_it_scores_the_same(trained: Ranker, tmp_path: Path) ->
     assert isinstance(trained.towers, TwoTowers)
     trained.towers.save_pretrained(tmp_path)
     loaded = Ranker.from_pretrained(tmp_path, trained.text_tokenizer, torch.device("cpu"))
-    pictures, captions = [s.image for s in samples()], [s.caption for s in samples()]
-    assert loaded.scores(pictures, captions) == trained.scores(pictures, captions)
+    images, captions = [s.image for s in samples()], [s.caption for s in samples()]
+    assert loaded.scores(images, captions) == trained.scores(images, captions)
     other = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=280, text_length=9))
     with pytest.raises(UserError, match="expected a text tokenizer of length and vocabulary"):
         Ranker.from_pretrained(tmp_path, other, torch.device("cpu"))
@@ -94,16 +94,16 @@ def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_
     config += ["reranker.model.width=32", "reranker.model.layers=1", "reranker.model.heads=2"]
     config += ["reranker.training.steps=8", "reranker.training.batch_size=32", "reranker.training.warmup_steps=2"]
     launch("stages.reranker", *config)
-    figures = json.loads((run / "reranker" / "retrieval.json").read_text())
-    assert figures["samples"] == len(list(read_samples(run / "prepare", "val")))
-    assert 0 <= figures["image to text R@1"] <= figures["image to text R@5"] <= 1
+    metrics = json.loads((run / "reranker" / "retrieval.json").read_text())
+    assert metrics["samples"] == len(list(read_samples(run / "prepare", "val")))
+    assert 0 <= metrics["image to text R@1"] <= metrics["image to text R@5"] <= 1
     logged = (run / "reranker" / "metrics.jsonl").read_text()
     assert "val/text to image R@1" in logged
     launch("stages.generate", *config)
     pipeline = Pipeline.from_pretrained(run)
-    painted = pipeline.paint(["joker"], 2, keep=2)
+    generated = pipeline.generate(["joker"], 2, keep=2)
     listed = json.loads((run / "generate" / "prompts.json").read_text())
-    assert listed[0]["score"] == pytest.approx(painted[0].score, abs=1e-3)
+    assert listed[0]["score"] == pytest.approx(generated[0].score, abs=1e-3)
 
 
 def test_the_reranker_is_off_by_default_and_both_ends_say_so(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.sampling.cached_step import CodeReader
+from pipeline.sampling.cached_step import CachedDecoder
 from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
 
 
@@ -21,7 +21,7 @@ def test_logits_of_the_step_equal_the_full_pass_at_every_position(layout, shape,
     hidden = model.read_text(text, cache)
     if given:
         hidden = model.read_codes(codes[:, :given], 0, cache)
-    reader = CodeReader(model, cache)
+    reader = CachedDecoder(model, cache)
     for index in range(given, layout.image_length):
         level = layout.level_at(index)
         logits = reader.logits(hidden, index)

@@ -75,7 +75,7 @@ GUIDED = SamplingConfig(guidance=2.5, guidance_schedule="cosine", guidance_inter
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), GUIDED])
 @pytest.mark.parametrize("given", [1, 4, 9, LAYOUT.image_length])
-def test_a_picture_completed_from_its_own_first_codes_is_the_same_picture(given: int, sampling: SamplingConfig) -> None:
+def test_an_image_completed_from_its_own_first_codes_is_the_same_image(given: int, sampling: SamplingConfig) -> None:
     model = built()
     pairs = [(0, 0), (1, 0), (2, 0), (1, 0)]
     whole = codes_of(model, pairs, sampling)

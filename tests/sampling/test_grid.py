@@ -14,7 +14,7 @@ from pipeline.sampling.prompts import check_against_training, sampled_rows
 CAPTIONS = ["red heart", "blue heart", "Grinning  cat"]
 
 
-def test_every_picture_is_on_the_sheet_in_crisp_squares() -> None:
+def test_every_image_is_on_the_sheet_in_crisp_squares() -> None:
     colours = [(200, 10 * i, 30) for i in range(11)]
     tiles = [Tile(Image.new("RGB", (4, 4), colour), f"caption {i}") for i, colour in enumerate(colours)]
     sheet = grid([Group("First", tiles[:5], "a note"), Group("Second", tiles[5:])], columns=4, side=32)
@@ -22,7 +22,7 @@ def test_every_picture_is_on_the_sheet_in_crisp_squares() -> None:
     assert all(counts[colour] == 32 * 32 for colour in colours)
 
 
-def test_captions_are_wrapped_and_never_wider_than_the_picture() -> None:
+def test_captions_are_wrapped_and_never_wider_than_the_image() -> None:
     for text in (
         "a",
         "Åland Türkiye Škoda ñandú",

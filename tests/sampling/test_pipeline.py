@@ -18,10 +18,10 @@ from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
-from pipeline.sampling.pipeline import Painted, Pipeline, best
+from pipeline.sampling.pipeline import GeneratedImage, Pipeline, best
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.save import read_about
-from pipeline.sampling.to_directory import Job, paint_into_folder, paint_onto_sheet
+from pipeline.sampling.to_directory import Job, generate_folder, generate_sheet
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -36,12 +36,14 @@ def pipeline(tiny_run: Path) -> Pipeline:
     return Pipeline.from_pretrained(tiny_run)
 
 
-def same(one: list[Image.Image], other: list[Image.Image]) -> bool:
-    return len(one) == len(other) and all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+def same(one: list[GeneratedImage], other: list[GeneratedImage]) -> bool:
+    return len(one) == len(other) and all(
+        a.image.tobytes() == b.image.tobytes() for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), EVERYTHING])
-def test_a_picture_depends_on_seed_prompt_and_candidate_alone(pipeline: Pipeline, sampling: SamplingConfig) -> None:
+def test_an_image_depends_on_seed_prompt_and_candidate_alone(pipeline: Pipeline, sampling: SamplingConfig) -> None:
     few = pipeline.generate(PROMPTS, 2, 7, sampling, batch_size=1)
     many = pipeline.generate(PROMPTS, 3, 7, sampling, batch_size=5)
     assert same(few, [many[i] for i in (0, 1, 3, 4, 6, 7)])
@@ -49,31 +51,33 @@ def test_a_picture_depends_on_seed_prompt_and_candidate_alone(pipeline: Pipeline
     assert not same(pipeline.generate(PROMPTS, 2, 8, sampling), few)
 
 
-def test_a_completed_picture_keeps_its_first_rows_and_a_filled_one_what_is_outside_of_the_mask(
+def test_a_completed_image_keeps_its_first_rows_and_a_filled_one_what_is_outside_of_the_mask(
     pipeline: Pipeline,
 ) -> None:
-    picture = pipeline.generate(["joker"], seed=3)[0]
+    image = pipeline.generate(["joker"], seed=3)[0].image
     tokenizer = pipeline.image_tokenizer
     level = tokenizer.levels[0]
-    own = known_codes(tokenizer, ImagePrompt(picture, mask=_mask(16, (0, 0, 16, 16))), torch.device("cpu"))
+    own = known_codes(tokenizer, ImagePrompt(image, mask=_mask(16, (0, 0, 16, 16))), torch.device("cpu"))
     assert (own == -1).all()
-    rows = known_codes(tokenizer, ImagePrompt(picture, keep_rows=3), torch.device("cpu"))
+    rows = known_codes(tokenizer, ImagePrompt(image, keep_rows=3), torch.device("cpu"))
     assert ((rows != -1).view(level.height, level.width).all(1) == (torch.arange(level.height) < 3)).all()
-    hole = known_codes(tokenizer, ImagePrompt(picture, mask=_mask(16, (3, 5, 4, 9))), torch.device("cpu"))
+    hole = known_codes(tokenizer, ImagePrompt(image, mask=_mask(16, (3, 5, 4, 9))), torch.device("cpu"))
     side = 16 // level.height
     expected = np.zeros((level.height, level.width), bool)
     expected[5 // side : 8 // side + 1, 3 // side : 3 // side + 1] = True
     assert np.array_equal((hole == -1).view(level.height, level.width).numpy(), expected)
-    filled = pipeline.paint(["joker"], 6, 0, keep=2, image_prompt=ImagePrompt(picture, mask=_mask(16, (3, 5, 4, 9))))
+    filled = pipeline.generate(["joker"], 6, 0, keep=2, image_prompt=ImagePrompt(image, mask=_mask(16, (3, 5, 4, 9))))
     assert len(filled) == 2
     assert filled[0].score >= filled[1].score  # type: ignore[operator]
 
 
 def test_the_best_candidates_of_each_prompt_are_kept_best_first() -> None:
-    picture = Image.new("RGB", (1, 1))
+    image = Image.new("RGB", (1, 1))
     scores = {0: [1.0, 3.0, 2.0], 1: [-5.0, -4.0, -4.0]}
-    painted = [Painted(picture, prompt, j, score) for prompt, row in scores.items() for j, score in enumerate(row)]
-    assert [(one.prompt, one.candidate) for one in best(painted, 2)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    generated = [
+        GeneratedImage(image, prompt, j, score) for prompt, row in scores.items() for j, score in enumerate(row)
+    ]
+    assert [(one.prompt, one.candidate) for one in best(generated, 2)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 def _mask(side: int, box: tuple[int, int, int, int]) -> Image.Image:
@@ -82,7 +86,9 @@ def _mask(side: int, box: tuple[int, int, int, int]) -> Image.Image:
     return mask
 
 
-def test_an_export_paints_the_same_pictures_without_the_run(tiny_run: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_an_export_generates_the_same_images_without_the_run(
+    tiny_run: Path, pipeline: Pipeline, tmp_path: Path
+) -> None:
     export_run(tiny_run, tmp_path / "export")
     suffixes = {path.suffix for path in (tmp_path / "export").rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors", ".md", ".png"}
@@ -92,7 +98,7 @@ def test_an_export_paints_the_same_pictures_without_the_run(tiny_run: Path, pipe
     card = (tmp_path / "export" / "README.md").read_text()
     for told in (
         "CC BY-SA 4.0",
-        "captioned pictures for training",
+        "captioned images for training",
         "2 layers, width 64",
         "val/loss/image",
         "FD (Lite0)",
@@ -105,21 +111,21 @@ def test_an_export_paints_the_same_pictures_without_the_run(tiny_run: Path, pipe
 
 def test_a_stopped_job_goes_on_and_other_settings_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     job = Job(PROMPTS, candidates=2, batch_size=2, seed=4)
-    assert paint_into_folder(pipeline, job, tmp_path) == 6
-    pictures = sorted(tmp_path.glob("0*.png"))
-    before = {path: path.read_bytes() for path in pictures}
-    about = read_about(pictures[3])
+    assert generate_folder(pipeline, job, tmp_path) == 6
+    images = sorted(tmp_path.glob("0*.png"))
+    before = {path: path.read_bytes() for path in images}
+    about = read_about(images[3])
     assert about is not None
     assert (about["prompt"], about["candidate"], about["seed"]) == ("red joker", 1, 4)
     assert about["model"] == pipeline.source.model_hash
     assert about["sampling"]["temperature"] == 1.0
-    pictures[3].unlink()
-    kept = pictures[0].stat().st_mtime_ns
-    paint_into_folder(pipeline, job, tmp_path)
+    images[3].unlink()
+    kept = images[0].stat().st_mtime_ns
+    generate_folder(pipeline, job, tmp_path)
     assert {path: path.read_bytes() for path in sorted(tmp_path.glob("0*.png"))} == before
-    assert pictures[0].stat().st_mtime_ns == kept
-    with pytest.raises(UserError, match="was painted with another seed"):
-        paint_into_folder(pipeline, Job(PROMPTS, candidates=2, seed=5), tmp_path)
+    assert images[0].stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match="was generated with another seed"):
+        generate_folder(pipeline, Job(PROMPTS, candidates=2, seed=5), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_a_stopped_job_goes_on_and_other_settings_are_refused(pipeline: Pipeline
 )
 def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as found:
-        pipeline.paint(**({"prompts": ["joker"]} | arguments))  # type: ignore[arg-type]
+        pipeline.generate(**({"prompts": ["joker"]} | arguments))  # type: ignore[arg-type]
     assert "\n" not in str(found.value)
 
 
@@ -153,23 +159,23 @@ def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object
         ({"keep_levels": 1}, "keep_levels needs an image tokenizer of several levels, found one: use keep_rows"),
         ({"mask": Image.new("L", (16, 16))}, "found none"),
         ({"mask": Image.new("L", (8, 16))}, "a mask of 16×16 pixels, found 8×16"),
-        ({"keep_rows": 2, "picture": Image.new("RGB", (32, 32))}, "a picture of 16×16 pixels, found 32×32: resize"),
+        ({"keep_rows": 2, "image": Image.new("RGB", (32, 32))}, "an image of 16×16 pixels, found 32×32: resize"),
     ],
 )
 def test_a_wrong_image_prompt_gets_one_line(pipeline: Pipeline, prompt: dict[str, object], complaint: str) -> None:
     def complete() -> None:
-        image_prompt = ImagePrompt(**({"picture": Image.new("RGB", (16, 16))} | prompt))  # type: ignore[arg-type]
+        image_prompt = ImagePrompt(**({"image": Image.new("RGB", (16, 16))} | prompt))  # type: ignore[arg-type]
         pipeline.generate(["joker"], image_prompt=image_prompt)
 
     with pytest.raises(UserError, match=complaint):
         complete()
 
 
-def test_over_long_and_wordless_prompts_are_told_and_painted(
+def test_over_long_and_wordless_prompts_are_told_and_generated(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pictures = pipeline.generate(["joker " * 50, "🙂"])
-    assert len(pictures) == 2
+    images = pipeline.generate(["joker " * 50, "🙂"])
+    assert len(images) == 2
     assert "1 of 2 prompts are longer than the window of 8 tokens and were cut; shorten them" in caplog.text
     assert "1 of 2 prompts hold no letter or digit" in caplog.text
 
@@ -194,7 +200,7 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
     (tmp_path / "prompts.txt").write_text("joker\n\nred joker\n")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "red.png"), "--keep-rows", "2"]
     output = launch("pipeline", "generate", str(tiny_run), *options, "--guidance", "2", "-o", str(tmp_path / "out"))
-    assert "2 pictures in" in output
+    assert "2 images in" in output
     assert "token/s" in output
     assert (tmp_path / "out" / "grid.png").exists()
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "image-tokenizer" / "model")
@@ -203,17 +209,17 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
     assert about["image_prompt"]["keep_rows"] == "2"
     assert tokenizer.image_size == 16
     wrong = launch("pipeline", "generate", str(tiny_run), "joker", "--keep-rows", "4", check=False)
-    assert wrong.strip() == "error: --keep-rows needs a picture to start from: add --image PICTURE"
+    assert wrong.strip() == "error: --keep-rows needs an image to start from: add --image IMAGE"
 
 
-def test_a_sheet_of_too_many_pictures_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_sheet_of_too_many_images_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a sheet holds 1024"):
-        paint_onto_sheet(pipeline, Job(["joker"], candidates=1025), tmp_path / "sheet.png")
+        generate_sheet(pipeline, Job(["joker"], candidates=1025), tmp_path / "sheet.png")
 
 
 @pytest.fixture(scope="module")
 def two_levels() -> Pipeline:
-    """Untrained models whose pictures have 4×4 coarse and 8×8 fine codes."""
+    """Untrained models whose images have 4×4 coarse and 8×8 fine codes."""
     torch.manual_seed(0)
     ema = {"kind": "ema", "codebook_size": 32, "code_width": 8}
     shape = {"patch_size": 2, "widths": [16, 16], "blocks": 1, "block_kernels": [3, 1]}
@@ -225,25 +231,25 @@ def two_levels() -> Pipeline:
     return Pipeline(text, transformer, tokenizer)
 
 
-def test_a_variation_keeps_the_coarse_level_and_paints_the_fine_one(two_levels: Pipeline) -> None:
+def test_a_variation_keeps_the_coarse_level_and_generates_the_fine_one(two_levels: Pipeline) -> None:
     coarse, fine = two_levels.image_tokenizer.levels
     assert (coarse.height, fine.height) == (4, 8)
-    picture = two_levels.generate(["red joker"], seed=3)[0]
-    known = known_codes(two_levels.image_tokenizer, ImagePrompt(picture, keep_levels=1), torch.device("cpu"))
+    image = two_levels.generate(["red joker"], seed=3)[0].image
+    known = known_codes(two_levels.image_tokenizer, ImagePrompt(image, keep_levels=1), torch.device("cpu"))
     assert (known[:16] != -1).all()
     assert (known[16:] == -1).all()
-    rows = known_codes(two_levels.image_tokenizer, ImagePrompt(picture, keep_rows=2), torch.device("cpu"))
+    rows = known_codes(two_levels.image_tokenizer, ImagePrompt(image, keep_rows=2), torch.device("cpu"))
     assert (rows != -1).nonzero().flatten().tolist() == [*range(4), *range(16, 32)]
-    varied = two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(picture, keep_levels=1))
-    assert len({one.tobytes() for one in varied}) == 3
+    varied = two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(image, keep_levels=1))
+    assert len({one.image.tobytes() for one in varied}) == 3
     assert same(
-        varied, two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(picture, keep_levels=1), batch_size=1)
+        varied, two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(image, keep_levels=1), batch_size=1)
     )
 
 
 def test_the_preview_fills_in_row_by_row_over_itself(pipeline: Pipeline) -> None:
     stream = io.StringIO()
-    pipeline.paint(["joker"], on_row=Preview(pipeline, stream))
+    pipeline.generate(["joker"], on_row=Preview(pipeline, stream))
     frames = stream.getvalue().split("\r\x1b[K")[1:]
     assert [frame.count("▀") for frame in frames] == [32 * lines for lines in (4, 8, 12, 16)]
     assert [re.findall(r"\x1b\[(\d+)A", frame) for frame in frames] == [[], ["4"], ["8"], ["12"]]

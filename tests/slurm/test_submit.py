@@ -67,10 +67,10 @@ def test_all_stages_end_completed_with_the_weights_of_a_local_run(submitted: Sub
     assert all((submitted.path / stage / "_SUCCESS").exists() for stage in STAGE_NAMES)
     for stage in ("image-tokenizer", "transformer"):
         assert weights(submitted.path, stage) == weights(local_run, stage)
-    pictures, locally = (
+    images, locally = (
         json.loads((run / "generate" / "manifest.json").read_text())["outputs"] for run in (submitted.path, local_run)
     )
-    assert pictures == locally
+    assert images == locally
 
 
 def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted: Submitted) -> None:

@@ -56,7 +56,7 @@ def _outputs(run: Path, stage: str) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
 
 
-def _figures(run: Path, stage: str) -> list[dict[str, float]]:
+def _metrics(run: Path, stage: str) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what a clock or the machine decides."""
     lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "system/", *CLOCK_METRICS)
@@ -105,7 +105,7 @@ def test_killed_before_during_and_after_a_save_ends_with_the_same_bits(
     stage: str, killed_and_resumed: Path, tiny_run: Path
 ) -> None:
     assert _outputs(killed_and_resumed, stage) == _outputs(tiny_run, stage)
-    assert _figures(killed_and_resumed, stage) == _figures(tiny_run, stage)
+    assert _metrics(killed_and_resumed, stage) == _metrics(tiny_run, stage)
 
 
 def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_path: Path, tiny_run: Path) -> None:
@@ -147,11 +147,11 @@ def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_proce
     assert "goes on from step" in launch("stages.transformer", *arguments, processes=2)
     launch("stages.transformer", "--config", str(undisturbed / "config.yaml"), *overrides, processes=2)
     assert _outputs(killed, "transformer") == _outputs(undisturbed, "transformer")
-    assert _figures(killed, "transformer") == _figures(undisturbed, "transformer")
+    assert _metrics(killed, "transformer") == _metrics(undisturbed, "transformer")
 
     overrides[0] = "transformer.deepspeed.zero_stage=1"
     assert "goes on from step" in launch("stages.transformer", "--config", str(alone / "config.yaml"), *overrides)
-    for found, expected in zip(_figures(alone, "transformer"), _figures(undisturbed, "transformer"), strict=True):
+    for found, expected in zip(_metrics(alone, "transformer"), _metrics(undisturbed, "transformer"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
     assert sorted(_files(alone)) == sorted(_files(undisturbed))
 
@@ -159,7 +159,7 @@ def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_proce
 def _files(run: Path) -> list[str]:
     """What a finished transformer stage leaves for people to look at."""
     folder = run / "transformer"
-    return [str(path.relative_to(folder)) for kind in ("pictures", "model") for path in (folder / kind).iterdir()]
+    return [str(path.relative_to(folder)) for kind in ("images", "model") for path in (folder / kind).iterdir()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pipeline.core.errors import UserError
 from pipeline.training.engines.base import expect_same_shapes
-from pipeline.training.sharded_state import Piece, Pieces, write_pieces
+from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def three_processes(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("start", "length"), [(0, 10), (2, 5), (7, 2), (9, 1)])
 def test_any_part_is_put_together(start: int, length: int, three_processes: Path) -> None:
     out = torch.empty(length)
-    Pieces(three_processes, "state").fill("w", start, out)
+    ShardedState(three_processes, "state").fill("w", start, out)
     assert out.tolist() == list(range(start, start + length))
 
 
 def test_what_nobody_wrote_is_told(three_processes: Path) -> None:
     with pytest.raises(UserError, match=r"expected element 10 of w, found none; was it made by another optimizer"):
-        Pieces(three_processes, "state").fill("w", 9, torch.empty(2))
+        ShardedState(three_processes, "state").fill("w", 9, torch.empty(2))
 
 
 def test_what_is_written_comes_back_bit_by_bit(tmp_path: Path) -> None:
     value = torch.randn(3, 5).T  # not contiguous
-    write_pieces(tmp_path, "ema", [Piece("blocks.0.weight", 0, value)])
+    write_shards(tmp_path, "ema", [TensorShard("blocks.0.weight", 0, value)])
     out = torch.empty(15)
-    Pieces(tmp_path, "ema").fill("blocks.0.weight", 0, out)
+    ShardedState(tmp_path, "ema").fill("blocks.0.weight", 0, out)
     assert torch.equal(out.view(5, 3), value)
 
 

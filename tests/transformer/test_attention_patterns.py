@@ -11,8 +11,8 @@ from pipeline.transformer.attention_patterns import Pattern, Tables, dense_mask,
 from pipeline.transformer.blocks import attend, attend_masked, flex
 from pipeline.transformer.layout import Layout
 
-# Figure 11 of Ramesh et al. 2021: 4 x 4 codes (the part of the mask where codes see codes; (a), (b) and (d) there).
-PICTURES: dict[str, str] = {
+# Metric 11 of Ramesh et al. 2021: 4 x 4 codes (the part of the mask where codes see codes; (a), (b) and (d) there).
+IMAGES: dict[str, str] = {
     "row": """
         X . . .  . . . .  . . . .  . . . .
         X X . .  . . . .  . . . .  . . . .
@@ -72,13 +72,13 @@ SPARSE: list[Pattern] = ["row", "column", "convolution"]
 
 
 def drawn(pattern: str) -> Tensor:
-    """The picture of codes as bool [16, 16]."""
-    rows = [line.split() for line in PICTURES[pattern].strip().splitlines()]
+    """The image of codes as bool [16, 16]."""
+    rows = [line.split() for line in IMAGES[pattern].strip().splitlines()]
     return torch.tensor([[cell == "X" for cell in row] for row in rows])
 
 
 def expected_mask(pattern: str, layout: Layout) -> Tensor:
-    """The picture in its place: causal text and coarser levels, all of which later parts see; without the last code."""
+    """The image in its place: causal text and coarser levels, all of which later parts see; without the last code."""
     mask = torch.ones(layout.length + 1, layout.length + 1, dtype=torch.bool).tril()
     if pattern != "full":
         mask[-16:, -16:] = drawn(pattern)
@@ -92,7 +92,7 @@ def expected_mask(pattern: str, layout: Layout) -> Tensor:
 
 @pytest.mark.parametrize("layout", [FIGURE, TWO_LEVELS])
 @pytest.mark.parametrize("pattern", ["full", *SPARSE])
-def test_each_pattern_is_the_papers_picture(pattern: Pattern, layout: Layout) -> None:
+def test_each_pattern_is_the_papers_image(pattern: Pattern, layout: Layout) -> None:
     assert torch.equal(dense_mask(pattern, layout, 3, torch.device("cpu")), expected_mask(pattern, layout))
 
 
@@ -115,7 +115,7 @@ def test_layers_come_in_the_papers_order() -> None:
 @pytest.mark.parametrize("layout", [FIGURE, TWO_LEVELS])
 @pytest.mark.parametrize("pattern", ["full", *SPARSE])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_every_way_of_attending_is_a_softmax_over_what_the_picture_allows(
+def test_every_way_of_attending_is_a_softmax_over_what_the_image_allows(
     pattern: Pattern, layout: Layout, kv_heads: int
 ) -> None:
     tables = Tables(layout, TransformerShape(width=64, heads=4, conv_kernel=3), torch.device("cpu"))

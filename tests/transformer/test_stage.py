@@ -22,5 +22,5 @@ def test_a_modern_transformer_with_bpe_dropout_trains_evaluates_and_paints(tiny_
     assert (model.shape.positions, model.shape.kv_heads) == ("rotary", 1)
     metrics = (run / "transformer" / "metrics.jsonl").read_text()
     assert "val/bits/image_token" in metrics
-    assert (run / "transformer" / "pictures" / "loss_by_position-00000006.png").is_file()
+    assert (run / "transformer" / "images" / "loss_by_position-00000006.png").is_file()
     assert (run / "transformer" / "samples.png").is_file()

@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Record:
-    """A captioned picture as found: nothing of it has been decoded or checked."""
+    """A captioned image as found: nothing of it has been decoded or checked."""
 
     key: str
     image: bytes | None
@@ -58,7 +58,7 @@ class UnreadableFile(Exception):
 class Source(Protocol):
     @property
     def credit(self) -> str | None:
-        """What a page that shows these pictures has to say about their origin; None: nothing is known."""
+        """What a page that shows these images has to say about their origin; None: nothing is known."""
 
     def parts(self, size: int) -> Iterator[Part]:
         """The whole source in its fixed order, cut into parts of at most `size` records where it is not cut yet."""

@@ -1,6 +1,6 @@
-"""A folder of pictures with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
+"""A folder of images with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
 
-The listing is kept in memory, about 300 bytes a picture: for more than some ten million, pack tars.
+The listing is kept in memory, about 300 bytes an image: for more than some ten million, pack tars.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Folder:
 
     def parts(self, size: int) -> Iterator[Part]:
         if not self.files.isdir(self.root):
-            raise UserError(f"prepare.source.path: expected a folder of pictures, found none at {self.config.path}")
+            raise UserError(f"prepare.source.path: expected a folder of images, found none at {self.config.path}")
         found = self._listing()
-        pictures = sorted(path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions)
-        if not pictures:
+        images = sorted(path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions)
+        if not images:
             raise UserError(
-                f"{self.config.path}: expected pictures ({' '.join(self.config.extensions)}), "
+                f"{self.config.path}: expected images ({' '.join(self.config.extensions)}), "
                 f"found {len(found)} files of other kinds"
             )
-        for number, start in enumerate(range(0, len(pictures), size)):
-            paths = pictures[start : start + size]
+        for number, start in enumerate(range(0, len(images), size)):
+            paths = images[start : start + size]
             captions = [_caption_of(path) for path in paths]
             items = tuple((path, caption in found) for path, caption in zip(paths, captions, strict=True))
             stamps = [(found[path], found.get(caption)) for path, caption in zip(paths, captions, strict=True)]

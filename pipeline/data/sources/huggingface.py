@@ -41,7 +41,7 @@ class HuggingFace:
         for column in (config.image_column, config.caption_column, config.key_column, config.group_column):
             if column is not None and column not in rows.column_names:
                 raise UserError(f"{config.path}: expected a column '{column}', found {', '.join(rows.column_names)}")
-        # Undecoded: the same safe decoder reads the pictures of every source.
+        # Undecoded: the same safe decoder reads the images of every source.
         self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
         self.config = config
 
@@ -54,8 +54,8 @@ class HuggingFace:
         for number in range(*part.items):
             row = self.rows[number]
             key = f"{number:09d}" if self.config.key_column is None else str(row[self.config.key_column])
-            picture = row[self.config.image_column] or {}
-            image, path = picture.get("bytes"), picture.get("path") or ""
+            stored = row[self.config.image_column] or {}
+            image, path = stored.get("bytes"), stored.get("path") or ""
             if image is None and path:
                 try:
                     image = read_file(*url_to_fs(path))

@@ -1,4 +1,4 @@
-"""A CSV, JSONL or Parquet table with a caption and a picture (path, or bytes in Parquet) a row.
+"""A CSV, JSONL or Parquet table with a caption and an image (path, or bytes in Parquet) a row.
 
 Parts are runs of bytes (CSV, JSONL) or of rows of a row group (Parquet), so a table of any length is never in memory.
 A worker reads a whole Parquet row group: write those at about `shard_size` rows.
@@ -79,8 +79,8 @@ class Table:
 
     def _check_columns(self, names: Any) -> None:
         config = self.config
-        picture = config.path_column or config.bytes_column
-        for wanted in (config.caption_column, picture, config.key_column, config.group_column):
+        image = config.path_column or config.bytes_column
+        for wanted in (config.caption_column, image, config.key_column, config.group_column):
             if wanted is not None and wanted not in names:
                 raise UserError(f"{config.path}: expected a column '{wanted}', found {', '.join(map(str, names))}")
 

@@ -1,6 +1,6 @@
 """What every quantizer is, and the search for the best of many codes.
 
-Shapes: B pictures, N positions, C channels of features, D of a code's vector, K codes.
+Shapes: B images, N positions, C channels of features, D of a code's vector, K codes.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class Codebook(nn.Module):
 
     def _revive(self, candidates_nD: Tensor, even_share: Tensor) -> None:
         """Codes out of use move to vectors of this step; at most as many as rank 0 has vectors."""
-        dead = (self.used < self.config.revive_below * even_share).nonzero()[:, 0]  # the same on every rank
+        dead = (self.used < self.config.dead_code_threshold * even_share).nonzero()[:, 0]  # the same on every rank
         if len(dead) == 0:
             return
         drawn = torch.randperm(len(candidates_nD), device=candidates_nD.device)[: len(dead)]

@@ -28,26 +28,26 @@ def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
     return one_hot + soft - soft.detach()
 
 
-def closeness(z_BND: Tensor, codebook_KD: Tensor, log_scale: Tensor) -> Tensor:
+def distance_logits(z_BND: Tensor, codebook_KD: Tensor, log_scale: Tensor) -> Tensor:
     """−s·‖z − e_k‖² to each vector e_k of the codebook, [B,N,K], without ‖z‖², which a softmax ignores."""
     bias_K = -codebook_KD.square().sum(-1)
     flat = torch.addmm(bias_K[None], z_BND.flatten(0, 1), 2 * codebook_KD.T) * log_scale.exp()
     return flat.unflatten(0, z_BND.shape[:2])
 
 
-def divergences(logits_BNK: Tensor, config: Any, step: int, values: int) -> tuple[Tensor, dict[str, Tensor]]:
+def kl_losses(logits_BNK: Tensor, config: Any, step: int, values: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted KL terms of step `step`, to be added to a loss a pixel value, and metrics.
 
-    `values`: pixel values of a picture, over which the KL of all its positions is shared out.
+    `values`: pixel values of an image, over which the KL of all its positions is shared out.
     """
-    beta, usage_weight = config.kl_weight.at(step), config.usage_weight.at(step)
-    with torch.set_grad_enabled((beta > 0 or usage_weight > 0) and torch.is_grad_enabled()):
+    beta, batch_entropy_weight = config.kl_weight.at(step), config.batch_entropy_weight.at(step)
+    with torch.set_grad_enabled((beta > 0 or batch_entropy_weight > 0) and torch.is_grad_enabled()):
         q_BNK = F.softmax(logits_BNK, dim=-1)
     with torch.set_grad_enabled(beta > 0 and torch.is_grad_enabled()):
         kl = kl_to_uniform(logits_BNK, q_BNK).sum(-1).mean()
     terms = beta * kl / values
-    if usage_weight > 0:
-        terms = terms + usage_weight * kl_of_mean_to_uniform(q_BNK)
+    if batch_entropy_weight > 0:
+        terms = terms + batch_entropy_weight * kl_of_mean_to_uniform(q_BNK)
     return terms, {"kl_nats_per_code": kl.detach() / logits_BNK.shape[1]}
 
 
@@ -70,14 +70,14 @@ class GumbelQuantizer(Quantizer):
     def logits(self, features_BNC: Tensor) -> Tensor:
         """Unnormalised ln q(code | position), [B,N,K]."""
         z_BN: Tensor = self.project(features_BNC)
-        return closeness(z_BN, self.codebook, self.log_scale) if self.config.logits == "distance" else z_BN
+        return distance_logits(z_BN, self.codebook, self.log_scale) if self.config.logits == "distance" else z_BN
 
     def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
         logits_BNK = self.logits(features_BNC)
         tau = self.config.temperature.at(step)
         weights_BNK = gumbel_softmax(logits_BNK, tau, hard=self.config.straight_through)
         values = logits_BNK.shape[1] * self.values_per_position
-        loss, metrics = divergences(logits_BNK, self.config, step, values)
+        loss, metrics = kl_losses(logits_BNK, self.config, step, values)
         return Quantized(weights_BNK @ self.codebook, loss, metrics)
 
     def _codes(self, features_BNC: Tensor) -> list[Tensor]:

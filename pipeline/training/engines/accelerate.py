@@ -14,8 +14,8 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, share_of_whole
-from pipeline.training.optimizer import build_adamw, rivals, set_learning_rates
-from pipeline.training.sharded_state import Piece, Pieces
+from pipeline.training.optimizer import adversaries, build_adamw, set_learning_rates
+from pipeline.training.sharded_state import ShardedState, TensorShard
 
 
 class AccelerateEngine:
@@ -31,8 +31,8 @@ class AccelerateEngine:
         expect_all_processes(self.accelerator.num_processes)
         self.objective = self.model = objective
         self.training = training
-        self._rivals = rivals(objective)
-        apart = {id(p) for rival in self._rivals for p in rival.parameters()}
+        self._adversaries = adversaries(objective)
+        apart = {id(p) for adversary in self._adversaries for p in adversary.parameters()}
         self._own = [p for p in objective.parameters() if id(p) not in apart]
         self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
 
@@ -47,7 +47,7 @@ class AccelerateEngine:
         limit = self.training.gradient_clipping or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
         # A discriminator is clipped apart: its gradient's length must not decide how far the model itself steps.
-        apart = [float(torch.nn.utils.clip_grad_norm_(rival.parameters(), limit)) for rival in self._rivals]
+        apart = [float(torch.nn.utils.clip_grad_norm_(a.parameters(), limit)) for a in self._adversaries]
         finite = all(map(math.isfinite, [norm, *apart]))
         if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
             self.optimizer.step()
@@ -71,10 +71,10 @@ class AccelerateEngine:
     def finish(self) -> None:
         pass
 
-    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+    def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         return share_of_whole(values)
 
-    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
         for name, value in values.items():
             pieces.fill(name, 0, value.view(-1))
 

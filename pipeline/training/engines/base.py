@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
-from pipeline.training.sharded_state import Piece, Pieces
+from pipeline.training.sharded_state import ShardedState, TensorShard
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -58,10 +58,10 @@ class Engine(Protocol):
     def finish(self) -> None:
         """Collective; the training is over, `objective` stays whole."""
 
-    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+    def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         """What this process writes to a checkpoint of values shaped like `held`."""
 
-    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
         """Read values shaped like `held` from a checkpoint."""
 
     def save(self, directory: Path) -> None:
@@ -92,9 +92,9 @@ def accumulation_steps(training: TrainingConfig) -> int:
     return share // micro
 
 
-def share_of_whole(values: dict[str, Tensor], all_of_it: bool = False) -> list[Piece]:
+def share_of_whole(values: dict[str, Tensor], all_of_it: bool = False) -> list[TensorShard]:
     """Of tensors that every process holds whole, those that this one writes."""
-    pieces = [Piece(name, 0, value) for name, value in values.items()]
+    pieces = [TensorShard(name, 0, value) for name, value in values.items()]
     return pieces if all_of_it else pieces[distributed.rank() :: distributed.world_size()]
 
 

@@ -36,7 +36,7 @@ from pipeline.training.engines.base import (
     share_of_whole,
 )
 from pipeline.training.optimizer import build_adamw, build_muon, set_learning_rates
-from pipeline.training.sharded_state import Piece, Pieces, write_pieces
+from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -142,17 +142,17 @@ class DeepSpeedEngine:
             parameters[0].all_gather(parameters)  # for good, where `whole` gives them back
             self._engine.destroy()  # its hooks would partition them behind their first use
 
-    def pieces_of(self, values: dict[str, Tensor]) -> list[Piece]:
+    def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         if self.stage != 3:
             return share_of_whole(values)
         pieces = []
         for name, parameter in self._named_parameters():
             start, length = zero_partitions.shard_of(parameter.ds_numel, values[name].numel())
             if length:
-                pieces.append(Piece(name, start, values[name][:length]))
+                pieces.append(TensorShard(name, start, values[name][:length]))
         return pieces
 
-    def fill(self, values: dict[str, Tensor], pieces: Pieces) -> None:
+    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
         for name, parameter in self._named_parameters():
             flat = values[name].view(-1)
             start, length = 0, flat.numel()
@@ -161,13 +161,13 @@ class DeepSpeedEngine:
             pieces.fill(name, start, flat[:length])
 
     def save(self, directory: Path) -> None:
-        pieces: list[Piece] = []
+        pieces: list[TensorShard] = []
         for part in self._parts():
             if part.written:
-                pieces += zero_partitions.pieces_of(part, self._states(part))
-        write_pieces(directory, "training", pieces)
+                pieces += zero_partitions.local_shards(part, self._states(part))
+        write_shards(directory, "training", pieces)
         if distributed.is_main():
-            write_pieces(directory, "buffers", share_of_whole(self._persistent_buffers(), all_of_it=True))
+            write_shards(directory, "buffers", share_of_whole(self._persistent_buffers(), all_of_it=True))
             state = {"shapes": self._shapes, "optimizer": self.training.optimizer, "loss_scale": self._loss_scale()}
             write_json(directory / "engine.json", state)
 
@@ -179,11 +179,11 @@ class DeepSpeedEngine:
             )
         state = read_json(directory / "engine.json")
         expect_same_shapes(self._shapes, state["shapes"], directory)
-        pieces = Pieces(directory, "training")
+        pieces = ShardedState(directory, "training")
         for part in self._parts():
             zero_partitions.fill(part, self._states(part), pieces)
         self._weights_from_parts()
-        buffers = Pieces(directory, "buffers")
+        buffers = ShardedState(directory, "buffers")
         for name, buffer in self._persistent_buffers().items():
             buffers.fill(name, 0, buffer.view(-1))
         for name, value in state["loss_scale"].items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core import distributed
-from pipeline.training.sharded_state import Piece, Pieces
+from pipeline.training.sharded_state import ShardedState, TensorShard
 
 _WEIGHT = "weight"
 
@@ -95,7 +95,7 @@ def shard_of(numel: int, shard: int) -> tuple[int, int]:
     return start, max(0, min(shard, numel - start))
 
 
-def pieces_of(part: Part, states: dict[str, Any]) -> Iterator[Piece]:
+def local_shards(part: Part, states: dict[str, Any]) -> Iterator[TensorShard]:
     """The pieces of a part and its optimizer states."""
     yield from _pieces(_WEIGHT, part.weights, part.spans)
     for state, value in states.items():
@@ -104,17 +104,17 @@ def pieces_of(part: Part, states: dict[str, Any]) -> Iterator[Piece]:
         else:  # AdamW's count of steps: told by whoever holds a parameter's first element
             scalar = torch.as_tensor(value, dtype=torch.float32).reshape(1)
             yield from (
-                Piece(f"scalar.{state}:{span.name}", 0, scalar.clone()) for span in part.spans if not span.start
+                TensorShard(f"scalar.{state}:{span.name}", 0, scalar.clone()) for span in part.spans if not span.start
             )
 
 
-def _pieces(kind: str, values: Tensor, spans: list[Span]) -> Iterator[Piece]:
+def _pieces(kind: str, values: Tensor, spans: list[Span]) -> Iterator[TensorShard]:
     flat = values.detach().flatten()
     for span in spans:
-        yield Piece(f"{kind}:{span.name}", span.start, flat[span.offset : span.offset + span.length])
+        yield TensorShard(f"{kind}:{span.name}", span.start, flat[span.offset : span.offset + span.length])
 
 
-def fill(part: Part, states: dict[str, Any], pieces: Pieces) -> None:
+def fill(part: Part, states: dict[str, Any], pieces: ShardedState) -> None:
     """Read a part and its optimizer states, which need not exist yet, from a checkpoint."""
     if not part.spans:  # nothing but padding
         return
@@ -134,12 +134,12 @@ def fill(part: Part, states: dict[str, Any], pieces: Pieces) -> None:
         states[state] = values if spans is not part.spans else values.view_as(part.weights)
 
 
-def _fill(kind: str, flat: Tensor, spans: list[Span], pieces: Pieces) -> None:
+def _fill(kind: str, flat: Tensor, spans: list[Span], pieces: ShardedState) -> None:
     for span in spans:
         pieces.fill(f"{kind}:{span.name}", span.start, flat[span.offset : span.offset + span.length])
 
 
-def _recorded(pieces: Pieces, name: str) -> list[tuple[str, str]]:
+def _recorded(pieces: ShardedState, name: str) -> list[tuple[str, str]]:
     """(`state` or `scalar`, the optimizer's name for it) of everything recorded for a parameter but its weights."""
     kinds = [recorded.removesuffix(f":{name}") for recorded in pieces.names if recorded.endswith(f":{name}")]
     return [(kind.partition(".")[0], kind.partition(".")[2]) for kind in kinds if kind != _WEIGHT]

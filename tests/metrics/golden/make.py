@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _inception() -> dict[str, list[float]]:
-    """Features and logits of 299 × 299 pictures (no resizing) under seeded weights."""
+    """Features and logits of 299 × 299 images (no resizing) under seeded weights."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     from pipeline.extractors.inception_v3 import InceptionV3
@@ -61,7 +61,7 @@ def _inception() -> dict[str, list[float]]:
         torch.save(seeded.weights(InceptionV3().state_dict()), path)
         names = ["2048", "logits_unbiased"]
         network = module.FeatureExtractorInceptionV3("it", names, feature_extractor_weights_path=str(path))
-        features, logits = network(seeded.pictures(2, 299, seed=3))
+        features, logits = network(seeded.images(2, 299, seed=3))
     return {"features": features[:, ::64].flatten().tolist(), "logits": logits[:, ::64].flatten().tolist()}
 
 
@@ -73,7 +73,7 @@ def _lpips() -> list[float]:
     # slice1.0.weight -> features.0.weight, the name that the seeded values are made from
     made = seeded.weights({re.sub(r"slice\d+", "features", name): tensor for name, tensor in state.items()})
     network.net.load_state_dict({name: made[re.sub(r"slice\d+", "features", name)] for name in state})
-    x, y = (seeded.pictures(3, 64, seed).float() / 255 for seed in (3, 4))
+    x, y = (seeded.images(3, 64, seed).float() / 255 for seed in (3, 4))
     with torch.inference_mode():
         distances = network(x, y, normalize=True)
     return [float(value) for value in distances.flatten()]

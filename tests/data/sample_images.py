@@ -1,4 +1,4 @@
-"""Real pictures, folders and tars for the data tests."""
+"""Real images, folders and tars for the data tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config.prepare import PrepareConfig
 
 
-def picture(number: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
+def image(number: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
     """RGB noise that is different for every number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -28,8 +28,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def write_folder(folder: Path, count: int, start: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(start, start + count):
-        (folder / f"{number:05d}.png").write_bytes(encoded(picture(number)))
-        (folder / f"{number:05d}.txt").write_text(f"picture number {number}")
+        (folder / f"{number:05d}.png").write_bytes(encoded(image(number)))
+        (folder / f"{number:05d}.txt").write_text(f"image number {number}")
     return folder
 
 
