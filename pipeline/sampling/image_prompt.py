@@ -56,10 +56,10 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
         UserError: image or mask of another size, or more rows or levels than there are.
     """
     side = tokenizer.image_size
-    for name, image in (("image", prompt.image), ("mask", prompt.mask)):
+    for name, image in (("an image", prompt.image), ("a mask", prompt.mask)):
         if image is not None and image.size != (side, side):
             found = f"{image.width}×{image.height}"
-            raise UserError(f"image prompt: expected {"an image" if name == "image" else "a mask"} of {side}×{side} pixels, found {found}: resize it")
+            raise UserError(f"image prompt: expected {name} of {side}×{side} pixels, found {found}: resize it")
     pixels = np.array(prompt.image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels)[None].to(device))
     stays = _stays(prompt, tokenizer.levels)
