@@ -44,7 +44,6 @@ from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
 from pipeline.data.tokenize_shards import Encoders, all_shards, tokenize_shards
-from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import build
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
@@ -298,11 +297,10 @@ def tokenize() -> None:
 def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float, float]:
     """Images/s of the encoder alone, and of tokenize."""
     tokenizer = build(config.image_tokenizer.model, size).eval()
-    levels = [Level(*level) for level in tokenizer.levels]
     prepared = shards(folder / "prepare", size)
     text = TextTokenizer.train([sample.caption for sample in read_samples(prepared, "train")], config.text_tokenizer)
     hashes = {"image-tokenizer": "", "text-tokenizer": ""}
-    encoders = Encoders(tokenizer.encode, text.encode, levels, text.text_length, text.vocab_size, hashes)
+    encoders = Encoders(tokenizer.encode, text.encode, tokenizer.levels, text.text_length, text.vocab_size, hashes)
     images = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
     batches = torch.split(images.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
     train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]

@@ -15,7 +15,6 @@ from pipeline.cli.stage import run_stage
 from pipeline.core import distributed, signals
 from pipeline.core.progress import progress
 from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards, tokenizer_hashes
-from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.text_tokenizer.bpe import TextTokenizer
@@ -31,7 +30,7 @@ def load_encoders(run: StageRun) -> Encoders:
     return Encoders(
         encode_images=image_tokenizer.encode,
         encode_text=text_tokenizer.encode,
-        levels=[Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels],
+        levels=image_tokenizer.levels,
         text_length=text_tokenizer.text_length,
         text_vocab_size=text_tokenizer.vocab_size,
         hashes=tokenizer_hashes(image_dir, text_dir),

@@ -20,7 +20,6 @@ from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
-from pipeline.data.tokens import Level
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
@@ -53,10 +52,9 @@ class Workload:
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
         self._curve: Image.Image | None = None
-        levels = [Level(level.height, level.width, level.codebook_size) for level in image_tokenizer.levels]
         arrays.check_made_by(
             tokenizer_hashes(run.input("image-tokenizer") / "model", run.input("text-tokenizer")),
-            (self.text_tokenizer.text_length, self.text_tokenizer.vocab_size, levels),
+            (self.text_tokenizer.text_length, self.text_tokenizer.vocab_size, image_tokenizer.levels),
         )
 
     @property

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from pipeline.config.base import digest, identity
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.level import Level
 from pipeline.data import png
 from pipeline.data.images import random_of
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import SPLITS, Sample, Shard, check_shard, read_index, read_shard
-from pipeline.data.tokens import Level, check_arrays, token_dtype
+from pipeline.data.tokens import check_arrays, token_dtype
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def join(directory: Path, prepare_dir: Path, encoders: Encoders, config: Tokeniz
         splits[split]["samples"] += shard.samples
         splits[split]["captions_cut"] += record["shard"].get("captions_cut", 0)
     index = {
-        "levels": [asdict(level) for level in encoders.levels],
+        "levels": [level._asdict() for level in encoders.levels],
         "text_length": encoders.text_length,
         "text_vocab_size": encoders.text_vocab_size,
         "tokenizers": encoders.hashes,

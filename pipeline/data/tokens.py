@@ -17,7 +17,6 @@ import mmap
 import os
 import resource
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.errors import UserError
-
-
-@dataclass(frozen=True)
-class Level:
-    """A grid of codes: `height` x `width` of values below `codebook_size`."""
-
-    height: int
-    width: int
-    codebook_size: int
+from pipeline.core.level import Level
 
 
 def token_dtype(vocabulary: int) -> DTypeLike:
@@ -58,7 +49,7 @@ class TokenArrays:
     """The token arrays of one split.
 
     Attributes:
-        levels: list of Level, coarse to fine; also unpackable as (height, width, codebook_size) by `astuple`.
+        levels: list of Level, coarse to fine.
         text_length, text_vocab_size: of the text ids.
         tokenizers: name -> hash of the files of the tokenizer that made them.
         crops: versions of each image.

@@ -12,13 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.config.base import Config, parse_config
 from pipeline.config.image_tokenizer import ArchitectureConfig
 from pipeline.core.errors import UserError
+from pipeline.core.level import Level
 from pipeline.core.pretrained import load_model, save_model
 
 # kind -> module and class; imported on first use, so that kinds do not load each other
@@ -27,14 +28,6 @@ KINDS = {
     "vqvae": ("pipeline.image_tokenizer.vqvae", "VQVAE"),
     "vqvae2": ("pipeline.image_tokenizer.vqvae", "VQVAE2"),
 }
-
-
-class Level(NamedTuple):
-    """One grid of codes: height × width positions, each holding a code in [0, codebook_size)."""
-
-    height: int
-    width: int
-    codebook_size: int
 
 
 class ImageTokenizer(nn.Module, ABC):

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.image_tokenizer import DVAEConfig
+from pipeline.core.level import Level
 from pipeline.image_tokenizer.architecture import Decoder, Encoder
-from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
+from pipeline.image_tokenizer.base import ImageTokenizer, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images, sample_gumbel
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.gumbel import distance_logits, gumbel_softmax, kl_losses

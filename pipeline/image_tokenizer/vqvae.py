@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.config.base import Config
 from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
+from pipeline.core.level import Level
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv
-from pipeline.image_tokenizer.base import ImageTokenizer, Level, check_size
+from pipeline.image_tokenizer.base import ImageTokenizer, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 

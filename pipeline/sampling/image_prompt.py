@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.core.errors import UserError
-from pipeline.image_tokenizer.base import ImageTokenizer, Level
+from pipeline.core.level import Level
+from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.sampling.decode import UNKNOWN
 
 

@@ -14,22 +14,12 @@ so targets 0..T-1 are text and T..T+N-1 are codes. Vocabulary:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-
-@dataclass(frozen=True)
-class LevelShape:
-    """A grid of `height` x `width` codes, each in [0, codebook_size)."""
-
-    height: int
-    width: int
-    codebook_size: int
-
-    @property
-    def positions(self) -> int:
-        return self.height * self.width
+from pipeline.core.level import Level
 
 
 @dataclass(frozen=True)
@@ -38,13 +28,12 @@ class Layout:
 
     text_length: int
     text_vocab_size: int
-    levels: tuple[LevelShape, ...]
+    levels: tuple[Level, ...]
 
     @classmethod
-    def of(cls, text_length: int, text_vocab_size: int, levels: Any) -> Layout:
-        """From anything that lists levels: `ImageTokenizer.levels`, `TokenArrays.levels`, tuples."""
-        shapes = [level if isinstance(level, (tuple, list)) else _triple(level) for level in levels]
-        return cls(text_length, text_vocab_size, tuple(LevelShape(*map(int, shape)) for shape in shapes))
+    def of(cls, text_length: int, text_vocab_size: int, levels: Iterable[tuple[int, int, int]]) -> Layout:
+        """From `levels` (or triples) of an image tokenizer or of token arrays, coarse to fine."""
+        return cls(text_length, text_vocab_size, tuple(Level(*map(int, level)) for level in levels))
 
     @property
     def image_length(self) -> int:
@@ -89,13 +78,10 @@ class Layout:
         return max(level for level, start in enumerate(self.level_starts) if start <= index)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        levels = [level._asdict() for level in self.levels]
+        return {"text_length": self.text_length, "text_vocab_size": self.text_vocab_size, "levels": levels}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        levels = tuple(LevelShape(**level) for level in values["levels"])
+        levels = tuple(Level(**level) for level in values["levels"])
         return cls(values["text_length"], values["text_vocab_size"], levels)
-
-
-def _triple(level: Any) -> tuple[int, int, int]:
-    return level.height, level.width, level.codebook_size

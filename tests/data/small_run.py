@@ -16,7 +16,6 @@ from pipeline.config.tokenize import TokenizeConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, all_shards, hash_of_files, join, tokenize_shards
-from pipeline.data.tokens import Level
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from tests.data.sample_images import folder_config, write_folder
@@ -58,7 +57,7 @@ def load_encoders(directory: Path) -> Encoders:
     return Encoders(
         encode_images=images.encode,
         encode_text=text.encode,
-        levels=[Level(*level) for level in images.levels],
+        levels=images.levels,
         text_length=text.text_length,
         text_vocab_size=text.vocab_size,
         hashes={

@@ -16,11 +16,12 @@ import torch
 
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
+from pipeline.core.level import Level
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler, shuffled
 from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards
-from pipeline.data.tokens import Level, TokenArrays
+from pipeline.data.tokens import TokenArrays
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
 
 SAMPLES = 70
