@@ -1,0 +1,43 @@
+"""What a training minimises: the contract between a model and the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share what the optimizer is told of them."""
+
+    parameters: list[nn.Parameter]
+    learning_rate_scale: float = 1.0  # times `training.learning_rate`; weight decay per step stays the same
+    betas: tuple[float, float] | None = None  # AdamW's; None: `training.betas`
+    weight_decay: bool = True  # `training.weight_decay` on matrices and kernels; False: none
+    adversary: bool = False  # learns against the rest: its gradient norm is clipped apart
+
+
+class Objective(nn.Module, ABC):
+    """A model and its loss. All its randomness comes from torch's global generator."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (a scalar) and metrics (detached scalars) of one micro-batch at 0-based optimizer step `step`."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every trainable parameter once."""
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def blocks(self) -> list[nn.Module]:
+        """Repeated layers, in their order: what activation checkpointing recomputes, and whose matrices Muon trains."""
+        return []
+
+    def after_update(self, applied: bool) -> None:
+        """Collective, once an optimizer update, on every rank: for what does not learn by gradients.
+
+        Args:
+            applied: the update was finite and changed the weights.
+        """
+        return
