@@ -20,7 +20,9 @@ from pipeline.config.base import Config, parse_config
 from pipeline.config.image_tokenizer import ArchitectureConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
+from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
+from pipeline.image_tokenizer.losses import ReconstructionLoss
 
 # kind -> module and class; imported on first use, so that kinds do not load each other
 KINDS = {
@@ -57,7 +59,7 @@ class ImageTokenizer(nn.Module, ABC):
         """The inverse: codes as `encode` gives them -> images [B,3,H,W], float32 in [0,1]."""
 
     @abstractmethod
-    def objective(self) -> nn.Module:
+    def objective(self) -> TokenizerObjective:
         """What the training loop minimises: `forward({"images": uint8 [b,3,H,W]}, step) -> (loss, metrics)`."""
 
     def save_pretrained(self, directory: Path | str) -> None:
@@ -87,6 +89,22 @@ class ImageTokenizer(nn.Module, ABC):
             raise UserError(
                 f"the image tokenizer takes floats in [0, 1], found {images.dtype}: use images.float() / 255"
             )
+
+
+class TokenizerObjective(Objective):
+    """Base of the tokenizers' objectives: a loss between images and reconstructions, and what a kind adds to it.
+
+    Attributes:
+        reconstruction: with `image_losses.add_image_losses` it has further terms, of which an adversary is one.
+    """
+
+    reconstruction: ReconstructionLoss
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        adversaries = self.reconstruction.adversaries()
+        apart = {id(p) for group in adversaries for p in group.parameters}
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
+        return [ParameterGroup(own), *adversaries]
 
 
 def check_size(image_size: int, config: ArchitectureConfig) -> None:

@@ -34,6 +34,7 @@ from torch.func import functional_call
 from pipeline.config.image_losses import AdversarialConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.objective import ParameterGroup
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,23 @@ class PatchDiscriminator(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.config = config
         # Read by `optim.build_adamw`.
         self.adamw = {"learning_rate_ratio": config.learning_rate_ratio, "betas": config.betas}
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         out: Tensor = self.layers(2 * images_B3HW - 1)
         return out.float()
+
+    def parameter_group(self) -> ParameterGroup:
+        """All its parameters, with the learning rate and betas of its config and without weight decay."""
+        return ParameterGroup(
+            list(self.parameters()),
+            learning_rate_scale=self.config.learning_rate_ratio,
+            betas=self.config.betas,
+            weight_decay=False,
+            adversary=True,
+        )
 
 
 class Adversary(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.config.image_tokenizer import DVAEConfig
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.architecture import Decoder, Encoder
-from pipeline.image_tokenizer.base import ImageTokenizer, check_size
+from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images, sample_gumbel
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.gumbel import distance_logits, gumbel_softmax, kl_losses
@@ -106,7 +106,7 @@ class DiscreteVAE(ImageTokenizer):
         return DVAEObjective(self)
 
 
-class DVAEObjective(nn.Module):
+class DVAEObjective(TokenizerObjective):
     """−ELBO a pixel value: reconstruction + β · KL, with the KL of all positions shared out over the 3·H·W values."""
 
     def __init__(self, tokenizer: DiscreteVAE) -> None:

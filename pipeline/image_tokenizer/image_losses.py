@@ -5,9 +5,11 @@ An objective knows one of these as `reconstruction` (losses.py: `ReconstructionL
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
+from pipeline.core.objective import ParameterGroup
+from pipeline.image_tokenizer.base import TokenizerObjective
 from pipeline.image_tokenizer.discriminator import Adversary
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.perceptual import Perceptual
@@ -35,12 +37,16 @@ class ImageLosses(ReconstructionLoss):
             loss, metrics = loss + added, metrics | more
         return loss, metrics
 
+    def adversaries(self) -> list[ParameterGroup]:
+        return [self.adversary.discriminator.parameter_group()] if self.adversary else []
+
 
 def add_image_losses(
-    objective: nn.Module, image_size: int, perceptual: PerceptualConfig | None, adversarial: AdversarialConfig | None
+    objective: TokenizerObjective,
+    image_size: int,
+    perceptual: PerceptualConfig | None,
+    adversarial: AdversarialConfig | None,
 ) -> None:
     """Put the optional terms into a tokenizer's objective. Without any, it stays as it is."""
     if perceptual or adversarial:
-        plain = objective.reconstruction
-        assert isinstance(plain, ReconstructionLoss)
-        objective.reconstruction = ImageLosses(plain.kind, image_size, perceptual, adversarial)
+        objective.reconstruction = ImageLosses(objective.reconstruction.kind, image_size, perceptual, adversarial)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core import distributed
+from pipeline.core.objective import ParameterGroup
 
 EPSILON = 0.1  # keeps pixels away from 0 and 1, where the logit is infinite
 
@@ -48,6 +49,10 @@ class ReconstructionLoss(nn.Module):
         """Mean loss a pixel value, and metrics. `images` [B,3,H,W] in [0,1]; `output`: see `output_channels`."""
         loss = reconstruction_loss(self.kind, images, output)
         return loss, {"reconstruction": loss.detach()}
+
+    def adversaries(self) -> list[ParameterGroup]:
+        """Its parameters that learn against the rest."""
+        return []
 
 
 def output_channels(kind: str) -> int:

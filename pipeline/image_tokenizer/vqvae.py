@@ -22,7 +22,7 @@ from pipeline.config.base import Config
 from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv
-from pipeline.image_tokenizer.base import ImageTokenizer, check_size
+from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 
@@ -126,7 +126,7 @@ class VQVAE2(VQVAE):
     config_class = VQVAE2Config
 
 
-class VQVAEObjective(nn.Module):
+class VQVAEObjective(TokenizerObjective):
     """Reconstruction plus what the quantizers ask for, a pixel value."""
 
     def __init__(self, tokenizer: VQVAE) -> None:
