@@ -68,7 +68,7 @@ def measured(prepare: Path, model: dict[str, Any], steps: int, batch_size: int) 
     tokenizer = build(model, stream.image_size)
     objective = tokenizer.objective()
     training = TrainingConfig(steps=steps, batch_size=batch_size, learning_rate=3e-3, warmup_steps=steps // 10)
-    optimizer = build_adamw(objective.train(), training)
+    optimizer = build_adamw(objective.train().parameter_groups(), training)
     batches = stream.batches(0, batch_size)
     kept, started = 0, 0.0
     for step in range(steps):

@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config.training import TrainingConfig
+from pipeline.core.objective import ParameterGroup
 from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import psnr
@@ -98,6 +99,9 @@ class Contestant(ABC):
     @abstractmethod
     def decode(self, codes: list[Tensor]) -> Tensor: ...
 
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(list(self.module.parameters()))]
+
     def after_update(self, applied: bool) -> None:
         return
 
@@ -105,7 +109,7 @@ class Contestant(ABC):
 class Ours(Contestant):
     def __init__(self, model: dict[str, Any]) -> None:
         self.tokenizer = build(model, SIZE)
-        self.module = self.tokenizer.objective()
+        self.module = self.objective = self.tokenizer.objective()
         self.sizes = [level.codebook_size for level in self.tokenizer.levels]
 
     def loss(self, images: Tensor, progress: float) -> Tensor:
@@ -119,8 +123,10 @@ class Ours(Contestant):
         return self.tokenizer.decode(codes)
 
     def after_update(self, applied: bool) -> None:
-        if hasattr(self.module, "after_update"):
-            self.module.after_update(applied)
+        self.objective.after_update(applied)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return self.objective.parameter_groups()
 
 
 class DallePytorch(Contestant):
@@ -239,7 +245,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple
     made = contestant(kind)
     settings = PEER_TRAINING if kind in PEERS else TRAINING
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
-    optimizer = build_adamw(made.module, config)
+    optimizer = build_adamw(made.parameter_groups(), config)
     held = {name: parameter.data for name, parameter in made.module.named_parameters()}
     ema = Ema(lambda: held, config.ema_decay) if config.ema_decay else None
     generator = torch.Generator().manual_seed(seed)

@@ -81,7 +81,8 @@ def stepper(module: nn.Module, loss_of: Callable[[], Tensor], bf16: bool, optimi
 
 def ours(codes: int, bf16: bool, **shape: Any) -> Step:
     objective, batch = objective_of(codes, **shape), batch_of(codes)
-    return stepper(objective, lambda: objective(batch, 0)[0], bf16, build_adamw(objective, objective.config.training))
+    optimizer = build_adamw(objective.parameter_groups(), objective.config.training)
+    return stepper(objective, lambda: objective(batch, 0)[0], bf16, optimizer)
 
 
 def engine_step(codes: int, folder: Path) -> Step:

@@ -71,8 +71,6 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.config = config
-        # Read by `optim.build_adamw`.
-        self.adamw = {"learning_rate_ratio": config.learning_rate_ratio, "betas": config.betas}
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         out: Tensor = self.layers(2 * images_B3HW - 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.config.base import parse_config
 from pipeline.config.reranker import TowerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 
@@ -74,7 +75,7 @@ class TwoTowers(nn.Module):
         )
 
 
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(Objective):
     """InfoNCE in both directions: each image finds its caption among the batch's, and the reverse.
 
     The negatives are those of one process and micro-batch. `forward(batch, step) -> (loss, metrics)`, with

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.training.activation_checkpointing import blocks_of
+from pipeline.core.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Cost:
     output_bytes: int  # the largest tensor up to the last block: its gradient lives at the start of the backward pass
 
 
-def cost_of(objective: nn.Module, batch: dict[str, Tensor], precision: Precision) -> Cost | None:
+def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost | None:
     """Of an objective that has real parameters; None (told once) if it cannot run without data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
@@ -59,7 +59,7 @@ def cost_of(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
         return None
 
 
-def measure(objective: nn.Module, batch: dict[str, Tensor], precision: Precision) -> Cost:
+def measure(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost:
     """Counts on the CPU's code path. `batch` and the objective's parameters may be real or fake."""
     parameters = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
     saved: dict[int, Tensor] = {}
@@ -67,7 +67,7 @@ def measure(objective: nn.Module, batch: dict[str, Tensor], precision: Precision
     inputs: list[int] = []
     largest: list[int] = []
     handles: list[Any] = []
-    for block in blocks_of(objective):
+    for block in objective.blocks():
         handles.append(block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))))
         handles.append(block.register_forward_pre_hook(lambda *_: sizes.append(-_total(saved))))
         handles.append(block.register_forward_hook(lambda *_: sizes.append(_total(saved))))

@@ -2,66 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective, ParameterGroup
+
+_Settings = dict[str, object]  # a parameter group as torch's optimizers take it
 
 
-def set_learning_rates(optimizer: Any, factor: float) -> None:
-    """Each parameter group's learning rate becomes `factor` times its peak."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each parameter group's learning rate to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def build_adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales.
-
-    A parameter that carries a `learning_rate_scale` (muP sets it) learns at so many times the config's rate; a
-    submodule that learns against the rest (`adversaries`) has a group of its own, without weight decay.
-    """
-    apart = adversaries(module)
-    own = {id(p) for adversary in apart for p in adversary.parameters()}
-    parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
-    groups = _adamw_groups([p for p in parameters if p.ndim >= 2], config, config.weight_decay)
-    groups += _adamw_groups([p for p in parameters if p.ndim < 2], config, 0.0)
-    for adversary in apart:
-        settings: Any = adversary.adamw
-        rate = config.learning_rate * settings["learning_rate_ratio"]
-        for group in _adamw_groups(list(adversary.parameters()), config, 0.0):
-            groups.append(group | {"lr": rate, "initial_lr": rate, "betas": settings["betas"]})
-    return torch.optim.AdamW(groups, fused=True)
+def build_optimizer(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config.optimizer` names, for all of the objective's parameters."""
+    if config.optimizer == "muon":
+        return build_muon(objective, config)
+    return build_adamw(objective.parameter_groups(), config)
 
 
-def adversaries(module: nn.Module) -> list[nn.Module]:
-    """Submodules with settings of their own for AdamW, `adamw = {"learning_rate_ratio": …, "betas": …}`."""
-    return [part for part in module.modules() if isinstance(getattr(part, "adamw", None), dict)]
+def build_adamw(groups: Sequence[ParameterGroup], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales."""
+    decaying = [group for group in groups if group.weight_decay]
+    settings = [
+        *(_adamw(group, [p for p in group.parameters if p.ndim >= 2], config, decay=True) for group in decaying),
+        *(_adamw(group, [p for p in group.parameters if p.ndim < 2], config) for group in decaying),
+        *(_adamw(group, group.parameters, config) for group in groups if not group.weight_decay),
+    ]
+    return torch.optim.AdamW([chosen for chosen in settings if chosen["params"]], fused=True)
 
 
-def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) on the matrices of the module's blocks, AdamW on embeddings, heads and vectors.
+def muon_matrices(objective: Objective) -> list[nn.Parameter]:
+    """The parameters that Muon trains: the matrices of the objective's blocks."""
+    matrices = {id(p) for block in objective.blocks() for p in block.parameters() if p.ndim == 2}
+    return [parameter for parameter in objective.parameters() if id(parameter) in matrices]
+
+
+def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) on `muon_matrices`, AdamW without weight decay on embeddings, heads and vectors.
 
     DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be spread over processes. Muon's steps
-    have a fixed size, so a clipped gradient norm would only map_pixels them all: clipping is AdamW's business.
+    have a fixed size, so a clipped gradient norm would only shrink them all: clipping is AdamW's business.
+
+    Raises:
+        UserError: the objective has no blocks with matrices.
     """
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # its kernels are torch.compile'd, which on a CPU costs a C++ compiler and half a minute
         torch.compiler.set_stance("force_eager")
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        parameter.use_muon = parameter.ndim == 2 and "blocks." in name  # type: ignore[attr-defined]
-        (matrices if parameter.use_muon else rest).append(parameter)  # type: ignore[attr-defined]
+    matrices = muon_matrices(objective)
     if not matrices:
         raise UserError(
             "optimizer muon needs a model with matrices in blocks, found none: set training.optimizer=adamw"
         )
-    muon_group = {
+    for parameter in objective.parameters():
+        parameter.use_muon = False  # type: ignore[attr-defined]  # how DeepSpeed's ZeRO optimizers tell them apart
+    for matrix in matrices:
+        vars(matrix)["use_muon"] = True
+    muon_group: _Settings = {
         "params": matrices,
         "use_muon": True,
         "lr": config.muon_learning_rate,
@@ -70,26 +76,30 @@ def build_muon(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
         "weight_decay": config.weight_decay,
         "ns_method": "standard" if on_cpu else "gram",
     }
-    groups = [muon_group, *(group | {"use_muon": False} for group in _adamw_groups(rest, config, 0.0))]
+    taken = {id(matrix) for matrix in matrices}
+    rest = [
+        _adamw(group, [p for p in group.parameters if id(p) not in taken], config)
+        for group in objective.parameter_groups()
+    ]
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
-        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
+        [muon_group, *(chosen | {"use_muon": False} for chosen in rest if chosen["params"])],
+        adam_optimizer=torch.optim.AdamW,
+        adam_optimizer_kwargs={"fused": True},
     )
     return optimizer
 
 
-def _adamw_groups(parameters: list[nn.Parameter], config: TrainingConfig, weight_decay: float) -> list[dict[str, Any]]:
-    """A group for each learning rate. AdamW decays by rate * decay, which is the same for all."""
-    by_scale: dict[float, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        by_scale.setdefault(getattr(parameter, "learning_rate_scale", 1.0), []).append(parameter)
-    return [
-        {
-            "params": chosen,
-            "lr": config.learning_rate * scale,
-            "initial_lr": config.learning_rate * scale,
-            "betas": config.betas,
-            "eps": 1e-8,
-            "weight_decay": weight_decay / scale,
-        }
-        for scale, chosen in by_scale.items()
-    ]
+def _adamw(
+    group: ParameterGroup, parameters: list[nn.Parameter], config: TrainingConfig, decay: bool = False
+) -> _Settings:
+    """AdamW's settings for some of a group's parameters."""
+    scale = group.learning_rate_scale
+    return {
+        "params": parameters,
+        "lr": config.learning_rate * scale,
+        "initial_lr": config.learning_rate * scale,
+        "betas": group.betas or config.betas,
+        "eps": 1e-8,
+        # AdamW decays by rate * decay, which is thereby the same for all scales.
+        "weight_decay": config.weight_decay / scale if decay else 0.0,
+    }

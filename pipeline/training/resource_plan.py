@@ -96,6 +96,7 @@ def count(config: PipelineConfig, gpus: int) -> Model:
 
     from pipeline.image_tokenizer.base import build
     from pipeline.training.flops import measure
+    from pipeline.training.optimizer import muon_matrices
     from pipeline.transformer.layout import Layout
     from pipeline.transformer.model import Transformer
     from pipeline.transformer.objective import JointObjective
@@ -112,11 +113,10 @@ def count(config: PipelineConfig, gpus: int) -> Model:
             "codes": torch.zeros(micro, layout.image_length, dtype=torch.long),
         }
         cost = measure(objective, batch, training.precision)
-    named = dict(objective.named_parameters())
     return Model(
         layout=layout,
-        parameters=sum(p.numel() for p in named.values()),
-        matrices=sum(p.numel() for name, p in named.items() if p.ndim == 2 and "blocks." in name),
+        parameters=sum(p.numel() for p in objective.parameters()),
+        matrices=sum(p.numel() for p in muon_matrices(objective)),
         micro_batch=micro,
         cost=cost,
     )

@@ -78,7 +78,6 @@ class Trainer:
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training)
-        self._after_update = getattr(engine.objective, "after_update", None)
         self.ema = Ema(engine.held, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()
@@ -125,8 +124,7 @@ class Trainer:
             last = index == self.accumulation - 1
             parts.append(self.engine.accumulate(micro, state.step, 1 / self.accumulation, last))
         update = self.engine.update(schedule(self.training, state.step))
-        if self._after_update:
-            self._after_update(update.applied)
+        self.engine.objective.after_update(update.applied)
         metrics = {name: sum(float(part[name]) for part in parts) / len(parts) for name in parts[0]}
         metrics = self._agree(metrics)
         if update.applied:

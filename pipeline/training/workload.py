@@ -8,6 +8,7 @@ from typing import Protocol
 from PIL import Image
 from torch import nn
 
+from pipeline.core.objective import Objective
 from pipeline.training.engines.base import Batch
 
 
@@ -15,12 +16,8 @@ class Workload(Protocol):
     """Objective, batches, validation metrics and image grids of one training."""
 
     @property
-    def objective(self) -> nn.Module:
-        """`forward(batch, step) -> (loss, metrics)`; all its randomness comes from torch's global generator.
-
-        If it has `after_update(applied: bool)`, that is called once a step on every rank, behind the optimizer: for
-        what does not learn by gradients.
-        """
+    def objective(self) -> Objective:
+        """What the training minimises."""
 
     @property
     def tokens_per_sample(self) -> int | None:

@@ -17,9 +17,9 @@ from pipeline.config.image_losses import AdversarialConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
-from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, build
 from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscriminator
-from pipeline.image_tokenizer.image_losses import add_image_losses
+from pipeline.image_tokenizer.image_losses import ImageLosses, add_image_losses
 from pipeline.training.optimizer import build_adamw
 from pipeline.training.throughput import CLOCK_METRICS
 from tests.conftest import TINY
@@ -158,17 +158,21 @@ def test_config_says_what_it_takes() -> None:
 
 
 def test_the_discriminator_has_a_group_of_its_own_without_weight_decay() -> None:
-    module = nn.ModuleDict({"net": nn.Linear(3, 3), "adversary": adversary(learning_rate_ratio=0.25, betas=(0.1, 0.2))})
+    objective = build(SMALL, SIDE).objective()
+    add_image_losses(objective, SIDE, None, adversarial(learning_rate_ratio=0.25, betas=(0.1, 0.2)))
+    assert isinstance(objective.reconstruction, ImageLosses)
+    assert objective.reconstruction.adversary
     training = TrainingConfig(steps=10, batch_size=2, warmup_steps=1, learning_rate=0.4, weight_decay=0.5)
-    groups = build_adamw(module, training).param_groups
-    own = {id(p) for p in module["adversary"].parameters()}
+    groups = build_adamw(objective.parameter_groups(), training).param_groups
+    own = {id(p) for p in objective.reconstruction.adversary.parameters()}
     assert [(g["lr"], g["initial_lr"], g["betas"], g["weight_decay"]) for g in groups] == [
         (0.4, 0.4, training.betas, 0.5),
         (0.4, 0.4, training.betas, 0.0),
         (0.1, 0.1, (0.1, 0.2), 0.0),
     ]
     assert {id(p) for p in groups[2]["params"]} == own
-    assert not own & {id(p) for g in groups[:2] for p in g["params"]}
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in objective.parameters()}
+    assert sum(len(g["params"]) for g in groups) == len(list(objective.parameters()))
 
 
 def test_guard_halves_while_the_error_is_high_grows_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,9 +219,9 @@ def trained() -> ImageTokenizer:
     return tokenizer
 
 
-def train(objective: nn.Module, steps: range, learning_rate: float = 3e-3) -> None:
+def train(objective: TokenizerObjective, steps: range, learning_rate: float = 3e-3) -> None:
     training = TrainingConfig(steps=1000, batch_size=16, learning_rate=learning_rate, warmup_steps=1)
-    optimizer = build_adamw(objective.train(), training)
+    optimizer = build_adamw(objective.train().parameter_groups(), training)
     images = shapes(256, seed=1)
     for step in steps:
         torch.manual_seed(step)

@@ -221,7 +221,7 @@ def test_training_on_real_emoji_lowers_the_loss_and_the_hard_codes_show_it(
     tokenizer = small(**changes).train()
     objective = tokenizer.objective()
     training = TrainingConfig(steps=100, batch_size=8, learning_rate=3e-3, warmup_steps=10)
-    optimizer = build_adamw(objective, training)
+    optimizer = build_adamw(objective.parameter_groups(), training)
     before = evaluate(tokenizer, [{"images": emoji}]).metrics
     losses = []
     for step in range(100):

@@ -52,7 +52,8 @@ def learned(name: str, steps: int = 60, **changes: object) -> tuple[ImageTokeniz
     """A tokenizer after a short training, and its PSNR before."""
     tokenizer = small(name, **changes).train()
     objective = tokenizer.objective()
-    optimizer = build_adamw(objective, TrainingConfig(steps=steps, batch_size=64, learning_rate=5e-3, warmup_steps=5))
+    training = TrainingConfig(steps=steps, batch_size=64, learning_rate=5e-3, warmup_steps=5)
+    optimizer = build_adamw(objective.parameter_groups(), training)
     before = evaluate(tokenizer.eval(), [{"images": shapes(1)}]).metrics["psnr"]
     objective.train()
     for step in range(steps):
@@ -60,7 +61,7 @@ def learned(name: str, steps: int = 60, **changes: object) -> tuple[ImageTokeniz
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        objective.after_update(True)  # type: ignore[operator]
+        objective.after_update(True)
     return tokenizer.eval(), before
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import accumulation_steps
 from pipeline.training.schedule import schedule
@@ -50,26 +51,27 @@ class Case:
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(WIDTH), nn.Dropout(0.0)
+        self.norm, self.dropout = nn.LayerNorm(WIDTH), nn.Dropout(dropout)
         self.into, self.out = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.out(nn.functional.gelu(self.into(self.norm(x)))))
 
 
-class Objective(nn.Module):
+class SmallObjective(Objective):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        for block in self.blocks:
-            block.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Block(dropout) for _ in range(2))
         self.head = nn.Linear(WIDTH, 1)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"]
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x)
         return (self.head(x) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
 
@@ -99,7 +101,7 @@ def training(case: Case, processes: int) -> TrainingConfig:
 def run(case: Case, folder: Path) -> dict[str, Any]:
     config = training(case, distributed.world_size())
     torch.manual_seed(0)
-    objective = Objective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+    objective = SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
     zero = DeepSpeedConfig(
         zero_stage=case.zero,
         overlap_communication=case.overlap,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 from pipeline.core.errors import UserError
@@ -21,7 +21,7 @@ from pipeline.training.engines.base import accumulation_steps
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import schedule
 from tests.launch import launch
-from tests.training.engine_worker import BATCH, STEPS, Case, Objective, global_batch, training
+from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, training
 
 ZERO = (0, 1, 2, 3)
 POISONED = 3
@@ -85,8 +85,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
 def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], list[float]]:
     config = training(Case(), 1)
     torch.manual_seed(0)
-    objective = Objective()
-    optimizer = build_adamw(objective, config)
+    objective = SmallObjective()
+    optimizer = build_adamw(objective.parameter_groups(), config)
     norms = []
     for step in range(STEPS):
         if step != skipped_step:
@@ -113,8 +113,8 @@ def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dic
 def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, trained: dict[int, Results]) -> None:
     config = training(case, 1)
     torch.manual_seed(0)
-    objective = Objective()
-    matrices = [p for name, p in objective.named_parameters() if p.ndim == 2 and "blocks." in name]
+    objective = SmallObjective()
+    matrices = [p for name, p in objective.named_parameters() if p.ndim == 2 and "layers." in name]
     others = [p for p in objective.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
     adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
@@ -192,13 +192,18 @@ def test_fp16_on_cpu_is_refused_with_what_to_do(tmp_path: Path) -> None:
         pytest.skip("fp16 trains on a GPU")
     config = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH, precision="fp16")
     with pytest.raises(UserError, match="found fp16: set training.precision=bf16"):
-        build_engine("accelerate", Objective(), config, None, tmp_path)
+        build_engine("accelerate", SmallObjective(), config, None, tmp_path)
+
+
+class WithoutBlocks(SmallObjective):
+    def blocks(self) -> list[nn.Module]:
+        return []
 
 
 def test_activation_checkpointing_without_blocks_is_refused(tmp_path: Path) -> None:
     config = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH, activation_checkpointing=True)
     with pytest.raises(UserError, match="needs a model with blocks, found none: set it to false"):
-        build_engine("accelerate", torch.nn.Linear(2, 2), config, None, tmp_path)
+        build_engine("accelerate", WithoutBlocks(), config, None, tmp_path)
 
 
 def test_one_process_spreads_nothing_unless_it_must() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.training.activation_checkpointing import checkpoint_activations
 from pipeline.training.engines.accelerate import AccelerateEngine
 from pipeline.training.engines.base import Engine
@@ -17,7 +17,7 @@ from pipeline.training.engines.base import Engine
 
 def build_engine(
     kind: Literal["accelerate", "deepspeed"],
-    objective: nn.Module,
+    objective: Objective,
     training: TrainingConfig,
     deepspeed: DeepSpeedConfig | None,
     directory: Path,

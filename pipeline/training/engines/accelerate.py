@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, share_of_whole
-from pipeline.training.optimizer import adversaries, build_adamw, set_learning_rates
+from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
 
 class AccelerateEngine:
     """DistributedDataParallel through accelerate; one copy of the optimizer on every process."""
 
-    def __init__(self, objective: nn.Module, training: TrainingConfig) -> None:
+    def __init__(self, objective: Objective, training: TrainingConfig) -> None:
         from accelerate import Accelerator
 
         if training.optimizer != "adamw":
@@ -29,12 +30,13 @@ class AccelerateEngine:
         precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         expect_all_processes(self.accelerator.num_processes)
-        self.objective = self.model = objective
+        self.objective = objective
+        self.model: nn.Module = objective
         self.training = training
-        self._adversaries = adversaries(objective)
-        apart = {id(p) for adversary in self._adversaries for p in adversary.parameters()}
-        self._own = [p for p in objective.parameters() if id(p) not in apart]
-        self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(objective, training))
+        groups = objective.parameter_groups()
+        self._own = [p for group in groups if not group.adversary for p in group.parameters]
+        self._adversaries = [group.parameters for group in groups if group.adversary]
+        self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(groups, training))
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
         with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
@@ -47,7 +49,7 @@ class AccelerateEngine:
         limit = self.training.gradient_clipping or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
         # A discriminator is clipped apart: its gradient's length must not decide how far the model itself steps.
-        apart = [float(torch.nn.utils.clip_grad_norm_(a.parameters(), limit)) for a in self._adversaries]
+        apart = [float(torch.nn.utils.clip_grad_norm_(a, limit)) for a in self._adversaries]
         finite = all(map(math.isfinite, [norm, *apart]))
         if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
             self.optimizer.step()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
 Batch = dict[str, Tensor]
@@ -34,7 +35,7 @@ class Update:
 class Engine(Protocol):
     """A model in training. `accumulate` is called once a micro-batch, `update` once a step."""
 
-    objective: nn.Module
+    objective: Objective
     model: nn.Module  # what to call for evaluation, on all processes together
 
     def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:

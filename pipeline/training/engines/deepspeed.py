@@ -24,6 +24,7 @@ from pipeline.config.training import BUCKET_ELEMENTS, LIVE_ELEMENTS, DeepSpeedCo
 from pipeline.core import distributed
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.objective import Objective
 from pipeline.training.engines import zero_partitions
 from pipeline.training.engines.base import (
     Batch,
@@ -35,7 +36,7 @@ from pipeline.training.engines.base import (
     shapes_of,
     share_of_whole,
 )
-from pipeline.training.optimizer import build_adamw, build_muon, set_learning_rates
+from pipeline.training.optimizer import build_optimizer, set_learning_rates
 from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,7 @@ class DeepSpeedEngine:
     """See `pipeline.training.engines.base.Engine`."""
 
     def __init__(
-        self, objective: nn.Module, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
+        self, objective: Objective, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
@@ -64,9 +65,8 @@ class DeepSpeedEngine:
         self.stage = config.stage(distributed.world_size(), training.precision)
         self._shapes = shapes_of(objective)
         self._buffers = set(objective.state_dict()) - set(self._shapes)
-        build = build_muon if training.optimizer == "muon" else build_adamw
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=build(objective, training), config=settings
+            model=objective, optimizer=build_optimizer(objective, training), config=settings
         )
         self.model: nn.Module = self._engine if self.stage == 3 else objective
         expect_all_processes(self._engine.world_size)
