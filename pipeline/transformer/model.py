@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.objective import ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.attention_patterns import Tables
@@ -70,8 +71,19 @@ class Transformer(nn.Module):
             with torch.no_grad():
                 for matrix in matrices:
                     matrix.mul_(shape.width_ratio**0.5)
-            for parameter in (*matrices, self.head.weight):
-                parameter.learning_rate_scale = shape.width_ratio  # type: ignore[attr-defined]  # see pipeline/training/optimizer.py
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All parameters once, in the module's order within a group.
+
+        With `base_width` matrices inside the blocks and the head learn at `width_ratio` times the config's rate.
+        """
+        if self.shape.width_ratio == 1:
+            return [ParameterGroup(list(self.parameters()))]
+        scaled = {id(p) for p in (*self.blocks.parameters(), self.head.weight) if p.ndim == 2}
+        return [
+            ParameterGroup([p for p in self.parameters() if id(p) not in scaled]),
+            ParameterGroup([p for p in self.parameters() if id(p) in scaled], self.shape.width_ratio),
+        ]
 
     @property
     def tables(self) -> Tables:
@@ -86,11 +98,12 @@ class Transformer(nn.Module):
 
         `text` holds ids of the text tokenizer (0: pad), `codes` each level's own ids without offsets.
         """
-        text_logits, *level_logits = [hidden @ weight.T for hidden, weight in self.factors(text_BT, codes_BN)]
+        factors = self.hidden_and_head_weights(text_BT, codes_BN)
+        text_logits, *level_logits = [hidden @ weight.T for hidden, weight in factors]
         return text_logits, level_logits
 
-    def factors(self, text_BT: Tensor, codes_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What `forward` multiplies, of text and of each level: hidden states [B, n, D] and weights [vocabulary, D].
+    def hidden_and_head_weights(self, text_BT: Tensor, codes_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The factors of the logits, for text and for each level: hidden states [B, n, D], weights [vocabulary, D].
 
         For a loss that never holds all logits (`functional.cross_entropy`).
         """

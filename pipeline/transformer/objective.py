@@ -17,48 +17,61 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.transformer import TransformerConfig
+from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.functional import cross_entropy
 from pipeline.transformer.model import Transformer
 
 
-class JointObjective(nn.Module):
-    """`forward(batch, step) -> (loss, metrics)` for `pipeline.training.trainer.train`."""
+class JointObjective(Objective):
+    """The transformer and its loss, for `pipeline.training.trainer.train`."""
 
     def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
         super().__init__()
         self.transformer, self.config = transformer, config
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: "text" int64 [B, T], "codes" int64 [B, N]. In training mode captions are dropped.
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return self.transformer.parameter_groups()
 
-        In eval mode the metrics hold accuracy/image (another product with the head), bits/image_token, and,
-        as a vector [T + N], loss/position: the mean loss of each position of the sequence.
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer.blocks)
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss and metrics of `batch`: "text" int64 [B, T], "codes" int64 [B, N].
+
+        In training mode captions are dropped. In eval mode the metrics hold accuracy/image (another product with the
+        head), bits/image_token, and, as a vector [T + N], loss/position: the mean loss of each position.
         """
+        config, training = self.config, self.training
         text_BT, codes_BN = batch["text"], batch["codes"]
-        if self.training:
-            text_BT = drop_captions(text_BT, self.config.caption_dropout)
-        factors = self.transformer.factors(text_BT, codes_BN)
-        targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
-        # Of each target [B, n], in float32: what is minimised, and the cross-entropy alone.
-        smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        totals, plain = zip(
-            *(cross_entropy(*pair, target, smoothing, z_loss) for pair, target in zip(factors, targets, strict=True)),
+        if training:
+            text_BT = drop_captions(text_BT, config.caption_dropout)
+        smoothing, z_loss = (config.label_smoothing, config.z_loss) if training else (0.0, 0.0)
+        text, *levels = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
+        text_total, text_losses = cross_entropy(text[0], text[1], text_BT, smoothing, z_loss)
+        targets = codes_BN.split([hidden.shape[1] for hidden, _ in levels], dim=1)
+        totals, losses = zip(  # float32 [B, n] of each level: what is minimised, and the cross-entropy alone
+            *(cross_entropy(h, w, target, smoothing, z_loss) for (h, w), target in zip(levels, targets, strict=True)),
             strict=True,
         )
-        image_total, image_losses = torch.cat(totals[1:], dim=1), torch.cat(plain[1:], dim=1)
-        loss = self.config.text_loss_weight * totals[0].mean() + self.config.image_loss_weight * image_total.mean()
+        image_total = torch.cat(totals, dim=1)
+        loss = config.text_loss_weight * text_total.mean() + config.image_loss_weight * image_total.mean()
         with torch.no_grad():
-            image_loss = image_losses.mean()
-            metrics = {"loss/text": plain[0].mean(), "loss/image": image_loss}
-            if len(factors) > 2:
-                metrics |= {f"loss/image/{level}": part.mean() for level, part in enumerate(plain[1:])}
-            if not self.training:
-                predicted = torch.cat([(hidden @ weight.T).argmax(-1) for hidden, weight in factors[1:]], dim=1)
+            metrics = _loss_metrics(text_losses, losses)
+            if not training:
+                predicted = torch.cat([(hidden @ weight.T).argmax(-1) for hidden, weight in levels], dim=1)
                 metrics["accuracy/image"] = (predicted == codes_BN).float().mean()
-                metrics["bits/image_token"] = image_loss / math.log(2)
-                metrics["loss/position"] = torch.cat([plain[0].mean(dim=0), image_losses.mean(dim=0)])
+                metrics["bits/image_token"] = metrics["loss/image"] / math.log(2)
+                metrics["loss/position"] = torch.cat([part.mean(dim=0) for part in (text_losses, *losses)])
         return loss, metrics
+
+
+def _loss_metrics(text_losses: Tensor, level_losses: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Mean cross-entropy of text [B, T], of all codes, and of each level [B, n] where there are several."""
+    metrics = {"loss/text": text_losses.mean(), "loss/image": torch.cat(level_losses, dim=1).mean()}
+    if len(level_losses) > 1:
+        metrics |= {f"loss/image/{level}": part.mean() for level, part in enumerate(level_losses)}
+    return metrics
 
 
 def drop_captions(text_BT: Tensor, share: float) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from pipeline.config.transformer import TransformerConfig, TransformerShape
+from pipeline.config.transformer import TransformerConfig
 from pipeline.training.optimizer import build_adamw
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
@@ -14,14 +15,13 @@ from tests.transformer.test_model import LAYOUTS, batch
 def step_sizes(width: int, base_width: int | None) -> float:
     """How far four Adam steps move the residual stream of a model that predicts nothing yet (rms over positions)."""
     layout = LAYOUTS[0]
-    shape = TransformerShape(layers=2, width=width, heads=width // 16, base_width=base_width)
+    shape = {"layers": 2, "width": width, "heads": width // 16, "base_width": base_width}
+    training = {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}
+    config = TransformerConfig.model_validate({**shape, "training": training})
     torch.manual_seed(0)
-    model = Transformer(layout, shape)
-    config = TransformerConfig.model_validate(
-        {"training": {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}}
-    )
+    model = Transformer(layout, config)
     objective = JointObjective(model, config).train()
-    optimizer = build_adamw(objective, config.training)
+    optimizer = build_adamw(objective.parameter_groups(), config.training)
     values = dict(zip(("text", "codes"), batch(layout, 8), strict=True))
     before = model(values["text"], values["codes"])[1][0].detach()
     for step in range(4):
@@ -38,25 +38,55 @@ def test_with_base_width_a_learning_rate_moves_every_width_as_far() -> None:
 
 
 def test_base_width_changes_no_number_at_the_base_itself() -> None:
-    models = []
+    objectives = []
     for base in (None, 32):
         torch.manual_seed(0)
-        models.append(Transformer(LAYOUTS[0], TransformerShape(layers=1, width=32, heads=2, base_width=base)))
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        config = TransformerConfig(layers=1, width=32, heads=2, base_width=base)
+        objectives.append(JointObjective(Transformer(LAYOUTS[0], config), config))
+    for one, other in zip(objectives[0].parameters(), objectives[1].parameters(), strict=True):
         assert torch.equal(one, other)
-    groups = build_adamw(models[1], TransformerConfig().training).param_groups
-    assert {group["lr"] for group in groups} == {TransformerConfig().training.learning_rate}
+    groups = build_adamw(objectives[1].parameter_groups(), config.training).param_groups
+    assert {group["lr"] for group in groups} == {config.training.learning_rate}
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_matrices_in_blocks_and_the_head_learn_at_the_rate_of_their_width_and_all_else_at_the_configs(
+    positions: str,
+) -> None:
+    config = TransformerConfig.model_validate({"width": 64, "base_width": 32, "positions": positions})
+    objective = JointObjective(Transformer(LAYOUTS[1], config), config)
+    plain, scaled = objective.parameter_groups()
+    assert (plain.learning_rate_scale, scaled.learning_rate_scale) == (1.0, 0.5)
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    found = {names[id(parameter)] for parameter in scaled.parameters}
+    matrices = {name for name, p in objective.named_parameters() if ".blocks." in name and p.ndim == 2}
+    assert found == matrices | {"transformer.head.weight"}
+    assert len(matrices) == 4 * config.layers
+    together = [id(parameter) for group in (plain, scaled) for parameter in group.parameters]
+    assert sorted(together) == sorted(names)  # each once
+    for group in (plain, scaled):  # in the module's order, which the optimizer's states are saved in
+        own = {id(parameter) for parameter in group.parameters}
+        assert [id(parameter) for parameter in group.parameters] == [key for key in names if key in own]
+
+
+def test_without_base_width_all_parameters_are_one_group() -> None:
+    config = TransformerConfig()
+    objective = JointObjective(Transformer(LAYOUTS[0], config), config)
+    (group,) = objective.parameter_groups()
+    assert group.learning_rate_scale == 1.0
+    assert [id(p) for p in group.parameters] == [id(p) for p in objective.parameters()]
+    assert objective.blocks() == list(objective.transformer.blocks)
 
 
 def loss_after_training(width: int, base_width: int | None, learning_rate: float, steps: int = 24) -> float:
     """Mean image loss of the last four steps on 32 samples that are to be learnt by heart."""
     layout = LAYOUTS[1]
-    torch.manual_seed(0)
-    model = Transformer(layout, TransformerShape(layers=2, width=width, heads=width // 16, base_width=base_width))
+    shape = {"layers": 2, "width": width, "heads": width // 16, "base_width": base_width, "caption_dropout": 0.0}
     training = {"steps": steps, "batch_size": 32, "learning_rate": learning_rate, "warmup_steps": 0}
-    config = TransformerConfig.model_validate({"caption_dropout": 0.0, "training": training})
-    objective = JointObjective(model, config).train()
-    optimizer = build_adamw(objective, config.training)
+    config = TransformerConfig.model_validate({**shape, "training": training})
+    torch.manual_seed(0)
+    objective = JointObjective(Transformer(layout, config), config).train()
+    optimizer = build_adamw(objective.parameter_groups(), config.training)
     values = dict(zip(("text", "codes"), batch(layout, 32), strict=True))
     losses = []
     for step in range(steps):
