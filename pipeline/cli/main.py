@@ -20,7 +20,6 @@ from pathlib import Path
 
 import click
 
-from pipeline import __version__
 from pipeline.cli.data import data
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.export import export
@@ -32,6 +31,7 @@ from pipeline.cli.stage import run_stage_here
 from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.version import VERSION
 from pipeline.orchestration.graph import STAGES
 from pipeline.orchestration.run_directory import config_of, source_name
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(VERSION)
 def cli() -> None:
     """Train an image tokenizer and a text+image transformer, and generate images from prompts."""
 

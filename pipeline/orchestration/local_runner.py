@@ -20,9 +20,16 @@ import click
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock
+from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import Stage, stages_of
 from pipeline.orchestration.run_directory import RunDirectory
+
+# A stage runs the code that runs this, and no module of the same name in the current folder.
+IMPORTS_THIS_CODE = {
+    "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "PYTHONSAFEPATH": "1",
+}
 
 
 def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -> None:
@@ -55,7 +62,7 @@ def local_processes(config: PipelineConfig, stage: Stage) -> int:
 
 def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
     processes = local_processes(config, stage)
-    environment = os.environ | {RUNNER_VARIABLE: str(os.getpid())}
+    environment = os.environ | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
     arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
     alone = [sys.executable, "-m", *arguments]
     if processes == 1:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.orchestration.code_snapshot import record_version
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "run.json", {"name": config.name, "config_file": source})
         write_atomic(self.path / "config.yaml", to_yaml(config))
-        snapshot_code(self.path / "code")
+        record_version(self.path / "code")
 
     def manifest(self, name: str) -> dict[str, Any] | None:
         """The manifest of a finished stage; None if it is not finished or not as it was written."""
@@ -216,26 +216,3 @@ def source_name(path: str) -> str:
     if Path(path).name == "config.yaml" and record.exists():
         return str(read_json(record)["config_file"])
     return Path(path).name
-
-
-def snapshot_code(directory: Path) -> None:
-    """Record the code's version: package version, git commit, and the uncommitted changes as a patch."""
-    from pipeline import __version__
-
-    source = Path(__file__).resolve().parents[1]
-    commit = _git(source, "rev-parse", "HEAD")
-    diff = _git(source, "diff", "HEAD") if commit else None
-    version = {"version": __version__, "commit": commit.strip() if commit else None, "changed": bool(diff)}
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "version.json", version)
-    write_atomic(directory / "uncommitted.patch", diff or "")
-
-
-def _git(directory: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

@@ -21,7 +21,7 @@ def export_run(run_directory: Path, target: Path) -> None:
     Raises:
         UserError: the run is not finished, or `target` holds something.
     """
-    from pipeline import __version__
+    from pipeline.core.version import VERSION
     from pipeline.sampling.model_card import model_card
     from pipeline.sampling.model_source import EXPORT_RECORD, open_source
 
@@ -43,7 +43,7 @@ def export_run(run_directory: Path, target: Path) -> None:
         "model_hash": source.model_hash,
         "guidance_trained": source.guidance_trained,
         "sampling": source.sampling.model_dump(mode="json"),
-        "smalti": __version__,
+        "smalti": VERSION,
     }
     write_json(draft / EXPORT_RECORD, record)
     write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=grid.is_file()))

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import __version__
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.progress import progress
+from pipeline.core.version import VERSION
 from pipeline.sampling.checks import check_prompts
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
@@ -49,7 +49,7 @@ class Job:
         common |= {"candidates": self.candidates, "sampling": self.sampling.model_dump(mode="json")}
         common |= {"keep": self.keep} if self.keep else {}
         common |= {"image_prompt": self.image_prompt_about} if self.image_prompt_about else {}
-        return common | {"model": pipeline.source.model_hash, "smalti": __version__}
+        return common | {"model": pipeline.source.model_hash, "smalti": VERSION}
 
 
 def generate_sheet(pipeline: Pipeline, job: Job, path: Path) -> int:

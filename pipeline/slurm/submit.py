@@ -10,7 +10,6 @@ new jobs wait for it. Which jobs are active is asked of Slurm (their comment nam
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
+from pipeline.orchestration.code_snapshot import copy_packages
 from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage, inputs_of, stage_identity, stages_of
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm import scheduler
@@ -31,7 +31,6 @@ from pipeline.slurm.render import JobFile, render, script_path
 from pipeline.slurm.scheduler import Job
 from pipeline.slurm.table import format_table
 
-SOURCE = Path(__file__).resolve().parents[2]
 _ENDING_PATIENCE_S = 60.0
 
 
@@ -72,7 +71,7 @@ def submit_pipeline(
             click.echo("jobs of this run are active: their config and code stay as they are", err=True)
         else:
             runs.open(config, source)
-            snapshot_source(runs.path / "code" / "src")
+            copy_packages(runs.path / "code" / "src")
         plan = make_plan(config, runs, cluster, jobs, _chosen(config, first, only))
         _write_files(plan, cluster, runs)
         if not dry_run:
@@ -199,16 +198,6 @@ def _check_same_config(runs: RunDirectory, config: PipelineConfig, jobs: list[Jo
             f"jobs {', '.join(map(str, ids))} of {runs.path} are active with another config"
             f" ({'; '.join(list(dict.fromkeys(changes))[:4])}): wait, or `smalti cancel {runs.path}`, or set name=…"
         )
-
-
-def snapshot_source(target: Path) -> None:
-    """Copy the packages, so that what is queued does not change when the working copy does."""
-    draft = target.with_name(target.name + ".new")
-    for leftover in (draft, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for package in ("pipeline", "stages"):
-        shutil.copytree(SOURCE / package, draft / package, ignore=shutil.ignore_patterns("__pycache__"))
-    draft.rename(target)
 
 
 def _write_files(plan: list[Planned], cluster: ClusterConfig, runs: RunDirectory) -> None:
