@@ -57,7 +57,7 @@ class DiscreteVAE(ImageTokenizer):
 
     def logits(self, images_B3HW: Tensor) -> Tensor:
         """Unnormalised ln q(code | image), float32 [B, N, K], the N positions rows first."""
-        features_BNC = self.encoder(images_B3HW).flatten(2).transpose(1, 2)
+        features_BNC = self.encoder(images_B3HW)[-1].flatten(2).transpose(1, 2)
         with torch.autocast(features_BNC.device.type, enabled=False):
             z_BNC = self.to_logits(features_BNC.float())
             if self.config.logits == "distance":
@@ -79,7 +79,7 @@ class DiscreteVAE(ImageTokenizer):
     def encode(self, images: Tensor) -> list[Tensor]:
         """Codes by argmax of the logits, without noise (appendix A.3), and without writing all the logits out."""
         self._check_images(images)
-        features_BCN = self.encoder(images).flatten(2)
+        features_BCN = self.encoder(images)[-1].flatten(2)
         flat = features_BCN.transpose(1, 2).flatten(0, 1)
         with torch.autocast(flat.device.type, enabled=False):
             if self.config.logits == "distance":

@@ -6,7 +6,7 @@ with f_l the activations of layer l scaled to unit length in each position, as i
 without its learned weights of channels. `backbone: lpips` is LPIPS itself.
 
     efficientnet-lite0   what its blocks give before each halving; the weights come with a package (`smalti[demo]`)
-    lpips                VGG-16 and learned heads: a folder with both (metrics/lpips.py says which files), or, without
+    lpips                VGG-16 and learned heads: a folder with both (extractors/lpips_vgg16.py says which files), or, without
                          `weights`, torch.hub's cache and the installed package lpips
     transformers         any model that transformers has as a backbone: ResNet, ConvNeXt, DINOv2 …
     timm                 any model of timm with `features_only`
@@ -101,7 +101,7 @@ def _efficientnet_lite0(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
 
 
 def _lpips(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
-    from pipeline.metrics.lpips import Lpips
+    from pipeline.extractors.lpips_vgg16 import Lpips
 
     key = f"{_KEY}.weights"
     lpips = Lpips.from_folder(Path(config.weights), key) if config.weights else Lpips.from_libraries(key)

@@ -102,11 +102,11 @@ class VQVAE(ImageTokenizer):
         """The encoder's features, coarse to fine."""
         if self.config.channels_last:
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-        return self.encoder.pyramid(images_B3HW)[::-1]
+        return self.encoder(images_B3HW)[::-1]
 
     def _advance(self, x_BChw: Tensor | None, grid: int) -> Tensor | None:
         """What the decoder has before the vectors of grid `grid` come in."""
-        return None if x_BChw is None else self.decoder.enter(self.decoder.blocks(x_BChw, grid - 1), grid)
+        return None if x_BChw is None else self.decoder.resolutions[grid - 1](x_BChw)
 
     def _features(self, h_BChw: Tensor, x_BChw: Tensor | None) -> Tensor:
         """What a grid is quantized from, [B,N,C], positions rows first."""
@@ -117,7 +117,7 @@ class VQVAE(ImageTokenizer):
         side = self.image_size // self.config.factor * 2**grid
         e_BDhw = vectors_BND.transpose(1, 2).unflatten(2, (side, side))
         if x_BChw is None:
-            return self.decoder.enter(e_BDhw, 0)
+            return self.decoder.stem(e_BDhw)
         out: Tensor = x_BChw + self.expand[grid - 1](e_BDhw)
         return out
 
