@@ -20,14 +20,15 @@ from pipeline.core.distributed import device
 from pipeline.core.errors import UserError
 from pipeline.evaluation.reference_stats import reference_gaussian
 from pipeline.extractors.base import FeatureSet
+from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.checks import checked_pair
 from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
 from pipeline.metrics.frechet import Gaussian, frechet_deviation, frechet_distance, frechet_infinity
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.lpips import Lpips
-from pipeline.metrics.precision_recall import membership, nearest
+from pipeline.metrics.neighbours import nearest
+from pipeline.metrics.precision_recall import membership
 
 _RESAMPLES = 1000  # of a mean's bootstrap
 

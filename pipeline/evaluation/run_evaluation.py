@@ -31,10 +31,10 @@ from pipeline.evaluation.image_sets import StoredImage, decoded, images_at
 from pipeline.evaluation.reconstruction import measure_pairs, reconstruct, stacked
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.hf import ClipScorer
+from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.clip_score import clip_scores
-from pipeline.metrics.lpips import Lpips
-from pipeline.metrics.precision_recall import nearest
+from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.psnr_ssim import psnr, ssim
 
 GENERATED_OWN = "generated, real images of the same captions"

@@ -6,8 +6,8 @@ with f_l the activations of layer l scaled to unit length in each position, as i
 without its learned weights of channels. `backbone: lpips` is LPIPS itself.
 
     efficientnet-lite0   what its blocks give before each halving; the weights come with a package (`smalti[demo]`)
-    lpips                VGG-16 and learned heads: a folder with both (extractors/lpips_vgg16.py says which files), or, without
-                         `weights`, torch.hub's cache and the installed package lpips
+    lpips                VGG-16 and learned heads: a folder with both (extractors/lpips_vgg16.py says which files), or,
+                         without `weights`, torch.hub's cache and the installed package lpips
     transformers         any model that transformers has as a backbone: ResNet, ConvNeXt, DINOv2 …
     timm                 any model of timm with `features_only`
 

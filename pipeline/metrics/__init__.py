@@ -1,18 +1,13 @@
-"""Metrics of merit for images: how far apart two sets of images are, and how close two images.
+"""Image-quality metrics as pure functions, one metric a module: tensors in, numbers out, nothing read or written.
 
-    config.py            section `evaluate`
-    images.py          a folder, a tar or a folder of tars, as images by name
-    features.py          extractors by name: images -> features and class logits
-    efficientnet_lite.py inception_v3.py networks.py       their networks; CLIP also judges captions
-    feature_store.py     features on disk by content hash; feature files
-    reference.py         mean and covariance of reference sets, likewise
-    frechet.py  kid.py  inception_score.py  manifold.py    metrics of sets, from features or logits
-    reconstruction.py  lpips.py                            PSNR, SSIM and LPIPS, metrics of pairs
-    compare.py           all of them over two sets, as the rows of metrics.json
-    evaluation.py sweep.py                                 the stage evaluate: a run's metrics; settings of sampling
-    command.py           `smalti evaluate`
+    of two sets, from features      frechet.py (FID, FD, FD∞)   kid.py   precision_recall.py (and density, coverage)
+    of one set, from class logits   inception_score.py
+    of images and their captions    clip_score.py (and retrieval R@k)
+    of pairs of images              psnr_ssim.py   lpips.py
+    what they share                 neighbours.py (nearest neighbours in blocks)   checks.py (of the input)
 
-Every function that takes features wants `[samples, dimensions]`, any float type; it computes in
-float64 and raises UserError on what cannot be measured (NaN, too few samples, other dimensions).
-Smaller is better for Fréchet distance and KID, larger for everything else.
+Features come from `pipeline/extractors`; `pipeline/evaluation/set_metrics.py` lists the metrics that are measured.
+Functions of features take `[samples, dimensions]` of any float type, compute in float64, and raise UserError on what
+cannot be measured: NaN, too few samples, unequal dimensions. Lower is better for the Fréchet distance, KID and LPIPS,
+higher for all others.
 """

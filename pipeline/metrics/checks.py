@@ -1,4 +1,4 @@
-"""What every metric asks of its input, said in one line when it does not hold."""
+"""Checks that every metric makes of its input; what does not hold is said in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checked(values: Array, name: str, at_least: int = 1, reason: str = "one samp
 
 
 def checked_pair(real: Array, generated: Array, at_least: int = 1, reason: str = "one sample") -> tuple[Tensor, Tensor]:
-    """Both sets as `checked` gives them, of equal dimensions."""
+    """`checked` of both sets, which must have equal dimensions."""
     pair = checked(real, "real", at_least, reason), checked(generated, "generated", at_least, reason)
     if pair[0].shape[1] != pair[1].shape[1]:
         raise UserError(

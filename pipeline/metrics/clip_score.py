@@ -1,4 +1,7 @@
-"""How well images fit their captions, from CLIP's embeddings of both."""
+"""CLIP score (Hessel et al. 2021, eq. 1, with w = 100) and retrieval: how well images fit their captions.
+
+Both are taken from embeddings in one space, which `extractors/clip_scorer.py` or the reranker makes.
+"""
 
 from __future__ import annotations
 

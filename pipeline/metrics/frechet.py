@@ -22,7 +22,7 @@ _TOLERANCE = 1e-5  # relative
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean `[d]` and a root of the covariance: any R `[d, r]` with R Rᵀ = Σ. Float64."""
+    """A Gaussian by its mean `[d]`, a root of its covariance (any R `[d, r]` with R Rᵀ = Σ) and its trace. Float64."""
 
     mean: Tensor
     root: Tensor
@@ -30,7 +30,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, x: Tensor) -> Gaussian:
-        """Of samples `[n, d]`. With fewer samples than dimensions, the centred samples themselves are a root."""
+        """The Gaussian of samples `[n, d]`. With n ≤ d, the centred samples themselves are a root."""
         if len(x) <= x.shape[1]:
             x = x.double()
             mean = x.mean(dim=0)
@@ -40,7 +40,8 @@ class Gaussian:
 
     @classmethod
     def of_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
-        """Cholesky's root costs a fraction of the symmetric one, but a singular covariance may have none."""
+        """The Gaussian of this mean `[d]` and covariance `[d, d]`."""
+        # Cholesky's root costs a fraction of the symmetric one, but a singular covariance may have none.
         root, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
             values, vectors = torch.linalg.eigh(covariance)
@@ -48,8 +49,11 @@ class Gaussian:
         return cls(mean, root, covariance.trace())
 
     def distance(self, other: Gaussian) -> float:
-        """d². Σ₁Σ₂ = R₁R₁ᵀR₂R₂ᵀ has the nonzero eigenvalues of MᵀM with M = R₁ᵀR₂: the trace of its root is the sum
-        of M's singular values. MᵀM is symmetric and never indefinite, so no imaginary part can appear."""
+        """d² to another Gaussian.
+
+        Σ₁Σ₂ = R₁R₁ᵀR₂R₂ᵀ has the nonzero eigenvalues of MᵀM with M = R₁ᵀR₂: the trace of its root is the sum of M's
+        singular values. MᵀM is symmetric and never indefinite, so no imaginary part can appear.
+        """
         m = self.root.T @ other.root
         apart = (self.mean - other.mean).square().sum() + self.trace + other.trace
         if m.shape[0] == m.shape[1]:
@@ -73,7 +77,7 @@ def _lost_by_squaring(values: Tensor) -> float:
 
 
 def frechet_distance(real: Array, generated: Array, reference: Gaussian | None = None) -> float:
-    """d² of two sets `[n, d]` and `[m, d]`. `reference`: the Gaussian of `real`, where it is known (reference.py).
+    """d² of two sets `[n, d]` and `[m, d]`. `reference`: the Gaussian of `real`, where it is known already.
 
     Raises:
         UserError: fewer than 2 samples, unequal dimensions, NaN.

@@ -19,7 +19,7 @@ def inception_score(logits: Array, splits: int, generator: torch.Generator | Non
     Raises:
         UserError: fewer samples than splits, NaN.
     """
-    values = checked(logits, "logits", at_least=splits, reason="one a split")
+    values = checked(logits, "logits", at_least=splits, reason="one per split")
     order = torch.arange(len(values)) if generator is None else torch.randperm(len(values), generator=generator)
     scores = []
     for part in order.chunk(splits):

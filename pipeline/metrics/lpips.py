@@ -1,118 +1,28 @@
-"""LPIPS, a learned perceptual distance of two images (Zhang et al. 2018, section 3, eq. 1), on VGG-16, version 0.1.
+"""LPIPS, a learned perceptual distance of two images (Zhang et al. 2018, section 3, eq. 1).
 
     d(x, y) = Σ_l  mean over positions of  w_l · (ŷ_l − x̂_l)²
 
-with x̂_l the activations of layer l scaled to unit length in each position, and w_l learned from people's judgements.
-From 0 (equal); smaller is better. The network's weights are in no package: `Lpips.from_folder` says where they go.
+with x̂_l the activations of layer l scaled to unit length in each position, and w_l ≥ 0 learned from people's choices.
+From 0 (equal); lower is better. `extractors/lpips_vgg16.py` has the network and its weights.
 """
 
 from __future__ import annotations
 
-import hashlib
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from pipeline.core.atomic_io import sha256_file
-from pipeline.core.errors import UserError
-
-BACKBONE, HEADS = "vgg16-397923af.pth", "vgg.pth"
-# Convolutions of VGG-16 (Simonyan & Zisserman 2015, table 1, D) by their place in the published state dict.
-_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-_WIDTHS = (64, 128, 256, 512, 512)
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
+from torch import Tensor
 
 
-class Lpips(nn.Module):
-    name = "vgg-16 with the heads of LPIPS 0.1"
+def lpips_distance(activations: Sequence[Tensor], others: Sequence[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """d of each pair of images, float64 `[n]`, from both images' activations `[n, C, h, w]` of each layer, scaled by
+    `unit_length`, and the layers' weights w_l `[1, C, 1, 1]`."""
+    distance = torch.zeros(len(activations[0]), dtype=torch.float64, device=activations[0].device)
+    for weight, x, y in zip(weights, activations, others, strict=True):
+        distance += (weight * (x - y).square()).sum(dim=1).mean(dim=(1, 2)).double()
+    return distance
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.ModuleDict()
-        width = 3
-        for places, out in zip(_LAYERS, _WIDTHS, strict=True):
-            for place in places:
-                self.features[str(place)] = nn.Conv2d(width, out, 3, padding=1)
-                width = out
-        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in _WIDTHS])
-        self.weights_sha256 = ""
 
-    @classmethod
-    def from_folder(cls, folder: Path, key: str = "evaluate.lpips") -> Lpips:
-        """Frozen, from a folder with torchvision's VGG-16 and the heads of LPIPS 0.1. `key` is named in errors.
-
-        Raises:
-            UserError: a file is missing or is something else.
-        """
-        return cls._from_files(folder / BACKBONE, folder / HEADS, key)
-
-    @classmethod
-    def from_libraries(cls, key: str) -> Lpips:
-        """Frozen, from torch.hub's cache, where torchvision puts VGG-16, and the installed package lpips.
-
-        Raises:
-            UserError: as `from_folder`.
-        """
-        package = find_spec("lpips")  # only looked for: importing it needs torchvision
-        root = Path(package.origin).parent if package and package.origin else Path("lpips")
-        hub = Path(torch.hub.get_dir()) / "checkpoints"
-        return cls._from_files(hub / BACKBONE, root / "weights" / "v0.1" / HEADS, key)
-
-    @classmethod
-    def _from_files(cls, backbone_file: Path, heads_file: Path, key: str) -> Lpips:
-        for file, origin in (
-            (backbone_file, "torchvision's ImageNet VGG-16, download.pytorch.org/models"),
-            (heads_file, "weights/v0.1/vgg.pth of the lpips package"),
-        ):
-            if not file.is_file():
-                raise UserError(
-                    f"{key}: expected {file.name} ({origin}) in the folder {file.parent}, found none; put it there"
-                )
-        model = cls()
-        backbone = torch.load(backbone_file, map_location="cpu", weights_only=True)
-        heads = torch.load(heads_file, map_location="cpu", weights_only=True)
-        try:
-            model.features.load_state_dict(
-                {name.removeprefix("features."): v for name, v in backbone.items() if name.startswith("features.")}
-            )
-            for i, head in enumerate(model.heads):
-                head.data.copy_(heads[f"lin{i}.model.1.weight"])
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{key}: the files in {backbone_file.parent} are not those of VGG-16 ({reason})") from error
-        hashes = sha256_file(backbone_file) + sha256_file(heads_file)
-        model.weights_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
-        return model.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance of each pair of images `[n, 3, H, W]` in [0, 1], at least 16 × 16: float64 `[n]`."""
-        if images.shape != others.shape:
-            raise UserError(f"LPIPS: expected equal shapes, found {tuple(images.shape)} and {tuple(others.shape)}")
-        if min(images.shape[-2:]) < 16:
-            raise UserError(f"LPIPS: expected images of at least 16 × 16 pixels, found {tuple(images.shape[-2:])}")
-        distance = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-        for head, x, y in zip(self.heads, self._activations(images), self._activations(others), strict=True):
-            distance += (head * (x - y).square()).sum(dim=1).mean(dim=(1, 2)).double()
-        return distance
-
-    @torch.inference_mode()
-    def batched(self, images: Tensor, others: Tensor, batch_size: int = 16) -> Tensor:
-        device = self.heads[0].device
-        pairs = zip(images.split(batch_size), others.split(batch_size), strict=True)
-        return torch.cat([self(x.float().to(device), y.float().to(device)).cpu() for x, y in pairs])
-
-    def _activations(self, images: Tensor) -> list[Tensor]:
-        """Of the last convolution of each group, each position scaled to unit length."""
-        x = 2 * images - 1
-        x = (x - x.new_tensor(_SHIFT).view(3, 1, 1)) / x.new_tensor(_SCALE).view(3, 1, 1)
-        found = []
-        for i, places in enumerate(_LAYERS):
-            if i:
-                x = F.max_pool2d(x, 2)
-            for place in places:
-                x = F.relu(self.features[str(place)](x))
-            found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
-        return found
+def unit_length(activations: Tensor) -> Tensor:
+    """Activations `[n, C, h, w]` with each position scaled to length 1 over the channels."""
+    return activations / (activations.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)

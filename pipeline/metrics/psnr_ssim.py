@@ -9,15 +9,13 @@ from torch import Tensor
 from pipeline.core.errors import UserError
 
 _WINDOW, _SIGMA = 11, 1.5
-
-
 _C1, _C2 = 0.01**2, 0.03**2
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, 10 log₁₀ (1 / mean squared error), in dB, of each pair: `[n]`.
 
-    Identical images give infinity.
+    Equal images give infinity; where that cannot be averaged or shown, clamp it (100 dB by custom).
     """
     x, y = _checked(images, reconstructions)
     return -10 * (x - y).square().mean(dim=(1, 2, 3)).log10()

@@ -17,9 +17,9 @@ from pipeline.core.errors import UserError
 from pipeline.evaluation.comparison import caption_rows, compare_images
 from pipeline.extractors.hf import ClipScorer
 from pipeline.extractors.inception_v3 import InceptionV3
+from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
-from pipeline.metrics.lpips import Lpips
 from tests.extractors.tiny_clip import PROCESSOR, save_clip
 from tests.metrics import seeded
 

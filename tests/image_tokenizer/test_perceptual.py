@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.config.base import parse_config
 from pipeline.config.image_losses import PerceptualConfig
 from pipeline.core.errors import UserError
+from pipeline.extractors.lpips_vgg16 import BACKBONE, HEADS, Lpips
 from pipeline.image_tokenizer.perceptual import Perceptual
-from pipeline.metrics.lpips import BACKBONE, HEADS, Lpips
 
 
 def perceptual(side: int = 32, **changes: object) -> Perceptual:

@@ -29,7 +29,7 @@ def manifold(real: torch.Tensor, generated: torch.Tensor) -> object:
 
 
 @pytest.mark.parametrize("metric", [frechet_distance, kid, manifold])
-class TestFiguresOfSets:
+class TestMetricsOfSets:
     def test_nan_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
         bad = torch.rand(10, 8)
         bad[7, 3] = torch.nan
@@ -62,7 +62,7 @@ def test_fewer_samples_than_a_kid_subset() -> None:
 
 
 def test_fewer_samples_than_splits() -> None:
-    with pytest.raises(UserError, match=r"at least 10 samples .one a split.* found 9"):
+    with pytest.raises(UserError, match=r"at least 10 samples .one per split.* found 9"):
         inception_score(torch.rand(9, 8), 10, GENERATOR)
 
 

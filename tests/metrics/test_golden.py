@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline.extractors.inception_v3 import InceptionV3
+from pipeline.extractors.lpips_vgg16 import BACKBONE, HEADS, Lpips
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
-from pipeline.metrics.lpips import BACKBONE, HEADS, Lpips
 from pipeline.metrics.precision_recall import precision_recall_density_coverage
 from tests.metrics import seeded
 

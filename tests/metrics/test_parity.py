@@ -121,7 +121,7 @@ def test_precision_recall_density_coverage_equal_prdc(real: Tensor, generated: T
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = CASES["one set small"]
     whole = precision_recall_density_coverage(real, generated, 5)
-    monkeypatch.setattr("pipeline.metrics.precision_recall.BLOCK", 77)
+    monkeypatch.setattr("pipeline.metrics.neighbours.BLOCK", 77)
     assert precision_recall_density_coverage(real, generated, 5) == whole
 
 
