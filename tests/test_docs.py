@@ -1,0 +1,360 @@
+"""Every path, command, config key and symbol that the docs, docstrings and comments name exists.
+
+The rules are regular expressions over words in `backticks` (and, for paths and commands, over whole lines). What they
+cannot decide is in three short lists of foreign names. A stale name is put right where it is written.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+from pydantic import BaseModel
+
+from pipeline.cli.main import cli
+from pipeline.config.pipeline import PipelineConfig
+from tests.launch import ROOT
+
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "slurm/README.md"]
+FOLDERS = ("pipeline", "stages", "docs", "tests", "configs", "slurm", "benchmarks")
+
+# Beginnings of dotted names that other projects define.
+FOREIGN_ROOTS = {"torch", "F", "numpy", "scipy", "transformers", "datasets", "mlflow"}
+# Names in backticks that other projects define: PyTorch, transformers, diffusers, Slurm.
+FOREIGN_NAMES = {
+    *("FlexAttention", "LayerNorm", "AutoModel", "AutoBackbone", "LlamaForCausalLM", "trust_remote_code"),
+    *("num_images_per_prompt", "AssocMaxJobsLimit", "BadConstraints", "KillWait", "PartitionTimeLimit"),
+    *("ReqNodeNotAvail", "preempt_send_user_signal", "--mail-type"),
+}
+# Endings of files: `index.json` is no dotted name.
+FILES = {
+    *("py", "md", "json", "jsonl", "yaml", "html", "png", "jpg", "txt", "npy", "npz", "tar", "pth", "csv"),
+    *("safetensors", "sbatch", "sif", "toml", "cff", "db", "patch"),
+}
+
+
+# What is read
+
+
+@cache
+def sources() -> list[Path]:
+    """Every Python file of ours."""
+    return sorted(path for top in ("pipeline", "stages", "benchmarks", "tests") for path in (ROOT / top).rglob("*.py"))
+
+
+@cache
+def texts() -> dict[str, str]:
+    """By file: a page's text, or the docstrings and comments of a module."""
+    pages = [ROOT / name for name in PAGES if (ROOT / name).exists()] + sorted((ROOT / "docs").glob("*.md"))
+    prose = {str(page.relative_to(ROOT)): page.read_text() for page in pages}
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] in ("pipeline", "stages", "benchmarks"):
+            prose[str(path.relative_to(ROOT))] = "\n".join([*docstrings(path), *comments(path)])
+    return prose
+
+
+def docstrings(path: Path) -> list[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    return [text for text in map(ast.get_docstring, nodes) if text]
+
+
+def comments(path: Path) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+@cache
+def quoted() -> list[tuple[str, str]]:
+    """Everything in single backticks, on one line or broken over two, with its file."""
+    found = []
+    for name, text in texts().items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        found += [(name, " ".join(words.split())) for words in re.findall(r"`([^`]+)`", prose)]
+    return found
+
+
+# What exists
+
+
+@cache
+def files() -> set[str]:
+    """Paths of the tree, folders with a slash at the end."""
+    found = set()
+    for top in (*FOLDERS, ".github"):
+        for path in (ROOT / top).rglob("*"):
+            if "__pycache__" not in path.parts:
+                found.add(str(path.relative_to(ROOT)) + ("/" if path.is_dir() else ""))
+    return found | {f"{top}/" for top in FOLDERS} | {path.name for path in ROOT.iterdir() if path.is_file()}
+
+
+@cache
+def identifiers() -> set[str]:
+    """Every name in the code, and every word of its strings that could be one; no comments, no docstrings."""
+    found: set[str] = set()
+    for path in sources():
+        if path.name in (Path(__file__).name, "renamed.py"):  # the latter holds the names of before
+            continue
+        tree = ast.parse(path.read_text())
+        told = set(docstrings(path))
+        for node in ast.walk(tree):
+            for attribute in ("id", "attr", "name", "arg", "asname"):
+                if isinstance(value := getattr(node, attribute, None), str):
+                    found.update(value.split("."))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip() not in told:
+                found.update(re.findall(r"\w+", node.value))
+    return found
+
+
+@cache
+def members() -> dict[str, set[str]]:
+    """By module (its last name) and by class: the names that are defined in it, or set on self."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        stem = path.parent.name if path.name == "__init__.py" else path.stem
+        found.setdefault(stem, set()).update(_defined(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                own = found.setdefault(node.name, set())
+                own.update(_defined(node))
+                own.update(n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute))
+    for path in ROOT.glob("pipeline/**/"):
+        found.setdefault(path.name, set()).update(child.stem for child in path.iterdir())
+    return found
+
+
+def _defined(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+@cache
+def sections() -> list[type[BaseModel]]:
+    """PipelineConfig and every config class below it."""
+    found: list[type[BaseModel]] = []
+    waiting: list[type[BaseModel]] = [PipelineConfig]
+    while waiting:
+        cls = waiting.pop(0)
+        if cls not in found:
+            found.append(cls)
+            waiting += [inner for field in cls.model_fields.values() for inner in _models(field.annotation)]
+    return found
+
+
+def _models(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else types.NoneType):
+        return _models(annotation.__value__)
+    return [model for inner in typing.get_args(annotation) for model in _models(inner)]
+
+
+def is_config_key(words: list[str]) -> bool:
+    """Whether the dotted key leads somewhere from PipelineConfig, or from any section of it."""
+    return any(_leads_on(cls, words) for cls in sections())
+
+
+def _leads_on(cls: type[BaseModel], words: list[str]) -> bool:
+    field = cls.model_fields.get(words[0])
+    if field is None:
+        return False
+    return len(words) == 1 or any(_leads_on(inner, words[1:]) for inner in _models(field.annotation))
+
+
+# The promises
+
+
+def _check(wrong: list[str]) -> None:
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_every_path_that_is_named_exists() -> None:
+    whole = re.compile(rf"(?<![\w/.\-<{{])(?:{'|'.join(FOLDERS)})/[\w./*{{}}<>-]*")
+    wrong = []
+    for name, text in texts().items():
+        for path in whole.findall(text):
+            path = path.rstrip(".")
+            # `slurm/` is also a room, which the docstrings of the library name without `pipeline/` before it.
+            names = {path, f"{path}/", f"pipeline/{path}", f"pipeline/{path}/"}
+            known = names & files() or ("*" in path and any(ROOT.glob(path)))
+            if not known and not re.search(r"[<>{}]", path):
+                wrong.append(f"{name}: {path}")
+    _check(wrong)
+
+
+def test_every_python_file_that_is_named_exists() -> None:
+    wrong = []
+    for name, text in texts().items():
+        for path in re.findall(r"(?<![\w/.<*-])[\w/]+\.py\b", text):
+            if not any(f"/{known}".endswith(f"/{path}") for known in files()):
+                wrong.append(f"{name}: {path}")
+    _check(wrong)
+
+
+def test_every_link_between_pages_leads_to_a_file() -> None:
+    wrong = []
+    for name, text in texts().items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) if name.endswith(".md") else []:
+            if not ((ROOT / name).parent / target).exists():
+                wrong.append(f"{name}: {target}")
+    _check(wrong)
+
+
+def test_every_test_that_is_named_exists() -> None:
+    tests = {name for name in identifiers() if name.startswith("test_")} | {path.stem for path in sources()}
+    wrong = []
+    for name, words in quoted():
+        for test, cut in re.findall(r"\b(test_\w+)(…?)", words):
+            if not (any(known.startswith(test) for known in tests) if cut else test in tests):
+                wrong.append(f"{name}: {test}")
+    _check(wrong)
+
+
+def _lines_of_commands(program: str) -> Iterator[tuple[str, list[str]]]:
+    """The words after `program` where it begins a line of code or a word in backticks, up to a comment."""
+    for name, text in texts().items():
+        text = text.replace("\\\n", " ")
+        lines = re.findall(rf"^ *{program} (.*)$", text, flags=re.MULTILINE)
+        lines += re.findall(rf"`{program} ([^`]*)`", text)
+        lines += re.findall(rf"`[^`]*-m {program} ([^`]*)`", text) if program == "pipeline" else []
+        yield from ((name, re.split(r"\s+#|\s{2,}|`", line)[0].split()) for line in lines)
+
+
+def test_every_smalti_command_and_option_that_is_named_exists() -> None:
+    wrong = []
+    for name, words in _lines_of_commands("smalti"):
+        if words[0] == "…" or words[0].startswith("<"):  # any command, any stage
+            continue
+        commands: list[click.Command] = []
+        for one in words[0].split("|"):
+            commands.append(cli.commands.get(one) or click.Command("none"))
+            rest = words[1:]
+            if isinstance(commands[-1], click.Group) and rest:
+                commands[-1] = commands[-1].commands.get(rest.pop(0)) or click.Command("none")
+            if commands[-1].name == "none":
+                wrong.append(f"{name}: smalti {' '.join(words)}: no such command")
+        known = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        for option in (word.strip("[],").partition("=")[0] for word in words):
+            if re.match(r"--?[a-z]", option) and option not in known | {"--help", "-h"}:
+                wrong.append(f"{name}: smalti {' '.join(words)}: no option {option}")
+    _check(wrong)
+
+
+def test_every_option_that_is_named_alone_belongs_to_a_command() -> None:
+    """To one of ours, of a benchmark, of the testbed, or to sbatch, in the job files that we render."""
+    code = "\n".join(path.read_text() for path in sources() if path.name != Path(__file__).name)
+    code += (ROOT / "slurm" / "testbed").read_text() + (ROOT / "pipeline" / "slurm" / "stage.sbatch").read_text()
+    options = set(re.findall(r"--[a-z][\w-]*", code))
+    named = [(name, words.split()[0].partition("=")[0]) for name, words in quoted() if re.match(r"--[a-z]", words)]
+    _check([f"{name}: {option}" for name, option in named if option not in options | FOREIGN_NAMES])
+
+
+def test_every_module_that_is_run_exists_and_has_the_options() -> None:
+    cli_code = "".join(path.read_text() for path in (ROOT / "pipeline" / "cli").glob("*.py"))
+    wrong = []
+    for name, words in _lines_of_commands("python -m"):
+        module = words[0].rstrip(".,:;)")
+        if module.partition(".")[0] not in FOLDERS or "<" in module:
+            continue
+        path = ROOT / (module.replace(".", "/") + ".py")
+        if not path.exists():
+            path = path.with_suffix("") / "__main__.py"
+        if not path.exists():
+            wrong.append(f"{name}: python -m {module}")
+            continue
+        code = path.read_text() + cli_code
+        for option in re.findall(r"(?<!\S)--[a-z][\w-]*", " ".join(words)):
+            if not re.search(rf"[\"/]{option}[\"/]", code):  # "--peers/--no-peers" are two
+                wrong.append(f"{name}: python -m {module}: no option {option}")
+    _check(wrong)
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    wrong = [f"{name}: make {words[0]}" for name, words in _lines_of_commands("make") if words[0] not in targets]
+    _check(wrong)
+
+
+def test_every_override_in_a_command_is_a_config_key() -> None:
+    wrong = []
+    for name, words in _lines_of_commands("smalti"):
+        for key in re.findall(r"(?<!\S)'?([a-z]\w*(?:\.\w+)*)=", " ".join(words)):
+            if not is_config_key(key.split(".")) and key != "a.b":
+                wrong.append(f"{name}: {key}")
+    _check(wrong)
+
+
+def test_every_dotted_name_is_a_config_key_or_a_symbol() -> None:
+    """A symbol is `module.name`, `Class.name`, or `name_of_a_class.name` for an instance."""
+    instances = {cls.lower().strip("_"): names for cls, names in members().items()}
+    wrong = []
+    for name, quote in quoted():
+        match = re.match(r"([A-Za-z]\w*(?:\.\w+)+)(?=$|[=:(\[ ])", quote)
+        words = match[1].split(".") if match else ["torch"]
+        if words[0] in FOREIGN_ROOTS or words[-1] in FILES:
+            continue
+        owner, member = words[-2], words[-1]
+        known = members().get(owner, set()) | instances.get(owner.lower().replace("_", ""), set())
+        if member not in known and not is_config_key(words) and not (owner == "config" and is_config_key([member])):
+            wrong.append(f"{name}: {'.'.join(words)}")
+    _check(wrong)
+
+
+def test_every_setting_in_backticks_is_a_config_key_or_a_parameter() -> None:
+    """`style: classic`, `processes=4`, `{kind: folder, path: photos}`."""
+    wrong = []
+    for name, quote in quoted():
+        if re.match(r"\{?[a-z]\w*(=|: )", quote) and "==" not in quote:
+            for key in re.findall(r"(?:^\{?|[,{] ?)([a-z]\w*)(?:=|: )", quote):
+                if not is_config_key([key]) and key not in identifiers():
+                    wrong.append(f"{name}: {quote}: {key}")
+    _check(wrong)
+
+
+def test_every_identifier_in_backticks_is_one() -> None:
+    """With an underscore, CamelCase, or called."""
+    identifier = re.compile(r"(\w*[a-z0-9]_\w+|[A-Z]{3,}_\w+|[A-Z]+[a-z0-9]+[A-Z]\w*|[a-z]\w*(?=\())(?:\(.*\))?")
+    known = identifiers() | FOREIGN_NAMES
+    named = [(name, match[1]) for name, quote in quoted() if (match := identifier.fullmatch(quote))]
+    _check([f"{name}: {symbol}" for name, symbol in named if symbol not in known and not is_config_key([symbol])])
+
+
+# The listing at the top of ARCHITECTURE.md
+
+
+def _listing() -> dict[str, str]:
+    """By room of `pipeline/`: its lines in the listing."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    block = text[text.index("\n    pipeline/") : text.index("\n    stages/")]
+    rooms = re.split(r"\n {6}(?=\S)", block)[1:]
+    return {re.match(r"(\w+/?)", room)[0].rstrip("/"): room for room in rooms}
+
+
+def test_the_listing_of_rooms_is_the_tree() -> None:
+    tree = {path.name for path in (ROOT / "pipeline").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(_listing()) - {"__init__", "__main__"} == tree
+
+
+@pytest.mark.parametrize("room", sorted(_listing()))
+def test_every_module_of_the_listing_is_in_its_room(room: str) -> None:
+    folder = ROOT / "pipeline" / room
+    for module in re.findall(r"\w+\.(?:py|sbatch|html)\b", _listing()[room]):
+        assert (folder / module).exists() or (folder.parent / module).exists(), f"{room}/ has no {module}"
+    for inner in re.findall(r"(?<!^)\b(\w+)/", _listing()[room]):
+        assert (folder / inner).is_dir(), f"{room}/ has no {inner}/"
