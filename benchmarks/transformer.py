@@ -33,11 +33,12 @@ from pipeline.data.sampler import TokenSampler
 from pipeline.training.engines import build_engine
 from pipeline.training.flops import measure
 from pipeline.training.optimizer import build_adamw
-from pipeline.transformer.attention_patterns import Pattern, Tables
-from pipeline.transformer.blocks import attend, flex
+from pipeline.transformer.attention import attend
+from pipeline.transformer.attention_patterns import Pattern
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
+from pipeline.transformer.tables import Tables
 
 LAYERS, WIDTH, HEADS, TEXT, SIDE, BATCH = 6, 256, 4, 32, 16, 8
 TEXT_CODES, IMAGE = 2048, SIDE * SIDE
@@ -239,12 +240,15 @@ def patterns(rounds: int) -> None:
     """Attention alone, forward: a dense mask and FlexAttention, which on CPUs has no backward."""
     tables = Tables(Layout.of(256, 16_384, [(32, 32, 8192)]), TransformerShape(heads=4), torch.device("cpu"))
     query, key, value = (torch.randn(2, 4, tables.layout.length, 64) for _ in range(3))
-    compiled = torch.compile(flex, dynamic=False)
+    compiled = torch.compile(attend, dynamic=False)
     kinds: list[Pattern] = ["full", "row", "column", "convolution"]
     with torch.no_grad():
         for pattern in kinds:
-            arguments = (query, key, value, 0.125, pattern, tables)
-            seconds = medians({"dense": partial(attend, *arguments), "flex": partial(compiled, *arguments)}, rounds, 5)
+            work: dict[str, Step] = {
+                "dense": partial(attend, query, key, value, 0.125, pattern, tables, "sdpa"),
+                "flex": partial(compiled, query, key, value, 0.125, pattern, tables, "flex"),
+            }
+            seconds = medians(work, rounds, 5)
             against = f"FlexAttention, compiled: {seconds['flex'] * 1e3:.1f} ms"
             row(f"{pattern}, 1280 positions, batch 2", f"{seconds['dense'] * 1e3:.1f} ms", against)
 

@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.transformer.attention_patterns import rotary_angles
-from pipeline.transformer.blocks import GELU, Attention, Block, LayerCache, RMSNorm, SwiGLU
+from pipeline.transformer.attention import Attention, LayerCache, attend_last
+from pipeline.transformer.blocks import GELU, Block, SwiGLU
 from pipeline.transformer.model import Cache, Transformer
+from pipeline.transformer.norms import RMSNorm
+from pipeline.transformer.rotary import RotaryTable, rotary_angles
 
 Norm = Callable[[Tensor, Tensor], object]  # of the first argument, into the second
 
@@ -43,47 +45,32 @@ class CachedDecoder:
         places = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
         self._places = torch.cat(places).unbind() if places else None
         self._first = layout.text_length + 1
-        self._turns = RotaryTable.of(model, cache[0].keys.dtype) if model.shape.positions == "rotary" else None
+        self._rotary = None
+        if model.shape.positions == "rotary":
+            angles = rotary_angles(layout, model.shape.head_width, model.embedding.weight.device)
+            self._rotary = RotaryTable.from_angles(angles, cache[0].keys.dtype)
         self._layers = [_Layer.of(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
-        self._norm, self._room = _norm(model.norm), _Workspace(self._layers[0], self._batch)
+        self._norm, self._workspace = _norm(model.norm), _Workspace(self._layers[0], self._batch)
         self._compiled = torch.compile(_through, dynamic=True) if compiled else None
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
         """What predicts code `index` of the N, over its level's codes: float32 [B, V]."""
-        self._room.mixed_CD.copy_(hidden_BD)
-        logits_VC = torch.mm(self._heads[index], self._room.mixed_DC)
+        self._workspace.mixed_CD.copy_(hidden_BD)
+        logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC)
         return logits_VC[:, : self._batch].t().float().contiguous()
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
         """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
-        x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._room.mixed_CD)))
+        x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._workspace.mixed_CD)))
         if self._places is not None:
             x_CD += self._places[index]
         position = self._first + index
         if self._compiled is None:
-            _through(self._layers, self._turns, x_CD, position, self._batch, self._room)
+            _through(self._layers, self._rotary, x_CD, position, self._batch, self._workspace)
         else:
-            x_CD = self._compiled(self._layers, self._turns, x_CD, position, self._batch)
-        self._norm(x_CD, self._room.normed_CD)
-        return self._room.normed_CD[: self._batch]
-
-
-@dataclass
-class RotaryTable:
-    """Rotary positions as x * cosine + swapped(x) * sine, with the halves of a head swapped: [S, K] each."""
-
-    cosine: Tensor
-    sine: Tensor
-
-    @classmethod
-    def of(cls, model: Transformer, kind: torch.dtype) -> RotaryTable:
-        angles = rotary_angles(model.layout, model.shape.head_width, model.embedding.weight.device)
-        cosine, sine = angles.cos(), angles.sin()
-        return cls(torch.cat([cosine, cosine], 1).to(kind), torch.cat([-sine, sine], 1).to(kind))
-
-    def apply_(self, x_BHK: Tensor, position: int) -> None:
-        swapped = x_BHK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        x_BHK.mul_(self.cosine[position]).addcmul_(swapped, self.sine[position])
+            x_CD = self._compiled(self._layers, self._rotary, x_CD, position, self._batch)
+        self._norm(x_CD, self._workspace.normed_CD)
+        return self._workspace.normed_CD[: self._batch]
 
 
 @dataclass
@@ -131,50 +118,46 @@ class _Workspace:
 
 def _through(
     layers: list[_Layer],
-    turns: RotaryTable | None,
+    rotary: RotaryTable | None,
     x_CD: Tensor,
     position: int,
     batch: int,
-    room: _Workspace | None = None,
+    workspace: _Workspace | None = None,
 ) -> Tensor:
-    """All blocks; changes `x_CD`, and returns it. Without a room it makes one, as torch.compile likes it."""
-    room = room or _Workspace(layers[0], batch)
+    """All blocks; changes `x_CD`, and returns it. Without a workspace it makes one, as torch.compile likes it."""
+    workspace = workspace or _Workspace(layers[0], batch)
     for layer in layers:
-        layer.attention_norm(x_CD, room.normed_CD)
-        _attend(layer, turns, position, room)
-        torch.mm(layer.attention.out.weight, room.mixed_DC, out=room.out_DC)
-        x_CD += room.out_CD
-        layer.mlp_norm(x_CD, room.normed_CD)
-        torch.mm(layer.mlp_in, room.normed_DC, out=room.up_MC)
+        layer.attention_norm(x_CD, workspace.normed_CD)
+        _attend(layer, rotary, position, workspace)
+        torch.mm(layer.attention.out.weight, workspace.mixed_DC, out=workspace.out_DC)
+        x_CD += workspace.out_CD
+        layer.mlp_norm(x_CD, workspace.normed_CD)
+        torch.mm(layer.mlp_in, workspace.normed_DC, out=workspace.up_MC)
         if isinstance(layer.mlp, GELU):
-            room.hidden_CM.copy_(F.gelu(room.up_CM))
+            workspace.hidden_CM.copy_(F.gelu(workspace.up_CM))
         else:
-            torch.mul(F.silu(room.gate_CM), room.value_CM, out=room.hidden_CM)
-        torch.mm(layer.mlp.out.weight, room.hidden_MC, out=room.out_DC)
-        x_CD += room.out_CD
+            torch.mul(F.silu(workspace.gate_CM), workspace.value_CM, out=workspace.hidden_CM)
+        torch.mm(layer.mlp.out.weight, workspace.hidden_MC, out=workspace.out_DC)
+        x_CD += workspace.out_CD
     return x_CD
 
 
-def _attend(layer: _Layer, turns: RotaryTable | None, position: int, room: _Workspace) -> None:
-    """What the heads find at one position, which sees what its pattern shows of the cache: `room.mixed_CD`."""
+def _attend(layer: _Layer, rotary: RotaryTable | None, position: int, workspace: _Workspace) -> None:
+    """What the heads find at one position, which sees what its pattern shows of the cache: `workspace.mixed_CD`."""
     own, cache, end = layer.attention, layer.cache, position + 1
-    torch.mm(own.qkv.weight, room.normed_DC, out=room.qkv_EC)
+    torch.mm(own.qkv.weight, workspace.normed_DC, out=workspace.qkv_EC)
     if layer.head_norm is not None:
-        layer.head_norm(room.made, room.query_key)
+        layer.head_norm(workspace.made, workspace.query_key)
     else:
-        room.query_key.copy_(room.made)
-    if turns is not None:
-        turns.apply_(room.query_key, position)
-    cache.keys.select(2, position).copy_(room.key)
-    cache.values.select(2, position).copy_(room.value)
-    mixed = F.scaled_dot_product_attention(
-        room.query,
-        cache.keys.narrow(2, 0, end),
-        cache.values.narrow(2, 0, end),
-        attn_mask=None if layer.bias is None else layer.bias[position : position + 1, :end],
-        scale=own.scale,
-    )
-    room.mixed_CD.copy_(mixed.reshape(len(room.query), -1))
+        workspace.query_key.copy_(workspace.made)
+    if rotary is not None:
+        rotary.apply_(workspace.query_key, position)
+    cache.keys.select(2, position).copy_(workspace.key)
+    cache.values.select(2, position).copy_(workspace.value)
+    mask = None if layer.bias is None else layer.bias[position : position + 1, :end]
+    keys, values = cache.keys.narrow(2, 0, end), cache.values.narrow(2, 0, end)
+    mixed = attend_last(workspace.query, keys, values, own.scale, mask)
+    workspace.mixed_CD.copy_(mixed.reshape(len(workspace.query), -1))
 
 
 def _norm(norm: nn.Module) -> Norm:

@@ -13,6 +13,7 @@ the softmax over the one vocabulary with the impossible ids masked, at a fractio
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from pipeline.config.transformer import TransformerShape
 from pipeline.core.objective import ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
-from pipeline.transformer.attention_patterns import Tables
-from pipeline.transformer.blocks import Block, LayerCache, build_norm, working_precision
+from pipeline.transformer.attention import LayerCache
+from pipeline.transformer.blocks import Block
 from pipeline.transformer.layout import Layout
+from pipeline.transformer.norms import build_norm
+from pipeline.transformer.tables import Tables
 
 Cache = list[LayerCache]
 MODEL_TYPE = "smalti"  # what AutoModel knows it by (hf.py)
@@ -59,8 +62,8 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=_INIT_STD)
-        for place in (*self.rows, *self.columns):
-            nn.init.normal_(place, std=_INIT_STD)
+        for position in (*self.rows, *self.columns):
+            nn.init.normal_(position, std=_INIT_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
             for out in (block.attention.out, block.mlp.out):
@@ -108,7 +111,7 @@ class Transformer(nn.Module):
         For a loss that never holds all logits (`functional.cross_entropy`).
         """
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
-        x_BSD = working_precision(x_BSD)
+        x_BSD = _working_precision(x_BSD)
         for block in self.blocks:
             x_BSD = block(x_BSD, self.tables)
         hidden = self.norm(x_BSD)
@@ -126,7 +129,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int) -> Cache:
         """Room for the keys and values of a whole sequence (the last code is drawn, never read)."""
         size = (batch, self.shape.key_value_heads, self.layout.length, self.shape.head_width)
-        dtype = working_precision(self.head.weight[:0]).dtype
+        dtype = _working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
         return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
 
@@ -149,7 +152,7 @@ class Transformer(nn.Module):
         return self._read(x_BnD, cache, self.layout.text_length + 1 + start)
 
     def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
-        x_BSD = working_precision(x_BSD)
+        x_BSD = _working_precision(x_BSD)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x_BSD = block(x_BSD, self.tables, layer_cache, start)
         return self.norm(x_BSD[:, -1])
@@ -165,11 +168,11 @@ class Transformer(nn.Module):
         """Codes `start` .. `start + n - 1` of the N: [B, n, D]."""
         end = start + codes_Bn.shape[1]
         embedded: Tensor = self.embedding(codes_Bn + self.tables.code_offsets[start:end])
-        return embedded + self._places(start, end) if len(self.rows) else embedded
+        return embedded + self._code_positions(start, end) if len(self.rows) else embedded
 
-    def _places(self, start: int, end: int) -> Tensor:
+    def _code_positions(self, start: int, end: int) -> Tensor:
         """Row + column embedding of codes start .. end - 1 of the N: [n, D]; makes only the rows that it needs."""
-        places = []
+        positions = []
         for (begin, size), level, row, column in zip(
             self._parts, self.layout.levels, self.rows, self.columns, strict=True
         ):
@@ -177,8 +180,8 @@ class Transformer(nn.Module):
             if low < high:
                 first, last = low // level.width, -(-high // level.width)
                 grid = (row[first:last, None] + column[None]).flatten(0, 1)
-                places.append(grid[low - first * level.width : high - first * level.width])
-        return torch.cat(places)
+                positions.append(grid[low - first * level.width : high - first * level.width])
+        return torch.cat(positions)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors (float32) and config.json."""
@@ -188,12 +191,17 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Transformer:
         """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
-        return load_model(
-            *(directory, "transformer", ("layout", "shape")),
-            lambda config, where: cls(
-                Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where)
-            ),
-        )
+
+        def build(config: dict[str, Any], where: str) -> Transformer:
+            return cls(Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where))
+
+        return load_model(directory, "transformer", ("layout", "shape"), build)
+
+
+def _working_precision(x: Tensor) -> Tensor:
+    """Under autocast, the residual stream in its dtype: on CPUs float32 here would halve the training speed."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 _SHAPE_FIELDS = tuple(TransformerShape.model_fields)

@@ -1,0 +1,64 @@
+"""Rotary positions (Su et al. 2021) in two dimensions (Heo et al. 2024).
+
+Half of a head's pairs turn by the row, half by the column. The start token is at 0 and text i at i + 1, in both. A
+level's codes follow the text; all levels cover the same square, so a coarse code lies amid the fine ones that it
+describes.
+
+Shapes: S positions, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.transformer.layout import Layout
+
+_BASE = 10_000.0
+
+
+def rotary_angles(layout: Layout, head_width: int, device: torch.device) -> Tensor:
+    """Angle of each pair at each position, float32 [S, K / 2]: half of the pairs by row, the rest by column."""
+    text = torch.arange(layout.text_length + 1, dtype=torch.float64)
+    rows, columns = [text], [text]
+    finest_height = max(level.height for level in layout.levels)
+    finest_width = max(level.width for level in layout.levels)
+    for level in layout.levels:
+        row = (torch.arange(level.height, dtype=torch.float64) + 0.5) * (finest_height / level.height) - 0.5
+        column = (torch.arange(level.width, dtype=torch.float64) + 0.5) * (finest_width / level.width) - 0.5
+        rows.append(layout.text_length + 1 + row.repeat_interleave(level.width))
+        columns.append(layout.text_length + 1 + column.repeat(level.height))
+    pairs = head_width // 4  # of each direction
+    frequency = _BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = [torch.cat(positions)[:-1, None] * frequency for positions in (rows, columns)]
+    return torch.cat(angles, dim=1).float().to(device)
+
+
+def rotate(x_BSHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn pairs (i, i + K / 2) by the angles of their positions; cosine and sine [S, K / 2]."""
+    first, second = x_BSHK.chunk(2, dim=-1)
+    cosine, sine = cosine[:, None], sine[:, None]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+@dataclass
+class RotaryTable:
+    """`rotate` at one position, in place: x * cosine + swapped(x) * sine, with the halves of a head swapped.
+
+    Cosine and sine are [S, K] each.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    @classmethod
+    def from_angles(cls, angles: Tensor, dtype: torch.dtype) -> RotaryTable:
+        """Of `rotary_angles`."""
+        cosine, sine = angles.cos(), angles.sin()
+        return cls(torch.cat([cosine, cosine], 1).to(dtype), torch.cat([-sine, sine], 1).to(dtype))
+
+    def apply_(self, x_BHK: Tensor, position: int) -> None:
+        swapped = x_BHK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        x_BHK.mul_(self.cosine[position]).addcmul_(swapped, self.sine[position])
