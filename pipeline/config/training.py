@@ -1,4 +1,4 @@
-"""What both training stages share: steps, batch, optimizer, schedule, precision, intervals.
+"""What all stages that train share: steps, batch, optimizer, schedule, precision, intervals.
 
 Knows no torch, so that the command line and the Slurm layer can read configs in milliseconds.
 """
@@ -10,15 +10,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, operational
+from pipeline.core.errors import UserError
 
 
 class TrainingConfig(Config):
     """Section `training` of a stage that trains. A step is one optimizer update on one global batch."""
 
     steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0, description="samples a step, over all processes")
+    batch_size: int = Field(gt=0, description="samples per step, over all processes")
     micro_batch_size: int | None = operational(
-        None, description="samples a process and pass; smaller ones accumulate gradients. None: no accumulation"
+        None, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
     activation_checkpointing: bool = operational(
@@ -53,13 +54,41 @@ class TrainingConfig(Config):
     def _check(self) -> TrainingConfig:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps ({self.steps})")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        try:
+            samples_per_process(self.batch_size, 1, self.micro_batch_size)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         return self
 
 
+def samples_per_process(batch_size: int, processes: int, micro_batch_size: int | None = None) -> int:
+    """Samples of each global batch that one process has.
+
+    Raises:
+        UserError: the processes, or their micro-batches, do not divide the batch.
+    """
+    if batch_size % (processes * (micro_batch_size or 1)):
+        by = f"{processes} process{'es' if processes > 1 else ''}"
+        by += f" × micro_batch_size {micro_batch_size}" if micro_batch_size else ""
+        raise UserError(
+            f"expected batch_size to be a multiple of {by}, found {batch_size}:"
+            " change it, micro_batch_size, or the number of processes"
+        )
+    return batch_size // processes
+
+
+def accumulation_steps(training: TrainingConfig, processes: int) -> int:
+    """Micro-batches per step on each process.
+
+    Raises:
+        UserError: the processes, or their micro-batches, do not divide the batch.
+    """
+    samples = samples_per_process(training.batch_size, processes, training.micro_batch_size)
+    return samples // (training.micro_batch_size or samples)
+
+
 BUCKET_ELEMENTS = 50_000_000  # gradients that DeepSpeed reduces at once; its default takes 2 GB
-LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 keeps whole at most, DeepSpeed's default
+LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 has gathered at a time, at most; DeepSpeed's default
 
 
 class DeepSpeedConfig(Config):

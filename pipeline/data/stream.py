@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.data import png
@@ -151,8 +152,4 @@ class ImageStream:
 
 def rank_share(batch_size: int, world_size: int) -> int:
     """Samples of a global batch for each rank. Raises UserError when they do not come out even."""
-    if batch_size % world_size:
-        raise UserError(
-            f"batch_size {batch_size} cannot be shared by {world_size} processes: make it a multiple of {world_size}"
-        )
-    return batch_size // world_size
+    return samples_per_process(batch_size, world_size)

@@ -1,7 +1,7 @@
-"""What became of a run: Slurm's queue and accounting joined with the run directory.
+"""The status of a run: Slurm's queue and accounting joined with the run directory.
 
-In this order: squeue (right, but forgets), sacct (remembers, lags, and many sites have none), the run
-directory (`_SUCCESS`, locks, what the jobs noted of themselves). Any of the first two may be missing.
+In this order: squeue (accurate, but forgets), sacct (remembers, lags, and many sites have none), the run
+directory (`_SUCCESS`, locks, the histories that jobs write). Either of the first two may be missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.lock import owner_of
+from pipeline.core.metric_names import CLOCK_METRICS, LOOP_METRICS
 from pipeline.orchestration.graph import Stage, stages_of
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm import scheduler
@@ -22,14 +23,13 @@ from pipeline.slurm.submit import recorded_jobs
 from pipeline.slurm.table import format_table
 
 _TAIL_BYTES = 65_536
-_NOT_METRICS = {"step", "time", "learning_rate", "nonfinite_steps", "gradient_norm", "memory_peak_bytes"}
-_NOT_METRICS |= {"samples_per_s", "tokens_per_s", "mfu"}
+_NOT_METRICS = {"step", "time", *LOOP_METRICS, *CLOCK_METRICS}
 _WAITING = ("Dependency", "Priority", "Resources", "BeginTime")
 
 
 @dataclass
 class StageStatus:
-    """One line of the table. Empty or None: not known, or nothing to say."""
+    """One line of the table. Empty or None: not known, or does not apply."""
 
     stage: str
     # FINISHED, or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished), or UNKNOWN (no answer)
@@ -45,7 +45,7 @@ class StageStatus:
     restarts: int = 0
     job_time_left: str = ""  # until its time limit, by squeue
     stage_time_left_s: float | None = None  # by the rate
-    failure: str = ""  # what a failed job noted: which rank said what
+    failure: str = ""  # of a failed job: which rank failed, and its last lines
 
 
 def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
@@ -89,7 +89,7 @@ def _stage_status(
         status.failure = ""
     elif status.failure:
         status.reason = status.failure.splitlines()[0].removeprefix("smalti: ").removeprefix(f"{stage.name} ")
-        status.reason = status.reason.removesuffix("; the last it said:")
+        status.reason = status.reason.removesuffix("; its last lines:")
     return status
 
 
@@ -175,13 +175,13 @@ def _metric_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _records(runs: RunDirectory, stage: str) -> list[Path]:
-    """What the jobs of this stage noted of themselves; see stage.sbatch."""
+    """The histories that the jobs of this stage write; see stage.sbatch."""
     folder = runs.path / "slurm"
     return [folder / f"{stage}.history", *sorted(folder.glob(f"{stage}.task-*.history"))]
 
 
 def _notes(path: Path, what: str) -> int:
-    """How often the newest job of this record noted it."""
+    """How often the newest job of this history noted the event `what`."""
     lines = [line.split("\t") for line in _read(path).splitlines()]
     return sum(line[2] == what for line in lines if line[1] == lines[-1][1])
 
@@ -195,7 +195,7 @@ def as_json(statuses: list[StageStatus]) -> str:
 
 
 def as_table(statuses: list[StageStatus]) -> str:
-    """The table, and below it what failed jobs said."""
+    """The table, and below it the last lines of failed jobs."""
     header = [
         "STAGE",
         "STATE",

@@ -19,6 +19,7 @@ import click
 
 from pipeline.config.base import differences, to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.config.training import accumulation_steps
 from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
@@ -80,22 +81,21 @@ def submit_pipeline(
 
 
 def check_processes(config: PipelineConfig, cluster: ClusterConfig) -> None:
-    """What would fail hours later, in the queue: raises UserError if a stage's processes do not divide its batch."""
+    """Raises UserError if a stage's processes do not divide its batch: better now than hours later, in the queue."""
     for stage in stages_of(config):
         processes = cluster.resources(stage).world_size
         training = getattr(config.section(stage.name), "training", None)
-        if training is not None and training.batch_size % processes:
-            section = stage.name.replace("-", "_")
-            raise UserError(
-                f"{stage.name}: expected {section}.training.batch_size to be a multiple of its {processes} processes"
-                f" (nodes × tasks in the cluster file), found {training.batch_size}"
-            )
+        if training is not None:
+            try:
+                accumulation_steps(training, processes)
+            except UserError as error:
+                raise UserError(f"{stage.name}: {error} (nodes × tasks in the cluster file)") from error
 
 
 def make_plan(
     config: PipelineConfig, runs: RunDirectory, cluster: ClusterConfig, jobs: list[Job], chosen: tuple[str, ...]
 ) -> list[Planned]:
-    """What is to be submitted, in the order of the graph, and what is not, and why."""
+    """Every stage in the order of the graph: the jobs to submit for it, or why there are none."""
     plan: list[Planned] = []
     coming: dict[str, Planned] = {}  # the last job of each stage that is queued or will be
     for stage in stages_of(config):
@@ -170,7 +170,7 @@ def _chosen(config: PipelineConfig, first: str | None, only: str | None) -> tupl
 
 
 def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
-    """Jobs that are just ending, e.g. of a moment ago's cancel, are waited for: nothing can go on from them."""
+    """This run's active jobs. Those that are just ending, e.g. after a cancel, are waited for: none can depend on them."""
     deadline = time.monotonic() + _ENDING_PATIENCE_S
     try:
         jobs = scheduler.jobs_of(run_directory)

@@ -12,7 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config.training import BUCKET_ELEMENTS, LIVE_ELEMENTS, DeepSpeedConfig, TrainingConfig
+from pipeline.config.training import (
+    BUCKET_ELEMENTS,
+    LIVE_ELEMENTS,
+    DeepSpeedConfig,
+    TrainingConfig,
+    accumulation_steps,
+)
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +96,11 @@ class Memory:
 
 
 def count(config: PipelineConfig, gpus: int) -> Model:
-    """Build the config's transformer without data, and run one micro-batch of it."""
+    """Build the config's transformer without data, and run one micro-batch of it.
+
+    Raises:
+        UserError: the GPUs do not divide the batch.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -102,7 +112,7 @@ def count(config: PipelineConfig, gpus: int) -> Model:
     from pipeline.transformer.objective import JointObjective
 
     training, text = config.transformer.training, config.text_tokenizer
-    micro = micro_batch(training, gpus)
+    micro = training.batch_size // gpus // accumulation_steps(training, gpus)
     with torch.device("meta"):
         levels = build(config.image_tokenizer.model, config.prepare.image_size).levels
     layout = Layout.of(text.text_length, text.vocab_size, levels)
@@ -120,16 +130,6 @@ def count(config: PipelineConfig, gpus: int) -> Model:
         micro_batch=micro,
         cost=cost,
     )
-
-
-def micro_batch(training: TrainingConfig, gpus: int) -> int:
-    """Samples a GPU and pass. Raises UserError when the GPUs do not divide the batch."""
-    if training.batch_size % gpus:
-        raise UserError(
-            f"expected a number of GPUs that divides batch_size {training.batch_size}, found {gpus}:"
-            f" choose another, or change transformer.training.batch_size"
-        )
-    return training.micro_batch_size or training.batch_size // gpus
 
 
 def optimizer_elements(model: Model, training: TrainingConfig) -> int:

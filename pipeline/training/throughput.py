@@ -2,8 +2,7 @@
 
 Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is what the model's matrix products need, three forward
 passes a step whatever is recomputed, over what this device reaches: `training.peak_tflops`, or a rate of matrix
-products that is measured once at the start, in 0.2 s. All of these metrics depend on the clock, so a resumed
-training repeats every other metric bit by bit, but not them.
+products that is measured once at the start, in 0.2 s. The names are `CLOCK_METRICS` (pipeline/core/metric_names.py).
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from pipeline.training.flops import cost_of, matmul_flops_per_s
 
 if TYPE_CHECKING:
     from pipeline.training.workload import Workload
-
-CLOCK_METRICS = ("samples_per_s", "tokens_per_s", "mfu", "memory_peak_bytes")
 
 
 class Speedometer:

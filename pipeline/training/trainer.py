@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from pipeline.config.base import digest
-from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
@@ -30,7 +30,7 @@ from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
-from pipeline.training.engines.base import Batch, Engine, Metrics, accumulation_steps
+from pipeline.training.engines.base import Batch, Engine, Metrics
 from pipeline.training.schedule import schedule
 from pipeline.training.sharded_state import ShardedState, write_shards
 from pipeline.training.throughput import Speedometer
@@ -77,7 +77,7 @@ class Trainer:
         self.training = training
         self.workload = workload
         self.engine = engine
-        self.accumulation = accumulation_steps(training)
+        self.accumulation = accumulation_steps(training, distributed.world_size())
         self.ema = Ema(engine.held, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()

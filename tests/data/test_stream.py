@@ -89,7 +89,7 @@ def test_seed_decides_the_order(prepared: Path) -> None:
 
 
 def test_batch_size_that_ranks_cannot_share_is_an_error(prepared: Path) -> None:
-    with pytest.raises(UserError, match="batch_size 10 cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="expected batch_size to be a multiple of 4 processes, found 10"):
         ImageStream(prepared, "train", seed=0, rank=0, world_size=4).batches(0, 10)
 
 

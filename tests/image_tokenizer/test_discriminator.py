@@ -17,11 +17,11 @@ from pipeline.config.image_losses import AdversarialConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, build
 from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscriminator
 from pipeline.image_tokenizer.image_losses import ImageLosses, add_image_losses
 from pipeline.training.optimizer import build_adamw
-from pipeline.training.throughput import CLOCK_METRICS
 from tests.conftest import TINY
 from tests.launch import launch
 

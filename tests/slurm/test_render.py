@@ -41,7 +41,7 @@ def test_a_dry_run_writes_clean_scripts_and_submits_nothing(cluster: Path, tmp_p
         ("default: {memory: 32 GB}", "expected a number with K, M, G or T"),
         ("default: {flags: ['exclusive']}", "expected options of sbatch such as --exclusive"),
         ("stages: {transfomer: {nodes: 2}}", "unknown stage 'transfomer'"),
-        ("stages: {transformer: {array: 3}}", "transformer is no array"),
+        ("stages: {transformer: {array: 3}}", "transformer cannot be an array"),
     ],
 )
 def test_a_mistake_in_a_cluster_file_is_told_in_one_line(text: str, complaint: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_stage_may_have_a_container_and_setup_of_its_own(tmp_path: Path) -> No
 def test_a_batch_that_the_processes_do_not_divide_is_told_before_the_queue(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("stages: {transformer: {nodes: 3}}")
     output = _dry_run(tmp_path, tmp_path / "c.yaml", check=False)
-    assert "expected transformer.training.batch_size to be a multiple of its 3 processes" in output
+    assert "transformer: expected batch_size to be a multiple of 3 processes" in output
 
 
 def test_a_stage_that_is_switched_off_is_no_job(tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.engines import build_engine
-from pipeline.training.engines.base import accumulation_steps
 from pipeline.training.schedule import schedule
 
 STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
@@ -113,7 +112,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             engine.load(folder / case.load)
     except UserError as error:
         return {"error": str(error)}
-    parts, rank, world = accumulation_steps(config), distributed.rank(), distributed.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
+    parts = accumulation_steps(config, world)
     norms, applied = [], []
     for step in range(case.first_step, case.last_step):
         torch.manual_seed(step)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.config.base import parse_config
+from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core.errors import UserError
 from pipeline.training.engines import build_engine
-from pipeline.training.engines.base import accumulation_steps
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import schedule
 from tests.launch import launch
@@ -182,9 +182,17 @@ def test_a_training_goes_on_at_another_number_of_processes_and_another_stage(
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
     config = TrainingConfig(steps=10, warmup_steps=0, batch_size=12, micro_batch_size=6)
-    assert accumulation_steps(config) == 2
-    with pytest.raises(UserError, match="found 6: set training.micro_batch_size to a divisor of 4"):
-        accumulation_steps(config.model_copy(update={"batch_size": 4}))
+    assert accumulation_steps(config, processes=1) == 2
+    assert accumulation_steps(config, processes=2) == 1
+    with pytest.raises(UserError, match="a multiple of 3 processes × micro_batch_size 6, found 12"):
+        accumulation_steps(config, processes=3)
+    with pytest.raises(UserError, match="a multiple of 5 processes, found 12"):
+        accumulation_steps(config.model_copy(update={"micro_batch_size": None}), processes=5)
+
+
+def test_a_config_whose_micro_batches_do_not_divide_its_batch_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"batch_size to be a multiple of .*micro_batch_size 5, found 12"):
+        parse_config(TrainingConfig, {"steps": 10, "warmup_steps": 0, "batch_size": 12, "micro_batch_size": 5}, "test")
 
 
 def test_fp16_on_cpu_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_requeues_are_those_of_jobs_that_stop_before_their_limit() -> None:
         (("--gpu", "H1000"), "--gpu H1000: expected one of"),
         (("--time-limit", "a day"), "expected HH:MM:SS"),
         (("--time-limit", "00:05:00"), "expected a time limit above 360 s, found 300 s"),
-        (("--gpus", "7"), "expected a number of GPUs that divides batch_size 16, found 7"),
+        (("--gpus", "7"), "expected batch_size to be a multiple of 7 processes, found 16"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments: tuple[str, str], line: str) -> None:

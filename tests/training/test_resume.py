@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.training.throughput import CLOCK_METRICS
+from pipeline.core.metric_names import CLOCK_METRICS
 from tests.conftest import TINY
 from tests.launch import ROOT, command, environment, kill_all, launch, wait_for_end
 
@@ -172,7 +172,7 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
     os.kill(runner.pid, number)
     _, errors = runner.communicate()
     assert runner.returncode == 75
-    assert "run the same command again to go on" in errors
+    assert "run the same command again to resume" in errors
     assert not (directory / "_SUCCESS").exists()
     assert len(list((directory / "checkpoints").iterdir())) == 1
 

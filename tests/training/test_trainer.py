@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.training.throughput import CLOCK_METRICS
+from pipeline.core.metric_names import CLOCK_METRICS
 from tests.launch import launch
 
 

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
@@ -69,28 +68,6 @@ class Engine(Protocol):
         """Collective: every rank writes its part of model and optimizer."""
 
     def load(self, directory: Path) -> None: ...
-
-
-def accumulation_steps(training: TrainingConfig) -> int:
-    """Micro-batches a step on each process.
-
-    Raises:
-        UserError: the processes do not divide the batch, or micro-batches do not divide a process's share.
-    """
-    processes = distributed.world_size()
-    if training.batch_size % processes:
-        raise UserError(
-            f"expected a batch_size that {processes} processes divide, found {training.batch_size}:"
-            f" set training.batch_size to a multiple of {processes}"
-        )
-    share = training.batch_size // processes
-    micro = training.micro_batch_size or share
-    if share % micro:
-        raise UserError(
-            f"expected a micro_batch_size that divides each process's {share} samples, found {micro}:"
-            f" set training.micro_batch_size to a divisor of {share}"
-        )
-    return share // micro
 
 
 def share_of_whole(values: dict[str, Tensor], all_of_it: bool = False) -> list[TensorShard]:

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import BUCKET_ELEMENTS, LIVE_ELEMENTS, DeepSpeedConfig, TrainingConfig
+from pipeline.config.training import (
+    BUCKET_ELEMENTS,
+    LIVE_ELEMENTS,
+    DeepSpeedConfig,
+    TrainingConfig,
+    accumulation_steps,
+)
 from pipeline.core import distributed
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
@@ -30,7 +36,6 @@ from pipeline.training.engines.base import (
     Batch,
     Metrics,
     Update,
-    accumulation_steps,
     expect_all_processes,
     expect_same_shapes,
     shapes_of,
@@ -57,7 +62,8 @@ class DeepSpeedEngine:
         _spare_the_shared_memory_build()
         _check(training, config)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
-        settings = deepspeed_settings(training, config, accumulation_steps(training), parameters)
+        accumulation = accumulation_steps(training, distributed.world_size())
+        settings = deepspeed_settings(training, config, accumulation, parameters)
         if distributed.is_main():
             write_json(directory / "deepspeed.json", settings)
         self.objective = objective
