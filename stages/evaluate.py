@@ -30,7 +30,7 @@ from pipeline.evaluation.run_evaluation import (
     tokenizer_rows,
 )
 from pipeline.evaluation.sweep import Sweep
-from pipeline.extractors.hf import ClipScorer
+from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.extractors.registry import load_extractor
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun

@@ -150,7 +150,7 @@ def _rows(real: FeatureSet, fake: FeatureSet, path: Path, config: EvaluateConfig
         from pipeline.core.distributed import device
         from pipeline.evaluation.feature_store import FeatureStore
         from pipeline.evaluation.image_sets import images_at
-        from pipeline.extractors.hf import ClipScorer
+        from pipeline.extractors.clip_scorer import ClipScorer
 
         images = [image for image in images_at(path) if image.caption]
         if not images:

@@ -197,7 +197,7 @@ def frechet_infinity_row(
 
 
 def _frechet_name(features: FeatureSet) -> str:
-    return "FID" if features.extractor.name == "inception-v3" else "FD"
+    return "FID" if features.info.name == "inception-v3" else "FD"
 
 
 def caption_rows(
@@ -287,7 +287,7 @@ def _row(
     generated: FeatureSet,
     **more: Any,
 ) -> Row:
-    extractor = generated.extractor
+    extractor = generated.info
     return Row(
         metric=f"{metric} ({extractor.label})",
         compares=compares,

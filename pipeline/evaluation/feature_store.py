@@ -173,7 +173,7 @@ def is_feature_file(path: Path) -> bool:
 
 def save_features(features: FeatureSet, path: Path) -> None:
     """As an .npz that `read_features` reads."""
-    arrays: dict[str, Any] = {"features": features.features.numpy(), **asdict(features.extractor)}
+    arrays: dict[str, Any] = {"features": features.features.numpy(), **asdict(features.info)}
     if features.logits is not None:
         arrays["logits"] = features.logits.numpy()
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -183,7 +183,7 @@ def save_features(features: FeatureSet, path: Path) -> None:
 def check_same_extractor(real: FeatureSet, generated: FeatureSet) -> None:
     """Raises UserError if the sets were made by different extractors, weights or resize rules."""
     for name in ("name", "weights_sha256", "resize"):
-        a, b = getattr(real.extractor, name), getattr(generated.extractor, name)
+        a, b = getattr(real.info, name), getattr(generated.info, name)
         if a != b:
             raise UserError(
                 f"features of different extractors cannot be compared: expected one {name}, found '{a}' (real) and "

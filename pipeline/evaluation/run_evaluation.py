@@ -30,7 +30,7 @@ from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, decoded, images_at
 from pipeline.evaluation.reconstruction import measure_pairs, reconstruct, stacked
 from pipeline.extractors.base import FeatureSet
-from pipeline.extractors.hf import ClipScorer
+from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.clip_score import clip_scores

@@ -1,12 +1,9 @@
-"""Feature extractors by name: images -> features and class logits of a pretrained network.
+"""What a feature extractor is: a frozen pretrained network with the resizing and scaling of images that it expects.
 
-    extractor = load_extractor("efficientnet-lite0", device)
-    real = extractor(images)          # any iterable of PIL images, of any sizes
-    real.features                       # float32 [n, 1280]
-
-    efficientnet-lite0     in a package, needs no download
-    inception-v3           the network of published FID; its weights file by path or in torch.hub's cache
-    clip, dinov2           a folder that transformers saved, or a name in its cache (networks.py)
+    extractor = load_extractor("efficientnet-lite0", device)      # registry.py
+    real = extractor(images)            # any iterable of PIL images, of any sizes
+    real.features, real.logits          # float32 [n, 1280], [n, 1000]
+    real.info                           # name, hash of the weights, rule of resizing
 
 Metrics of different extractors cannot be compared, so each is named after its extractor ("FD (Lite0)"; "FID" is
 kept for Inception's) and carries the hash of the weights and the rule by which images were resized.
@@ -31,7 +28,7 @@ from pipeline.core.progress import progress
 
 @dataclass(frozen=True)
 class ExtractorInfo:
-    """What decides an extractor's features. Two sets may be compared if theirs are equal."""
+    """The identity of an extractor: what decides its features. Two sets may be compared if theirs are equal."""
 
     name: str
     label: str  # short, for the names of metrics: "FD (Lite0)"
@@ -41,23 +38,25 @@ class ExtractorInfo:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What an extractor saw in n images, with the extractor's credentials."""
+    """Features and logits of n images, with the identity of the extractor that made them."""
 
     features: Tensor  # float [n, dimensions]
     logits: Tensor | None  # float [n, classes]; None: the network is no classifier
-    extractor: ExtractorInfo
+    info: ExtractorInfo
 
     def __len__(self) -> int:
         return len(self.features)
 
     def take(self, indices: list[int] | slice) -> FeatureSet:
-        return FeatureSet(self.features[indices], None if self.logits is None else self.logits[indices], self.extractor)
+        """The images of these indices."""
+        return FeatureSet(self.features[indices], None if self.logits is None else self.logits[indices], self.info)
 
     def joined(self, other: FeatureSet) -> FeatureSet:
+        """These images, then those of `other`, a set of the same extractor."""
         logits = None
         if self.logits is not None and other.logits is not None:
             logits = torch.cat([self.logits, other.logits])
-        return FeatureSet(torch.cat([self.features, other.features]), logits, self.extractor)
+        return FeatureSet(torch.cat([self.features, other.features]), logits, self.info)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Extractor:
     info: ExtractorInfo
     network: nn.Module = field(repr=False)  # [B, 3, side, side], shifted and scaled, -> features, logits or None
     side: int  # pixels
-    shift: tuple[float, ...]  # a channel; of values in 0…255
+    shift: tuple[float, ...]  # per channel, of values in 0…255; one value is for all channels
     scale: tuple[float, ...]
     batch_size: int = 64
 
@@ -93,7 +92,7 @@ class Extractor:
         return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, self.info)
 
     def input(self, images: list[Image.Image]) -> Tensor:
-        """What the network takes: float32 `[B, 3, side, side]` on its device."""
+        """The network's input of these images: float32 `[B, 3, side, side]` on its device."""
         device = next(self.network.parameters()).device
         x = resized(images, self.side, device)
         shift, scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.shift, self.scale))
@@ -116,12 +115,14 @@ def resized(images: list[Image.Image], side: int, device: torch.device | None = 
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:
+    """`[n, 3, H, W]` in 0…255 to `[n, 3, side, side]`."""
     if pixels.shape[-2:] == (side, side):
         return pixels
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
 
 
 def resize_rule(side: int) -> str:
+    """The rule of `resized` in words, for `ExtractorInfo.resize`."""
     return f"{side} × {side}, bicubic, antialiased, float"
 
 

@@ -89,7 +89,7 @@ class EfficientNetLite0(nn.Module):
         return features, self._fc(features)
 
     def resolutions(self, x: Tensor) -> list[Tensor]:
-        """What the last block gives before each halving, [B, 16 | 24 | 40 | 112 | 320, h, w], h = H/2 … H/32."""
+        """The activations before each halving and at the end: [B, 16 | 24 | 40 | 112 | 320, h, w], h = H/2 … H/32."""
         x = F.relu6(self._bn0(self._conv_stem(x)))
         found: list[Tensor] = []
         for block in self._blocks:
@@ -119,7 +119,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def load(device: torch.device, batch_size: int, weights: str | None) -> Extractor:
-    """The extractor `efficientnet-lite0`; its weights come with their package, so `weights` is not looked at.
+    """The extractor `efficientnet-lite0`; its weights come with their package, so `weights` is ignored.
 
     Raises:
         UserError: the package is not installed.

@@ -19,8 +19,9 @@ from pipeline.core.errors import UserError
 from pipeline.extractors.base import Extractor, ExtractorInfo, resize_rule
 
 FEATURES, CLASSES = 2048, 1008
-INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-_INCEPTION_SOURCE = "the release fid_weights of mseitzer/pytorch-fid, or v0.2.0 of toshas/torch-fidelity, on GitHub"
+# One state dict under two names: those of pytorch-fid and of torch-fidelity.
+_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+_SOURCE = "the release fid_weights of mseitzer/pytorch-fid, or v0.2.0 of toshas/torch-fidelity, on GitHub"
 
 Kernel = int | tuple[int, int]
 Conv = tuple[str, int, Kernel, int]  # name, channels out, kernel, stride
@@ -32,11 +33,17 @@ class _Conv(nn.Module):
         super().__init__()
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (size[0] // 2, size[1] // 2) if pad else (0, 0)
-        self.conv: nn.Module = nn.Conv2d(channels_in, channels_out, size, stride, padding, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(channels_out, eps=1e-3)
+        self.conv = nn.Conv2d(channels_in, channels_out, size, stride, padding, bias=False)
+        self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(channels_out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        x = self.conv(x)
+        return F.relu(x if self.bn is None else self.bn(x))
+
+    def fold_norm(self) -> None:
+        """Fold the normalisation into the convolution. In place."""
+        if self.bn is not None:
+            self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), None
 
 
 class _Mixed(nn.Module):
@@ -73,6 +80,7 @@ class _Mixed(nn.Module):
         return x
 
 
+# The blocks of figures 4 to 7, named as in the state dict.
 def _a(pool: int) -> list[list[Step]]:
     return [
         [("branch1x1", 64, 1, 1)],
@@ -92,11 +100,16 @@ def _b() -> list[list[Step]]:
 
 def _c(width: int) -> list[list[Step]]:
     across, down = (1, 7), (7, 1)
-    double = [("1", width, 1), ("2", width, down), ("3", width, across), ("4", width, down), ("5", 192, across)]
     return [
         [("branch1x1", 192, 1, 1)],
         [("branch7x7_1", width, 1, 1), ("branch7x7_2", width, across, 1), ("branch7x7_3", 192, down, 1)],
-        [(f"branch7x7dbl_{number}", out, kernel, 1) for number, out, kernel in double],  # type: ignore[misc]
+        [
+            ("branch7x7dbl_1", width, 1, 1),
+            ("branch7x7dbl_2", width, down, 1),
+            ("branch7x7dbl_3", width, across, 1),
+            ("branch7x7dbl_4", width, down, 1),
+            ("branch7x7dbl_5", 192, across, 1),
+        ],
         ["average", ("branch_pool", 192, 1, 1)],
     ]
 
@@ -176,8 +189,7 @@ class InceptionV3(nn.Module):
         self.eval()
         for module in self.modules():
             if isinstance(module, _Conv):
-                module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[type-var, arg-type]
-                module.bn = nn.Identity()
+                module.fold_norm()
         return self
 
 
@@ -188,19 +200,19 @@ def load(device: torch.device, batch_size: int, weights: str | None) -> Extracto
         UserError: no such file, or it holds something else.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    candidates = [Path(weights)] if weights else [cache / name for name in INCEPTION_FILES]
+    candidates = [Path(weights)] if weights else [cache / name for name in _FILES]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise UserError(
-            f"evaluate.extractor inception-v3: no weights at {candidates[0]}; get {INCEPTION_FILES[0]} "
-            f"({_INCEPTION_SOURCE}), then put it there or set evaluate.weights to where it is"
+            f"evaluate.extractor inception-v3: no weights at {candidates[0]}; get {_FILES[0]} "
+            f"({_SOURCE}), then put it there or set evaluate.weights to where it is"
         )
     network = InceptionV3()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch and pickle raise whatever they meet
         raise UserError(
-            f"evaluate.weights {path}: expected the state dict {INCEPTION_FILES[0]}, found something else"
+            f"evaluate.weights {path}: expected the state dict {_FILES[0]}, found something else"
             f" ({str(error).splitlines()[0]})"
         ) from error
     network.fold_norms().requires_grad_(False).to(device)

@@ -1,6 +1,11 @@
-"""The extractors by name. To add one: a module here that is called like it, with `load`, and its name in `EXTRACTORS`.
+"""The extractors by name: `load_extractor("efficientnet-lite0", device)` is `load` of `efficientnet_lite0.py`.
 
-extractor = load_extractor("efficientnet-lite0", device)       # pipeline/extractors/efficientnet_lite0.py
+    efficientnet-lite0     in a package, needs no download
+    inception-v3           the network of published FID; its weights file by path or in torch.hub's cache
+    clip, dinov2           a folder that transformers saved, or a name in its cache
+
+To add one: a module here that is named like it (dashes are underscores) with a function `load(device, batch_size,
+weights) -> Extractor`, and its name in `EXTRACTORS` of `pipeline/config/evaluate.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +27,6 @@ def load_extractor(name: str, device: torch.device, batch_size: int = 64, weight
     """
     if name not in EXTRACTORS:
         raise UserError(f"evaluate.extractor: expected one of {', '.join(EXTRACTORS)}, found '{name}'")
-    extractor: Extractor = import_module(f"pipeline.extractors.{name.replace('-', '_')}").load(
-        device, batch_size, weights
-    )
+    module = import_module(f"pipeline.extractors.{name.replace('-', '_')}")
+    extractor: Extractor = module.load(device, batch_size, weights)
     return extractor

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample
-from pipeline.extractors.hf import ClipScorer
+from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.metrics.clip_score import own_caption_ranks
 from pipeline.reranker.model import TwoTowers
 from pipeline.text_tokenizer.bpe import TextTokenizer

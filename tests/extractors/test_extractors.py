@@ -15,7 +15,7 @@ from pipeline.config.base import parse_config
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
 from pipeline.evaluation.comparison import caption_rows, compare_images
-from pipeline.extractors.hf import ClipScorer
+from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.extractors.inception_v3 import InceptionV3
 from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.extractors.registry import load_extractor
