@@ -1,9 +1,9 @@
-"""One code through the transformer: the step of the decode loop, with as few operations as it takes.
+"""The decode step for CPUs: one code through the transformer with as few operations as it takes.
 
-`Transformer.read_codes` says the same in the words of training. At one position a row, what an operation costs to
-start outweighs what it computes (1 to 5 µs each on a CPU, more on a GPU), and a view costs as much as a sum. So this
-step spends one operation where the general form takes five, and writes into a `_Workspace` whose views are made once.
-`tests/sampling/test_cached_step.py` holds it to the full pass at every position of every shape.
+The same as `decode_step.ModelStep`, the reference. At one position per row, what an operation costs to start outweighs
+what it computes (1 to 5 µs each on a CPU), and a view costs as much as a sum. So this step spends one operation where
+the general form takes five, and writes into a `_Workspace` whose views are made once.
+`tests/sampling/test_cached_step.py` holds it to the full pass at every position of every shape, and to the reference.
 
 Shapes: B rows, C = max(B, 2) rows of which the second may be a copy, D width, M hidden width of the MLP, H heads,
 G heads of keys and values, K = D / H, E = (H + 2 G) K. `x_CD` is stored row by row, `x_DC` column by column.
@@ -33,7 +33,7 @@ Norm = Callable[[Tensor, Tensor], object]  # of the first argument, into the sec
 
 
 class CachedDecoder:
-    """Reads codes into a cache, one position at a time, for as long as neither weights nor cache are replaced."""
+    """A `DecodeStep` over one cache, for as long as neither weights nor cache are replaced."""
 
     def __init__(self, model: Transformer, cache: Cache, compiled: bool = False) -> None:
         """`compiled`: through `torch.compile`, which takes its time at the first code."""
@@ -42,31 +42,31 @@ class CachedDecoder:
         levels = [layout.level_at(index) for index in range(layout.image_length)]
         embeddings, heads = [model.embedding.weight[s] for s in ends], [model.head.weight[s] for s in ends]
         self._embeddings, self._heads = [embeddings[level] for level in levels], [heads[level] for level in levels]
-        places = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
-        self._places = torch.cat(places).unbind() if places else None
+        grids = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
+        self._code_positions = torch.cat(grids).unbind() if grids else None
         self._first = layout.text_length + 1
         self._rotary = None
         if model.shape.positions == "rotary":
             angles = rotary_angles(layout, model.shape.head_width, model.embedding.weight.device)
             self._rotary = RotaryTable.from_angles(angles, cache[0].keys.dtype)
-        self._layers = [_Layer.of(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
+        self._layers = [_Layer.build(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
         self._norm, self._workspace = _norm(model.norm), _Workspace(self._layers[0], self._batch)
-        self._compiled = torch.compile(_through, dynamic=True) if compiled else None
+        self._compiled = torch.compile(_run_layers, dynamic=True) if compiled else None
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
-        """What predicts code `index` of the N, over its level's codes: float32 [B, V]."""
+        """float32 [B, V]."""
         self._workspace.mixed_CD.copy_(hidden_BD)
         logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC)
         return logits_VC[:, : self._batch].t().float().contiguous()
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
-        """Put code `index` of the N into the cache; returns the hidden state [B, D] that predicts the next."""
+        """[B, D], which the next `read` overwrites."""
         x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._workspace.mixed_CD)))
-        if self._places is not None:
-            x_CD += self._places[index]
+        if self._code_positions is not None:
+            x_CD += self._code_positions[index]
         position = self._first + index
         if self._compiled is None:
-            _through(self._layers, self._rotary, x_CD, position, self._batch, self._workspace)
+            _run_layers(self._layers, self._rotary, x_CD, position, self._batch, self._workspace)
         else:
             x_CD = self._compiled(self._layers, self._rotary, x_CD, position, self._batch)
         self._norm(x_CD, self._workspace.normed_CD)
@@ -80,17 +80,17 @@ class _Layer:
     attention: Attention
     mlp: SwiGLU | GELU
     attention_norm: Norm
-    head_norm: Norm | None  # of queries and keys together
+    qk_norm: Norm | None  # queries and keys together
     mlp_norm: Norm
-    bias: Tensor | None  # of a sparse pattern: 0 where position (row) sees position (column), else -inf
+    bias: Tensor | None  # for a sparse pattern, [S, S]: 0 where row sees column, else -inf
     cache: LayerCache
 
     @classmethod
-    def of(cls, model: Transformer, block: nn.Module, cache: LayerCache) -> _Layer:
+    def build(cls, model: Transformer, block: nn.Module, cache: LayerCache) -> _Layer:
         assert isinstance(block, Block)
         own = block.attention
         bias = None if own.pattern == "full" else model.tables.bias(own.pattern, cache.keys.dtype)
-        return cls(own, block.mlp, _norm(block.attention_norm), _of_heads(own), _norm(block.mlp_norm), bias, cache)
+        return cls(own, block.mlp, _norm(block.attention_norm), _qk_norm(own), _norm(block.mlp_norm), bias, cache)
 
     @property
     def mlp_in(self) -> Tensor:
@@ -98,25 +98,25 @@ class _Layer:
 
 
 class _Workspace:
-    """Where a layer puts its results, and the views that it takes of them. The same for all layers."""
+    """The tensors that a layer writes its results into, and views of them; all layers share one."""
 
     def __init__(self, layer: _Layer, batch: int) -> None:
         own, rows = layer.attention, max(batch, 2)
         new = own.qkv.weight.new_empty
-        (qkv, width), (up, hidden) = own.qkv.weight.shape, (len(layer.mlp_in), layer.mlp.out.weight.shape[1])
+        (qkv_width, width), up_width, hidden = own.qkv.weight.shape, len(layer.mlp_in), layer.mlp.out.weight.shape[1]
         self.normed_CD, self.mixed_CD, self.hidden_CM = new(rows, width), new(rows, width), new(rows, hidden)
         self.normed_DC, self.mixed_DC, self.hidden_MC = self.normed_CD.t(), self.mixed_CD.t(), self.hidden_CM.t()
-        self.qkv_EC, self.out_DC, self.up_MC = new(qkv, rows), new(width, rows), new(up, rows)
+        self.qkv_EC, self.out_DC, self.up_MC = new(qkv_width, rows), new(width, rows), new(up_width, rows)
         self.out_CD, self.up_CM = self.out_DC.t(), self.up_MC.t()
         self.gate_CM, self.value_CM = self.up_CM[:, :hidden], self.up_CM[:, -hidden:]
-        heads, turned = own.heads, own.heads + own.kv_heads
-        made = self.qkv_EC[:, :batch].t().unflatten(1, (-1, own.head_width))  # [B, H + 2 G, K]
-        self.made, self.value = made[:, :turned], made[:, turned:]
-        self.query_key = new(batch, turned, own.head_width)
+        heads, with_keys = own.heads, own.heads + own.kv_heads
+        qkv = self.qkv_EC[:, :batch].t().unflatten(1, (-1, own.head_width))  # [B, H + 2 G, K]
+        self.projected, self.value = qkv[:, :with_keys], qkv[:, with_keys:]
+        self.query_key = new(batch, with_keys, own.head_width)  # normed and rotated
         self.query, self.key = self.query_key[:, :heads].unflatten(1, (own.kv_heads, -1)), self.query_key[:, heads:]
 
 
-def _through(
+def _run_layers(
     layers: list[_Layer],
     rotary: RotaryTable | None,
     x_CD: Tensor,
@@ -124,7 +124,7 @@ def _through(
     batch: int,
     workspace: _Workspace | None = None,
 ) -> Tensor:
-    """All blocks; changes `x_CD`, and returns it. Without a workspace it makes one, as torch.compile likes it."""
+    """All blocks, in place: returns `x_CD`. Without a workspace it makes one, as torch.compile likes it."""
     workspace = workspace or _Workspace(layers[0], batch)
     for layer in layers:
         layer.attention_norm(x_CD, workspace.normed_CD)
@@ -143,13 +143,13 @@ def _through(
 
 
 def _attend(layer: _Layer, rotary: RotaryTable | None, position: int, workspace: _Workspace) -> None:
-    """What the heads find at one position, which sees what its pattern shows of the cache: `workspace.mixed_CD`."""
+    """Attention at one position over what its pattern shows of the cache, into `workspace.mixed_CD`."""
     own, cache, end = layer.attention, layer.cache, position + 1
     torch.mm(own.qkv.weight, workspace.normed_DC, out=workspace.qkv_EC)
-    if layer.head_norm is not None:
-        layer.head_norm(workspace.made, workspace.query_key)
+    if layer.qk_norm is not None:
+        layer.qk_norm(workspace.projected, workspace.query_key)
     else:
-        workspace.query_key.copy_(workspace.made)
+        workspace.query_key.copy_(workspace.projected)
     if rotary is not None:
         rotary.apply_(workspace.query_key, position)
     cache.keys.select(2, position).copy_(workspace.key)
@@ -166,8 +166,8 @@ def _norm(norm: nn.Module) -> Norm:
     return lambda x, out: out.copy_(norm(x))
 
 
-def _of_heads(attention: Attention) -> Norm | None:
-    """QK-norm of the queries and keys of all heads at once."""
+def _qk_norm(attention: Attention) -> Norm | None:
+    """QK-norm of the queries and keys of all heads in one call; None where the model has none."""
     query, key = attention.query_norm, attention.key_norm
     if not isinstance(query, RMSNorm) or not isinstance(key, RMSNorm):
         return None

@@ -1,4 +1,7 @@
-"""From logits to a drawn code: temperature, top-k, top-p, min-p, and the draw itself. B rows, V codes of the level."""
+"""From logits to a drawn code: guidance, temperature, top-k, top-p, min-p, and the draw itself.
+
+Shapes: B rows, V codes of the level.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,33 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 
+_NEVER = float("-inf")  # logit of a code that is left out
+
+
+def guide(prompted_BV: Tensor, unprompted_BV: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, equation 6): unprompted + scale * (prompted - unprompted).
+
+    `scale` is 1 + w of the paper. 1: the prompted logits themselves; 0: the unprompted ones; above 1: away from them.
+    """
+    return prompted_BV if scale == 1 else torch.lerp(unprompted_BV, prompted_BV, scale)
+
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tensor:
-    """One code a row by inverting the cumulative distribution at the row's uniform number: int64 [B]."""
+    """One code per row, int64 [B], by inverting the cumulative distribution at the row's uniform number in [0, 1).
+
+    Temperature divides the logits; 0 takes the likeliest code. Then min-p, top-k and top-p leave codes out, in this
+    order, each looking at what the one before has left.
+    """
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     if sampling.temperature != 1:
         logits_BV = logits_BV / sampling.temperature
-    logits_BV = _filter(logits_BV, sampling)
+    if sampling.min_p:
+        logits_BV = keep_min_p(logits_BV, sampling.min_p)
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        logits_BV = keep_top_k(logits_BV, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, sampling.top_p)
     # float64: a sum over thousands of codes must end at 1, and the uniform has 53 bits.
     cumulative = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     target = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
@@ -24,18 +46,22 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tens
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
 
 
-def _filter(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """-inf for what is left out. Every filter looks at the tempered distribution; top-p at what top-k has left."""
-    if sampling.min_p:  # Nguyen et al. 2024: p >= min_p * max(p)
-        least = logits_BV.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
-        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits_BV.sort(dim=-1, descending=True)
-        probability = ordered.softmax(dim=-1)
-        # A code stays while the ones before it hold less than top_p, so the first always stays.
-        dropped = probability.cumsum(dim=-1) - probability >= sampling.top_p
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    return logits_BV
+def keep_min_p(logits_BV: Tensor, share: float) -> Tensor:
+    """Min-p (Nguyen et al. 2024): codes with p >= share * max(p) stay, the others become -inf."""
+    least = logits_BV.amax(dim=-1, keepdim=True) + math.log(share)
+    return logits_BV.masked_fill(logits_BV < least, _NEVER)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Top-k (Fan et al. 2018, section 5.3): the k likeliest codes stay, and whatever ties with the last of them."""
+    least = logits_BV.topk(k, dim=-1).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < least, _NEVER)
+
+
+def keep_top_p(logits_BV: Tensor, share: float) -> Tensor:
+    """Top-p, the nucleus (Holtzman et al. 2020, section 3.1): the fewest likeliest codes that hold `share` stay."""
+    ordered, order = logits_BV.sort(dim=-1, descending=True)
+    probability = ordered.softmax(dim=-1)
+    # A code stays while the ones before it hold less than `share`, so the first always stays.
+    dropped = probability.cumsum(dim=-1) - probability >= share
+    return logits_BV.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), _NEVER)

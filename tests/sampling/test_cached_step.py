@@ -1,19 +1,31 @@
-"""The promise of pipeline/sampling/step.py: it is the model, one position at a time."""
+"""The promise of pipeline/sampling/cached_step.py and decode_step.py: both are the model, one position at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from pipeline.config.generate import SamplingConfig
+from pipeline.sampling import decode
 from pipeline.sampling.cached_step import CachedDecoder
+from pipeline.sampling.decode_step import DecodeStep, ModelStep
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Cache, Transformer
 from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
+
+Build = Callable[[Transformer, Cache], DecodeStep]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("given", [0, 3])
+@pytest.mark.parametrize("build", [CachedDecoder, ModelStep])
 @torch.inference_mode()
-def test_logits_of_the_step_equal_the_full_pass_at_every_position(layout, shape, given) -> None:  # type: ignore[no-untyped-def]
+def test_logits_of_the_step_equal_the_full_pass_at_every_position(
+    layout: Layout, shape: dict[str, object], given: int, build: Build
+) -> None:
     model = built(layout, **shape)
     text, codes = batch(layout)
     _, expected = model(text, codes)
@@ -21,10 +33,40 @@ def test_logits_of_the_step_equal_the_full_pass_at_every_position(layout, shape,
     hidden = model.read_text(text, cache)
     if given:
         hidden = model.read_codes(codes[:, :given], 0, cache)
-    reader = CachedDecoder(model, cache)
+    step = build(model, cache)
     for index in range(given, layout.image_length):
         level = layout.level_at(index)
-        logits = reader.logits(hidden, index)
+        logits = step.logits(hidden, index)
         torch.testing.assert_close(logits, expected[level][:, index - layout.level_starts[level]], atol=1e-4, rtol=1e-4)
         if index + 1 < layout.image_length:
-            hidden = reader.read(codes[:, index], index)
+            hidden = step.read(codes[:, index], index)
+
+
+GUIDED = SamplingConfig(guidance=2.0, guidance_schedule="linear", top_k=7, top_p=0.95, temperature=0.9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sampling", [SamplingConfig(), GUIDED], ids=["plain", "guided"])
+def test_both_steps_draw_the_same_codes_in_float32(
+    layout: Layout, shape: dict[str, object], sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built(layout, **shape)
+    text, _ = batch(layout)
+    prompt_of = torch.tensor([0, 0, 1, 2, 2])
+    uniforms = torch.stack([decode.candidate_uniforms(0, 1, j, layout.image_length) for j in range(5)])
+    drawn = []
+    for build in (CachedDecoder, ModelStep):
+        monkeypatch.setattr(decode, "build_step", lambda model, cache, _compiled, build=build: build(model, cache))
+        drawn.append(decode.draw_codes(model, text, prompt_of, uniforms, sampling))
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_the_step_for_cpus_is_taken_there_and_wherever_it_is_to_be_compiled() -> None:
+    model = built(LAYOUTS[0])
+    with torch.inference_mode():
+        cache = model.new_cache(1)
+        assert isinstance(decode.build_step(model, cache), CachedDecoder)
+        model.to("meta")  # stands for any other device
+        assert isinstance(decode.build_step(model, cache), ModelStep)
+        assert isinstance(decode.build_step(model, cache, compiled=True), CachedDecoder)

@@ -1,4 +1,4 @@
-"""Promises of pipeline/sampling/logits.py, and of the guidance schedules of config.py."""
+"""Promises of pipeline/sampling/logits.py, and of the guidance schedules of pipeline/config/generate.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.sampling.logits import draw
+from pipeline.sampling.logits import draw, guide
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -45,9 +45,16 @@ def test_extreme_uniforms_never_draw_impossible_codes() -> None:
         assert draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig()).tolist() == [1]
 
 
+def test_guidance_goes_from_the_unprompted_logits_through_the_prompted_ones_and_beyond() -> None:
+    prompted, unprompted = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+    assert guide(prompted, unprompted, 1.0) is prompted
+    for scale, expected in ((0.0, [0.0, 4.0]), (0.5, [0.5, 3.0]), (3.0, [3.0, -2.0])):
+        assert guide(prompted, unprompted, scale).tolist() == [expected]
+
+
 def test_schedules_begin_at_1_and_end_at_the_scale() -> None:
     for schedule, half in {"linear": 3.0, "cosine": 3.0, "power": 2.0}.items():
-        config = SamplingConfig(guidance=5, guidance_schedule=schedule)  # type: ignore[arg-type]
+        config = SamplingConfig.model_validate({"guidance": 5, "guidance_schedule": schedule})
         assert [config.guidance_at(progress) for progress in (0, 0.5, 1)] == pytest.approx([1, half, 5])
     inside = SamplingConfig(guidance=5, guidance_interval=(0.25, 0.5))
     assert [inside.guidance_at(progress) for progress in (0, 0.25, 0.5, 0.51)] == [1, 5, 5, 1]
