@@ -23,7 +23,7 @@ from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.evaluation import evaluate
 from pipeline.training.optimizer import build_adamw, set_learning_rates
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.trainer import seed_step
 
 BLOCKS = 3
@@ -75,7 +75,7 @@ def measured(prepare: Path, model: dict[str, Any], steps: int, batch_size: int) 
         if step == 10:  # warm
             started = time.perf_counter()
         seed_step(0, step, 0)
-        set_learning_rates(optimizer, schedule(training, step))
+        set_learning_rates(optimizer, learning_rate_factor(training, step))
         memory = Kept(objective)
         with memory, torch.autocast("cpu", torch.bfloat16):
             loss, _ = objective(next(batches), step)

@@ -97,7 +97,7 @@ def _train(config: PipelineConfig, stage: int, metric: Callable[[], int] = lambd
     zero = DeepSpeedConfig(zero_stage=stage)
     with tempfile.TemporaryDirectory() as folder:
         engine = build_engine("deepspeed", objective, section.training, zero, Path(folder))
-    average = Ema(engine.held, section.training.ema_decay) if section.training.ema_decay else None
+    average = Ema(engine.local_parameters, section.training.ema_decay) if section.training.ema_decay else None
     size = section.training.batch_size
     batch = {
         "text": torch.ones(size, layout.text_length, dtype=torch.long),

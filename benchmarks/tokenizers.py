@@ -42,7 +42,7 @@ from pipeline.image_tokenizer.evaluation import psnr
 from pipeline.metrics.psnr_ssim import ssim
 from pipeline.training.ema import Ema
 from pipeline.training.optimizer import build_adamw, set_learning_rates
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 
 SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000
 
@@ -267,7 +267,7 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple
         loss.backward()
         norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0)
         if torch.isfinite(norm):
-            set_learning_rates(optimizer, schedule(config, int(spent * NOMINAL_STEPS)))
+            set_learning_rates(optimizer, learning_rate_factor(config, int(spent * NOMINAL_STEPS)))
             optimizer.step()
             if ema:
                 ema.update()

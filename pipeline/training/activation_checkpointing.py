@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -11,11 +12,17 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 
+_Arguments = ParamSpec("_Arguments")
+_Output = TypeVar("_Output")
+
 
 def checkpoint_activations(objective: Objective) -> None:
     """Keep only the inputs of each of the objective's blocks, and compute the rest again in the backward pass.
 
-    Chen et al. 2016. The random numbers of the first pass are drawn again, so the gradients are the same.
+    The random numbers of the first pass are drawn again, so the gradients are the same.
+
+    Raises:
+        UserError: the objective has no blocks.
     """
     blocks = objective.blocks()
     if not blocks:
@@ -24,10 +31,10 @@ def checkpoint_activations(objective: Objective) -> None:
         block.forward = _recomputed(block.forward)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
+def _recomputed(forward: Callable[_Arguments, _Output]) -> Callable[_Arguments, _Output]:
+    def run(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Output:
         if not torch.is_grad_enabled():
-            return forward(*arguments)
-        return checkpoint(forward, *arguments, use_reentrant=False)
+            return forward(*arguments, **named)
+        return cast(_Output, checkpoint(partial(forward, **named), *arguments, use_reentrant=False))
 
     return run

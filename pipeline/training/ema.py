@@ -11,32 +11,36 @@ from torch import Tensor
 class Ema:
     """Exponential moving average of a model's parameters, in float32.
 
-    The decay ramps up as (1 + t) / (10 + t), so that the average forgets the initial weights. `held` gives what this
-    process holds of each parameter, which under ZeRO-3 is a shard; the average holds as much.
+    The decay ramps up as (1 + t) / (10 + t), so that the average forgets the initial weights. `local_parameters` gives
+    the memory of each parameter on this process, which under ZeRO-3 is a flat shard; the average is sharded alike.
     """
 
-    def __init__(self, held: Callable[[], dict[str, Tensor]], decay: float) -> None:
+    def __init__(self, local_parameters: Callable[[], dict[str, Tensor]], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._held = held
-        # Rows first in memory, whatever the layout of the weights: safetensors saves no other.
-        packed = torch.contiguous_format
-        self.average = {name: values.detach().float().clone(memory_format=packed) for name, values in held().items()}
+        self._local_parameters = local_parameters
+        # Row-major, whatever the layout of the weights: safetensors saves no other.
+        self.average = {
+            name: values.detach().float().clone(memory_format=torch.contiguous_format)
+            for name, values in local_parameters().items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the parameters, once per optimizer update."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [values.float() for values in self._held().values()]
+        current = [values.float() for values in self._local_parameters().values()]
         torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
 
     def swap_in(self) -> dict[str, Tensor]:
-        """Put the average into the parameters; returns what they held, for `put`."""
-        before = {name: values.clone() for name, values in self._held().items()}
+        """Copy the average into the parameters; returns a copy of their values before, for `put`."""
+        before = {name: values.clone() for name, values in self._local_parameters().items()}
         self.put(self.average)
         return before
 
     @torch.no_grad()
     def put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._held().items():
+        """Copy `values` into the parameters."""
+        for name, parameter in self._local_parameters().items():
             parameter.copy_(values[name])

@@ -1,4 +1,4 @@
-"""The learning-rate schedule as a pure function of the step."""
+"""The learning-rate schedule as a pure function of the step: the one place that knows it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import math
 from pipeline.config.training import TrainingConfig
 
 
-def schedule(config: TrainingConfig, step: int) -> float:
-    """Learning rate of 0-based `step` / its peak: linear warm-up, then cosine, warm-up-stable-decay or constant."""
+def learning_rate_factor(config: TrainingConfig, step: int) -> float:
+    """Learning rate at 0-based `step` / its peak, in [0, 1].
+
+    Linear warm-up over `warmup_steps`, then one of: cosine (Loshchilov and Hutter 2017, without restarts);
+    warmup-stable-decay (Hu et al. 2024, section 4), linear over the last `decay_fraction` of the steps; constant.
+    """
     final = config.final_learning_rate_ratio
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -1,11 +1,11 @@
-"""Training state on disk in pieces that any number of processes can read.
+"""Training state on disk in shards that any number of processes can read.
 
     write_shards(directory, "optimizer", [TensorShard("state.exp_avg:head.weight", 4096, values)])
-    ShardedState(directory, "optimizer").fill("state.exp_avg:head.weight", 0, tensor)
+    ShardedState(directory, "optimizer").read_into("state.exp_avg:head.weight", 0, tensor)
 
-Each process writes the part that it holds to `<what>-<rank>.safetensors`. A key `name@start` holds the elements from
-`start` on of the flattened tensor `name`, so a reader puts together whatever part it needs from the files of however
-many processes wrote them: no gathering when saving, no conversion when loading, no pickles.
+Each process writes what it has to `<kind>-<rank>.safetensors`. A key `name@start` holds the elements from `start` on of
+the flattened tensor `name`, so a reader assembles whatever range it needs from the files of however many processes
+wrote them: no gathering when saving, no conversion when loading, no pickles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,21 +32,21 @@ class TensorShard:
     value: Tensor
 
 
-def write_shards(directory: Path, what: str, pieces: Iterable[TensorShard]) -> None:
-    """This process's file; a process without pieces writes an empty one."""
-    tensors = {f"{piece.name}@{piece.start}": piece.value.detach().flatten() for piece in pieces}
-    save_file(tensors, directory / f"{what}-{distributed.rank():05d}.safetensors")
+def write_shards(directory: Path, kind: str, shards: Iterable[TensorShard]) -> None:
+    """Write this process's file of `kind`; without shards it is an empty one."""
+    tensors = {f"{shard.name}@{shard.start}": shard.value.detach().flatten() for shard in shards}
+    save_file(tensors, directory / f"{kind}-{distributed.rank():05d}.safetensors")
 
 
 class ShardedState:
-    """What all processes wrote under one `what`."""
+    """All processes' shards of one `kind` in a checkpoint, to read from."""
 
-    def __init__(self, directory: Path, what: str) -> None:
+    def __init__(self, directory: Path, kind: str) -> None:
         self.directory = directory
-        self._files: list[Any] = []
+        self._files: list[safe_open] = []
         self._index: dict[str, list[tuple[int, int, int]]] = {}  # name -> (start, length, file)
-        for path in sorted(directory.glob(f"{what}-*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
+        for path in sorted(directory.glob(f"{kind}-*.safetensors")):
+            file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name, _, start = key.rpartition("@")
                 (length,) = file.get_slice(key).get_shape()
@@ -56,19 +55,21 @@ class ShardedState:
 
     @property
     def names(self) -> list[str]:
+        """Every tensor of which some elements were written, sorted."""
         return sorted(self._index)
 
-    def fill(self, name: str, start: int, out: Tensor) -> None:
-        """Read the elements from `start` on into the flat tensor `out`.
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read the elements of `name` from `start` on into the flat tensor `out`, as many as it has.
 
         Raises:
             UserError: no process wrote some of them.
         """
         done = 0
         while done < out.numel():
-            done += self._read_some(name, start + done, out[done:])
+            done += self._read_from_one_file(name, start + done, out[done:])
 
-    def _read_some(self, name: str, start: int, out: Tensor) -> int:
+    def _read_from_one_file(self, name: str, start: int, out: Tensor) -> int:
+        """Read as many elements as the file with element `start` has of them; returns how many."""
         for first, length, file in self._index.get(name, ()):
             if first <= start < first + length:
                 count = min(first + length - start, out.numel())

@@ -1,6 +1,6 @@
-"""THE training loop. Both training stages run it; the engine and the workload differ.
+"""THE training loop, of every stage that trains: image tokenizer, transformer, reranker. Engine and workload differ.
 
-    seed -> batch -> forward/backward (a micro-batch at a time) -> update -> log / evaluate / image / checkpoint
+    seed -> batch -> forward and backward, micro-batch by micro-batch -> update -> log, evaluate, sample images, save
 
 Exact resume rests on three things: the batch of step n is a function of the samples consumed before it,
 all randomness of step n comes from a generator seeded by (seed, n, rank), and what a step changes
@@ -31,7 +31,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Batch, Engine, Metrics
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """The loop's own part of a checkpoint."""
+    """The loop's counters: trainer.json of a checkpoint."""
 
     step: int = 0  # optimizer updates done
     nonfinite_steps: int = 0
@@ -58,7 +58,9 @@ def train(
     engine: Literal["accelerate", "deepspeed"],
     deepspeed: DeepSpeedConfig | None = None,
 ) -> None:
-    """Train to the last step, going on from the newest checkpoint. At the end `workload.objective` holds the result.
+    """Train to the last step, resuming from the newest checkpoint if there is one.
+
+    At the end `workload.objective` has the result, the averaged weights with `training.ema_decay`.
 
     Raises:
         StoppedOnRequest: asked to stop; everything is in a checkpoint.
@@ -70,6 +72,8 @@ def train(
 
 
 class Trainer:
+    """One training: its engine, moving average, checkpoints and counters. All ranks run it in step."""
+
     def __init__(
         self, run: StageRun, training: TrainingConfig, workload: Workload, engine: Engine, speed: Speedometer
     ) -> None:
@@ -78,7 +82,7 @@ class Trainer:
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training, distributed.world_size())
-        self.ema = Ema(engine.held, training.ema_decay) if training.ema_decay else None
+        self.ema = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()
         self._saved_step = -1
@@ -86,6 +90,7 @@ class Trainer:
         self._speed = speed
 
     def run(self) -> None:
+        """Train from the newest checkpoint to the last step. See `train`."""
         self._restore()
         training, state = self.training, self.state
         batches = self.workload.batches(state.step * training.batch_size)
@@ -109,7 +114,7 @@ class Trainer:
         self._save()
         if self.ema:
             self.ema.swap_in()
-            self.engine.refresh()
+            self.engine.sync_parameters()
         self.engine.finish()
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -117,16 +122,10 @@ class Trainer:
         state = self.state
         seed_step(self.stage.config.seed, state.step, distributed.rank())
         self.engine.objective.train()
-        parts: list[Metrics] = []
-        size = next(iter(batch.values())).shape[0] // self.accumulation
-        for index in range(self.accumulation):
-            micro = {name: t[index * size : (index + 1) * size].to(distributed.device()) for name, t in batch.items()}
-            last = index == self.accumulation - 1
-            parts.append(self.engine.accumulate(micro, state.step, 1 / self.accumulation, last))
-        update = self.engine.update(schedule(self.training, state.step))
+        found = self._forward_and_backward(batch)
+        update = self.engine.update(learning_rate_factor(self.training, state.step))
         self.engine.objective.after_update(update.applied)
-        metrics = {name: sum(float(part[name]) for part in parts) / len(parts) for name in parts[0]}
-        metrics = self._agree(metrics)
+        metrics = self._agree({name: sum(float(one[name]) for one in found) / len(found) for name in found[0]})
         if update.applied:
             state.nonfinite_in_a_row = 0
             if self.ema:
@@ -138,6 +137,16 @@ class Trainer:
             self._count_nonfinite(metrics["loss"])
         state.step += 1
         return metrics
+
+    def _forward_and_backward(self, batch: Batch) -> list[Metrics]:
+        """Accumulate the gradients of this rank's samples of one step; returns each micro-batch's metrics."""
+        found: list[Metrics] = []
+        size = next(iter(batch.values())).shape[0] // self.accumulation
+        for index in range(self.accumulation):
+            micro = {name: t[index * size : (index + 1) * size].to(distributed.device()) for name, t in batch.items()}
+            last = index == self.accumulation - 1
+            found.append(self.engine.accumulate(micro, self.state.step, 1 / self.accumulation, last))
+        return found
 
     def _agree(self, metrics: dict[str, float]) -> dict[str, float]:
         """Means over ranks; in the same collective, all learn whether one of them was asked to stop."""
@@ -161,12 +170,13 @@ class Trainer:
         means = {name: total / state.count for name, total in state.sums.items()}
         state.sums, state.count = {}, 0
         means |= {
-            "learning_rate": self.training.learning_rate * schedule(self.training, state.step - 1),
+            "learning_rate": self.training.learning_rate * learning_rate_factor(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
         }
         self.stage.tracker.log(means | self._speed.read(state.step), state.step)
 
     def _at_intervals(self) -> None:
+        """Evaluate, sample images and save, at the steps that the config names and after the last one."""
         step, training = self.state.step, self.training
         at_end = step == training.steps
         if step % training.evaluate_every == 0 or at_end:
@@ -178,7 +188,10 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, metrics: bool = True, images: bool = True) -> None:
-        """With the averaged weights, if there are any. Draws nothing from the training's random numbers."""
+        """Log validation metrics and sample images, with the averaged weights if there are any.
+
+        It draws nothing from the training's random numbers.
+        """
         started = time.monotonic()
         objective = self.engine.objective
         objective.eval()
@@ -187,7 +200,7 @@ class Trainer:
             if metrics:
                 self.stage.tracker.log(self.workload.evaluate(self.engine.model), self.state.step)
             if images:
-                with self.engine.whole():
+                with self.engine.gathered_parameters():
                     if distributed.is_main():
                         for name, image in self.workload.sample_images(objective).items():
                             self.stage.tracker.log_image(name, image, self.state.step)
@@ -200,15 +213,15 @@ class Trainer:
             yield
             return
         before = self.ema.swap_in()
-        self.engine.refresh()
+        self.engine.sync_parameters()
         try:
             yield
         finally:
             self.ema.put(before)
-            self.engine.refresh()
+            self.engine.sync_parameters()
 
     def _stop_if_asked(self) -> None:
-        """All ranks stop at the same step, whichever of them got the signal."""
+        """Save and end: all ranks at the same step, whichever of them got the signal."""
         if not self._asked_to_stop:
             return
         asked = signals.asked(distributed.all_gather_objects(signals.requested()))
@@ -221,6 +234,7 @@ class Trainer:
             self._saved_step = self.state.step
 
     def _write(self, directory: Path) -> None:
+        """This rank's files of a checkpoint; their table is in `checkpoint.py`."""
         self.engine.save(directory)
         if self.ema:
             write_shards(directory, "ema", self.engine.local_shards(self.ema.average))
@@ -232,14 +246,14 @@ class Trainer:
         if distributed.is_main():
             self.stage.tracker.truncate(self.state.step)
             if step is not None:
-                log.info("%s: goes on from step %d", self.stage.name, step)
+                log.info("%s: resuming from step %d", self.stage.name, step)
         self._saved_step = -1 if step is None else step
 
     def _read(self, directory: Path) -> None:
         self.engine.load(directory)
         self.state = State(**read_json(directory / "trainer.json"))
         if self.ema:
-            self.engine.fill(self.ema.average, ShardedState(directory, "ema"))
+            self.engine.read_shards(self.ema.average, ShardedState(directory, "ema"))
             self.ema.updates = self.state.step - self.state.nonfinite_steps
 
 

@@ -82,6 +82,6 @@ def test_killed_and_resumed_codebooks_end_with_the_same_bits(levels_run: Path, t
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert "goes on from step" in launch("stages.image_tokenizer", *arguments)
+    assert "resuming from step" in launch("stages.image_tokenizer", *arguments)
     weights = "image-tokenizer/model/model.safetensors"
     assert (run / weights).read_bytes() == (levels_run / weights).read_bytes()

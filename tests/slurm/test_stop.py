@@ -1,4 +1,4 @@
-"""Whatever ends a job, the run goes on by itself and ends with the same weights; only a crash ends it, and says so."""
+"""Whatever ends a job, the run resumes by itself and ends with the same weights; only a crash ends it, and says so."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Training:
         lines = whole_lines(self.run / "transformer" / "metrics.jsonl")
         return json.loads(lines[-1])["step"] if lines else 0
 
-    def wait_for_steps(self, life: int) -> list[int]:
-        """Wait until life number `life` of the job has trained a little; its processes, all asleep."""
-        wait_until(f"life {life}", lambda: self.notes().count("started") > life)
+    def wait_for_steps(self, restarts: int) -> list[int]:
+        """Wait until the job has trained a little after so many restarts; its processes, all asleep."""
+        wait_until(f"restart {restarts}", lambda: self.notes().count("started") > restarts)
         before = self.step()
 
         def all_beyond() -> list[int]:
@@ -96,7 +96,7 @@ def _has_been_signalled(process: int) -> bool:
 def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     slurm: Slurm, run_copy: Path, local_run: Path
 ) -> None:
-    # The preflight has tests of its own; here it would only lengthen each life.
+    # The preflight has tests of its own; here it would only lengthen each start.
     training = Training(slurm, run_copy, partition="preempt", preflight="never")
     ranks = training.wait_for_steps(0)
     # As good a moment as any: nobody else may write here.
@@ -125,9 +125,9 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     assert notes.count("started") == 6
     assert weights(run_copy, "transformer") == weights(local_run, "transformer")
     log = training.log()
-    assert log.count("transformer: goes on from step ") == 5
+    assert log.count("transformer: resuming from step ") == 5
     assert re.search(r"transformer: stopped at step \d+/100: SIGUSR2 at [\d:]+ on node1 \(rank 0", log)
-    # Slurm asks a dead node again and again to end its step, by number: that of the next life has another.
+    # Slurm asks a dead node again and again to end its step, by number: the step after the restart has another.
     launched = re.findall(rf"launch task StepId={training.id}\.(\d+) ", (slurm.folder / "log/node1.log").read_text())
     assert launched.count(launched[-1]) == 1
 
@@ -141,7 +141,7 @@ def test_a_user_signal_and_a_requeue_by_hand_lose_nothing_and_cancel_ends_it(slu
     slurm("scancel", "--signal=USR2", str(training.id))
     signal_all(training.wait_for_steps(1), signal.SIGCONT)
     slurm("scontrol", "requeue", str(training.id))
-    wait_until("life 2", lambda: training.notes().count("started") == 3)
+    wait_until("restart 2", lambda: training.notes().count("started") == 3)
     assert training.notes().count("asked to stop") == 1
     assert f"cancelled: {training.id}" in slurm.smalti("cancel", str(run_copy))
     again = slurm.smalti("resubmit", str(run_copy), "--only", "transformer")  # at once, while that job is still ending
@@ -155,8 +155,8 @@ def test_a_user_signal_and_a_requeue_by_hand_lose_nothing_and_cancel_ends_it(slu
     follower.send_signal(signal.SIGINT)
     followed, _ = follower.communicate(timeout=30)
     assert follower.returncode == 0
-    assert "smalti: asked to stop: transformer goes on when this job starts again" in followed
-    assert "transformer: goes on from step" in followed
+    assert "smalti: asked to stop: transformer resumes when this job starts again" in followed
+    assert "transformer: resuming from step" in followed
 
 
 def test_a_preemption_with_grace_spends_no_budget_and_a_time_limit_beyond_it_fails(
@@ -178,7 +178,7 @@ def test_a_preemption_with_grace_spends_no_budget_and_a_time_limit_beyond_it_fai
     training.wait_for_the_end()
     assert training.state() == "FAILED"
     table = slurm.smalti("status", str(run_copy))
-    assert "transformer: time limit for the time number 1, and the cluster file allows 0" in table
+    assert "transformer: time limit, occurrence 1: the cluster file allows 0" in table
 
 
 def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm: Slurm, run_copy: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
     states = {script: slurm.states()[job] for script, job in training.jobs.items()}
     assert states == {**dict.fromkeys(states, "CANCELLED"), "transformer": "FAILED"}
     table = slurm.smalti("status", str(run_copy))
-    assert "transformer failed: rank 2 on node2 died first (exit 137); the last it said:" in table
+    assert "transformer failed: rank 2 on node2 failed first (exit 137); its last lines:" in table
     assert "Killed" in table
     watched, _ = watcher.communicate(timeout=30)  # it ends by itself when all is at rest
     assert table.splitlines()[-1] in watched
@@ -205,9 +205,9 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
     alone = launch("pipeline", "status", str(run_copy), SLURM_CONF=str(run_copy.parent / "slurm.conf"))
     assert "without Slurm's answer: " in alone
     assert re.search(r"^generate +UNKNOWN .*Slurm gives no answer$", alone, re.MULTILINE)
-    assert "transformer failed: rank 2 on node2 died first (exit 137)" in alone
+    assert "transformer failed: rank 2 on node2 failed first (exit 137)" in alone
 
-    # Put right, it goes on where it was: what failed, and what waited for it.
+    # Once fixed it resumes: what failed, and what depended on it.
     again = slurm.smalti("resubmit", str(run_copy))
     assert [line.split()[0] for line in again.splitlines() if "submitted" in line] == [
         *("transformer", "generate", "generate", "evaluate", "report")
@@ -257,5 +257,5 @@ def _assert_node1_left(training: Training, why: str) -> None:
     wait_until("work on the other node", training.ranks)
     assert training.slurm.job(training.id, "NodeList") == "node2"
     assert training.slurm.job(training.id, "ExcNodeList") == "node1"
-    assert f"preflight: host node1 is bad: {why}" in training.log()
+    assert f"preflight: bad host node1: {why}" in training.log()
     training.slurm.smalti("cancel", str(training.run))

@@ -18,7 +18,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.engines import build_engine
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 
 STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
 
@@ -120,7 +120,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         mine = global_batch(step, step == case.poisoned_step)["x"].chunk(world)[rank]
         for index, micro in enumerate(mine.chunk(parts)):
             engine.accumulate({"x": micro}, step, 1 / parts, last=index == parts - 1)
-        update = engine.update(schedule(config, step))
+        update = engine.update(learning_rate_factor(config, step))
         norms.append(update.gradient_norm)
         applied.append(update.applied)
     if case.save:

@@ -19,7 +19,7 @@ from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulati
 from pipeline.core.errors import UserError
 from pipeline.training.engines import build_engine
 from pipeline.training.optimizer import build_adamw, set_learning_rates
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 from tests.launch import launch
 from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, training
 
@@ -90,7 +90,7 @@ def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], 
     norms = []
     for step in range(STEPS):
         if step != skipped_step:
-            set_learning_rates(optimizer, schedule(config, step))
+            set_learning_rates(optimizer, learning_rate_factor(config, step))
             objective(global_batch(step), step)[0].backward()
             norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.gradient_clipping).item())
             optimizer.step()
@@ -119,8 +119,8 @@ def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, traine
     muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
     adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
     for step in range(STEPS):
-        muon.param_groups[0]["lr"] = config.muon_learning_rate * schedule(config, step)
-        adamw.param_groups[0]["lr"] = config.learning_rate * schedule(config, step)
+        muon.param_groups[0]["lr"] = config.muon_learning_rate * learning_rate_factor(config, step)
+        adamw.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(config, step)
         objective(global_batch(step), step)[0].backward()
         for optimizer in (muon, adamw):
             optimizer.step()

@@ -5,14 +5,14 @@ import torch
 
 from pipeline.config.training import TrainingConfig
 from pipeline.training.ema import Ema
-from pipeline.training.schedule import schedule
+from pipeline.training.schedule import learning_rate_factor
 
 
 def _schedule(kind: str, **settings: float) -> list[float]:
     config = TrainingConfig.model_validate(
         {"steps": 100, "batch_size": 1, "warmup_steps": 10, "schedule": kind, **settings}
     )
-    return [schedule(config, step) for step in range(config.steps)]
+    return [learning_rate_factor(config, step) for step in range(config.steps)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])

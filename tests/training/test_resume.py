@@ -117,7 +117,7 @@ def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_
     runner.communicate()
     wait_for_end([stage], seconds=10)
     config = ["--config", str(tmp_path / "tiny" / "config.yaml")]
-    assert "goes on from step" in launch("stages.image_tokenizer", *config)
+    assert "resuming from step" in launch("stages.image_tokenizer", *config)
     assert _outputs(tmp_path / "tiny", "image-tokenizer") == _outputs(tiny_run, "image-tokenizer")
 
 
@@ -144,13 +144,13 @@ def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_proce
     launcher.wait()
     (tmp_path / "alone").mkdir()
     alone = Path(shutil.copytree(killed, tmp_path / "alone" / "tiny"))
-    assert "goes on from step" in launch("stages.transformer", *arguments, processes=2)
+    assert "resuming from step" in launch("stages.transformer", *arguments, processes=2)
     launch("stages.transformer", "--config", str(undisturbed / "config.yaml"), *overrides, processes=2)
     assert _outputs(killed, "transformer") == _outputs(undisturbed, "transformer")
     assert _metrics(killed, "transformer") == _metrics(undisturbed, "transformer")
 
     overrides[0] = "transformer.deepspeed.zero_stage=1"
-    assert "goes on from step" in launch("stages.transformer", "--config", str(alone / "config.yaml"), *overrides)
+    assert "resuming from step" in launch("stages.transformer", "--config", str(alone / "config.yaml"), *overrides)
     for found, expected in zip(_metrics(alone, "transformer"), _metrics(undisturbed, "transformer"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
     assert sorted(_files(alone)) == sorted(_files(undisturbed))

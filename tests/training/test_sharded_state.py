@@ -1,4 +1,4 @@
-"""Training state on disk: whatever part is wanted, from the files of however many processes."""
+"""Training state on disk: any range of a tensor, from the files of however many processes."""
 
 from pathlib import Path
 
@@ -23,20 +23,20 @@ def three_processes(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("start", "length"), [(0, 10), (2, 5), (7, 2), (9, 1)])
 def test_any_part_is_put_together(start: int, length: int, three_processes: Path) -> None:
     out = torch.empty(length)
-    ShardedState(three_processes, "state").fill("w", start, out)
+    ShardedState(three_processes, "state").read_into("w", start, out)
     assert out.tolist() == list(range(start, start + length))
 
 
 def test_what_nobody_wrote_is_told(three_processes: Path) -> None:
     with pytest.raises(UserError, match=r"expected element 10 of w, found none; was it made by another optimizer"):
-        ShardedState(three_processes, "state").fill("w", 9, torch.empty(2))
+        ShardedState(three_processes, "state").read_into("w", 9, torch.empty(2))
 
 
 def test_what_is_written_comes_back_bit_by_bit(tmp_path: Path) -> None:
     value = torch.randn(3, 5).T  # not contiguous
     write_shards(tmp_path, "ema", [TensorShard("blocks.0.weight", 0, value)])
     out = torch.empty(15)
-    ShardedState(tmp_path, "ema").fill("blocks.0.weight", 0, out)
+    ShardedState(tmp_path, "ema").read_into("blocks.0.weight", 0, out)
     assert torch.equal(out.view(5, 3), value)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,25 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
-from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, share_of_whole
+from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, shards_of_replicated
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
 
 class AccelerateEngine:
-    """DistributedDataParallel through accelerate; one copy of the optimizer on every process."""
+    """DistributedDataParallel through accelerate, with a copy of model and optimizer on every process.
+
+    See `pipeline.training.engines.base.Engine`.
+    """
 
     def __init__(self, objective: Objective, training: TrainingConfig) -> None:
         from accelerate import Accelerator
 
         if training.optimizer != "adamw":
-            raise UserError(f"expected training.optimizer adamw for a tokenizer, found {training.optimizer}: set adamw")
+            raise UserError(
+                f"expected training.optimizer adamw for a stage that trains through accelerate, found"
+                f" {training.optimizer}: set adamw (muon is the transformer's)"
+            )
         precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         expect_all_processes(self.accelerator.num_processes)
@@ -38,18 +43,18 @@ class AccelerateEngine:
         self._adversaries = [group.parameters for group in groups if group.adversary]
         self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(groups, training))
 
-    def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
+    def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
         with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
             loss, metrics = self._wrapped(batch, step)
-            self.accelerator.backward(loss * share)
+            self.accelerator.backward(loss * loss_scale)
         return {"loss": loss.detach()} | metrics
 
-    def update(self, schedule: float) -> Update:
-        set_learning_rates(self.optimizer, schedule)
+    def update(self, learning_rate_factor: float) -> Update:
+        set_learning_rates(self.optimizer, learning_rate_factor)
         limit = self.training.gradient_clipping or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
-        # A discriminator is clipped apart: its gradient's length must not decide how far the model itself steps.
-        apart = [float(torch.nn.utils.clip_grad_norm_(a, limit)) for a in self._adversaries]
+        # An adversary is clipped apart: its gradient's length must not decide how far the model itself steps.
+        apart = [float(nn.utils.clip_grad_norm_(adversary, limit)) for adversary in self._adversaries]
         finite = all(map(math.isfinite, [norm, *apart]))
         if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
             self.optimizer.step()
@@ -57,28 +62,28 @@ class AccelerateEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
+    def autocast(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = self.accelerator.autocast()
         return context
 
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in self.objective.named_parameters()}
 
-    def refresh(self) -> None:
-        pass
+    def sync_parameters(self) -> None:
+        return
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gathered_parameters(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def finish(self) -> None:
-        pass
+        return
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
-        return share_of_whole(values)
+        return shards_of_replicated(values)
 
-    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
+    def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
         for name, value in values.items():
-            pieces.fill(name, 0, value.view(-1))
+            saved.read_into(name, 0, value.view(-1))
 
     def save(self, directory: Path) -> None:
         if not distributed.is_main():

@@ -1,4 +1,4 @@
-"""What a training engine is. Two do it: accelerate (DDP, `accelerate.py`) and DeepSpeed (ZeRO, `deepspeed.py`).
+"""What a training engine is: `accelerate.py` (DistributedDataParallel) and `deepspeed.py` (ZeRO) are the two.
 
 An engine owns the wrapped model, the optimizer and the precision; the loop in `pipeline/training/trainer.py` owns
 everything else. Both run the same code on CPU and GPU.
@@ -10,7 +10,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -25,64 +25,79 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one optimizer update."""
+    """The outcome of one optimizer update."""
 
     gradient_norm: float  # before clipping
     applied: bool  # False: a gradient was not finite, the weights are as before
 
 
 class Engine(Protocol):
-    """A model in training. `accumulate` is called once a micro-batch, `update` once a step."""
+    """A model in training. `accumulate` is called once per micro-batch, `update` once per step, on all processes."""
 
     objective: Objective
     model: nn.Module  # what to call for evaluation, on all processes together
 
-    def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
-        """Forward and backward of one of 1 / `share` micro-batches. Returns the loss and the objective's metrics."""
+    def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
+        """Forward and backward pass of one micro-batch; its gradients are added, times `loss_scale`.
 
-    def update(self, schedule: float) -> Update:
-        """The optimizer's step, at `schedule` times its peak learning rate."""
+        Args:
+            batch: on this process's device.
+            step: 0-based.
+            loss_scale: 1 / micro-batches per step, so that a step minimises the mean over its micro-batches.
+            last: of the step; then gradients are averaged over processes.
 
-    def autocast(self) -> AbstractContextManager[Any]:
+        Returns:
+            "loss" and the objective's metrics, of this process's micro-batch.
+        """
+
+    def update(self, learning_rate_factor: float) -> Update:
+        """Clip gradients, step the optimizer at `learning_rate_factor` times its peak rates, clear gradients."""
+
+    def autocast(self) -> AbstractContextManager[object]:
         """The training precision, for evaluation."""
 
-    def held(self) -> dict[str, Tensor]:
-        """What this process holds of each parameter, by name: all of it, or with ZeRO-3 a flat shard. Its memory."""
+    def local_parameters(self) -> dict[str, Tensor]:
+        """This process's memory of each parameter by name: all of it, or with ZeRO-3 a flat shard. Not a copy."""
 
-    def refresh(self) -> None:
-        """Collective, after a write to what `held` gave."""
+    def sync_parameters(self) -> None:
+        """Collective: make the model compute with what was written to `local_parameters`."""
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Collective; inside, `objective` is a plain module with whole weights that one process may use alone."""
+    def gathered_parameters(self) -> AbstractContextManager[None]:
+        """Collective; inside, `objective` is a plain module with all its weights that one process may call alone."""
 
     def finish(self) -> None:
-        """Collective; the training is over, `objective` stays whole."""
+        """Collective: end the training; `objective` keeps all its weights on every process."""
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
-        """What this process writes to a checkpoint of values shaped like `held`."""
+        """What this process writes to a checkpoint of `values`, which are shaped like `local_parameters`."""
 
-    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
-        """Read values shaped like `held` from a checkpoint."""
+    def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
+        """Read into `values`, which are shaped like `local_parameters`, what `local_shards` gave on all processes."""
 
     def save(self, directory: Path) -> None:
-        """Collective: every rank writes its part of model and optimizer."""
+        """Collective: every process writes its files of model and optimizer. See `pipeline/training/checkpoint.py`."""
 
-    def load(self, directory: Path) -> None: ...
+    def load(self, directory: Path) -> None:
+        """Collective: read what `save` wrote. Raises UserError when it is of another model or version."""
 
 
-def share_of_whole(values: dict[str, Tensor], all_of_it: bool = False) -> list[TensorShard]:
-    """Of tensors that every process holds whole, those that this one writes."""
-    pieces = [TensorShard(name, 0, value) for name, value in values.items()]
-    return pieces if all_of_it else pieces[distributed.rank() :: distributed.world_size()]
+def shards_of_replicated(values: dict[str, Tensor], all_of_them: bool = False) -> list[TensorShard]:
+    """The tensors that this process writes, of those that every process has in full: its fair part, or all of them."""
+    shards = [TensorShard(name, 0, value) for name, value in values.items()]
+    return shards if all_of_them else shards[distributed.rank() :: distributed.world_size()]
 
 
 def expect_all_processes(found: int) -> None:
+    """Raises RuntimeError when the engine sees fewer processes than the launcher started."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if found != expected:
-        raise RuntimeError(f"the engine sees {found} processes, the launcher started {expected}: they train apart")
+        raise RuntimeError(
+            f"the engine sees {found} processes, the launcher started {expected}: each would train independently"
+        )
 
 
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    """The shape of each parameter by name."""
     return {name: list(parameter.shape) for name, parameter in module.named_parameters()}
 
 

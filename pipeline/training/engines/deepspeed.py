@@ -3,9 +3,9 @@
 Rajbhandari et al. 2020. bf16 is torch autocast over float32 weights, as on accelerate's engine; fp16 is DeepSpeed's
 own, with float32 master weights and loss scaling, on GPUs only.
 
-Checkpoints are ours, not DeepSpeed's, whose files fit one number of processes and are pickles: each process writes what
-it holds in pieces by parameter name (`sharded_state.py`, `zero_partitions.py`), so a run resumes at any number of
-processes and at any stage.
+Checkpoints are ours, not DeepSpeed's, whose files fit one number of processes and are pickles: each process writes its
+shards by parameter name (`sharded_state.py`, `zero_partitions.py`), so a run resumes at any number of processes and at
+any stage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any  # DeepSpeed has no types
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,18 @@ from pipeline.training.engines.base import (
     expect_all_processes,
     expect_same_shapes,
     shapes_of,
-    share_of_whole,
+    shards_of_replicated,
 )
+from pipeline.training.engines.zero_partitions import Partition
 from pipeline.training.optimizer import build_optimizer, set_learning_rates
 from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class DeepSpeedEngine:
-    """See `pipeline.training.engines.base.Engine`."""
+    """DeepSpeed's engine and optimizer at one ZeRO stage. See `pipeline.training.engines.base.Engine`."""
 
     def __init__(
         self, objective: Objective, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
@@ -77,20 +79,20 @@ class DeepSpeedEngine:
         self.model: nn.Module = self._engine if self.stage == 3 else objective
         expect_all_processes(self._engine.world_size)
 
-    def accumulate(self, batch: Batch, step: int, share: float, last: bool) -> Metrics:
+    def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
         self._engine.set_gradient_accumulation_boundary(last)
         loss, metrics = self._engine(batch, step)
-        self._engine.backward(loss)  # divides by the accumulation steps itself
+        self._engine.backward(loss)  # applies the loss scale itself, as 1 / accumulation steps
         if not last:
             self._engine.step()  # only counts the micro-batch
         return {"loss": loss.detach()} | metrics
 
-    def update(self, schedule: float) -> Update:
-        set_learning_rates(self._optimizer, schedule)
+    def update(self, learning_rate_factor: float) -> Update:
+        set_learning_rates(self._optimizer, learning_rate_factor)
         if self.stage == 0:
             return self._update_without_zero()
         self._engine.step()
-        # ZeRO's optimizers look at the global norm themselves, and leave everything as it was if it is not finite.
+        # ZeRO's optimizers check the global norm themselves, and leave everything as it was if it is not finite.
         applied = not self._optimizer.overflow
         return Update(float(self._engine.get_global_grad_norm()), applied)
 
@@ -107,23 +109,23 @@ class DeepSpeedEngine:
             self._engine.zero_grad()
         return Update(norm, applied)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         if self.training.precision == "fp32":
             return nullcontext()
         return torch.autocast(distributed.device().type, _AUTOCAST[self.training.precision])
 
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         return {name: p.ds_tensor.data if self.stage == 3 else p.data for name, p in self._named_parameters()}
 
-    def refresh(self) -> None:
+    def sync_parameters(self) -> None:
         if self.stage == 3 and self._optimizer.persistent_parameters:
-            # Small parameters stay whole between steps: gather them again from what `held` gave.
-            some = self._optimizer.persistent_parameters
-            some[0].partition(some)
-            some[0].all_gather(some)
+            # Small parameters stay gathered between steps: gather them again from the shards.
+            small = self._optimizer.persistent_parameters
+            small[0].partition(small)
+            small[0].all_gather(small)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_parameters(self) -> Iterator[None]:
         if self.stage != 3:
             yield
             return
@@ -131,7 +133,7 @@ class DeepSpeedEngine:
 
         offload = self._optimizer.parameter_offload
         with deepspeed.zero.GatheredParameters(self.objective.parameters()):
-            # Its hooks would partition each parameter behind its first use, and then wait for the other processes.
+            # Its hooks would partition each parameter after its first use, and then wait for the other processes.
             for hook in offload.forward_hooks + offload.backward_hooks:
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
@@ -145,35 +147,35 @@ class DeepSpeedEngine:
     def finish(self) -> None:
         if self.stage == 3:
             parameters = [parameter for _, parameter in self._named_parameters()]
-            parameters[0].all_gather(parameters)  # for good, where `whole` gives them back
-            self._engine.destroy()  # its hooks would partition them behind their first use
+            parameters[0].all_gather(parameters)  # for good, unlike `gathered_parameters`
+            self._engine.destroy()  # its hooks would partition them after their first use
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         if self.stage != 3:
-            return share_of_whole(values)
-        pieces = []
+            return shards_of_replicated(values)
+        shards = []
         for name, parameter in self._named_parameters():
             start, length = zero_partitions.shard_of(parameter.ds_numel, values[name].numel())
             if length:
-                pieces.append(TensorShard(name, start, values[name][:length]))
-        return pieces
+                shards.append(TensorShard(name, start, values[name][:length]))
+        return shards
 
-    def fill(self, values: dict[str, Tensor], pieces: ShardedState) -> None:
+    def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
         for name, parameter in self._named_parameters():
             flat = values[name].view(-1)
             start, length = 0, flat.numel()
             if self.stage == 3:
                 start, length = zero_partitions.shard_of(parameter.ds_numel, length)
-            pieces.fill(name, start, flat[:length])
+            saved.read_into(name, start, flat[:length])
 
     def save(self, directory: Path) -> None:
-        pieces: list[TensorShard] = []
-        for part in self._parts():
-            if part.written:
-                pieces += zero_partitions.local_shards(part, self._states(part))
-        write_shards(directory, "training", pieces)
+        shards: list[TensorShard] = []
+        for partition in self._partitions():
+            if partition.written:
+                shards += zero_partitions.local_shards(partition, self._states(partition))
+        write_shards(directory, "training", shards)
         if distributed.is_main():
-            write_shards(directory, "buffers", share_of_whole(self._persistent_buffers(), all_of_it=True))
+            write_shards(directory, "buffers", shards_of_replicated(self._persistent_buffers(), all_of_them=True))
             state = {"shapes": self._shapes, "optimizer": self.training.optimizer, "loss_scale": self._loss_scale()}
             write_json(directory / "engine.json", state)
 
@@ -185,56 +187,57 @@ class DeepSpeedEngine:
             )
         state = read_json(directory / "engine.json")
         expect_same_shapes(self._shapes, state["shapes"], directory)
-        pieces = ShardedState(directory, "training")
-        for part in self._parts():
-            zero_partitions.fill(part, self._states(part), pieces)
-        self._weights_from_parts()
+        saved = ShardedState(directory, "training")
+        for partition in self._partitions():
+            zero_partitions.read_shards(partition, self._states(partition), saved)
+        self._weights_from_partitions()
         buffers = ShardedState(directory, "buffers")
         for name, buffer in self._persistent_buffers().items():
-            buffers.fill(name, 0, buffer.view(-1))
+            buffers.read_into(name, 0, buffer.view(-1))
         for name, value in state["loss_scale"].items():
             setattr(self._optimizer.loss_scaler, name, value)
 
     def _named_parameters(self) -> Iterable[tuple[str, Any]]:
-        """Under ZeRO-3 they have more attributes than torch's."""
+        """The objective's parameters; under ZeRO-3 they have more attributes than torch's."""
         return self.objective.named_parameters()
 
-    def _parts(self) -> list[zero_partitions.Part]:
-        return zero_partitions.parts(self._optimizer, self.stage, self.objective)
+    def _partitions(self) -> list[Partition]:
+        return zero_partitions.partitions(self._optimizer, self.stage, self.objective)
 
-    def _states(self, part: zero_partitions.Part) -> dict[str, Any]:
+    def _states(self, partition: Partition) -> dict[str, object]:
         """The optimizer's states of one of its tensors."""
         optimizer = self._optimizer if self.stage == 0 else self._optimizer.optimizer
-        states: dict[str, Any] = optimizer.state[part.weights]
+        states: dict[str, object] = optimizer.state[partition.weights]
         return states
 
-    def _weights_from_parts(self) -> None:
-        """The model's weights from the optimizer's float32 ones."""
+    def _weights_from_partitions(self) -> None:
+        """Copy the optimizer's float32 weights to the model."""
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            self.refresh()
+            self.sync_parameters()
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.objective.named_buffers() if name in self._buffers}
 
     def _loss_scale(self) -> dict[str, float]:
-        """What fp16's loss scaling has learned; it may not exist."""
-        scaler = getattr(self._optimizer, "loss_scaler", None) if self.training.precision == "fp16" else None
-        known = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: getattr(scaler, name) for name in known if hasattr(scaler, name)}
+        """The state of fp16's loss scaling; empty at other precisions."""
+        if self.training.precision != "fp16":
+            return {}
+        state = vars(self._optimizer.loss_scaler)  # a dynamic scaler has all of these, a static one only the first
+        return {name: state[name] for name in _LOSS_SCALER_STATE if name in state}
 
 
 def deepspeed_settings(
     training: TrainingConfig, config: DeepSpeedConfig, accumulation: int, parameters: int
-) -> dict[str, Any]:
-    """DeepSpeed's config dict, built from ours."""
+) -> dict[str, object]:
+    """DeepSpeed's config for a training of `parameters` parameters, with `accumulation` micro-batches per step."""
     micro = training.batch_size // (distributed.world_size() * accumulation)
     stage = config.stage(distributed.world_size(), training.precision)
     clips = training.optimizer == "adamw" and stage > 0  # at stage 0 the engine clips
-    zero: dict[str, Any] = {
+    zero: dict[str, object] = {
         "stage": stage,
         "overlap_comm": config.overlap_communication,
         "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
@@ -245,7 +248,7 @@ def deepspeed_settings(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if training.optimizer == "muon":
         zero["reduce_scatter"] = False  # stage 3 insists
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.gradient_clipping if clips else 0.0,
