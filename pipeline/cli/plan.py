@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     default=0.4,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True),
-    help="model FLOPs a second / the GPU's peak; a run's metrics say it as mfu",
+    help="model FLOPs per second / the GPU's peak; a run's metrics say it as mfu",
 )
 @click.option("--time-limit", default="24:00:00", show_default=True, help="of one Slurm job, HH:MM:SS or D-HH:MM:SS")
 def plan(
@@ -40,7 +40,7 @@ def plan(
     utilisation: float,
     time_limit: str,
 ) -> None:
-    """What the transformer of CONFIG will take to train: parameters, FLOPs, memory, GPU-hours, Slurm jobs."""
+    """Show what training the transformer of CONFIG will take: parameters, FLOPs, memory, GPU-hours, Slurm jobs."""
     config = load_pipeline(config_path, overrides)
     limit_s = _seconds(time_limit)
     device = _gpu(gpu, peak_tflops, memory_gb)
@@ -75,7 +75,7 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
         f"parameters      {_si(model.parameters)}; {_gb(2 * model.parameters)} in 16 bits",
         f"training        {training.steps:,} steps of {training.batch_size:,} samples: {_si(samples)} samples,"
         f" {_si(tokens)} tokens",
-        f"FLOPs           {_si(model.flops_per_token)} a token, forward and backward;"
+        f"FLOPs           {_si(model.flops_per_token)} per token, forward and backward;"
         f" {tokens * model.flops_per_token:.3g} in all",
         f"checkpoint      {_gb(saved)}; {_gb(training.keep_checkpoints * saved)} on disk with"
         f" keep_checkpoints {training.keep_checkpoints}, one more while saving",
@@ -105,7 +105,7 @@ def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[s
     section = config.transformer
     recomputed = "" if section.training.activation_checkpointing else "; less with training.activation_checkpointing"
     lines = [
-        f"memory a GPU, micro-batch {model.micro_batch}{recomputed}",
+        f"memory per GPU, micro-batch {model.micro_batch}{recomputed}",
         "ZeRO    weights  optimizer    average    buckets  gradients  activations      total",
     ]
     for stage in range(4):
@@ -116,12 +116,14 @@ def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[s
         shown = "".join(f"{_gb(column):>11}" for column in columns)
         lines.append(f"{mark} {stage} {shown}{_gb(need.activations):>13}{_gb(need.total):>11}{fits}")
     accumulates = model.micro_batch * gpus < section.training.batch_size
-    both = "gradients and activations add up" if accumulates else "activations go as gradients come, but at stage 3"
+    both = "gradients and activations add up"
+    if not accumulates:
+        both = "activations are freed as gradients appear, except at stage 3"
     return [*lines, f"* the config's stage; {both}"]
 
 
 def _seconds(text: str) -> float:
-    """Slurm's form of a time limit."""
+    """Seconds of a time limit in Slurm's form. Raises UserError when it is none."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
     if not match:
         raise UserError(f"--time-limit {text}: expected HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")

@@ -1,4 +1,4 @@
-"""What all stages that train share: steps, batch, optimizer, schedule, precision, intervals.
+"""Settings that all stages that train share: steps, batch, optimizer, schedule, precision, intervals.
 
 Knows no torch, so that the command line and the Slurm layer can read configs in milliseconds.
 """
@@ -35,7 +35,7 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(100, ge=0)
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
     final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
-    weight_decay: float = Field(0.05, ge=0, description="on matrices only")
+    weight_decay: float = Field(0.05, ge=0, description="on matrices and kernels only")
     betas: tuple[float, float] = (0.9, 0.98)
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
@@ -87,12 +87,12 @@ def accumulation_steps(training: TrainingConfig, processes: int) -> int:
     return samples // (training.micro_batch_size or samples)
 
 
-BUCKET_ELEMENTS = 50_000_000  # gradients that DeepSpeed reduces at once; its default takes 2 GB
+BUCKET_ELEMENTS = 50_000_000  # gradients that DeepSpeed reduces at a time; its default takes 2 GB
 LIVE_ELEMENTS = 1_000_000_000  # parameters that ZeRO-3 has gathered at a time, at most; DeepSpeed's default
 
 
 class DeepSpeedConfig(Config):
-    """Section `deepspeed` of the transformer: how DeepSpeed spreads the training state over processes."""
+    """Section `deepspeed` of the transformer: how DeepSpeed partitions the training state over processes (ZeRO)."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = operational(
         None,

@@ -1,4 +1,4 @@
-"""What a training minimises: the contract between a model and the training loop."""
+"""The contract between a model and the training loop: what is minimised, and what the loop must know of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share what the optimizer is told of them."""
+    """Parameters that share their settings of the optimizer."""
 
     parameters: list[nn.Parameter]
     learning_rate_scale: float = 1.0  # times `training.learning_rate`; weight decay per step stays the same
@@ -20,22 +20,28 @@ class ParameterGroup:
 
 
 class Objective(nn.Module, ABC):
-    """A model and its loss. All its randomness comes from torch's global generator."""
+    """A model and its loss. All its randomness comes from torch's global generator.
+
+    One with plain parameters and no blocks need only define `forward`.
+    """
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and metrics (detached scalars) of one micro-batch at 0-based optimizer step `step`."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Every trainable parameter once."""
+        """Every trainable parameter once, in the module's order within a group."""
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def blocks(self) -> list[nn.Module]:
-        """Repeated layers, in their order: what activation checkpointing recomputes, and whose matrices Muon trains."""
+        """Repeated layers in their order: activation checkpointing recomputes them, Muon trains their matrices.
+
+        Each takes its activations as the first positional argument.
+        """
         return []
 
     def after_update(self, applied: bool) -> None:
-        """Collective, once an optimizer update, on every rank: for what does not learn by gradients.
+        """Change what does not learn by gradients. Called once per optimizer update, on every rank.
 
         Args:
             applied: the update was finite and changed the weights.

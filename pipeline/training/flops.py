@@ -1,4 +1,4 @@
-"""What a training step costs, counted without doing it: on fake tensors, which have shapes and no data.
+"""FLOPs and activations of a training step, counted on fake tensors, which have shapes and no data.
 
 `smalti plan` and the training loop's MFU use it; the count follows the code, whatever the model.
 """
@@ -10,13 +10,14 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.objective import Objective
 
@@ -28,25 +29,25 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass on a micro-batch."""
+    """FLOPs and bytes of one forward pass on a micro-batch."""
 
-    flops: int  # of matrix products and convolutions, attention counted whole; a training step has three times as many
+    flops: int  # of matrix products and convolutions, attention in full; a training step has three times as many
     saved_bytes: int  # kept for the backward pass
-    scores_bytes: int  # the part of it that is attention scores, which fused kernels on GPUs do not keep
-    block_bytes: int  # the part of it of the largest block
-    all_blocks_bytes: int  # the part of it of all blocks
+    scores_bytes: int  # of them: attention scores, which fused kernels on GPUs do not keep
+    block_bytes: int  # of them: the largest block's
+    all_blocks_bytes: int  # of them: all blocks'
     blocks: int
-    after_blocks_bytes: int  # the part of it that the loss keeps, which is gone before a block has its gradients
+    after_blocks_bytes: int  # of them: the loss's, which are freed before a block has its gradients
     between_blocks_bytes: int  # the inputs of all blocks: what activation checkpointing keeps
     output_bytes: int  # the largest tensor up to the last block: its gradient lives at the start of the backward pass
 
 
 def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost | None:
-    """Of an objective that has real parameters; None (told once) if it cannot run without data."""
+    """The cost of an objective with real parameters; None, with a line in the log, if it cannot run without data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
     # A copy, because a forward pass in training may leave statistics behind; but not of the weights.
-    known: dict[int, Any] = {}
+    known: dict[int, Tensor] = {}
     for tensor in (*objective.parameters(), *objective.buffers()):
         known[id(tensor)] = fake.from_tensor(tensor)
     try:
@@ -60,13 +61,13 @@ def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision
 
 
 def measure(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost:
-    """Counts on the CPU's code path. `batch` and the objective's parameters may be real or fake."""
+    """The cost on the CPU's code path. `batch` and the objective's parameters may be real or fake."""
     parameters = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
     saved: dict[int, Tensor] = {}
     sizes: list[int] = []
     inputs: list[int] = []
     largest: list[int] = []
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for block in objective.blocks():
         handles.append(block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))))
         handles.append(block.register_forward_pre_hook(lambda *_: sizes.append(-_total(saved))))
@@ -113,7 +114,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def matmul_flops_per_s(precision: Precision, device: torch.device, seconds: float = 0.2) -> float:
-    """What one device reaches on a square matrix product in the training's precision, the best of `seconds`."""
+    """The rate of one device on a square matrix product in the training's precision, the best within `seconds`."""
     size = 4096 if device.type == "cuda" else 768
     left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(_DTYPES.get(precision, torch.float32))
     product = left @ left  # the first one sets things up

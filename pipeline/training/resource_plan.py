@@ -1,9 +1,9 @@
-"""What a transformer's training will take, before it is started: `smalti plan`.
+"""The plan of a transformer's training before it starts: parameters, FLOPs, memory, time (`smalti plan`).
 
-The objective of the config is built and run on fake tensors (`cost.py`), so parameters, FLOPs and activations are
-counted and not estimated by a formula of one model. What DeepSpeed keeps beside them is known (`memory`), and held
-against measured metrics in `benchmarks/plan_memory.py`. What a clock decides comes from the peak rate of the GPU and
-the utilisation that you expect of it; `mfu` in a run's metrics says what it was.
+The objective of the config is built and run on fake tensors (`flops.py`), so parameters, FLOPs and activations are
+counted and not estimated by a formula of one model. What DeepSpeed keeps beside them is known (`memory`), and compared
+with measured memory in `benchmarks/plan_memory.py`. Time comes from the peak rate of the GPU and the utilisation that
+you expect of it; `mfu` in a run's metrics says what it was.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from pipeline.training.flops import Cost
     from pipeline.transformer.layout import Layout
 
-FLOAT32 = 4  # bytes; the weights, gradients and optimizer states are float32 with bf16 autocast, too
-STOP_MARGIN_S = 300  # Slurm's signal comes so long before the end of a job; see slurm/job.sbatch
-START_S = 60  # of a job: imports, data, checkpoint
+FLOAT32 = 4  # bytes; weights, gradients and optimizer states are float32 with bf16 autocast, too
+# Seconds before the end of a job at which Slurm signals it: `stop_ahead_s`'s default, see pipeline/slurm/stage.sbatch.
+STOP_MARGIN_S = 300
+START_S = 60  # from the start of a job to its first step: imports, data, checkpoint
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak of dense 16-bit matrix products, and memory, as in the vendor's data sheet."""
+    """A GPU's peak rate of dense 16-bit matrix products, and its memory, as in the vendor's data sheet."""
 
     tflops: float
     memory_gb: float
@@ -58,23 +59,23 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A config's transformer, counted."""
+    """The counts of a config's transformer."""
 
     layout: Layout
     parameters: int
-    matrices: int  # of them, those that Muon would train
-    micro_batch: int
+    muon_parameters: int  # those of them that Muon would train
+    micro_batch: int  # samples per GPU and pass
     cost: Cost  # of one micro-batch
 
     @property
     def flops_per_token(self) -> float:
-        """Of a training step: forward, and twice as much backward."""
+        """FLOPs of a training step per token: forward, and twice as many backward."""
         return 3 * self.cost.flops / (self.micro_batch * self.layout.length)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the peak of a step."""
+    """Bytes on one GPU at the peak of a training step."""
 
     weights: float
     gradients: float
@@ -82,9 +83,9 @@ class Memory:
     average: float
     buckets: float  # of gradients on their way to other processes
     activations: float
-    head: float  # the part of them that is gone before the buckets come
-    last_block: float  # the block that is computed again last, and the gradients that are there by then
-    together: bool  # otherwise activations go as gradients come
+    head: float  # the part of them that is freed before buckets are in use
+    last_block: float  # the block that is recomputed last, and the gradients that exist by then
+    together: bool  # gradients and activations at once; else activations are freed as gradients appear
 
     @property
     def total(self) -> float:
@@ -126,19 +127,19 @@ def count(config: PipelineConfig, gpus: int) -> Model:
     return Model(
         layout=layout,
         parameters=sum(p.numel() for p in objective.parameters()),
-        matrices=sum(p.numel() for p in muon_matrices(objective)),
+        muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
         micro_batch=micro,
         cost=cost,
     )
 
 
 def optimizer_elements(model: Model, training: TrainingConfig) -> int:
-    """AdamW keeps two moments; Muon one of each matrix of the blocks."""
-    return 2 * model.parameters - (model.matrices if training.optimizer == "muon" else 0)
+    """Elements of the optimizer's states: AdamW keeps two moments of a parameter, Muon one."""
+    return 2 * model.parameters - (model.muon_parameters if training.optimizer == "muon" else 0)
 
 
 def checkpoint_bytes(model: Model, training: TrainingConfig) -> int:
-    """Float32 weights, optimizer states, average."""
+    """Size of a checkpoint: float32 weights, optimizer states, average."""
     average = model.parameters if training.ema_decay else 0
     return FLOAT32 * (model.parameters + optimizer_elements(model, training) + average)
 
@@ -146,11 +147,11 @@ def checkpoint_bytes(model: Model, training: TrainingConfig) -> int:
 def memory(
     model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, stage: int, gpus: int, fused_attention: bool
 ) -> Memory:
-    """Of one of `gpus` processes at ZeRO `stage`. Attention that is not fused keeps its scores."""
+    """Memory of one of `gpus` processes at ZeRO `stage`. Attention that is not fused keeps its scores."""
     number = 2 if training.precision == "fp16" else FLOAT32  # bytes of a weight and its gradient in the model
-    whole, part = number * model.parameters, number * model.parameters / gpus
-    master = FLOAT32 * model.parameters / gpus  # the optimizer works on a copy of its part
-    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0  # one process uses its part as it is
+    full, shard = number * model.parameters, number * model.parameters / gpus
+    master = FLOAT32 * model.parameters / gpus  # the optimizer works on a copy of its shard
+    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0  # one process uses its shard as it is
     states = FLOAT32 * optimizer_elements(model, training) / (gpus if stage else 1)
     if stage and deepspeed.offload_optimizer:
         master = states = 0.0
@@ -162,11 +163,11 @@ def memory(
     if training.activation_checkpointing:
         cost = model.cost
         scores = cost.scores_bytes / cost.blocks if fused_attention else 0
-        last_block = (whole if stage < 2 else part) * (1 - 1 / cost.blocks)
+        last_block = (full if stage < 2 else shard) * (1 - 1 / cost.blocks)
         last_block += cost.block_bytes - scores + cost.output_bytes
     return Memory(
-        weights={0: whole, 1: whole + master, 2: whole + master, 3: part + master + live}[stage],
-        gradients={0: 2 * whole, 1: whole + part, 2: part, 3: part}[stage],
+        weights={0: full, 1: full + master, 2: full + master, 3: shard + master + live}[stage],
+        gradients={0: 2 * full, 1: full + shard, 2: shard, 3: shard}[stage],
         optimizer=states,
         average=average,
         buckets=bucket if stage else 0.0,
@@ -178,7 +179,7 @@ def memory(
 
 
 def activations(model: Model, training: TrainingConfig, fused_attention: bool) -> float:
-    """Bytes at the start of the backward pass."""
+    """Bytes of activations on one GPU at the start of the backward pass."""
     cost = model.cost
     scores = cost.scores_bytes if fused_attention else 0
     if not training.activation_checkpointing:
@@ -189,7 +190,7 @@ def activations(model: Model, training: TrainingConfig, fused_attention: bool) -
 
 @dataclass(frozen=True)
 class Duration:
-    """What a clock decides."""
+    """How long a training takes, and how many jobs."""
 
     tokens_per_s: float
     gpu_hours: float
@@ -198,7 +199,11 @@ class Duration:
 
 
 def duration(model: Model, training: TrainingConfig, gpus: int, flops_per_s: float, limit_s: float) -> Duration:
-    """At `flops_per_s` model FLOPs on each GPU, in jobs of at most `limit_s`."""
+    """Duration of a training at `flops_per_s` model FLOPs on each GPU, in jobs of at most `limit_s` seconds.
+
+    Raises:
+        UserError: a job would have no time left to train.
+    """
     tokens = training.steps * training.batch_size * model.layout.length
     tokens_per_s = gpus * flops_per_s / model.flops_per_token
     seconds = tokens / tokens_per_s

@@ -1,4 +1,4 @@
-"""What a stage brings to the training loop."""
+"""The contract between a stage and the training loop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from pipeline.training.engines.base import Batch
 
 
 class Workload(Protocol):
-    """Objective, batches, validation metrics and image grids of one training."""
+    """Objective, batches, validation metrics and sample images of one training."""
 
     @property
     def objective(self) -> Objective:
-        """What the training minimises."""
+        """The model with its loss."""
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Positions of a sequence; None where samples are no sequences."""
+        """Length of a sequence; None where samples are no sequences."""
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """This rank's slice of each global batch, from global sample `consumed` on, without end."""
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Metrics on the validation split; collective, without gradients, in eval mode."""
+        """Metrics on the validation split; collective, without gradients, in eval mode.
+
+        Args:
+            objective: the engine's `model`, which under ZeRO-3 all ranks must call together.
+        """
 
     def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """Image grids for a look; on rank 0 alone."""
+        """Named image grids for the log; called on rank 0 alone, without gradients, in eval mode."""
