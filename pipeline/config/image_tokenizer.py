@@ -6,14 +6,14 @@ Knows no torch, so that the command line and the Slurm layer can read configs in
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, operational
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.config.ode import OdeConfig
-from pipeline.config.quantizers import CodebookConfig, CosineRamp, QuantizerConfig
+from pipeline.config.quantizers import CodebookConfig, GumbelConfig, GumbelSettings, QuantizerConfig
 from pipeline.config.training import TrainingConfig
 
 
@@ -25,9 +25,11 @@ class ArchitectureConfig(Config):
 
     patch_size: int = Field(1, ge=1, description="pixels of a patch's side that become one position before any layer")
     widths: tuple[int, ...] = Field(
-        (256, 512, 1024, 2048), min_length=1, description="channels a resolution, fine to coarse; each next one halves"
+        (256, 512, 1024, 2048),
+        min_length=1,
+        description="channels per resolution, fine to coarse; each next one halves",
     )
-    blocks: int = Field(2, ge=1, description="residual blocks a resolution, in encoder and decoder alike")
+    blocks: int = Field(2, ge=1, description="residual blocks per resolution, in encoder and decoder alike")
     block_kernels: tuple[int, ...] = Field((3, 3, 3, 1), min_length=1, description="convolutions of a residual block")
     bottleneck: int = Field(4, ge=1, description="a block's inner width is its width divided by this")
     block: Literal["residual", "ode"] = Field(
@@ -51,24 +53,23 @@ class ArchitectureConfig(Config):
         return self
 
 
-class DVAEConfig(ArchitectureConfig):
-    """The discrete VAE of Ramesh et al. 2021 (section 2.1, appendix A): architecture and loss."""
+class DVAEConfig(GumbelSettings, ArchitectureConfig):
+    """The discrete VAE of Ramesh et al. 2021 (section 2.1, appendix A): the VQ-VAE with the Gumbel quantizer.
+
+    The defaults of both parts are the paper's.
+    """
 
     kind: Literal["dvae"] = "dvae"
 
-    codebook_size: int = Field(8192, ge=2, le=2**20, description="K, the number of codes")
-    code_width: int = Field(128, ge=1, description="channels of a code's vector, the decoder's input")
-    logits: Literal["linear", "distance"] = Field("linear", description="distance: near vectors of the codebook score")
-    kl_weight: CosineRamp = CosineRamp(start=0.0, end=6.6, steps=5_000)
-    batch_entropy_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
-    temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=150_000)
-    straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
+    @property
+    def quantizers(self) -> tuple[QuantizerConfig, ...]:
+        """Its one grid's quantizer."""
+        return (GumbelConfig(kind="gumbel", **{name: getattr(self, name) for name in GumbelSettings.model_fields}),)
 
-    @model_validator(mode="after")
-    def _check_temperature(self) -> DVAEConfig:
-        if min(self.temperature.start, self.temperature.end) <= 0:
-            raise ValueError("temperature must stay above 0; an end of 1/16 is the paper's")
-        return self
+    @property
+    def channels_last(self) -> bool:
+        """False, and no key: a finished run's identity and bits are those of the layout that it was trained in."""
+        return False
 
 
 class VQVAEConfig(ArchitectureConfig):
@@ -80,8 +81,8 @@ class VQVAEConfig(ArchitectureConfig):
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
 
     @property
-    def quantizers(self) -> tuple[Any, ...]:
-        """Of each grid, coarse to fine."""
+    def quantizers(self) -> tuple[QuantizerConfig, ...]:
+        """Its one grid's quantizer."""
         return (self.quantizer,)
 
 
@@ -93,7 +94,7 @@ class VQVAE2Config(ArchitectureConfig):
         (CodebookConfig(kind="ema"), CodebookConfig(kind="ema")),
         min_length=2,
         max_length=3,
-        description="a level's quantizer, coarse to fine; each next one has twice the positions on a side",
+        description="a quantizer per grid, coarse to fine; each next one has twice the positions on a side",
     )
     channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"

@@ -1,4 +1,7 @@
-"""Configs of the quantizers (`quantizers/`), and the schedule of a weight. Knows no torch."""
+"""Configs of the quantizers: a class for each file in pipeline/image_tokenizer/quantizers/. Knows no torch.
+
+To add one: its config class here, in the union `QuantizerConfig` below; then quantizers/__init__.py goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config
-
-
-class CosineRamp(Config):
-    """A value that moves from `start` to `end` along half a cosine over the first `steps` steps, then stays.
-
-    With `steps: 0` it is `end` from the beginning.
-    """
-
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
-    steps: int = Field(ge=0, description="optimizer steps that the way from start to end takes")
-
-    def at(self, step: int) -> float:
-        if step >= self.steps:
-            return self.end
-        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+from pipeline.config.schedules import CosineRamp
 
 
 class CodebookConfig(Config):
@@ -61,7 +49,9 @@ class FSQConfig(Config):
     """Finite scalar quantization (Mentzer et al. 2023): every channel is rounded to one of a few values."""
 
     kind: Literal["fsq"]
-    channels: tuple[int, ...] = Field((8, 8, 8, 5, 5), min_length=1, description="values a channel; K is their product")
+    channels: tuple[int, ...] = Field(
+        (8, 8, 8, 5, 5), min_length=1, description="values per channel; K is their product"
+    )
 
     @property
     def codebook_size(self) -> int:
@@ -82,10 +72,12 @@ class LFQConfig(Config):
 
     kind: Literal["lfq"]
     bits: int = Field(13, ge=1, le=20, description="K is 2 ** bits")
-    spherical: bool = False
-    commitment_weight: float = Field(0.25, ge=0)
-    entropy_weight: float = Field(0.1, ge=0, description="of: entropy a position − diversity · entropy of the batch")
-    diversity: float = Field(1.0, ge=0)
+    spherical: bool = Field(False, description="vectors and codes on the unit sphere (BSQ)")
+    commitment_weight: float = Field(0.25, ge=0, description="β, pulls the encoder's vectors to their codes")
+    entropy_weight: float = Field(
+        0.1, ge=0, description="of: entropy per position − diversity · entropy of the batch's mean"
+    )
+    diversity: float = Field(1.0, ge=0, description="weight of the batch's entropy beside the positions'")
     entropy_temperature: float = Field(1.0, gt=0, description="of the soft assignment that the entropies are of")
 
     @property
@@ -93,23 +85,48 @@ class LFQConfig(Config):
         return 2**self.bits
 
 
-class GumbelConfig(Config):
-    """The Gumbel-softmax relaxation of the discrete VAE (see `DVAEConfig`) as a quantizer among others."""
+class GumbelSettings(Config):
+    """The Gumbel-softmax relaxation and its weights; the defaults are those of Ramesh et al. 2021 (appendix A)."""
 
-    kind: Literal["gumbel"]
     codebook_size: int = Field(8192, ge=2, le=2**20, description="K, the number of codes")
-    code_width: int = Field(32, ge=1, description="channels of a code's vector")
-    logits: Literal["linear", "distance"] = "distance"
-    kl_weight: CosineRamp = CosineRamp(start=0.0, end=0.0, steps=0)
-    batch_entropy_weight: CosineRamp = CosineRamp(start=0.01, end=0.0, steps=2_250)
-    temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, steps=2_250)
+    code_width: int = Field(128, ge=1, description="channels of a code's vector, the decoder's input")
+    logits: Literal["linear", "distance"] = Field("linear", description="distance: near vectors of the codebook score")
+    kl_weight: CosineRamp = Field(
+        CosineRamp(start=0.0, end=6.6, steps=5_000), description="β, of the KL divergence to the uniform prior"
+    )
+    batch_entropy_weight: CosineRamp = Field(
+        CosineRamp(start=0.0, end=0.0, steps=0), description="pulls the codes' mean frequencies in a batch to even use"
+    )
+    temperature: CosineRamp = Field(
+        CosineRamp(start=1.0, end=1 / 16, steps=150_000), description="τ of the relaxation; must stay above 0"
+    )
     straight_through: bool = Field(False, description="the decoder sees the sampled one-hot code; gradients stay soft")
 
     @model_validator(mode="after")
-    def _check(self) -> GumbelConfig:
+    def _check_temperature(self) -> GumbelSettings:
         if min(self.temperature.start, self.temperature.end) <= 0:
-            raise ValueError("temperature must stay above 0; an end of 1/16 is usual")
+            raise ValueError("temperature must stay above 0; an end of 1/16 is the paper's")
         return self
+
+
+class GumbelConfig(GumbelSettings):
+    """The relaxation of the discrete VAE as a quantizer among others; the defaults suit short trainings."""
+
+    kind: Literal["gumbel"]
+    code_width: int = Field(32, ge=1, description="channels of a code's vector, the decoder's input")
+    logits: Literal["linear", "distance"] = Field(
+        "distance", description="distance: near vectors of the codebook score"
+    )
+    kl_weight: CosineRamp = Field(
+        CosineRamp(start=0.0, end=0.0, steps=0), description="β, of the KL divergence to the uniform prior"
+    )
+    batch_entropy_weight: CosineRamp = Field(
+        CosineRamp(start=0.01, end=0.0, steps=2_250),
+        description="pulls the codes' mean frequencies in a batch to even use",
+    )
+    temperature: CosineRamp = Field(
+        CosineRamp(start=1.0, end=1 / 16, steps=2_250), description="τ of the relaxation; must stay above 0"
+    )
 
 
 QuantizerConfig = Annotated[CodebookConfig | FSQConfig | LFQConfig | GumbelConfig, Field(discriminator="kind")]

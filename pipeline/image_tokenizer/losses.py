@@ -1,6 +1,7 @@
-"""Losses: likelihoods of images, and the kl_losses that keep codes in use.
+"""Losses between images and reconstructions: logit-Laplace likelihood, L1, L2.
 
-Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.1 and appendix A.3.
+Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.1 and appendix A.3. Terms on codes (the dVAE's KL,
+commitment, entropy) are in the files of the quantizers that ask for them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.core import distributed
 from pipeline.core.objective import ParameterGroup
 
 EPSILON = 0.1  # keeps pixels away from 0 and 1, where the logit is infinite
@@ -46,7 +46,7 @@ class ReconstructionLoss(nn.Module):
         self.kind = kind
 
     def forward(self, images: Tensor, output: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss a pixel value, and metrics. `images` [B,3,H,W] in [0,1]; `output`: see `output_channels`."""
+        """Mean loss per pixel value, and metrics. `images` [B,3,H,W] in [0,1]; `output`: see `output_channels`."""
         loss = reconstruction_loss(self.kind, images, output)
         return loss, {"reconstruction": loss.detach()}
 
@@ -56,12 +56,12 @@ class ReconstructionLoss(nn.Module):
 
 
 def output_channels(kind: str) -> int:
-    """Channels that a decoder gives for a pixel: μ and ln b of three colours, or the colours themselves."""
+    """Channels that a decoder gives per pixel: μ and ln b of three colours, or the colours themselves."""
     return 6 if kind == "logit_laplace" else 3
 
 
 def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
-    """Mean loss a pixel value. `images` [B,3,H,W] in [0,1]; `output` [B,6,H,W] (μ, ln b) or [B,3,H,W]."""
+    """Mean loss per pixel value. `images` [B,3,H,W] in [0,1]; `output` [B,6,H,W] (μ, ln b) or [B,3,H,W]."""
     if kind == "logit_laplace":
         mu, ln_b = output.chunk(2, dim=1)
         return logit_laplace_nll(map_pixels(images), mu, ln_b).mean()
@@ -75,29 +75,3 @@ def output_to_images(kind: str, output: Tensor) -> Tensor:
     if kind == "logit_laplace":
         return unmap_pixels(torch.sigmoid(output[:, :3]))
     return output.clamp(0, 1)
-
-
-def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
-    """KL(q ‖ uniform) = ln K − H(q) of the categoricals q = softmax(logits), both [..., K]; [...], in nats."""
-    ln_K = math.log(logits.shape[-1])
-    return ln_K + (q * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
-
-
-def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
-    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
-
-    0 when the codes are used evenly over the micro-batch of all ranks, ln K when all collapse into one. A small
-    micro-batch seems to use few codes: the metric depends on its size, though not on the number of ranks that share it.
-    """
-    return math.log(q.shape[-1]) - entropy(distributed.mean_with_gradient(q.flatten(0, -2).mean(0)))
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Entropy of a categorical [K], a scalar in nats."""
-    return -torch.xlogy(p, p.clamp_min(1e-12)).sum()
-
-
-def sample_gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of `like`, from torch's global generator."""
-    # −ln(−ln u) in place (on CPUs several times quicker than exponential_); u = 0 gives −inf: a code not drawn.
-    return torch.rand_like(like).log_().neg_().log_().neg_()

@@ -3,37 +3,44 @@
 One grid of codes at the coarsest resolution, or one at each of the two or three coarsest, from coarse to fine:
 
     encoder:  image → h at each resolution
-    level 0:  z = project(h_0)               → codes → e_0 → decoder's blocks, doubled → d_1
-    level 1:  z = project([h_1, d_1])        → codes → d_1 + expand(e_1) → decoder's blocks …
+    grid 0:   z = project(h_0)               → codes → e_0 → decoder's resolution 0: blocks, up → d_1
+    grid 1:   z = project([h_1, d_1])        → codes → d_1 + expand(e_1) → decoder's resolution 1 …
     … → pixels
 
-A level is quantized knowing what the coarser ones decode to, as in the paper, so it spends its codes on what is
+A grid is quantized knowing what the coarser ones decode to, as in the paper, so it spends its codes on what is
 missing. Where the paper has a decoder for each level and one for the image, here the one decoder of the architecture
 serves as all of them: at each resolution that has codes, their vectors come in. A residual quantizer gives a position
 several codes; each is a level of its own, of equal size.
+
+With the Gumbel quantizer it is the discrete VAE (dvae.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import Config
-from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer import ModelConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
-from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv
+from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv, use_channels_last
 from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
+
+# Vectors [B,N,D] of a grid, from its index and what the coarser ones decode to, [B,C,h,w] (None for the coarsest)
+VectorsOf = Callable[[int, Tensor | None], Tensor]
 
 
 class VQVAE(ImageTokenizer):
     """Grids of codes, coarse to fine: grid i has (image_size / factor · 2^i)² positions."""
 
-    config: VQVAEConfig | VQVAE2Config
     config_class: type[Config] = VQVAEConfig
 
-    def __init__(self, config: VQVAEConfig | VQVAE2Config, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, image_size: int) -> None:
         check_size(image_size, config)
         super().__init__(config, image_size)
         widths = config.widths[::-1]
@@ -47,56 +54,87 @@ class VQVAE(ImageTokenizer):
         self.decoder = Decoder(config, quantizers[0].code_width)
         self.expand = nn.ModuleList(conv(q.code_width, widths[i], 1) for i, q in enumerate(quantizers) if i)
         if config.channels_last:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            use_channels_last(self)
 
     @property
     def levels(self) -> list[Level]:
-        side = self.image_size // self.config.factor
-        return [
-            Level(side * 2**i, side * 2**i, size)
-            for i, quantizer in enumerate(self._quantizers())
-            for size in quantizer.codebook_sizes
-        ]
+        sizes = [quantizer.codebook_sizes for quantizer in self._quantizers()]
+        return [Level(self._side(i), self._side(i), size) for i, grid in enumerate(sizes) for size in grid]
 
     def forward(self, images_B3HW: Tensor, step: int) -> tuple[Tensor, list[Quantized]]:
         """The decoder's output in training, and what the quantizer of each grid says."""
-        pyramid, x, found = self._pyramid(images_B3HW), None, []
-        for i, quantizer in enumerate(self._quantizers()):
-            x = self._advance(x, i)
-            found.append(quantizer(self._features(pyramid[i], x), step))
-            x = self._put_in(x, found[-1].vectors, i)
-        assert x is not None
-        return self.decoder.finish(x, len(found) - 1), found
+        pyramid, found = self._pyramid(images_B3HW), []
+
+        def vectors_of(grid: int, context: Tensor | None) -> Tensor:
+            found.append(self._quantizers()[grid](_features(pyramid[grid], context), step))
+            return found[-1].vectors
+
+        return self._decoded(vectors_of), found
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        self._check_images(images)
-        pyramid, x, codes = self._pyramid(images), None, []
-        quantizers = self._quantizers()
-        for i, quantizer in enumerate(quantizers):
-            x = self._advance(x, i)
-            of_grid = quantizer.encode(self._features(pyramid[i], x))
-            codes += of_grid
-            if i + 1 < len(quantizers):
-                x = self._put_in(x, quantizer.vectors(of_grid), i)
-        return codes
+        return self._codes(images, lambda quantizer, features: quantizer.encode(features))
+
+    @torch.no_grad()
+    def sample(self, images: Tensor) -> list[Tensor]:
+        """Codes drawn from q(code | image) by torch's global generator, in the form that `encode` has.
+
+        Ramesh et al. 2021, section 2.2, footnote: a regulariser for the transformer. Raises UserError where a quantizer
+        has no such distribution (all but Gumbel).
+        """
+        return self._codes(images, lambda quantizer, features: quantizer.sample(features))
 
     @torch.no_grad()
     def decode(self, codes: list[Tensor]) -> Tensor:
-        x, left = None, list(codes)
-        quantizers = self._quantizers()
-        for i, quantizer in enumerate(quantizers):
-            x = self._advance(x, i)
-            of_grid, left = left[: len(quantizer.codebook_sizes)], left[len(quantizer.codebook_sizes) :]
-            x = self._put_in(x, quantizer.vectors(of_grid), i)
-        assert x is not None
-        return output_to_images(self.config.reconstruction, self.decoder.finish(x, len(quantizers) - 1))
+        left = iter(codes)
+
+        def vectors_of(grid: int, context: Tensor | None) -> Tensor:
+            quantizer = self._quantizers()[grid]
+            return quantizer.vectors([next(left) for _ in quantizer.codebook_sizes])
+
+        return output_to_images(self.config.reconstruction, self._decoded(vectors_of))
 
     def objective(self) -> VQVAEObjective:
         return VQVAEObjective(self)
 
+    def _codes(self, images: Tensor, choose: Callable[[Quantizer, Tensor], list[Tensor]]) -> list[Tensor]:
+        self._check_images(images)
+        pyramid = self._pyramid(images)
+        codes: list[Tensor] = []
+
+        def codes_of(grid: int, context: Tensor | None) -> list[Tensor]:
+            found = choose(self._quantizers()[grid], _features(pyramid[grid], context))
+            codes.extend(found)
+            return found
+
+        def vectors_of(grid: int, context: Tensor | None) -> Tensor:
+            return self._quantizers()[grid].vectors(codes_of(grid, context))
+
+        finest = len(self.quantizers) - 1
+        codes_of(finest, self._walk(finest, vectors_of))  # whose vectors nobody needs
+        return codes
+
+    def _decoded(self, vectors_of: VectorsOf) -> Tensor:
+        """The decoder's output for the vectors of all grids."""
+        x_BChw = self._walk(len(self.quantizers), vectors_of)
+        assert x_BChw is not None
+        return self.decoder.finish(x_BChw, len(self.quantizers))
+
+    def _walk(self, grids: int, vectors_of: VectorsOf) -> Tensor | None:
+        """What the decoder makes of the `grids` coarsest grids, [B,C,h,w] at the resolution of the next one."""
+        context: Tensor | None = None
+        for grid in range(grids):
+            vectors_BND = vectors_of(grid, context)
+            e_BDhw = vectors_BND.transpose(1, 2).unflatten(2, (self._side(grid), self._side(grid)))
+            x = self.decoder.stem(e_BDhw) if context is None else context + self.expand[grid - 1](e_BDhw)
+            context = self.decoder.resolutions[grid](x)
+        return context
+
+    def _side(self, grid: int) -> int:
+        return self.image_size // self.config.factor * 2**grid
+
     def _quantizers(self) -> list[Quantizer]:
-        return list(self.quantizers)  # type: ignore[arg-type]
+        return cast("list[Quantizer]", list(self.quantizers))
 
     def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
         """The encoder's features, coarse to fine."""
@@ -104,30 +142,21 @@ class VQVAE(ImageTokenizer):
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         return self.encoder(images_B3HW)[::-1]
 
-    def _advance(self, x_BChw: Tensor | None, grid: int) -> Tensor | None:
-        """What the decoder has before the vectors of grid `grid` come in."""
-        return None if x_BChw is None else self.decoder.resolutions[grid - 1](x_BChw)
 
-    def _features(self, h_BChw: Tensor, x_BChw: Tensor | None) -> Tensor:
-        """What a grid is quantized from, [B,N,C], positions rows first."""
-        both = h_BChw if x_BChw is None else torch.cat([h_BChw, x_BChw], dim=1)
-        return both.flatten(2).transpose(1, 2)
-
-    def _put_in(self, x_BChw: Tensor | None, vectors_BND: Tensor, grid: int) -> Tensor:
-        side = self.image_size // self.config.factor * 2**grid
-        e_BDhw = vectors_BND.transpose(1, 2).unflatten(2, (side, side))
-        if x_BChw is None:
-            return self.decoder.stem(e_BDhw)
-        out: Tensor = x_BChw + self.expand[grid - 1](e_BDhw)
-        return out
+def _features(h_BChw: Tensor, context: Tensor | None) -> Tensor:
+    """What a grid is quantized from, [B,N,C], positions in row-major order."""
+    both = h_BChw if context is None else torch.cat([h_BChw, context], dim=1)
+    return both.flatten(2).transpose(1, 2)
 
 
 class VQVAE2(VQVAE):
+    """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions."""
+
     config_class = VQVAE2Config
 
 
 class VQVAEObjective(TokenizerObjective):
-    """Reconstruction plus what the quantizers ask for, a pixel value."""
+    """Reconstruction plus what the quantizers ask for, per pixel value."""
 
     def __init__(self, tokenizer: VQVAE) -> None:
         super().__init__()
@@ -135,6 +164,7 @@ class VQVAEObjective(TokenizerObjective):
         self.reconstruction = ReconstructionLoss(tokenizer.config.reconstruction)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch`: images, uint8 [b,3,H,W]."""
         images = batch["images"].float() / 255
         output, found = self.tokenizer(images, step)
         loss, metrics = self.reconstruction(images, output, step)
@@ -145,7 +175,13 @@ class VQVAEObjective(TokenizerObjective):
             metrics[f"quantizer_loss{suffix}"] = quantized.loss.detach()
         return loss, metrics
 
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks of encoder and decoder."""
+        halves = (self.tokenizer.encoder, self.tokenizer.decoder)
+        stacks = [resolution.get_submodule("blocks") for half in halves for resolution in half.resolutions]
+        return [block for stack in stacks for block in stack.children()]
+
     def after_update(self, applied: bool) -> None:
-        """Codebooks learn once an update, after it."""
-        for quantizer in self.tokenizer.quantizers:
-            quantizer.after_update(applied)  # type: ignore[operator]
+        """Codebooks of moving averages learn once per update, after it."""
+        for quantizer in self.tokenizer._quantizers():
+            quantizer.after_update(applied)

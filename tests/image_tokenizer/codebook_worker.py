@@ -9,8 +9,8 @@ import torch
 
 from pipeline.config.quantizers import CodebookConfig
 from pipeline.core import distributed
-from pipeline.image_tokenizer.losses import kl_of_mean_to_uniform
-from pipeline.image_tokenizer.quantizers.codebook import Codebook
+from pipeline.image_tokenizer.quantizers.ema import EmaCodebook
+from pipeline.image_tokenizer.quantizers.gumbel import kl_of_mean_to_uniform
 from pipeline.training.trainer import seed_step
 
 
@@ -19,7 +19,7 @@ def main(output: str) -> None:
     rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(rank)  # ranks that begin apart
     config = CodebookConfig(kind="ema", codebook_size=16, code_width=4, decay=0.5, dead_code_threshold=0.2)
-    made = Codebook(config).train()
+    made = EmaCodebook(config).train()
     for step in range(6):
         seed_step(0, step, rank)
         z = torch.randn(8, 20, 4, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]

@@ -23,7 +23,7 @@ def test_all_ranks_hold_the_same_codebook_to_the_last_bit(results: dict[str, Any
     first, second = results["2-0"]["state"], results["2-1"]["state"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["started"]
-    assert first["used"].sum() == pytest.approx(160, rel=0.3)  # positions of both ranks
+    assert first["ema_counts"].sum() == pytest.approx(160, rel=0.3)  # positions of both ranks
 
 
 def test_usage_term_and_its_gradient_are_those_of_the_whole_batch(results: dict[str, Any]) -> None:

@@ -7,14 +7,12 @@ import math
 import pytest
 import torch
 
-from pipeline.image_tokenizer.dvae import gumbel_softmax
-from pipeline.image_tokenizer.losses import (
+from pipeline.image_tokenizer.losses import logit_laplace_nll, map_pixels, unmap_pixels
+from pipeline.image_tokenizer.quantizers.gumbel import (
+    gumbel_softmax,
     kl_of_mean_to_uniform,
     kl_to_uniform,
-    logit_laplace_nll,
-    map_pixels,
     sample_gumbel,
-    unmap_pixels,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
+from pipeline.config.quantizers import CodebookConfig, QuantizerConfig
 from pipeline.core.errors import UserError
-from pipeline.image_tokenizer.quantizers import Quantizer, build_quantizer
+from pipeline.image_tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
 
@@ -91,8 +93,8 @@ def test_ema_codebook_moves_as_the_library_moves_its_own() -> None:
 
     ours = codebook("ema", decay=0.9, dead_code_threshold=0.0)
     reference = Reference(8, 64, decay=0.9, threshold_ema_dead_code=0, eps=0.0).train()
-    ours.used.fill_(1.0)
-    ours.sums.copy_(ours.embedding)
+    ours.ema_counts.fill_(1.0)
+    ours.ema_sums.copy_(ours.embedding)
     ours.started.fill_(True)
     reference.embed.copy_(ours.embedding[None])
     reference.embed_avg.copy_(ours.embedding[None])
@@ -138,7 +140,7 @@ def test_unused_codes_come_back_to_where_the_vectors_are() -> None:
     made(torch.zeros(1, 1, 8))  # starts with random codes
     made.after_update(applied=False)
     made.embedding[1:] += 100  # a collapse: all but one are far from everything
-    made.sums.copy_(made.embedding * made.used[:, None])
+    made.ema_sums.copy_(made.embedding * made.ema_counts[:, None])
     for step in range(12):
         z = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(step))
         made(z)
@@ -209,3 +211,12 @@ def test_config_says_what_to_change(model: dict[str, object], message: str) -> N
     with pytest.raises(UserError, match=message) as caught:
         parse_config(cls, model, "test")
     assert "\n" not in str(caught.value)
+
+
+def test_every_kind_of_the_config_is_in_the_registry_and_no_kind_falls_silently_to_another() -> None:
+    [union, _] = get_args(QuantizerConfig)
+    kinds = [kind for config in get_args(union) for kind in get_args(config.model_fields["kind"].annotation)]
+    assert sorted(kinds) == sorted(QUANTIZERS)
+    assert {KINDS[name]["kind"] for name in KINDS} == set(QUANTIZERS)  # all are held to the promises above
+    with pytest.raises(KeyError, match="new"):
+        build_quantizer(CodebookConfig.model_construct(kind="new"), 16, 48)

@@ -13,6 +13,7 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import collapsed, evaluate, usage_histogram
+from pipeline.training.activation_checkpointing import checkpoint_activations
 from pipeline.training.optimizer import build_adamw
 
 SMALL = {"patch_size": 2, "widths": (16, 32), "blocks": 1, "block_kernels": (3, 1), "stem_kernel": 1}
@@ -153,3 +154,27 @@ def test_bits_a_pixel_are_those_of_the_codes_entropy() -> None:
             / torch.log(torch.tensor(2.0)).item()
         )
     assert evaluation.metrics["bits_per_pixel"] == pytest.approx(bits / 256, rel=1e-6)
+
+
+def test_activation_checkpointing_recomputes_every_residual_block_and_changes_no_gradient() -> None:
+    gradients, calls = [], []
+    for recompute in (False, True):
+        objective = small("two levels").train().objective()
+        blocks = objective.blocks()
+        assert len(blocks) == 2 * 2 * 1  # encoder and decoder, two resolutions, one block each
+        if recompute:
+            for block in blocks:
+                block.get_submodule("branch").register_forward_pre_hook(lambda *_: calls.append(1))
+            checkpoint_activations(objective)
+        torch.manual_seed(0)
+        loss, _ = objective({"images": shapes()[:4]}, 0)
+        loss.backward()
+        gradients.append([p.grad for p in objective.parameters()])
+    assert len(calls) == 2 * len(blocks)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_quantizer_without_a_distribution_says_that_it_has_no_samples() -> None:
+    with pytest.raises(UserError, match="EmaQuantizer has no distribution over codes") as caught:
+        small("vqvae").sample(torch.rand(1, 3, 16, 16))  # type: ignore[operator]
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
-"""What every quantizer is, and the search for the best of many codes.
+"""What every quantizer is, the search for the best of many codes, and the entropy of their use.
 
 Shapes: B images, N positions, C channels of features, D of a code's vector, K codes.
+To add one: see quantizers/__init__.py.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.errors import UserError
+
 
 class Quantized(NamedTuple):
     """What a quantizer makes of features in training."""
 
     vectors: Tensor  # [B,N,D] float32, what the decoder sees, with a gradient to the features
-    loss: Tensor  # what is added to the reconstruction loss
-    metrics: dict[str, Tensor]
+    loss: Tensor  # a scalar, added to the reconstruction loss, which is a mean over pixel values
+    metrics: dict[str, Tensor]  # detached scalars
 
 
 class Quantizer(nn.Module, ABC):
-    """Feature vectors to codes, one or (residual) several a position, and codes to vectors. Float32 throughout.
+    """Feature vectors to codes, one or (residual) several per position, and codes to vectors. Float32 throughout.
+
+    The constructor of a subclass takes (its config, in_width, values_per_position): see `build_quantizer`.
 
     Attributes:
         codebook_sizes: K of each code of a position, coarse to fine.
@@ -42,6 +47,15 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(features_BNC.device.type, enabled=False):
             return self._codes(features_BNC.float())
 
+    @torch.no_grad()
+    def sample(self, features_BNC: Tensor) -> list[Tensor]:
+        """Codes like those of `encode`, drawn from q(code | position) by torch's global generator.
+
+        Raises UserError where a quantizer has no such distribution.
+        """
+        with torch.autocast(features_BNC.device.type, enabled=False):
+            return self._samples(features_BNC.float())
+
     def vectors(self, codes: list[Tensor]) -> Tensor:
         """The vectors [B,N,D] of codes as `encode` gives them."""
         with torch.autocast(codes[0].device.type, enabled=False):
@@ -52,6 +66,12 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def _codes(self, features_BNC: Tensor) -> list[Tensor]: ...
+
+    def _samples(self, features_BNC: Tensor) -> list[Tensor]:
+        raise UserError(
+            f"{type(self).__name__} has no distribution over codes to draw from: use encode, or train a tokenizer with"
+            " the gumbel quantizer (kind dvae has it)"
+        )
 
     @abstractmethod
     def _vectors(self, codes: list[Tensor]) -> Tensor: ...
@@ -69,7 +89,7 @@ def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None
     """argmax over k of v·c_k + bias_k for each vector, int64 [n].
 
     A slab of rows at a time, and in two steps: the maximum of each block of codes (vectorised, unlike an argmax),
-    then the place in the best block. Ties go to the lowest code. In the precision of its inputs: give it float32.
+    then the position in the best block. Ties go to the lowest code. In the precision of its inputs: give it float32.
     """
     n, K = len(vectors_nD), len(codes_KD)
     bias_K = codes_KD.new_zeros(K) if bias_K is None else bias_K
@@ -94,3 +114,8 @@ def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None
 def nearest_code(vectors_nD: Tensor, codebook_KD: Tensor) -> Tensor:
     """The code with the smallest ‖v − e_k‖ for each vector, int64 [n]; ‖v‖² is the same for all k."""
     return best_code(vectors_nD, codebook_KD, -0.5 * codebook_KD.square().sum(-1))
+
+
+def entropy(p_K: Tensor) -> Tensor:
+    """Entropy of a categorical [K], a scalar in nats."""
+    return -torch.xlogy(p_K, p_K.clamp_min(1e-12)).sum()

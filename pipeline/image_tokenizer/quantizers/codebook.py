@@ -1,7 +1,7 @@
 """Vector quantization with a codebook: van den Oord et al. 2017, "Neural Discrete Representation Learning".
 
-z becomes the nearest vector e_k, and the gradient passes straight through. The codebook follows the encoder by
-exponential moving averages (appendix A.1 there) or by gradient (eq. 3). Written by hand, although a library has it,
+z becomes the nearest vector e_k, and the gradient passes straight through. How the codebook learns is what its two
+kinds differ in: by moving averages (ema.py) or by gradient (gradient.py). Written by hand, although a library has it,
 because of what happens around a step (docs/tokenizers.md):
 
 - The codebook changes after the optimizer's update, once, from the statistics of all micro-batches and all ranks, and
@@ -11,9 +11,14 @@ because of what happens around a step (docs/tokenizers.md):
   buffer or parameter.
 
 With `depth` > 1 further codebooks quantize what is left (residual VQ): Zeghidour et al. 2021; Lee et al. 2022.
+
+To add one: a `Codebook` and a `CodebookQuantizer` that names it, in a file of its own; see quantizers/__init__.py.
 """
 
 from __future__ import annotations
+
+from abc import ABC
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +29,18 @@ from pipeline.core import distributed
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, nearest_code
 
 
-class CodebookQuantizer(Quantizer):
+class CodebookQuantizer(Quantizer, ABC):
     """A 1×1 convolution to D channels, then one codebook, or several on what is left."""
 
-    def __init__(self, config: CodebookConfig, in_width: int) -> None:
+    codebook_class: ClassVar[type[Codebook]]
+
+    def __init__(self, config: CodebookConfig, in_width: int, values_per_position: int) -> None:
         super().__init__()
         self.config = config
         self.code_width = config.code_width
         self.codebook_sizes = [config.codebook_size] * config.depth
         self.project = nn.Linear(in_width, config.code_width)
-        self.codebooks = nn.ModuleList(Codebook(config) for _ in range(config.depth))
+        self.codebooks = nn.ModuleList(self.codebook_class(config) for _ in range(config.depth))
 
     def _project(self, features_BNC: Tensor) -> Tensor:
         z_BND: Tensor = self.project(features_BNC)
@@ -42,12 +49,10 @@ class CodebookQuantizer(Quantizer):
     def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
         z_BND = self._project(features_BNC)
         left, total, loss = z_BND, torch.zeros_like(z_BND), z_BND.new_zeros(())
-        for codebook in self.codebooks:
+        for codebook in self._codebooks():
             e_BND = codebook(left)
             total = total + e_BND
-            loss = loss + self.config.commitment_weight * F.mse_loss(left, e_BND.detach())
-            if self.config.kind == "gradient":
-                loss = loss + self.config.codebook_weight * F.mse_loss(e_BND, left.detach())
+            loss = loss + codebook.loss(left, e_BND)
             left = left - e_BND.detach()
         metrics = {"quantization_error": left.detach().square().mean() / z_BND.detach().square().mean()}
         return Quantized(self._pass_gradient(z_BND, total.detach()), loss, metrics)
@@ -62,48 +67,49 @@ class CodebookQuantizer(Quantizer):
 
     def _codes(self, features_BNC: Tensor) -> list[Tensor]:
         left = self._project(features_BNC)
-        codes = []
-        for codebook in self.codebooks:
-            assert isinstance(codebook, Codebook)
+        codes: list[Tensor] = []
+        for codebook in self._codebooks():
             codes.append(codebook.nearest(left))
             if len(codes) < len(self.codebooks):
                 left = left - F.embedding(codes[-1], codebook.vectors())
         return codes
 
     def _vectors(self, codes: list[Tensor]) -> Tensor:
-        total = [F.embedding(code, book.vectors()) for code, book in zip(codes, self.codebooks, strict=True)]  # type: ignore[operator]
-        return torch.stack(total).sum(0)
+        each = [F.embedding(code, book.vectors()) for code, book in zip(codes, self._codebooks(), strict=True)]
+        return torch.stack(each).sum(0)
+
+    def _codebooks(self) -> list[Codebook]:
+        return cast("list[Codebook]", list(self.codebooks))
 
     def after_update(self, applied: bool) -> None:
-        for codebook in self.codebooks:
-            codebook.after_update(applied)  # type: ignore[operator]
+        for codebook in self._codebooks():
+            codebook.after_update(applied)
 
 
-class Codebook(nn.Module):
-    """K vectors, and how often each was used lately."""
+class Codebook(nn.Module, ABC):
+    """K vectors, and how often each was the nearest lately. A subclass says how they learn.
 
-    embedding: Tensor  # [K,D]; a parameter when it is learned by gradient
-    sums: Tensor  # [K,D], moving average of the sum of a code's vectors a step (ema)
-    used: Tensor  # [K], moving average of a code's positions a step, all ranks
+    It registers `embedding` and calls `_register_counts` in its constructor.
+    """
+
+    embedding: Tensor  # [K,D]; a parameter where it is learned by gradient
+    ema_counts: Tensor  # [K], moving average of the positions whose nearest is a code, per step, all ranks
     started: Tensor  # bool: the first batch has been seen
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
-        embedding = torch.randn(config.codebook_size, config.code_width)
-        if config.normalize:
-            embedding = F.normalize(embedding, dim=-1)
-        if config.kind == "gradient":
-            self.embedding = nn.Parameter(embedding)
-        else:
-            self.register_buffer("embedding", embedding)
-            self.register_buffer("sums", torch.zeros_like(embedding))
-        self.register_buffer("used", torch.zeros(config.codebook_size))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # Of one step, emptied after its update: no buffers, which DistributedDataParallel would overwrite by rank 0's.
-        self._step_used: Tensor | None = None
-        self._step_sums: Tensor | None = None
+        self._statistics: Tensor | None = None
         self._candidates: Tensor | None = None
+
+    def _random_vectors(self) -> Tensor:
+        vectors = torch.randn(self.config.codebook_size, self.config.code_width)
+        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+
+    def _register_counts(self) -> None:
+        self.register_buffer("ema_counts", torch.zeros(self.config.codebook_size))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     def vectors(self) -> Tensor:
         """What the codes stand for, [K,D]."""
@@ -113,57 +119,57 @@ class Codebook(nn.Module):
         """Codes, int64 [...], of vectors [...,D]."""
         return nearest_code(z.flatten(0, -2), self.vectors()).view(z.shape[:-1])
 
+    def loss(self, z_BND: Tensor, e_BND: Tensor) -> Tensor:
+        """What is added to the reconstruction loss for vectors z and their nearest e: the commitment, β‖z − sg[e]‖²."""
+        return self.config.commitment_weight * F.mse_loss(z_BND, e_BND.detach())
+
     def forward(self, z_BND: Tensor) -> Tensor:
         """The nearest vectors [B,N,D] (with a gradient to the codebook where that is how it learns)."""
         if self.training and not self.started:
             self._start(z_BND.detach().flatten(0, 1))
         codes = self.nearest(z_BND.detach())
         if self.training:
-            self._count(z_BND.detach().flatten(0, 1), codes.flatten())
+            with torch.no_grad():
+                self._statistics = self._new_statistics() if self._statistics is None else self._statistics
+                self._candidates = z_BND.detach().flatten(0, 1)
+                self._count(self._statistics, self._candidates, codes.flatten())
         return F.embedding(codes, self.vectors())
 
-    @torch.no_grad()
-    def _count(self, z_nD: Tensor, codes_n: Tensor) -> None:
-        if self._step_used is None:
-            self._step_used = torch.zeros_like(self.used)
-            self._step_sums = torch.zeros_like(self.embedding)
-        assert self._step_sums is not None
-        self._step_used += torch.bincount(codes_n, minlength=len(self.used))
-        if self.config.kind == "ema":
-            self._step_sums.index_add_(0, codes_n, z_nD)
-        self._candidates = z_nD
+    def _new_statistics(self) -> Tensor:
+        """[K,1+…]: what a step counts for each code, in column 0 how often it was the nearest."""
+        return torch.zeros(len(self.ema_counts), 1, device=self.ema_counts.device)
+
+    def _count(self, statistics: Tensor, z_nD: Tensor, codes_n: Tensor) -> None:
+        statistics[:, 0] += torch.bincount(codes_n, minlength=len(statistics))
 
     @torch.no_grad()
     def after_update(self, applied: bool) -> None:
-        used, sums, candidates = self._step_used, self._step_sums, self._candidates
-        self._step_used = self._step_sums = self._candidates = None
-        if not applied or used is None or sums is None or candidates is None:
+        """Learns from what all ranks counted since the last call; forgets it unless `applied`. Collective."""
+        statistics, candidates = self._statistics, self._candidates
+        self._statistics = self._candidates = None
+        if not applied or statistics is None or candidates is None:
             return
-        statistics = distributed.sum_tensor(torch.cat([used[:, None], sums], dim=1))
-        used, sums = statistics[:, 0], statistics[:, 1:]
-        self.used.lerp_(used, 1 - self.config.decay)
-        if self.config.kind == "ema":
-            self.sums.lerp_(sums, 1 - self.config.decay)
-            seen = self.used[:, None] > 1e-3 * used.sum() / len(used)
-            self.embedding.copy_(torch.where(seen, self.sums / self.used[:, None], self.embedding))
-            self._normalize()
-        self._revive(candidates, even_share=used.sum() / len(used))
+        statistics = distributed.sum_tensor(statistics)
+        self._learn(statistics)
+        counts = statistics[:, 0]
+        self._revive(candidates, even_share=counts.sum() / len(counts))
+
+    def _learn(self, statistics: Tensor) -> None:
+        self.ema_counts.lerp_(statistics[:, 0], 1 - self.config.decay)
 
     def _revive(self, candidates_nD: Tensor, even_share: Tensor) -> None:
         """Codes out of use move to vectors of this step; at most as many as rank 0 has vectors."""
-        dead = (self.used < self.config.dead_code_threshold * even_share).nonzero()[:, 0]  # the same on every rank
+        dead = (self.ema_counts < self.config.dead_code_threshold * even_share).nonzero()[:, 0]  # equal on every rank
         if len(dead) == 0:
             return
         drawn = torch.randperm(len(candidates_nD), device=candidates_nD.device)[: len(dead)]
         chosen = distributed.broadcast_tensor(candidates_nD[drawn])
         dead = dead[: len(chosen)]
-        self._place(dead, chosen[: len(dead)], even_share)
+        self._move(dead, chosen[: len(dead)], even_share)
 
-    def _place(self, codes: Tensor, vectors: Tensor, used: Tensor) -> None:
+    def _move(self, codes: Tensor, vectors: Tensor, counts: Tensor) -> None:
         self.embedding.data[codes] = vectors
-        self.used[codes] = used
-        if self.config.kind == "ema":
-            self.sums[codes] = vectors * (used[:, None] if used.ndim else used)
+        self.ema_counts[codes] = counts
 
     @torch.no_grad()
     def _start(self, z_nD: Tensor) -> None:
@@ -172,12 +178,13 @@ class Codebook(nn.Module):
         if not finite:
             return
         if self.config.kmeans_iterations:
-            means, counts = kmeans(z_nD, len(self.used), self.config.kmeans_iterations)
+            means, counts = kmeans(z_nD, len(self.ema_counts), self.config.kmeans_iterations)
             means, counts = distributed.broadcast_tensor(means), distributed.broadcast_tensor(counts)
         else:
-            means, counts = distributed.broadcast_tensor(self.embedding.data.clone()), torch.ones_like(self.used)
+            means = distributed.broadcast_tensor(self.embedding.data.clone())
+            counts = torch.ones_like(self.ema_counts)
         counts = counts * distributed.world_size()
-        self._place(torch.arange(len(means), device=means.device), means, counts)
+        self._move(torch.arange(len(means), device=means.device), means, counts)
         self._normalize()
         self.started.fill_(True)
 

@@ -2,6 +2,8 @@
 
 Each of a few channels is squashed and rounded to one of a few values; a code is their combination, so nothing has to be
 learned, looked up or kept in use. The library's module, in float32 (its own guard covers CUDA alone).
+
+To add one: see quantizers/__init__.py.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer
 
 
 class FiniteScalarQuantizer(Quantizer):
-    def __init__(self, config: FSQConfig, in_width: int) -> None:
+    """A 1×1 convolution to d channels, then rounding; D = d."""
+
+    def __init__(self, config: FSQConfig, in_width: int, values_per_position: int) -> None:
         super().__init__()
         self.code_width = len(config.channels)
         self.codebook_sizes = [config.codebook_size]

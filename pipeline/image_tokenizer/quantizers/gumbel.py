@@ -1,19 +1,36 @@
-"""The Gumbel-softmax quantizer (Jang et al. 2016; Maddison et al. 2016), as in the discrete VAE of Ramesh et al. 2021.
+"""The Gumbel-softmax quantizer (Jang et al. 2016; Maddison et al. 2016), that of the discrete VAE (Ramesh et al. 2021).
 
-The functions here are the discrete VAE's own (`dvae.py`); the class offers them to every other architecture.
+    q(k | position) = softmax(logits)_k                        k: a code;  K: their number;  q̄: q's mean over a batch
+    loss = kl_weight · Σ_positions KL(q ‖ uniform) / (3·H·W)  +  batch_entropy_weight · KL(q̄ ‖ uniform)
+    KL(q ‖ uniform) = ln K − entropy(q)
+
+In training the decoder sees a convex combination of the codes' vectors, softmax((logits + Gumbel noise) / τ), which
+turns into one vector as the temperature τ falls. Codes are the argmax, without noise (appendix A.3 there).
+
+Ours, and off in the dVAE's defaults: `logits: distance` scores a code by how near its vector lies, so that one set of
+vectors serves encoder and decoder; `batch_entropy_weight` pulls the batch's mean posterior to uniform, which keeps
+codes from dying early (each single posterior stays free to be sure).
+
+To add one: see quantizers/__init__.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.quantizers import GumbelConfig
-from pipeline.image_tokenizer.losses import kl_of_mean_to_uniform, kl_to_uniform, sample_gumbel
-from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, best_code, nearest_code
+from pipeline.config.quantizers import GumbelConfig, GumbelSettings
+from pipeline.core import distributed
+from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, best_code, entropy, nearest_code
+
+
+def sample_gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of `like`, from torch's global generator."""
+    # −ln(−ln u) in place (on CPUs several times quicker than exponential_); u = 0 gives −inf: a code not drawn.
+    return torch.rand_like(like).log_().neg_().log_().neg_()
 
 
 def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
@@ -35,10 +52,10 @@ def distance_logits(z_BND: Tensor, codebook_KD: Tensor, log_scale: Tensor) -> Te
     return flat.unflatten(0, z_BND.shape[:2])
 
 
-def kl_losses(logits_BNK: Tensor, config: Any, step: int, values: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted KL terms of step `step`, to be added to a loss a pixel value, and metrics.
+def kl_losses(logits_BNK: Tensor, config: GumbelSettings, step: int, values: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Both KL terms of the module's docstring with their weights at step `step`, a scalar; and metrics.
 
-    `values`: pixel values of an image, over which the KL of all its positions is shared out.
+    `values`: 3·H·W, the pixel values of an image, over which the KL of all its positions is shared out.
     """
     beta, batch_entropy_weight = config.kl_weight.at(step), config.batch_entropy_weight.at(step)
     with torch.set_grad_enabled((beta > 0 or batch_entropy_weight > 0) and torch.is_grad_enabled()):
@@ -49,6 +66,21 @@ def kl_losses(logits_BNK: Tensor, config: Any, step: int, values: int) -> tuple[
     if batch_entropy_weight > 0:
         terms = terms + batch_entropy_weight * kl_of_mean_to_uniform(q_BNK)
     return terms, {"kl_nats_per_code": kl.detach() / logits_BNK.shape[1]}
+
+
+def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
+    """KL(q ‖ uniform) = ln K − H(q) of the categoricals q = softmax(logits), both [..., K]; [...], in nats."""
+    ln_K = math.log(logits.shape[-1])
+    return ln_K + (q * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
+
+
+def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
+    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
+
+    0 when the codes are used evenly over the micro-batch of all ranks, ln K when all collapse into one. A small
+    micro-batch seems to use few codes: the metric depends on its size, though not on the number of ranks that share it.
+    """
+    return math.log(q.shape[-1]) - entropy(distributed.mean_with_gradient(q.flatten(0, -2).mean(0)))
 
 
 class GumbelQuantizer(Quantizer):
@@ -85,6 +117,11 @@ class GumbelQuantizer(Quantizer):
         if self.config.logits == "distance":
             return [nearest_code(self.project(flat), self.codebook).view(shape)]
         return [best_code(flat, self.project.weight, self.project.bias).view(shape)]
+
+    def _samples(self, features_BNC: Tensor) -> list[Tensor]:
+        """By the Gumbel-max trick (Maddison et al. 2014)."""
+        logits_BNK = self.logits(features_BNC)
+        return [(logits_BNK + sample_gumbel(logits_BNK)).argmax(-1)]
 
     def _vectors(self, codes: list[Tensor]) -> Tensor:
         return F.embedding(codes[0], self.codebook)

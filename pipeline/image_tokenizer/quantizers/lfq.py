@@ -5,6 +5,8 @@ p(code | z) ∝ exp(2 z·c / τ): low for each position, high for the batch's me
 position are independent, p is a product of d sigmoids, its entropy is d small terms, and the mean over the batch of
 the joint of all d channels is one product of two [n, 2^(d/2)] matrices; the library makes an [n, 2^d] matrix, and on
 several ranks divides the mean by their number without summing it.
+
+To add one: see quantizers/__init__.py.
 """
 
 from __future__ import annotations
@@ -17,16 +19,15 @@ from torch import Tensor, nn
 
 from pipeline.config.quantizers import LFQConfig
 from pipeline.core import distributed
-from pipeline.image_tokenizer.losses import entropy
-from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer
+from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, entropy
 
 
-class BinaryQuantizer(Quantizer):
+class LookupFreeQuantizer(Quantizer):
     """A 1×1 convolution to d channels, then their signs; channel 0 is a code's highest bit."""
 
     powers: Tensor
 
-    def __init__(self, config: LFQConfig, in_width: int) -> None:
+    def __init__(self, config: LFQConfig, in_width: int, values_per_position: int) -> None:
         super().__init__()
         self.config = config
         self.code_width = config.bits
@@ -50,7 +51,7 @@ class BinaryQuantizer(Quantizer):
         return Quantized(z_BNd + (c_BNd - z_BNd).detach(), loss, metrics)
 
     def _entropies(self, z_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean entropy a position, and entropy of the mean over positions (and ranks), in nats."""
+        """Mean entropy per position, and entropy of the mean over positions (and ranks), in nats."""
         logits_nd = 4 * self.magnitude * z_nd / self.config.entropy_temperature
         p_nd = logits_nd.sigmoid()
         position = (F.softplus(logits_nd) - p_nd * logits_nd).sum(-1).mean()
