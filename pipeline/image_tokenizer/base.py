@@ -1,43 +1,48 @@
 """What every image tokenizer is: images to grids of codes and back, saved as safetensors + config.json.
 
     tokenizer = ImageTokenizer.from_pretrained("runs/openmoji/image-tokenizer/model")
-    codes = tokenizer.encode(images)      # [B,3,H,W] in [0,1] -> a tensor [B, h*w] a level, coarse to fine
+    codes = tokenizer.encode(images)      # [B,3,H,W] in [0,1] -> a tensor [B, h*w] per level, coarse to fine
     images = tokenizer.decode(codes)
 
-A new kind is a subclass in its own module, its config class in `config.py`, and a line in `KINDS`.
+To add one: a config class with its `kind` in pipeline/config/image_tokenizer.py, in the union `ModelConfig` there; a
+subclass of `ImageTokenizer` in a file here; a line in `KINDS`.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.config.base import Config, parse_config
-from pipeline.config.image_tokenizer import ArchitectureConfig
+from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
+from pipeline.image_tokenizer import legacy
 from pipeline.image_tokenizer.losses import ReconstructionLoss
 
-# kind -> module and class; imported on first use, so that kinds do not load each other
+log = logging.getLogger(__name__)
+
+# kind -> module:class, imported on first use
 KINDS = {
-    "dvae": ("pipeline.image_tokenizer.dvae", "DiscreteVAE"),
-    "vqvae": ("pipeline.image_tokenizer.vqvae", "VQVAE"),
-    "vqvae2": ("pipeline.image_tokenizer.vqvae", "VQVAE2"),
+    "dvae": "pipeline.image_tokenizer.dvae:DiscreteVAE",
+    "vqvae": "pipeline.image_tokenizer.vqvae:VQVAE",
+    "vqvae2": "pipeline.image_tokenizer.vqvae:VQVAE2",
 }
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """Base of all tokenizers of square images, `image_size` pixels a side."""
+    """Base of all tokenizers of square images, `image_size` pixels on each side."""
 
     config_class: type[Config]
 
-    def __init__(self, config: Any, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, image_size: int) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
@@ -49,14 +54,14 @@ class ImageTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Images [B,3,H,W], float in [0,1] -> codes, an int64 [B, h*w] a level (rows first), coarse to fine.
+        """Images [B,3,H,W], float in [0,1] -> codes, an int64 [B, h*w] per level (row-major), coarse to fine.
 
         Raises UserError when the images are not of `image_size`.
         """
 
     @abstractmethod
     def decode(self, codes: list[Tensor]) -> Tensor:
-        """The inverse: codes as `encode` gives them -> images [B,3,H,W], float32 in [0,1]."""
+        """Images of codes: codes as `encode` gives them -> images [B,3,H,W], float32 in [0,1]."""
 
     @abstractmethod
     def objective(self) -> TokenizerObjective:
@@ -73,10 +78,7 @@ class ImageTokenizer(nn.Module, ABC):
 
         Raises UserError when a file is missing or damaged, or weights and config do not belong together.
         """
-        return load_model(
-            *(directory, "image-tokenizer", ("image_size", "model")),
-            lambda values, where: build(values["model"], values["image_size"], where),
-        )
+        return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)
@@ -115,12 +117,30 @@ def check_size(image_size: int, config: ArchitectureConfig) -> None:
         )
 
 
-def build(model: Config | dict[str, Any], image_size: int, where: str = "image_tokenizer.model") -> ImageTokenizer:
-    """A new tokenizer with random weights, of the kind that `model` names. `where` is named in errors."""
-    kind = model.get("kind") if isinstance(model, dict) else getattr(model, "kind", None)
+def build(model: ModelConfig | dict[str, Any], image_size: int, where: str = "image_tokenizer.model") -> ImageTokenizer:
+    """A new tokenizer with random weights, of the kind that `model` names. `where` is named in errors.
+
+    Raises UserError when the kind or a key is unknown, or images of that size cannot be cut into codes.
+    """
+    kind = model.get("kind") if isinstance(model, dict) else model.kind
     if kind not in KINDS:
         raise UserError(f"{where}: unknown kind of image tokenizer {kind!r}; known: {', '.join(sorted(KINDS))}")
-    module, name = KINDS[kind]
-    cls: type[ImageTokenizer] = getattr(import_module(module), name)
-    config = parse_config(cls.config_class, model, where) if isinstance(model, dict) else model
+    cls: type[ImageTokenizer] = resolve_name(KINDS[kind])
+    config: Any = parse_config(cls.config_class, model, where) if isinstance(model, dict) else model
     return cls(config, image_size)
+
+
+def _build_to_load(values: dict[str, Any], where: str) -> ImageTokenizer:
+    """The tokenizer of a config.json, ready for weights with today's names or with those of the version before."""
+    tokenizer = build(values["model"], values["image_size"], where)
+    tokenizer.register_load_state_dict_pre_hook(_rename_parameters)
+    return tokenizer
+
+
+def _rename_parameters(module: nn.Module, state: dict[str, Tensor], *_: object) -> None:
+    if legacy.is_legacy(state):
+        assert isinstance(module, ImageTokenizer)
+        log.info("image tokenizer: weights of the version before; their parameters are renamed while loading")
+        current = legacy.with_current_names(state, module.config)
+        state.clear()
+        state.update(current)
