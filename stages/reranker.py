@@ -2,7 +2,7 @@
 
 Reads prepare (image shards with captions) and text-tokenizer. Trains a small CLIP through accelerate, or takes the
 pretrained one at `reranker.clip`. Writes model/ (`Ranker.from_pretrained` loads it) and retrieval.json: how often an
-image of the validation split finds its caption, and a caption its image. See pipeline/reranker/.
+image of the validation split finds its caption, and vice versa. See pipeline/reranker/.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.cli.stage import run_stage
+from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
 from pipeline.data.shards import read_samples
@@ -30,7 +31,7 @@ _MEASURED = 5_000  # images of the validation split, at most
 
 
 class Workload:
-    """What the training loop needs: objective, batches, validation metrics, images."""
+    """Captioned images for the training loop. See `pipeline.training.workload.Workload`."""
 
     tokens_per_sample = None
 
@@ -48,10 +49,11 @@ class Workload:
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         """Images in the stream's order, each with its caption's ids."""
-        size, share = self.config.training.batch_size, self.config.training.batch_size // distributed.world_size()
-        start = consumed + distributed.rank() * share
+        size = self.config.training.batch_size
+        own = samples_per_process(size, distributed.world_size())
+        start = consumed + distributed.rank() * own
         for batch in self.stream.batches(consumed, size):
-            shards, rows = self.stream.order.locate(np.arange(start, start + share))
+            shards, rows = self.stream.order.locate(np.arange(start, start + own))
             yield batch | {"text": self.text_NT[self.first_row[shards] + rows].long()}
             start += size
 
@@ -61,9 +63,11 @@ class Workload:
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def ranker(self) -> Ranker:
+        """The towers as they are now."""
         return Ranker(self.towers, self.text_tokenizer)
 
     def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+        """None: retrieval says it all."""
         return {}
 
 

@@ -1,15 +1,15 @@
-"""Which image fits its prompt best: a small CLIP (`model.py`), or a pretrained one, behind `Ranker`."""
+"""Rerankers, which tell what image fits its prompt best: a small CLIP (`model.py`) or a pretrained one, as `Ranker`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.reranker.ranker import Ranker as Ranker
 
 
-def __getattr__(name: str) -> Any:
-    # On first use: `config.py` is read by the command line, which must not load torch.
+def __getattr__(name: str) -> type[Ranker]:
+    # On first use: whoever imports the package need not load torch.
     if name == "Ranker":
         from pipeline.reranker.ranker import Ranker
 

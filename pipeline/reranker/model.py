@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al. 2021): two towers whose embeddings meet where image and caption belong together.
+"""A small CLIP (Radford et al. 2021): two towers whose embeddings are near where image and caption belong together.
 
 Shapes: B batch, P patches, T text positions, D width, E dimensions.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,17 @@ from pipeline.core.objective import Objective
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 
-_SIZES = ("image_size", "text_length", "text_vocab_size")  # beside the config, what a model is built from
+_SIZES = ("image_size", "text_length", "text_vocab_size")  # what a model is built from, beside its config
 _INIT_STD = 0.02
-_MAX_SCALE = math.log(100)  # as Radford et al. 2021, section 2.5
+_MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class TwoTowers(nn.Module):
-    """`images(pixels)` and `captions(ids)` give unit vectors [B, E]; their cosine is the fit."""
+    """An image tower and a text tower, transformers both, that embed into one space of E dimensions.
+
+    The image tower sees patches as in a vision transformer (Dosovitskiy et al. 2021, section 3.1); both average over
+    positions instead of reading one of them. Cosines of unit vectors say how well image and caption fit.
+    """
 
     def __init__(self, config: TowerConfig, image_size: int, text_length: int, text_vocab_size: int) -> None:
         super().__init__()
@@ -47,14 +52,14 @@ class TwoTowers(nn.Module):
         for weight in (self.image_position, self.text_position, self.embedding.weight):
             nn.init.normal_(weight, std=_INIT_STD)
 
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 or float in [0, 1], [B, 3, H, W] -> unit vectors [B, E]."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> unit vectors, float32 [B, E]."""
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         x_BPD = self.patches(pixels * 2 - 1).flatten(2).transpose(1, 2) + self.image_position
         return F.normalize(self.image_out(self.image_tower(x_BPD).mean(dim=1)).float(), dim=-1)
 
-    def captions(self, text_BT: Tensor) -> Tensor:
-        """Ids of the text tokenizer (0: pad) -> unit vectors [B, E]."""
+    def embed_captions(self, text_BT: Tensor) -> Tensor:
+        """Ids of the text tokenizer (0: pad), int64 [B, T] -> unit vectors, float32 [B, E]."""
         pads_BT = text_BT == PAD_ID
         pads_BT = pads_BT & ~pads_BT.all(dim=1, keepdim=True)  # a caption of nothing but pads attends to them
         x_BTD = self.text_tower(self.embedding(text_BT) + self.text_position, src_key_padding_mask=pads_BT)
@@ -68,18 +73,24 @@ class TwoTowers(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TwoTowers:
-        """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
-        return load_model(
-            *(directory, "reranker", ("model", *_SIZES)),
-            lambda config, where: cls(parse_config(TowerConfig, config["model"], where), *(config[s] for s in _SIZES)),
-        )
+        """Load what `save_pretrained` wrote: in float32, on the CPU, in eval mode.
+
+        Raises:
+            UserError: files are missing or damaged, or do not belong together.
+        """
+
+        def build(config: dict[str, Any], where: str) -> TwoTowers:
+            shape = parse_config(TowerConfig, config["model"], where)
+            return cls(shape, config["image_size"], config["text_length"], config["text_vocab_size"])
+
+        return load_model(directory, "reranker", ("model", *_SIZES), build)
 
 
 class ContrastiveObjective(Objective):
-    """InfoNCE in both directions: each image finds its caption among the batch's, and the reverse.
+    """InfoNCE (van den Oord et al. 2018) in both directions: each image finds its caption in the batch, and vice versa.
 
-    The negatives are those of one process and micro-batch. `forward(batch, step) -> (loss, metrics)`, with
-    `batch` "images" uint8 [B, 3, H, W] and "text" int64 [B, T].
+    As Radford et al. 2021, figure 3; here the negatives are those of one process and micro-batch, and equal captions
+    are no negatives of each other.
     """
 
     def __init__(self, towers: TwoTowers) -> None:
@@ -87,11 +98,12 @@ class ContrastiveObjective(Objective):
         self.towers = towers
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss in nats, and metrics, of `batch`: "images" uint8 [B, 3, H, W], "text" int64 [B, T]."""
         text = batch["text"]
-        images, captions = self.towers.images(batch["images"]), self.towers.captions(text)
-        scale = self.towers.log_scale.clamp(max=_MAX_SCALE).exp()
+        images, captions = self.towers.embed_images(batch["images"]), self.towers.embed_captions(text)
+        scale = self.towers.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
         logits = scale * images @ captions.T
-        # Two images with one caption are both right.
+        # Images with the same caption are all right answers.
         same = (text[:, None] == text[None]).all(-1).float()
         targets = same / same.sum(dim=1, keepdim=True)
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -1,12 +1,12 @@
-"""One interface to the run's own reranker and to a pretrained CLIP, and how well either finds its captions.
+"""One interface to the run's own reranker and to a pretrained CLIP, and retrieval as the measure of either.
 
 ranker = Ranker.from_pretrained("runs/openmoji/reranker/model", text_tokenizer, device)
-ranker.scores(images, prompts)      # 100 cos(image, prompt), one an image
+ranker.scores(images, prompts)      # 100 cos(image, prompt), one per image
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,19 @@ _BATCH = 256
 
 
 class Ranker:
-    """Embeds images and captions into one space."""
+    """Embeds images and captions into one space, and scores an image by its prompt there.
 
-    def __init__(self, towers: TwoTowers | ClipScorer, text_tokenizer: TextTokenizer) -> None:
-        self.towers, self.text_tokenizer = towers, text_tokenizer
+    Attributes:
+        model: the run's own towers, or a pretrained CLIP.
+        text_tokenizer: that of the run; a CLIP has its own.
+    """
+
+    def __init__(self, model: TwoTowers | ClipScorer, text_tokenizer: TextTokenizer) -> None:
+        self.model, self.text_tokenizer = model, text_tokenizer
 
     @classmethod
     def from_pretrained(cls, directory: Path, text_tokenizer: TextTokenizer, device: torch.device) -> Ranker:
-        """A folder of the reranker stage, or one that transformers' CLIPModel.save_pretrained wrote.
+        """Load a folder that the reranker stage or transformers' CLIPModel.save_pretrained wrote.
 
         Raises:
             UserError: it is neither, or was trained with another text tokenizer.
@@ -58,26 +63,28 @@ class Ranker:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Float32 [n, E] on the CPU, any length."""
-        if isinstance(self.towers, ClipScorer):
-            judge = self.towers.images
-            return torch.cat([judge.network(judge.input(list(part)))[0].float().cpu() for part in _parts(images)])
-        side = self.towers.image_size
-        device = self.towers.image_position.device
-        resized = [p if p.size == (side, side) else p.resize((side, side), Image.Resampling.LANCZOS) for p in images]
-        return torch.cat([self.towers.images(_pixels(part).to(device)).cpu() for part in _parts(resized)])
+        """Embeddings of images of any sizes, float32 [n, E] on the CPU, of any length."""
+        return torch.cat([self._embed(batch).float().cpu() for batch in _batches(images)])
+
+    def _embed(self, images: list[Image.Image]) -> Tensor:
+        """Embeddings [n, E] of one batch, on the model's device."""
+        if isinstance(self.model, ClipScorer):
+            embeddings: Tensor = self.model.images.network(self.model.images.input(images))[0]
+            return embeddings
+        side = self.model.image_size
+        resized = [i if i.size == (side, side) else i.resize((side, side), Image.Resampling.LANCZOS) for i in images]
+        return self.model.embed_images(_pixels(resized).to(self.model.image_position.device))
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """Float32 [n, E] on the CPU, any length."""
-        if isinstance(self.towers, ClipScorer):
-            return self.towers.captions(captions)
-        device = self.towers.image_position.device
-        ids = self.text_tokenizer.encode(captions).to(device)
-        return torch.cat([self.towers.captions(part).cpu() for part in ids.split(_BATCH)])
+        """Embeddings of captions, float32 [n, E] on the CPU, of any length."""
+        if isinstance(self.model, ClipScorer):
+            return self.model.captions(captions)
+        ids_nT = self.text_tokenizer.encode(captions).to(self.model.image_position.device)
+        return torch.cat([self.model.embed_captions(batch).cpu() for batch in ids_nT.split(_BATCH)])
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """100 cos(image, prompt), -100 to 100, of each image and its own prompt."""
+        """Score each image by its own prompt: 100 cos(image, prompt), -100 to 100."""
         texts = list(dict.fromkeys(prompts))
         embedded = self.embed_captions(texts)[[texts.index(prompt) for prompt in prompts]]
         found: list[float] = (100 * torch.cosine_similarity(self.embed_images(images), embedded)).tolist()
@@ -85,18 +92,22 @@ class Ranker:
 
 
 def retrieval(ranker: Ranker, samples: Iterable[Sample], limit: int) -> dict[str, float]:
-    """How often an image finds its own caption among the first k of n, and a caption its image.
+    """Recall at k: how often an image's own caption is among the first k of n, and a caption's image.
+
+    Args:
+        samples: of them the first `limit` are measured.
 
     Returns:
         {"image to text R@1", "image to text R@5", "text to image R@1", "text to image R@5": 0 to 1, "samples": n}
+
+    Raises:
+        UserError: no samples.
     """
     chosen = [sample for sample, _ in zip(samples, range(limit), strict=False)]
     if not chosen:
         raise UserError("reranker: the validation split is empty: raise prepare.validation_fraction")
-    images, captions = (
-        ranker.embed_images([s.image for s in chosen]),
-        ranker.embed_captions([s.caption for s in chosen]),
-    )
+    images = ranker.embed_images([sample.image for sample in chosen])
+    captions = ranker.embed_captions([sample.caption for sample in chosen])
     metrics: dict[str, float] = {}
     for direction, ranks in (
         ("image to text", own_caption_ranks(images, captions)),
@@ -106,11 +117,11 @@ def retrieval(ranker: Ranker, samples: Iterable[Sample], limit: int) -> dict[str
     return metrics | {"samples": float(len(chosen))}
 
 
-def _parts(images: Sequence[Image.Image]) -> Iterable[Sequence[Image.Image]]:
-    return (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+def _batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+    return (list(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH))
 
 
 def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    """uint8 [n, 3, H, W]; images of one size."""
+    """Images of one size as uint8 [n, 3, H, W]."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()

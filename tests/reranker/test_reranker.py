@@ -1,4 +1,4 @@
-"""Promises of pipeline/reranker/ and of its stage."""
+"""The reranker learns which caption belongs to which image, and its stage chooses among candidates."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_it_learns_which_caption_belongs_to_which_image(trained: Ranker) -> None
 
 
 def test_saved_and_loaded_it_scores_the_same(trained: Ranker, tmp_path: Path) -> None:
-    assert isinstance(trained.towers, TwoTowers)
-    trained.towers.save_pretrained(tmp_path)
+    assert isinstance(trained.model, TwoTowers)
+    trained.model.save_pretrained(tmp_path)
     loaded = Ranker.from_pretrained(tmp_path, trained.text_tokenizer, torch.device("cpu"))
     images, captions = [s.image for s in samples()], [s.caption for s in samples()]
     assert loaded.scores(images, captions) == trained.scores(images, captions)
