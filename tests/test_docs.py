@@ -10,6 +10,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 import types
 import typing
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from pipeline.cli.main import cli
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.core.version import VERSION
 from tests.launch import ROOT
 
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "slurm/README.md"]
@@ -119,8 +122,9 @@ def identifiers() -> set[str]:
 
 @cache
 def members() -> dict[str, set[str]]:
-    """By module (its last name) and by class: the names that are defined in it, or set on self."""
+    """By module (its last name) and by class, with its bases: the names that are defined in it, or set on self."""
     found: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
     for path in sources():
         tree = ast.parse(path.read_text())
         stem = path.parent.name if path.name == "__init__.py" else path.stem
@@ -130,8 +134,15 @@ def members() -> dict[str, set[str]]:
                 own = found.setdefault(node.name, set())
                 own.update(_defined(node))
                 own.update(n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute))
+                bases.setdefault(node.name, []).extend(base.id for base in node.bases if isinstance(base, ast.Name))
     for path in ROOT.glob("pipeline/**/"):
         found.setdefault(path.name, set()).update(child.stem for child in path.iterdir())
+    for name in bases:
+        above, waiting = {name}, list(bases[name])
+        while waiting:
+            above.add(base := waiting.pop())
+            found[name] |= found.get(base, set())
+            waiting += set(bases.get(base, [])) - above
     return found
 
 
@@ -207,6 +218,18 @@ def test_every_python_file_that_is_named_exists() -> None:
         for path in re.findall(r"(?<![\w/.<*-])[\w/]+\.py\b", text):
             if not any(f"/{known}".endswith(f"/{path}") for known in files()):
                 wrong.append(f"{name}: {path}")
+    _check(wrong)
+
+
+def test_every_file_of_a_run_that_is_named_is_written_or_read_somewhere() -> None:
+    """`metrics.csv`, `prepare/index.json`: its last part occurs in the code."""
+    code = "\n".join(path.read_text() for path in sources() if path.name != Path(__file__).name)
+    wrong = []
+    for name, quote in quoted():
+        match = re.fullmatch(r"(?:[\w<>-]+/)*([\w-]+\.(?:json|jsonl|csv|html|npy|pt|safetensors|db|patch|yaml))", quote)
+        known = match is None or match[1] in code or any(file.endswith(f"/{match[1]}") for file in files())
+        if not known:
+            wrong.append(f"{name}: {quote}")
     _check(wrong)
 
 
@@ -311,8 +334,7 @@ def test_every_override_in_a_command_is_a_config_key() -> None:
 
 
 def test_every_dotted_name_is_a_config_key_or_a_symbol() -> None:
-    """A symbol is `module.name`, `Class.name`, or `name_of_a_class.name` for an instance."""
-    instances = {cls.lower().strip("_"): names for cls, names in members().items()}
+    """A symbol is `module.name`, `Class.name`, or, for an instance, the end of the class's name: `source.sampling`."""
     wrong = []
     for name, quote in quoted():
         match = re.match(r"([A-Za-z]\w*(?:\.\w+)+)(?=$|[=:(\[ ])", quote)
@@ -320,7 +342,8 @@ def test_every_dotted_name_is_a_config_key_or_a_symbol() -> None:
         if words[0] in FOREIGN_ROOTS or words[-1] in FILES:
             continue
         owner, member = words[-2], words[-1]
-        known = members().get(owner, set()) | instances.get(owner.lower().replace("_", ""), set())
+        instance = owner.lower().replace("_", "")
+        known = {name for cls, names in members().items() if cls.lower().endswith(instance) for name in names}
         if member not in known and not is_config_key(words) and not (owner == "config" and is_config_key([member])):
             wrong.append(f"{name}: {'.'.join(words)}")
     _check(wrong)
@@ -343,6 +366,38 @@ def test_every_identifier_in_backticks_is_one() -> None:
     known = identifiers() | FOREIGN_NAMES
     named = [(name, match[1]) for name, quote in quoted() if (match := identifier.fullmatch(quote))]
     _check([f"{name}: {symbol}" for name, symbol in named if symbol not in known and not is_config_key([symbol])])
+
+
+# The workflows and the citation
+
+
+def test_the_workflows_run_targets_and_markers_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
+    markers = [line.partition(":")[0] for line in _pyproject()["tool"]["pytest"]["ini_options"]["markers"]]
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        for target in re.findall(r"^make (\S+)$", "\n".join(commands), flags=re.MULTILINE):
+            assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE), f"no target {target}"
+        for expression in re.findall(r'-m "([^"]+)"|-m (\w+)', "\n".join(commands)):
+            assert set(" ".join(expression).split()) - {"and", "not", "or"} <= set(markers)
+
+
+def test_the_hooks_before_a_commit_are_the_tools_of_the_project() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    tools = [Path(hook["entry"].split()[0]).name for repo in repos for hook in repo["hooks"] if "entry" in hook]
+    makefile = (ROOT / "Makefile").read_text()
+    assert [tool for tool in tools if f"$(BIN)/{tool}" not in makefile] == []
+
+
+def test_the_citation_is_of_this_package() -> None:
+    citation, project = yaml.safe_load((ROOT / "CITATION.cff").read_text()), _pyproject()["project"]
+    assert citation["version"] == VERSION
+    assert citation["license"] == project["license"]
+
+
+def _pyproject() -> dict[str, typing.Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 # The listing at the top of ARCHITECTURE.md
