@@ -38,8 +38,7 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core.objective import ParameterGroup
 from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.image_tokenizer.evaluation import psnr
-from pipeline.metrics.psnr_ssim import ssim
+from pipeline.metrics.psnr_ssim import psnr, ssim
 from pipeline.training.ema import Ema
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor

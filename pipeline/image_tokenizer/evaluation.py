@@ -13,45 +13,49 @@ from torch import Tensor
 
 from pipeline.core import distributed
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.metrics.psnr_ssim import ssim
+from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
+
+_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 class Evaluation(NamedTuple):
     """What `evaluate` found."""
 
     metrics: dict[str, float]
-    counts: list[Tensor]  # how often each code of a level occurs, float64 [K] a level
+    counts: list[Tensor]  # how often each code of a level occurs, float64 [K] per level
 
 
 @torch.no_grad()
 def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) -> Evaluation:
     """Reconstruction and codebook metrics over the `batches` {"images": uint8 [b,3,H,W]} of all ranks. Collective.
 
-    psnr: mean over images, dB, of 10·log10(1 / MSE) with pixels in [0,1]. ssim: mean over images (left out below
-    11 pixels). For each level (suffix `_0`, `_1`, … where there are several): codebook_usage, the share of codes that
+    psnr: mean over images, dB, at most 100 each. ssim: mean over images (left out where they are smaller than its
+    window). For each level (suffix `_0`, `_1`, … where there are several): codebook_usage, the share of codes that
     occur at all, in [0,1]; codebook_perplexity, exp of the entropy of how often they occur, in [1, K];
     code_entropy_bits, the same entropy in bits. bits_per_pixel: what an image's codes take at that entropy.
     """
     counts = [torch.zeros(level.codebook_size, dtype=torch.float64) for level in tokenizer.levels]
-    sums = {"psnr": 0.0, "ssim": 0.0}
-    count = 0
+    sums = {"psnr": 0.0} | ({"ssim": 0.0} if tokenizer.image_size >= WINDOW else {})
+    images_seen = 0
     for batch in batches:
         images = _to_device(batch["images"], tokenizer)
         codes = tokenizer.encode(images)
         for level_counts, level_codes in zip(counts, codes, strict=True):
             level_counts += torch.bincount(level_codes.flatten().cpu(), minlength=len(level_counts))
         reconstructions = tokenizer.decode(codes)
-        sums["psnr"] += psnr(images, reconstructions).sum().item()
-        if tokenizer.image_size >= 11:
+        sums["psnr"] += psnr(images, reconstructions).clamp(max=_IDENTICAL_DB).sum().item()
+        if "ssim" in sums:
             sums["ssim"] += ssim(images, reconstructions).sum().item()
-        count += len(images)
-    everywhere = distributed.all_gather_objects((sums, count, counts))
+        images_seen += len(images)
+    everywhere = distributed.all_gather_objects((sums, images_seen, counts))
     counts = [torch.stack(level).sum(0) for level in zip(*(part[2] for part in everywhere), strict=True)]
     total = max(1, sum(part[1] for part in everywhere))
     metrics = {name: sum(part[0][name] for part in everywhere) / total for name in sums}
-    if tokenizer.image_size < 11:
-        del metrics["ssim"]
-    metrics["bits_per_pixel"] = 0.0
+    return Evaluation(metrics | _code_metrics(tokenizer, counts), counts)
+
+
+def _code_metrics(tokenizer: ImageTokenizer, counts: list[Tensor]) -> dict[str, float]:
+    metrics = {"bits_per_pixel": 0.0}
     for i, (level, level_counts) in enumerate(zip(tokenizer.levels, counts, strict=True)):
         suffix = f"_{i}" if len(counts) > 1 else ""
         share = level_counts / level_counts.sum().clamp_min(1)
@@ -60,7 +64,7 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
         metrics[f"codebook_perplexity{suffix}"] = math.exp(entropy)
         metrics[f"code_entropy_bits{suffix}"] = entropy / math.log(2)
         metrics["bits_per_pixel"] += entropy / math.log(2) * level.height * level.width / tokenizer.image_size**2
-    return Evaluation(metrics, counts)
+    return metrics
 
 
 def collapsed(evaluation: Evaluation, floor: float) -> str | None:
@@ -77,7 +81,7 @@ def collapsed(evaluation: Evaluation, floor: float) -> str | None:
 
 
 def usage_histogram(counts: list[Tensor]) -> Image.Image:
-    """How often each code occurs, most frequent first, as a multiple of an even share; a line a level."""
+    """How often each code occurs, most frequent first, as a multiple of an even share; a line per level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,12 +98,6 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
     axes.legend()
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, [B], dB; both [B,3,H,W] in [0,1]. At most 100 (equal images)."""
-    mse = (images.double() - reconstructions.double()).square().flatten(1).mean(1)
-    return -10 * mse.clamp_min(1e-10).log10()
 
 
 @torch.no_grad()
