@@ -1,32 +1,28 @@
-"""Stage 7, evaluate: how good the generated images are, and the tokenizer's reconstructions.
+"""Stage evaluate: how good the generated images are, and the tokenizer's reconstructions.
 
-Reads generate/samples (an image generated for each of many captions) and generate/prompts.json (the grid), prepare, and
-the models. Writes metrics.json: rows of metrics with extractor, sample counts, intervals and warnings; the nearest
-training image of each image in the grid; some samples and reconstructions; with evaluate.sweep also the metrics of
-other settings of sampling, their images, and best.yaml, the best one as a section of a config. Array tasks share the
-extraction of features and the generating of the sweep, the stage itself measures. See
-pipeline/evaluation/run_evaluation.py and sweep.py.
+Reads generate/samples (an image for each of many captions) and generate/prompts.json (the grid), prepare, and the
+models. Writes metrics.json (pipeline/evaluation/results.py says what is in it), some samples and reconstructions as
+files, and with evaluate.sweep the images of other settings of sampling and best.yaml, the best setting as a section
+of a config. Array tasks share the extraction of features and the generating of the sweep; the stage itself measures.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
-from pipeline.evaluation.comparison import Row
+from pipeline.evaluation.examples import prompt_entries, save_reconstructions, save_samples
 from pipeline.evaluation.feature_store import FeatureStore, trim
+from pipeline.evaluation.results import FILE, Results
+from pipeline.evaluation.rows import Row
 from pipeline.evaluation.run_evaluation import (
     ImageSets,
     RealImages,
+    clip_rows,
     generated_rows,
-    judged,
-    nearest_training_images,
-    reranked,
-    save_reconstructions,
-    save_samples,
+    reranker_scores,
     tokenizer_rows,
 )
 from pipeline.evaluation.sweep import Sweep
@@ -41,54 +37,55 @@ def main(run: StageRun) -> None:
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
     store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
     sets = ImageSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
-    judge = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
+    scorer = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
-    share = run.array_task or (0, 1)
+    which, of = run.array_task or (0, 1)
     for name, images in sets.all():
-        store.extract(images, *share, description=f"features of {name} images")
-    if judge and sets.generated:
+        store.extract(images, which, of, f"features of {name} images")
+    if scorer and sets.generated:
         for images in (sets.generated, sets.own):
-            FeatureStore(store.folder, judge.images).extract(images, *share, description="CLIP's features")
+            FeatureStore(store.folder, scorer.images).extract(images, which, of, "CLIP's features")
     if sweep:
-        sweep.generate(*share)
+        sweep.generate(which, of)
     if run.array_task is None:
-        _measure(run, sets, store, judge, sweep)
+        _measure(run, sets, store, scorer, sweep)
         trim(store.folder, config.feature_cache_gb)
 
 
 def _measure(
-    run: StageRun, sets: ImageSets, store: FeatureStore, judge: ClipScorer | None, sweep: Sweep | None
+    run: StageRun, sets: ImageSets, store: FeatureStore, scorer: ClipScorer | None, sweep: Sweep | None
 ) -> None:
-    config, seed, generate = run.config.evaluate, run.config.seed, run.input("generate")
+    config, seed = run.config.evaluate, run.config.seed
     tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(distributed.device())
     real = RealImages(sets, store)
     rows: list[Row] = []
-    scores: list[float] | None = None
+    scores, scored_by = reranker_scores(sets.generated), "the reranker"
     if sets.generated:
         rows = generated_rows(sets.generated, real, store, config, seed)
-        if judge:
-            clip_rows, scores = judged(sets, judge, store.folder, seed)
-            rows += clip_rows
-    by_reranker = reranked(sets.generated)
+        if scorer:
+            more, by_clip = clip_rows(sets, scorer, store.folder, config, seed)
+            rows += more
+            if scores is None:
+                scores, scored_by = by_clip, "CLIP score"
     rows += tokenizer_rows(tokenizer, real, store, config, seed)
-    metrics: dict[str, Any] = {
+    results: Results = {
         "rows": [row.as_json() for row in rows],
-        "nearest": nearest_training_images(generate, real, store),
-        "judge": "the reranker" if by_reranker else "CLIP score" if scores else None,
-        "samples": save_samples(sets.generated, by_reranker or scores, real, store, run.directory, config, seed),
+        "nearest": prompt_entries(run.input("generate"), real, store),
+        "scored_by": scored_by if scores else None,
+        "samples": save_samples(sets.generated, scores, real, store, run.directory, config, seed),
         "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
     }
     if sweep:
-        metrics["sweep"] = sweep.measure(real)
-    write_json(run.directory / "metrics.json", metrics)
-    shown = [entry["file"] for entry in (*metrics["samples"], *metrics["reconstructions"])]
-    for file in ("metrics.json", *shown):
-        run.add_output(file)
+        results["sweep"] = sweep.measure(real)
+    write_json(run.directory / FILE, results)
+    run.add_output(FILE)
+    for shown in (*results["samples"], *results["reconstructions"]):
+        run.add_output(shown["file"])
     run.tracker.log({_tracked_name(row): row.value for row in rows if row.value is not None}, step=0)
 
 
 def _tracked_name(row: Row) -> str:
-    """Of the characters that MLflow allows in names: `FD Lite0/generated - other real images`."""
+    """The row's name in characters that MLflow allows: `FD Lite0/generated - other real images`."""
     name = f"{row.metric}/{row.compares.replace(', ', ' - ')}".replace("=", " ").replace("∞", " infinity")
     return re.sub(r"[^\w/ .:-]", "", name)
 

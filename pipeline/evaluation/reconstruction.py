@@ -1,24 +1,34 @@
-"""How close a reconstruction is to its image: PSNR and SSIM. Images are float `[n, C, H, W]` in [0, 1]."""
+"""Reconstructions: images through the codes of a tokenizer and back, of any folder as sheets of pairs with PSNR, SSIM.
+
+rebuilt = reconstruct(tokenizer, images)                                    # PIL images
+found = reconstruct_folder(tokenizer_at(run), images, filters_of(run), output)      # `smalti reconstruct`
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.config.pipeline import load_pipeline
+from pipeline.config.prepare import FilterConfig, FolderSource
+from pipeline.core.atomic_io import atomic_path, write_json
 from pipeline.core.errors import UserError
-from pipeline.extractors.base import FeatureSet
+from pipeline.core.progress import progress
+from pipeline.data.images import BadSample, decode, square
+from pipeline.evaluation.image_sets import images_at
+from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
+from pipeline.sampling.grid import Group, Tile, grid
 
-if TYPE_CHECKING:
-    from pipeline.evaluation.image_sets import StoredImage
-    from pipeline.extractors.base import Extractor
-    from pipeline.image_tokenizer.base import ImageTokenizer
-
-_BATCHES = 8  # of images and their reconstructions in memory at once
+_PAIRS = 64  # per sheet
+_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 @torch.inference_mode()
@@ -33,36 +43,6 @@ def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size
     return results
 
 
-def measure_pairs(
-    tokenizer: ImageTokenizer,
-    images: Sequence[StoredImage],
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    extractor: Extractor,
-    batch_size: int = 64,
-) -> tuple[dict[str, Tensor | UserError], FeatureSet]:
-    """Each of `metrics` of each image and its reconstruction, `[n]`, or why it cannot be measured; and the
-    reconstructions' features. A few batches of images are in memory at a time, whatever n.
-
-    Raises:
-        UserError: images of different sizes.
-    """
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    refused: dict[str, UserError] = {}
-    features: list[Tensor] = []
-    for start in range(0, len(images), _BATCHES * batch_size):
-        originals = [image.image for image in images[start : start + _BATCHES * batch_size]]
-        rebuilt = reconstruct(tokenizer, originals, batch_size)
-        pair = stacked(originals), stacked(rebuilt)
-        for name, metric in metrics.items():
-            try:
-                values[name].append(metric(*pair))
-            except UserError as error:
-                refused[name] = error
-        features.append(extractor(rebuilt, len(rebuilt), "features of reconstructions").features)
-    measured = {name: refused.get(name) or torch.cat(found) for name, found in values.items()}
-    return measured, FeatureSet(torch.cat(features), None, extractor.info)
-
-
 def stacked(images: list[Image.Image]) -> Tensor:
     """RGB images of one size as float32 `[n, 3, H, W]` in [0, 1]."""
     sizes = sorted({image.size for image in images})
@@ -70,3 +50,104 @@ def stacked(images: list[Image.Image]) -> Tensor:
         shown = ", ".join(f"{width} × {height}" for width, height in sizes[:3])
         raise UserError(f"images: expected one size, found {len(sizes)} ({shown}{', …' if len(sizes) > 3 else ''})")
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
+
+
+def tokenizer_at(path: Path) -> ImageTokenizer:
+    """The image tokenizer of a run, or in a folder. Raises UserError when there is none."""
+    for folder in (path, path / "model", path / "image-tokenizer" / "model"):
+        if (folder / "model.safetensors").is_file():
+            return ImageTokenizer.from_pretrained(folder)
+    raise UserError(
+        f"{path}: expected a run with a finished image-tokenizer, or a folder with a tokenizer's config.json and"
+        " model.safetensors, found neither; run image-tokenizer first"
+    )
+
+
+def filters_of(path: Path) -> FilterConfig:
+    """The filters of the run at `path`; of a tokenizer alone, the defaults."""
+    if (path / "config.yaml").is_file():
+        return load_pipeline(path / "config.yaml").prepare.filters
+    return FilterConfig.model_validate({})
+
+
+@dataclass
+class Reconstructed:
+    """What `reconstruct_folder` found."""
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by image name: psnr (dB), ssim
+    refused: dict[str, str] = field(default_factory=dict)  # why, by image name
+    sheets: int = 0
+
+    @property
+    def means(self) -> dict[str, float]:
+        first = next(iter(self.metrics.values()))
+        return {key: sum(one[key] for one in self.metrics.values()) / len(self.metrics) for key in first}
+
+
+def reconstruct_folder(
+    tokenizer: ImageTokenizer, images: Path, filters: FilterConfig, output: Path, limit: int | None = None
+) -> Reconstructed:
+    """Every usable image at `images`, cropped and resized as `prepare` does it, beside what its codes decode to.
+
+    Writes `output`/sheet-000.png … and `output`/metrics.json. Images that `filters` refuse are counted, not shown; a
+    `limit` takes the first usable ones.
+
+    Raises:
+        UserError: there is nothing at `images`, or no image that can be used.
+    """
+    result = Reconstructed()
+    usable = islice(_usable(images, tokenizer.image_size, filters, result.refused), limit)
+    with progress(total=None, description="reconstruct", unit="image") as bar:
+        while batch := list(islice(usable, _PAIRS)):
+            result.metrics |= _reconstruct_batch(tokenizer, batch, output / f"sheet-{result.sheets:03d}.png")
+            result.sheets += 1
+            bar.update(len(batch))
+    if result.metrics:
+        report = {"mean": result.means, "images": result.metrics, "refused": result.refused}
+        write_json(output / "metrics.json", report)
+    return result
+
+
+def _usable(path: Path, size: int, filters: FilterConfig, refused: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
+    """(name, RGB image of size × size) of what is at `path`; what `prepare` would not take goes to `refused`."""
+    for name, extension, content in _contents(path):
+        try:
+            yield name, square(decode(content, extension, filters).image, size)
+        except BadSample as bad:
+            refused[name] = f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
+
+
+def _contents(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(name, extension, bytes), sorted by name."""
+    if not path.exists():
+        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found nothing")
+    extensions = FolderSource.model_fields["extensions"].default
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in extensions) if path.is_dir() else []
+    if not files and path.suffix.lower() in extensions:
+        files = [path]
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        yield name, file.suffix.lower(), file.read_bytes()
+    if not files:
+        for image in images_at(path):
+            yield f"{image.place.file.name}/{image.key}", "", image.content()
+
+
+def _reconstruct_batch(
+    tokenizer: ImageTokenizer, batch: list[tuple[str, Image.Image]], sheet: Path
+) -> dict[str, dict[str, float]]:
+    """Each image's metrics, and the batch on one sheet: an image, and beside it what its codes decode to."""
+    names, originals = [name for name, _ in batch], [image for _, image in batch]
+    rebuilt = reconstruct(tokenizer, originals)
+    pixels, rebuilt_pixels = stacked(originals), stacked(rebuilt)
+    decibels = psnr(pixels, rebuilt_pixels).clamp(max=_IDENTICAL_DB).tolist()
+    metrics = [{"psnr": value} for value in decibels]
+    if tokenizer.image_size >= WINDOW:
+        similarities = ssim(pixels, rebuilt_pixels).tolist()
+        metrics = [one | {"ssim": value} for one, value in zip(metrics, similarities, strict=True)]
+    tiles = []
+    for name, original, after, value in zip(names, originals, rebuilt, decibels, strict=True):
+        tiles += [Tile(original, name), Tile(after, f"{value:.1f} dB")]
+    with atomic_path(sheet) as temporary:
+        grid([Group("", tiles)]).save(temporary, format="png")
+    return dict(zip(names, metrics, strict=True))

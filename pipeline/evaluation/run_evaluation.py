@@ -9,33 +9,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.core.atomic_io import atomic_path, read_json
 from pipeline.core.errors import UserError
 from pipeline.data.shards import read_index
-from pipeline.evaluation.comparison import (
-    Row,
-    caption_rows,
-    compare_sets,
-    distance_row,
-    frechet_row,
-    inception_rows,
-    pair_row,
-)
+from pipeline.evaluation.comparison import caption_rows, classified_rows, compare_sets
 from pipeline.evaluation.feature_store import FeatureStore
-from pipeline.evaluation.image_sets import StoredImage, decoded, images_at
-from pipeline.evaluation.reconstruction import measure_pairs, reconstruct, stacked
+from pipeline.evaluation.image_sets import StoredImage, images_at
+from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics, pair_row
+from pipeline.evaluation.rows import Row
+from pipeline.evaluation.set_metrics import FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.clip_scorer import ClipScorer
-from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.clip_score import clip_scores
-from pipeline.metrics.neighbours import nearest
-from pipeline.metrics.psnr_ssim import psnr, ssim
 
 GENERATED_OWN = "generated, real images of the same captions"
 GENERATED_OTHER = "generated, other real images"
@@ -99,30 +86,36 @@ def generated_rows(
         n = slice(len(other))
         rows += compare_sets(other, generated.take(n), GENERATED_OTHER, config, seed, store.folder)
         rows += compare_sets(other, own.take(n), FLOOR, config, seed, store.folder)
-    rows += [*inception_rows(generated, "generated", config, seed), *inception_rows(own, "real", config, seed)]
-    rows.append(distance_row(generated, "generated", real.training, seed))
+    rows += [*classified_rows(generated, "generated", config, seed), *classified_rows(own, "real", config, seed)]
+    measured = [("generated", generated)]
     if real.validation:
-        validation = store.features(real.validation, "features of validation images")
-        rows.append(distance_row(validation, "real, never trained on", real.training, seed))
-    return rows
+        unseen = store.features(real.validation, "features of validation images")
+        measured.append(("real, never trained on", unseen))
+    nearest = [
+        row_of(NEAREST_TRAINING_IMAGE, TwoSets(features, config, seed, real.training), compares)
+        for compares, features in measured
+    ]
+    return rows + [row for row in nearest if row is not None]
 
 
-def judged(sets: ImageSets, judge: ClipScorer, folder: Path, seed: int) -> tuple[list[Row], list[float]]:
+def clip_rows(
+    sets: ImageSets, scorer: ClipScorer, folder: Path, config: EvaluateConfig, seed: int
+) -> tuple[list[Row], list[float]]:
     """CLIP's metrics of the generated and of the real images of the same captions; and each generated one's score.
 
-    `folder`: of the feature cache.
+    `folder`: that of the feature cache.
     """
-    store = FeatureStore(folder, judge.images)
-    captions = judge.captions([image.caption or "" for image in sets.generated])
+    store = FeatureStore(folder, scorer.images)
+    captions = scorer.captions([image.caption or "" for image in sets.generated])
     generated = store.features(sets.generated, "CLIP's features of generated images")
-    rows = caption_rows(generated, captions, "generated, their captions", seed)
+    rows = caption_rows(generated, captions, "generated, their captions", config, seed)
     own = store.features(sets.own, "CLIP's features of real images")
-    rows += caption_rows(own, captions, "real, their captions", seed)
+    rows += caption_rows(own, captions, "real, their captions", config, seed)
     return rows, clip_scores(generated.features, captions).tolist()
 
 
-def reranked(images: list[StoredImage]) -> list[float] | None:
-    """How well the run's reranker found each generated image to fit its caption; None if there was no reranker."""
+def reranker_scores(images: list[StoredImage]) -> list[float] | None:
+    """The run's reranker's score of each generated image with its caption; None if there was no reranker."""
     scores = [image.about.get("score") for image in images]
     found = [score for score in scores if score is not None]
     return found if found and len(found) == len(scores) else None
@@ -132,96 +125,19 @@ def tokenizer_rows(
     tokenizer: ImageTokenizer, real: RealImages, store: FeatureStore, config: EvaluateConfig, seed: int
 ) -> list[Row]:
     """PSNR, SSIM, LPIPS (where its weights are) and Fréchet distance of reconstructions, by split."""
-    lpips = Lpips.from_folder(config.lpips).to(next(tokenizer.parameters()).device) if config.lpips else None
-    rows = []
+    metrics = pair_metrics(config, next(tokenizer.parameters()).device)
+    rows: list[Row | None] = []
     for split, samples in (("validation", real.validation), ("training", real.samples)):
         samples = samples[: config.reconstructions]
         if not samples:
             continue
         compares = f"{split} images, their reconstructions"
-        metrics = {"PSNR (dB)": psnr, "SSIM": ssim} | ({"LPIPS (VGG)": lpips.batched} if lpips else {})
         values, rebuilt = measure_pairs(tokenizer, samples, metrics, store.extractor, config.batch_size)
-        for name, found in values.items():
-            network = lpips if name.startswith("LPIPS") else None
-            rows.append(pair_row(name, compares, found, len(samples), seed, "lower" if network else "higher", network))
+        for metric, found in zip(metrics, values, strict=True):
+            rows.append(pair_row(metric, found, compares, len(samples), seed))
         originals = store.features(samples, f"features of {split} images")
-        row = frechet_row(originals, rebuilt, compares, "r", config.bootstraps, seed, paired=True)
-        rows.append(row)
-    return rows
-
-
-def nearest_training_images(generate: Path, real: RealImages, store: FeatureStore) -> list[dict[str, Any]]:
-    """For each image of the prompt grid, the training image that it comes closest to in feature space."""
-    path = generate / "prompts.json"
-    prompts: list[dict[str, Any]] = read_json(path) if path.is_file() else []
-    if not prompts:
-        return []
-    images = [_read(generate, prompt["file"]) for prompt in prompts]
-    grid = store.extractor(images, len(images), "features of the prompt grid")
-    near = _nearest(grid, real)
-    return [
-        {**{name: prompt[name] for name in ("prompt", "kind", "file", "score") if name in prompt}, **found}
-        for prompt, found in zip(prompts, near, strict=True)
-    ]
-
-
-def save_samples(
-    images: list[StoredImage],
-    scores: list[float] | None,
-    real: RealImages,
-    store: FeatureStore,
-    directory: Path,
-    config: EvaluateConfig,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Some generated images as files under `directory`/samples: drawn at random, and by score the best and worst."""
-    if not images or not config.samples_shown:
-        return []
-    count = min(config.samples_shown, len(images))
-    chosen = [("random", i) for i in sorted(random.Random(seed).sample(range(len(images)), count))]
-    if scores:
-        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-        few = max(1, min(count // 2, len(ranked) // 2))
-        chosen += [("best", i) for i in ranked[:few]] + [("worst", i) for i in reversed(ranked[-few:])]
-    features = store.features(images, "features of generated images").take([i for _, i in chosen])
-    entries = []
-    for number, ((group, i), found) in enumerate(zip(chosen, _nearest(features, real), strict=True)):
-        file = f"samples/{number:02d}.png"
-        with atomic_path(directory / file) as temporary:
-            images[i].image.save(temporary, format="PNG")
-        entry = {"group": group, "prompt": images[i].caption or images[i].key, "file": file, **found}
-        entries.append(entry | ({"score": scores[i]} if scores else {}))
-    return entries
-
-
-def save_reconstructions(
-    tokenizer: ImageTokenizer, real: RealImages, directory: Path, config: EvaluateConfig
-) -> list[dict[str, Any]]:
-    """Some reconstructions as files under `directory`/reconstructions, validation images first."""
-    samples = [*real.validation, *real.samples][: config.reconstructions_shown]
-    if not samples:
-        return []
-    images = [sample.image for sample in samples]
-    reconstructions = reconstruct(tokenizer, images, config.batch_size)
-    decibels = psnr(stacked(images), stacked(reconstructions)).tolist()
-    entries = []
-    for i, (sample, image) in enumerate(zip(samples, reconstructions, strict=True)):
-        file = f"reconstructions/{i:02d}.png"
-        with atomic_path(directory / file) as temporary:
-            image.save(temporary, format="PNG")
-        split = "val" if i < len(real.validation) else "train"
-        entries.append(
-            {"key": sample.key, "caption": sample.caption, "split": split, "file": file, "psnr": decibels[i]}
-        )
-    return entries
-
-
-def _nearest(features: FeatureSet, real: RealImages) -> list[dict[str, Any]]:
-    distances, indices = nearest(features.features, real.training.features)
-    return [
-        {"key": real.samples[index].key, "caption": real.samples[index].caption, "distance": distance}
-        for distance, index in zip(distances.tolist(), indices.tolist(), strict=True)
-    ]
+        rows.append(row_of(FRECHET, TwoSets(rebuilt, config, seed, originals, paired=True), compares, prefix="r"))
+    return [row for row in rows if row is not None]
 
 
 def _split(prepare: Path, split: str, wanted: set[str], limit: int) -> list[StoredImage]:
@@ -229,8 +145,3 @@ def _split(prepare: Path, split: str, wanted: set[str], limit: int) -> list[Stor
     index = read_index(prepare)["splits"][split]
     images = [image for shard in index["shards"] for image in images_at(prepare / shard["name"])]
     return [image for i, image in enumerate(images) if i < limit or image.key in wanted]
-
-
-def _read(generate: Path, file: str) -> Image.Image:
-    path = generate / file
-    return decoded(path.read_bytes(), str(path))

@@ -1,8 +1,8 @@
 """Which setting of sampling generates best: images of every guidance × temperature × top-k, and their metrics.
 
 All settings generate the same captions from the same random numbers, so they differ by nothing but the setting. They
-are compared with *other* real images than those of the captions (`evaluation.py` says why); the best has the lowest
-Fréchet distance. Images stay in sweep/<setting>.tar, so a sweep that was stopped goes on at the next setting.
+are compared with *other* real images than those of the captions (`run_evaluation.py` says why); the best has the lowest
+Fréchet distance. Images stay in sweep/<setting>.tar, so a stopped sweep resumes at the next setting.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import random
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,9 +21,10 @@ from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, write_shard
-from pipeline.evaluation.comparison import compare_sets, inception_rows
+from pipeline.evaluation.comparison import classified_rows, compare_sets
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, images_at
+from pipeline.evaluation.results import SweepResult, SweepSetting
 from pipeline.evaluation.run_evaluation import GENERATED_OTHER, RealImages
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.pipeline import Pipeline
@@ -43,7 +43,7 @@ def settings(config: SweepConfig, base: SamplingConfig) -> list[SamplingConfig]:
 
 
 class Sweep:
-    """What a stage's process generates and measures of it. Array tasks share the settings; `measure` does what is left.
+    """The sweep of one stage: array tasks share the settings to generate, `measure` does what is left.
 
     Raises:
         UserError: guidance other than 1 without caption dropout, or more samples than half of the training images.
@@ -70,26 +70,28 @@ class Sweep:
             signals.check()
             self._store.extract(self._generated(setting), description="features of the sweep")
 
-    def measure(self, real: RealImages) -> dict[str, Any]:
-        """The metrics of every setting; `best.yaml` gets the best one, as a section of a pipeline's config.
-
-        Returns:
-            {"settings": [{guidance, temperature, top_k, metrics: {metric: value}}], "best": index, "compares",
-            "samples"}
-        """
+    def measure(self, real: RealImages) -> SweepResult:
+        """The metrics of every setting; `best.yaml` gets the best one, as a section of a pipeline's config."""
         run, config = self._run, self._run.config.evaluate.model_copy(update={"bootstraps": 0})
         _, other = real.own_and_other([image.key for image in self._chosen], run.seed)
-        measured = []
+        measured: list[SweepSetting] = []
         for setting in self._settings:
             signals.check()
             features = self._store.features(self._generated(setting), "features of the sweep")
             rows = compare_sets(other, features, "", config, run.seed, self._store.folder)
-            rows += inception_rows(features, "", config, run.seed)
-            metrics = {row.metric: row.value for row in rows}
-            measured.append({name: getattr(setting, name) for name in VARIED} | {"metrics": metrics})
+            rows += classified_rows(features, "", config, run.seed)
+            measured.append(
+                {
+                    "guidance": setting.guidance,
+                    "temperature": setting.temperature,
+                    "top_k": setting.top_k,
+                    "metrics": {row.metric: row.value for row in rows},
+                }
+            )
             run.add_output(self._path(setting))
         best = min(range(len(measured)), key=lambda i: _distance(measured[i]))
-        overrides = {"generate": {"sampling": {name: measured[best][name] for name in VARIED}}}
+        chosen = self._settings[best].model_dump(mode="json", include=set(VARIED))
+        overrides = {"generate": {"sampling": {name: chosen[name] for name in VARIED}}}
         write_atomic(run.directory / BEST, yaml.safe_dump(overrides, sort_keys=False))
         run.add_output(BEST)
         return {"settings": measured, "best": best, "compares": GENERATED_OTHER, "samples": len(self._chosen)}
@@ -117,6 +119,8 @@ class Sweep:
         return self._run.directory / "sweep" / name
 
 
-def _distance(setting: dict[str, Any]) -> float:
-    value: float = next(value for metric, value in setting["metrics"].items() if metric.startswith(("FD (", "FID (")))
-    return value
+def _distance(setting: SweepSetting) -> float:
+    """The setting's Fréchet distance; without one it is the worst."""
+    distances = (value for metric, value in setting["metrics"].items() if metric.startswith(("FD (", "FID (")))
+    value = next(distances)
+    return float("inf") if value is None else value

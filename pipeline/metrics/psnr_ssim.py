@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW = 11  # pixels; SSIM needs images of at least so many
+_SIGMA = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 
 
@@ -28,8 +29,8 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     image, on each colour channel; averaged over channels and positions.
     """
     x, y = _checked(images, reconstructions)
-    if min(x.shape[-2:]) < _WINDOW:
-        raise UserError(f"SSIM: expected images of at least {_WINDOW} × {_WINDOW} pixels, found {tuple(x.shape[-2:])}")
+    if min(x.shape[-2:]) < WINDOW:
+        raise UserError(f"SSIM: expected images of at least {WINDOW} × {WINDOW} pixels, found {tuple(x.shape[-2:])}")
     mean_x, mean_y = _blurred(x), _blurred(y)
     var_x = _blurred(x * x) - mean_x**2
     var_y = _blurred(y * y) - mean_y**2
@@ -40,7 +41,7 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def _blurred(x: Tensor) -> Tensor:
-    offset = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
+    offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     window = torch.softmax(-(offset**2) / (2 * _SIGMA**2), dim=0)
     channels = x.shape[1]
     x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)

@@ -21,9 +21,9 @@ import yaml
 from PIL import Image
 
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.core.atomic_io import read_json
 from pipeline.data.shards import read_samples
-from pipeline.evaluation.comparison import warnings
+from pipeline.evaluation.results import read_results
+from pipeline.evaluation.rows import Row, warnings
 from pipeline.report.plots import panels, standalone
 from pipeline.report.run_facts import TRAINED, RunFacts, duration, read_facts, size
 from pipeline.report.sweep_plots import sweep_facts
@@ -56,7 +56,7 @@ class Report:
 
 def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Report:
     """The page and its parts, from the directories of all stages before it (by stage name)."""
-    evaluation = read_json(directories["evaluate"] / "metrics.json")
+    evaluation: Any = read_results(directories["evaluate"])
     facts = read_facts(directories)
     originals = _training_images(directories["prepare"], evaluation)
     prompted = _grouped(evaluation["nearest"], "kind", ("training", "new"), directories["generate"], originals)
@@ -99,9 +99,9 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
         tables=_tables(evaluation["rows"]),
         extractor=next((row for row in evaluation["rows"] if row["extractor"]), None),
         extractors=_extractors(evaluation["rows"]),
-        judge=evaluation.get("judge"),
+        judge=evaluation["scored_by"],
         candidates=config.generate.candidates,
-        warnings=warnings(evaluation["rows"]),
+        warnings=warnings(Row.from_json(row) for row in evaluation["rows"]),
         config=_config(config),
         credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),

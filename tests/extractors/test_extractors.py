@@ -75,12 +75,12 @@ def test_metrics_are_named_after_the_extractor_and_without_classes_there_is_no_i
     assert all(len(row.weights_sha256 or "") == 64 for row in rows)
 
 
-def test_captions_are_judged(clip: Path) -> None:
-    judge = ClipScorer(str(clip), CPU, batch_size=3)
-    captions = judge.captions(CAPTIONS)
+def test_images_are_scored_by_their_captions(clip: Path) -> None:
+    scorer = ClipScorer(str(clip), CPU, batch_size=3)
+    captions = scorer.captions(CAPTIONS)
     assert captions.shape == (4, 12)
-    torch.testing.assert_close(judge.captions(CAPTIONS[1:2]), captions[1:2])
-    rows = caption_rows(judge.images(images(4)), captions, "", seed=0)
+    torch.testing.assert_close(scorer.captions(CAPTIONS[1:2]), captions[1:2])
+    rows = caption_rows(scorer.images(images(4)), captions, "", EvaluateConfig(), seed=0)
     assert [row.metric for row in rows] == ["CLIP score (CLIP)", "R@1 (CLIP)"]
 
 

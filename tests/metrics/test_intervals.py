@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.comparison import bootstrap_interval
+from pipeline.evaluation.intervals import bootstrap_interval
 from pipeline.metrics.frechet import frechet_deviation, frechet_distance, frechet_infinity
 
 

@@ -10,8 +10,9 @@ from PIL import Image, ImageFilter
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.prepare import OpenMojiSource
 from pipeline.data.sources.openmoji import OpenMoji
-from pipeline.evaluation.comparison import Row, compare_images, compare_sets
+from pipeline.evaluation.comparison import compare_images, compare_sets
 from pipeline.evaluation.image_sets import decoded
+from pipeline.evaluation.rows import Row
 from pipeline.extractors.base import Extractor, FeatureSet, resized
 from pipeline.extractors.registry import load_extractor
 

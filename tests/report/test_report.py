@@ -229,18 +229,18 @@ def test_array_tasks_share_the_features_and_the_stage_measures_the_same(
 def test_best_and_worst_by_clip_are_shown(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
     captions = [sample.caption for sample in read_samples(tiny_run / "prepare", "train")]
     clip = save_clip(tmp_path / "clip", captions)
-    judged = changed(config, clip=str(clip), samples_shown=4, feature_cache=tmp_path / "cache")
-    evaluate.main(again(tiny_run, tmp_path, judged, "evaluate", array_task=(0, 1)))
+    scored = changed(config, clip=str(clip), samples_shown=4, feature_cache=tmp_path / "cache")
+    evaluate.main(again(tiny_run, tmp_path, scored, "evaluate", array_task=(0, 1)))
     sets = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/part-*.npz")}
     assert len(sets) == 5  # three for the metrics, two for CLIP
-    run = again(tiny_run, tmp_path, judged, "evaluate")
+    run = again(tiny_run, tmp_path, scored, "evaluate")
     evaluate.main(run)
     measured = json.loads((run.directory / "metrics.json").read_text())
     scores = {group: [e["score"] for e in measured["samples"] if e["group"] == group] for group in ("best", "worst")}
     assert min(scores["best"]) >= max(scores["worst"])
     assert {"CLIP score (CLIP)", "R@5 (CLIP)"} <= {row["metric"] for row in measured["rows"]}
     directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
-    report = build_report(directories, judged)
+    report = build_report(directories, scored)
     text = " ".join("".join(References(report.page).text).split())
     assert "the best and the worst of those by CLIP score" in text
     assert "Lite0: features of efficientnet-lite0" in text
@@ -255,7 +255,7 @@ def test_best_and_worst_by_the_reranker_are_shown(tiny_run: Path, tmp_path: Path
     generated(run.input("generate"), scored)
     evaluate.main(run)
     measured = json.loads((run.directory / "metrics.json").read_text())
-    assert measured["judge"] == "the reranker"
+    assert measured["scored_by"] == "the reranker"
     groups = {group: [e["score"] for e in measured["samples"] if e["group"] == group] for group in ("best", "worst")}
     assert groups == {"best": [11.0, 10.0], "worst": [0.0, 1.0]}
 
@@ -275,7 +275,7 @@ def test_what_the_page_shows_is_an_artifact(tiny_run: Path) -> None:
     assert {"prompts.png", "prompts/00.png"} <= artifacts("generate")
 
 
-def test_best_setting_paints(tiny_run: Path, tmp_path: Path) -> None:
+def test_best_setting_generates(tiny_run: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "run.json", "text-tokenizer", "image-tokenizer", "transformer"):
         (tmp_path / name).symlink_to(tiny_run / name)
     arguments = ("pipeline", "generate", str(tmp_path), "red joker", "--best", "-o", str(tmp_path / "out"))

@@ -1,0 +1,102 @@
+"""Comparisons of two sets of images by path, whoever made them: the work of `smalti evaluate --real A --fake B`.
+
+sets = read_sets(real, fake, config, cache)                             # in every process
+rows = compare_features(sets.real, sets.fake, config, seed, cache)      # in one
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.core import distributed
+from pipeline.core.errors import UserError
+from pipeline.evaluation.comparison import caption_rows
+from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, is_feature_file, read_features
+from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.rows import Row
+from pipeline.extractors.base import FeatureSet
+from pipeline.extractors.clip_scorer import ClipScorer
+from pipeline.extractors.registry import load_extractor
+
+Sizes = Counter[tuple[int, int]]  # how many images there are of each width and height
+
+
+@dataclass(frozen=True)
+class ReadSets:
+    """Two sets to compare, and what the user should know about them."""
+
+    real: FeatureSet
+    fake: FeatureSet
+    warnings: list[str]
+
+
+def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> ReadSets:
+    """Both sets, from feature files where they are such; others are extracted into `cache`, ranks sharing the work.
+
+    Collective: every process of the group calls it. Images of several sizes give a warning.
+
+    Raises:
+        UserError: there is nothing at a path, no image, or the sets come from different extractors.
+    """
+    for path in (real, fake):
+        if not path.exists():
+            raise UserError(f"{path}: expected a folder of images, a tar or a feature file, found nothing")
+    store = None
+    if not (is_feature_file(real) and is_feature_file(fake)):
+        extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
+        store = FeatureStore(cache, extractor)
+    found = []
+    sizes: dict[str, Sizes] = {}
+    for path, what in ((real, "real"), (fake, "fake")):
+        if store is None or is_feature_file(path):
+            found.append(read_features(path))
+        else:
+            features, sizes[what] = _extracted(path, f"{what} images", store)
+            found.append(features)
+    check_same_extractor(found[0], found[1])
+    return ReadSets(found[0], found[1], _mixed_sizes(sizes))
+
+
+def _extracted(path: Path, description: str, store: FeatureStore) -> tuple[FeatureSet, Sizes]:
+    images = images_at(path)
+    store.extract(images, distributed.rank(), distributed.world_size(), description)
+    sizes = store.sizes(images)
+    distributed.barrier()
+    if distributed.is_main():  # joins the parts that the ranks have extracted
+        store.features(images, description)
+    distributed.barrier()
+    return store.features(images, description), sizes
+
+
+def _mixed_sizes(sizes: dict[str, Sizes]) -> list[str]:
+    """Warnings of mixed sizes: every image is resized on its own, and an enlarged one looks blurred to a network."""
+    warnings = []
+    for what, found in (*sizes.items(), ("real and fake", sum(sizes.values(), Sizes()))):
+        if len(found) > 1 and (what != "real and fake" or all(len(other) == 1 for other in sizes.values())):
+            shown = ", ".join(f"{count} of {width} × {height}" for (width, height), count in found.most_common(3))
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            warnings.append(
+                f"{what} images: expected one size, found {len(found)} ({shown}{more}); each is resized on "
+                "its own, which the metrics see"
+            )
+    return warnings
+
+
+def captioned_rows(path: Path, config: EvaluateConfig, cache: Path, seed: int) -> list[Row]:
+    """CLIP's metrics of the images at `path` that have captions; none without `config.clip`.
+
+    Raises:
+        UserError: no image has a caption.
+    """
+    if not config.clip:
+        return []
+    images = [image for image in images_at(path) if image.caption]
+    if not images:
+        raise UserError(f"--clip: expected captions (a .txt beside each image) in {path}, found none")
+    scorer = ClipScorer(config.clip, distributed.device(), config.batch_size)
+    embedded = FeatureStore(cache, scorer.images).features(images, "CLIP's features")
+    captions = scorer.captions([image.caption or "" for image in images])
+    return caption_rows(embedded, captions, "generated, their captions", config, seed)

@@ -1,0 +1,261 @@
+"""The metrics of sets of images: one list, `METRICS`, from which every comparison takes its rows.
+
+To add one: a function in a module of `pipeline/metrics/` that is named after the metric, and a line in `METRICS`:
+
+    Metric("MMD", TwoSets, "lower", lambda sets: Measured(mmd(sets.real.features, sets.images.features)))
+
+A line has the metric's name, what it needs (`OneSet`: one set of images; `TwoSets`: a set and real images to compare
+it with; `CaptionedSet`: images and the embeddings of their captions), which direction is better, and the function,
+which returns a `Measured`: the value, with its interval if it has one (`mean_of`, `spread_of`). None leaves the row
+out. A UserError makes a row without a value, with the error as its warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.core.errors import UserError
+from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_interval
+from pipeline.evaluation.reference_stats import reference_gaussian
+from pipeline.evaluation.rows import Better, Row
+from pipeline.extractors.base import FeatureSet
+from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
+from pipeline.metrics.frechet import Gaussian, frechet_deviation, frechet_distance, frechet_infinity
+from pipeline.metrics.inception_score import inception_score
+from pipeline.metrics.kid import kernel_distance
+from pipeline.metrics.neighbours import nearest
+from pipeline.metrics.precision_recall import Membership, membership
+
+
+@dataclass(frozen=True)
+class OneSet:
+    """The images to measure, and the settings that metrics look at."""
+
+    images: FeatureSet
+    config: EvaluateConfig
+    seed: int
+
+    @property
+    def n_real(self) -> int:
+        return 0
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class TwoSets(OneSet):
+    """Images, and the real images to compare them with.
+
+    Attributes:
+        cache: the folder that keeps the statistics of real sets.
+        paired: image i belongs to real image i, as a reconstruction does to its original.
+    """
+
+    real: FeatureSet
+    cache: Path | None = None
+    paired: bool = False
+
+    @property
+    def n_real(self) -> int:
+        return len(self.real)
+
+    @property
+    def n(self) -> int:
+        """Images in the smaller set."""
+        return min(len(self.real), len(self.images))
+
+    @property
+    def dimensions(self) -> int:
+        return self.real.features.shape[1]
+
+    @cached_property
+    def reference(self) -> Gaussian:
+        """The Gaussian of the real images' features."""
+        return reference_gaussian(self.real.features, self.cache)
+
+    @cached_property
+    def membership(self) -> Membership:
+        """Which images lie in the other set's manifold."""
+        return membership(self.real.features, self.images.features, self.config.neighbours)
+
+
+@dataclass(frozen=True)
+class CaptionedSet(OneSet):
+    """Images, and the embedding `[n, d]` of each one's caption in the space of the images' features."""
+
+    captions: Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric's function found."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    interval_of: str | None = None
+    warning: str | None = None
+
+
+Input = TypeVar("Input", bound=OneSet)
+
+
+@dataclass(frozen=True)
+class Metric(Generic[Input]):
+    """One metric: a line of `METRICS`.
+
+    Attributes:
+        name: `{fd}` in it becomes FID on the Inception network that published FID is measured with, FD on any other
+            network, and `{k}` the config's number of neighbours.
+        needs: the kind of input that `measure` takes.
+    """
+
+    name: str
+    needs: type[Input]
+    better: Better
+    measure: Callable[[Input], Measured | None]
+
+
+def mean_of(values: Tensor, seed: int, interval_of: str = BOOTSTRAP) -> Measured:
+    """The mean of one value per image, `[n]`, with its bootstrap interval."""
+    return Measured(values.mean().item(), bootstrap_interval(values, seed), interval_of)
+
+
+def spread_of(found: tuple[float, float], repeats: str) -> Measured:
+    """A mean and the standard deviation over `repeats` as its interval."""
+    mean, deviation = found
+    return Measured(mean, (mean - deviation, mean + deviation), f"± 1 standard deviation over {repeats}")
+
+
+def _frechet(sets: TwoSets) -> Measured:
+    n, dimensions = sets.n, sets.dimensions
+    few = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
+    warning = few if n < dimensions else None
+    value = frechet_distance(sets.real.features, sets.images.features, sets.reference)
+    bootstraps = sets.config.bootstraps
+    if bootstraps < 2:
+        return Measured(value, warning=warning)
+    deviation = frechet_deviation(
+        sets.real.features, sets.images.features, sets.generator(), bootstraps, paired=sets.paired
+    )
+    reach = 1.96 * deviation
+    resampled = f"{bootstraps} bootstraps{' of pairs' if sets.paired else ''}"
+    return Measured(
+        value=value,
+        interval=(max(value - reach, 0.0), value + reach),
+        interval_of=f"95 % confidence at this n, normal, deviation of {resampled}",
+        warning=warning,
+    )
+
+
+def _frechet_infinity(sets: TwoSets) -> Measured:
+    value = frechet_infinity(sets.real.features, sets.images.features, sets.generator(), reference=sets.reference)
+    n, dimensions = sets.n, sets.dimensions
+    few = f"{n} samples for {dimensions} feature dimensions: too few for a straight line"
+    return Measured(value, warning=few if n < dimensions else None)
+
+
+def _kid(sets: TwoSets) -> Measured:
+    subsets, subset_size = sets.config.kid_subsets, min(sets.config.kid_subset_size, sets.n // 2)
+    found = kernel_distance(sets.real.features, sets.images.features, subsets, subset_size, sets.generator())
+    return spread_of(found, f"{subsets} subsets of {subset_size}")
+
+
+def _share(sets: TwoSets, inside: Tensor) -> Measured:
+    """The mean of one of the four values of `Membership`."""
+    return mean_of(inside, sets.seed, f"{BOOTSTRAP} of its samples, the other set held fixed")
+
+
+def _inception_score(one: OneSet) -> Measured | None:
+    if one.images.logits is None:  # the network is no classifier
+        return None
+    splits = one.config.inception_splits
+    return spread_of(inception_score(one.images.logits, splits, one.generator()), f"{splits} splits")
+
+
+def _retrieval(k: int) -> Callable[[CaptionedSet], Measured | None]:
+    def measure(one: CaptionedSet) -> Measured | None:
+        if k >= len(one.captions):  # every caption is among the first k
+            return None
+        return mean_of((own_caption_ranks(one.images.features, one.captions) < k).double(), one.seed)
+
+    return measure
+
+
+def _median_nearest_distance(sets: TwoSets) -> Measured:
+    distances, _ = nearest(sets.images.features, sets.real.features)
+    return Measured(
+        value=distances.median().item(),
+        interval=bootstrap_interval(distances, sets.seed, torch.median),
+        interval_of=BOOTSTRAP,
+        warning=None if len(sets.images) >= 10 else f"only {len(sets.images)} images",
+    )
+
+
+FRECHET = Metric("{fd}", TwoSets, "lower", _frechet)
+
+METRICS: tuple[Metric[Any], ...] = (
+    FRECHET,
+    Metric("{fd}∞", TwoSets, "lower", _frechet_infinity),
+    Metric("KID", TwoSets, "lower", _kid),
+    Metric("precision k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.precision)),
+    Metric("recall k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.recall)),
+    Metric("density k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.density)),
+    Metric("coverage k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.coverage)),
+    Metric("IS", OneSet, "higher", _inception_score),
+    Metric(
+        "CLIP score",
+        CaptionedSet,
+        "higher",
+        lambda one: mean_of(clip_scores(one.images.features, one.captions), one.seed),
+    ),
+    Metric("R@1", CaptionedSet, "higher", _retrieval(1)),
+    Metric("R@5", CaptionedSet, "higher", _retrieval(5)),
+    Metric("R@10", CaptionedSet, "higher", _retrieval(10)),
+)
+
+# Not in the list, since it compares with all training images, not at equal n. Near 0 the images are copies.
+NEAREST_TRAINING_IMAGE = Metric(
+    "median distance to the nearest training image", TwoSets, "higher", _median_nearest_distance
+)
+
+
+def rows_of(measured: OneSet, compares: str) -> list[Row]:
+    """A row for each metric of the list that needs just this kind of input."""
+    rows = [row_of(metric, measured, compares) for metric in METRICS if metric.needs is type(measured)]
+    return [row for row in rows if row is not None]
+
+
+def row_of(metric: Metric[Input], measured: Input, compares: str, prefix: str = "") -> Row | None:
+    """The row of one metric, named after the extractor as well; None where the metric leaves it out."""
+    info = measured.images.info
+    try:
+        found = metric.measure(measured)
+        if found is None:
+            return None
+        value, interval, interval_of, warning = found.value, found.interval, found.interval_of, found.warning
+    except UserError as error:
+        value, interval, interval_of, warning = None, None, None, str(error)
+    name = metric.name.format(fd="FID" if info.name == "inception-v3" else "FD", k=measured.config.neighbours)
+    return Row(
+        metric=f"{prefix}{name} ({info.label})",
+        compares=compares,
+        value=value,
+        better=metric.better,
+        n_real=measured.n_real,
+        n_generated=len(measured.images),
+        extractor=info.name,
+        weights_sha256=info.weights_sha256,
+        resize=info.resize,
+        interval=interval,
+        interval_of=interval_of,
+        warning=warning,
+    )
