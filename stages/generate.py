@@ -1,17 +1,16 @@
-"""Stage 6, generate: generate the prompts for the eye, and captions of the train split for the metrics.
+"""Stage 6, generate: generate the prompts that people look at, and captions of the train split for the metrics.
 
 Reads prepare (captions), the three models, and the reranker where there is one, which then scores every image and
 keeps the best of `generate.candidates`. Writes prompts/00.png ..., prompts.json and the grid
 prompts.png, then samples/000000.tar ... (KEY.png, KEY.txt, KEY.json; KEY is that of the caption's own
-image), a shard at a time: after a stop or a crash the finished ones stay. Array tasks share these
+image), shard by shard: after a stop or a crash the finished ones stay. Array tasks share these
 shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -22,13 +21,16 @@ from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
-from pipeline.sampling.pipeline import GeneratedImage, Pipeline
+from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
+from pipeline.sampling.png_metadata import Metadata, save_image
 from pipeline.sampling.prompts import check_against_training, sampled_rows
-from pipeline.sampling.save import save_image
 
-_NOTES = {
-    "training": "Captions of training images: a small model mostly generates those images again.",
-    "new": "Prompts that training never saw: new combinations of known words.",
+_HEADINGS = {  # by kind of prompt: title and note on the grid
+    "training": (
+        "Training captions",
+        "Captions of training images: a small model mostly generates those images again.",
+    ),
+    "new": ("New prompts", "Prompts that training never saw: new combinations of known words."),
 }
 
 
@@ -46,77 +48,88 @@ def main(run: StageRun) -> None:
 
 
 def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
+    """Write prompts/NN.png, prompts.json and the grid prompts.png."""
     config = run.config.generate
     entries = [(prompt, "training") for prompt in config.training_prompts]
     entries += [(prompt, "new") for prompt in config.new_prompts]
     if not entries:
         return
     generated = _generate(run, pipeline, [prompt for prompt, _ in entries])
-    images = [one.image for one in generated]
     listed = []
     for number, ((prompt, kind), one) in enumerate(zip(entries, generated, strict=True)):
         file = f"prompts/{number:02d}.png"
         listed.append({"prompt": prompt, "kind": kind, "file": file} | _score(one))
-        about = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
-        _save(run, one.image, file, about | _drawn(pipeline, one))
+        common = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
+        _save(run, one.image, file, common | _origin(pipeline, one))
     write_json(run.directory / "prompts.json", listed)
     run.add_output("prompts.json")
-    groups = []
-    for kind, title in (("training", "Training captions"), ("new", "New prompts")):
-        pairs = zip(entries, images, strict=True)
-        tiles = [Tile(image, prompt) for (prompt, its_kind), image in pairs if its_kind == kind]
-        if tiles:
-            groups.append(Group(title, tiles, _NOTES[kind]))
-    sheet = grid(groups)
-    _save(run, sheet, "prompts.png")
+    sheet = _grid(entries, generated)
+    _save(run, sheet, "prompts.png", {})
     run.tracker.log_image("prompts", sheet, 0)
 
 
-def _generate_samples(run: StageRun, pipeline: Pipeline, chosen: list[tuple[str, str]]) -> None:
+def _grid(entries: Sequence[tuple[str, str]], generated: Sequence[GeneratedImage]) -> Image.Image:
+    """A sheet with a group for each kind of prompt; `entries` are prompts and their kinds."""
+    groups = []
+    for kind, (title, note) in _HEADINGS.items():
+        pairs = zip(entries, generated, strict=True)
+        tiles = [Tile(one.image, prompt) for (prompt, its_kind), one in pairs if its_kind == kind]
+        if tiles:
+            groups.append(Group(title, tiles, note))
+    return grid(groups)
+
+
+def _generate_samples(run: StageRun, pipeline: Pipeline, chosen: Sequence[tuple[str, str]]) -> None:
+    """Write the shards of this task; `chosen` are keys and captions."""
     config = run.config.generate
-    tokens = pipeline.transformer.layout.image_length * config.candidates  # an image
-    bar = progress(total=len(chosen) * tokens, description="generate", unit="token")
-    for start in run.my_share(range(0, len(chosen), config.shard_size)):
-        part = chosen[start : start + config.shard_size]
-        path = run.directory / "samples" / f"{start // config.shard_size:06d}.tar"
-        if path.exists():
-            bar.update(len(part) * tokens)
-        else:
-            signals.check()
-            generated = _generate(run, pipeline, [caption for _, caption in part], start, bar.update)
-            write_shard(path, [_sample(*pair, pipeline, one) for pair, one in zip(part, generated, strict=True)])
-        run.add_output(path)
-        run.add_output(path.with_suffix(".index.npy"))
-    bar.close()
+    tokens_per_sample = pipeline.transformer.layout.image_length * config.candidates
+    with progress(total=len(chosen) * tokens_per_sample, description="generate", unit="token") as bar:
+        for start in run.my_share(range(0, len(chosen), config.shard_size)):
+            part = chosen[start : start + config.shard_size]
+            path = run.directory / "samples" / f"{start // config.shard_size:06d}.tar"
+            if path.exists():
+                bar.update(len(part) * tokens_per_sample)
+            else:
+                signals.check()
+                prompts = [caption for _, caption in part]
+                generated = _generate(run, pipeline, prompts, start, Callbacks(on_tokens=bar.update))
+                pairs = zip(part, generated, strict=True)
+                write_shard(path, [_sample(key, caption, pipeline, one) for (key, caption), one in pairs])
+            run.add_output(path)
+            run.add_output(path.with_suffix(".index.npy"))
 
 
 def _generate(
     run: StageRun,
     pipeline: Pipeline,
-    prompts: list[str],
-    first: int = 0,
-    on_tokens: Callable[[int], object] | None = None,
+    prompts: Sequence[str],
+    first_prompt: int = 0,
+    callbacks: Callbacks | None = None,
 ) -> list[GeneratedImage]:
-    """An image a prompt: where there is a reranker, the one of the candidates that it likes best."""
+    """An image per prompt: where there is a reranker, the candidate that it scores highest."""
     config = run.config.generate
     return pipeline.generate(
-        *(prompts, config.candidates, run.seed, config.sampling),
+        prompts,
+        config.candidates,
+        run.seed,
+        config.sampling,
         keep=1 if pipeline.ranker is not None else None,
+        first_prompt=first_prompt,
         batch_size=config.batch_size,
-        first_prompt=first,
         compiled=config.compile,
-        on_tokens=on_tokens,
+        callbacks=callbacks,
     )
 
 
 def _sample(key: str, caption: str, pipeline: Pipeline, one: GeneratedImage) -> Sample:
     content = io.BytesIO()
     one.image.save(content, format="png")
-    about = {"key": key, "caption": caption, "generated": True} | _drawn(pipeline, one)
-    return Sample(key, content.getvalue(), caption, about)
+    metadata = {"key": key, "caption": caption, "generated": True} | _origin(pipeline, one)
+    return Sample(key, content.getvalue(), caption, metadata)
 
 
-def _drawn(pipeline: Pipeline, one: GeneratedImage) -> dict[str, Any]:
+def _origin(pipeline: Pipeline, one: GeneratedImage) -> dict[str, object]:
+    """Metadata of an image beside its prompt: which candidate of which model it is, and its score."""
     return {"prompt_number": one.prompt, "candidate": one.candidate, "model": pipeline.source.model_hash} | _score(one)
 
 
@@ -124,8 +137,8 @@ def _score(one: GeneratedImage) -> dict[str, float]:
     return {} if one.score is None else {"score": round(one.score, 4)}
 
 
-def _save(run: StageRun, image: Image.Image, name: str, about: dict[str, Any] | None = None) -> None:
-    save_image(image, run.directory / name, about or {})
+def _save(run: StageRun, image: Image.Image, name: str, metadata: Metadata) -> None:
+    save_image(image, run.directory / name, metadata)
     run.add_output(name)
 
 

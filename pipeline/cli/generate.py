@@ -12,16 +12,21 @@ from pipeline.cli.stage import run_stage_here
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.config.generate import SamplingConfig
     from pipeline.sampling.image_prompt import ImagePrompt
+    from pipeline.sampling.pipeline import Pipeline
+    from pipeline.sampling.to_directory import GenerateJob
 
+Options = dict[str, Any]  # what click parsed, by name
 _image = click.Path(path_type=Path)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype")
+_IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 
 
 @click.command("generate")
 @click.argument("arguments", nargs=-1, metavar="RUN [PROMPT]...")
-@click.option("--prompts", "prompts_file", type=_image, help="a text file with a prompt a line")
-@click.option("-n", "--candidates", default=1, show_default=True, help="images drawn a prompt")
+@click.option("--prompts", "prompts_file", type=_image, help="a text file with one prompt per line")
+@click.option("-n", "--candidates", default=1, show_default=True, help="images drawn per prompt")
 @click.option("--keep", type=int, help="keep only the best of the candidates, as the reranker sees them")
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=_image, default="images", show_default=True)
@@ -47,45 +52,61 @@ def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path:
     """Generate prompts with the models of a finished run, or of a folder that `smalti export` wrote.
 
     OUTPUT is an image file (.png), which gets all images on one sheet, or a folder, which gets each image
-    (<prompt>-<rank>.png) and grid.png. Into a folder the same command goes on where it was stopped.
+    (<prompt>-<rank>.png) and grid.png. Into a folder the same command resumes where it was stopped.
     """
     if config_path:
         run_stage_here("generate", ["--config", config_path, *arguments])
     if not arguments:
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
-    wanted = [*arguments[1:], *_lines(prompts_file)]
-    if not wanted:
+    prompts = [*arguments[1:], *_lines(prompts_file)]
+    if not prompts:
         raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
 
-    from pipeline.config.base import parse_config
-    from pipeline.config.generate import SamplingConfig
     from pipeline.core.distributed import device
     from pipeline.sampling.pipeline import Pipeline
-    from pipeline.sampling.to_directory import Job, generate_folder, generate_sheet
+    from pipeline.sampling.to_directory import generate_folder, generate_sheet
 
     pipeline = Pipeline.from_pretrained(arguments[0], device(), reranker=options["reranker"])
-    chosen = _best(Path(arguments[0])) if options["best"] else {}
-    chosen |= {name: options[name] for name in _SAMPLING if options[name] is not None}
-    settings = parse_config(SamplingConfig, pipeline.source.sampling.model_dump() | chosen, where="sampling")
-    preview = options["preview"] if options["preview"] is not None else sys.stderr.isatty()
-    job = Job(
-        *(wanted, options["candidates"], options["keep"], options["seed"], settings),
-        image_prompt=_image_prompt(options),
-        image_prompt_about={k: str(options[k]) for k in ("image", "keep_rows", "keep_levels", "mask") if options[k]},
-        batch_size=options["batch_size"],
-        compiled=options["compiled"],
-        preview=preview,
-    )
+    job = _job(prompts, _sampling(Path(arguments[0]), pipeline, options), options)
     output: Path = options["output"]
     count = generate_sheet(pipeline, job, output) if output.suffix else generate_folder(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
 
 
-def _image_prompt(options: dict[str, Any]) -> ImagePrompt | None:
-    from pipeline.sampling.image_prompt import ImagePrompt
-    from pipeline.sampling.save import open_image
+def _job(prompts: list[str], sampling: SamplingConfig, options: Options) -> GenerateJob:
+    from pipeline.sampling.to_directory import GenerateJob
 
-    rules = {name: options[name] for name in ("keep_rows", "keep_levels", "mask") if options[name] is not None}
+    return GenerateJob(
+        prompts,
+        candidates=options["candidates"],
+        keep=options["keep"],
+        seed=options["seed"],
+        sampling=sampling,
+        image_prompt=_image_prompt(options),
+        image_prompt_options={name: str(options[name]) for name in ("image", *_IMAGE_RULES) if options[name]},
+        batch_size=options["batch_size"],
+        compiled=options["compiled"],
+        preview=sys.stderr.isatty() if options["preview"] is None else options["preview"],
+    )
+
+
+def _sampling(run_directory: Path, pipeline: Pipeline, options: Options) -> SamplingConfig:
+    """The run's own settings, over them those of --best, over them the options that were given."""
+    from pipeline.config.base import parse_config
+    from pipeline.config.generate import SamplingConfig
+
+    values = pipeline.source.sampling.model_dump()
+    if options["best"]:
+        values |= _best(run_directory)
+    values |= {name: options[name] for name in _SAMPLING if options[name] is not None}
+    return parse_config(SamplingConfig, values, where="sampling")
+
+
+def _image_prompt(options: Options) -> ImagePrompt | None:
+    from pipeline.sampling.image_prompt import ImagePrompt
+    from pipeline.sampling.png_metadata import open_image
+
+    rules = {name: options[name] for name in _IMAGE_RULES if options[name] is not None}
     if options["image"] is None:
         if rules:
             raise UserError(f"--{next(iter(rules)).replace('_', '-')} needs an image to start from: add --image IMAGE")
@@ -95,8 +116,8 @@ def _image_prompt(options: dict[str, Any]) -> ImagePrompt | None:
     return ImagePrompt(open_image(options["image"], "--image").convert("RGB"), **rules)
 
 
-def _best(run_directory: Path) -> dict[str, Any]:
-    """What the stage evaluate wrote down as the best setting of its sweep."""
+def _best(run_directory: Path) -> Options:
+    """The sampling settings that the stage evaluate wrote down as the best of its sweep."""
     import yaml
 
     path = run_directory / "evaluate" / "best.yaml"
@@ -105,16 +126,17 @@ def _best(run_directory: Path) -> dict[str, Any]:
             f"--best: expected the result of a sweep at {path}, found none; "
             "run `smalti evaluate --config` with evaluate.sweep first"
         )
-    found: dict[str, Any] = yaml.safe_load(path.read_text())["generate"]["sampling"]
+    found: Options = yaml.safe_load(path.read_text())["generate"]["sampling"]
     return found
 
 
 def _lines(path: Path | None) -> list[str]:
+    """The prompts of a file, without empty lines."""
     if path is None:
         return []
     if not path.is_file():
-        raise UserError(f"no prompts file at {path}: expected a text file with a prompt a line")
+        raise UserError(f"no prompts file at {path}: expected a text file with one prompt per line")
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error.reason})") from error
+        raise UserError(f"{path}: expected a text file in UTF-8 with one prompt per line ({error.reason})") from error

@@ -1,4 +1,4 @@
-"""What is wrong with prompts and settings, told before anything is generated."""
+"""Checks of prompts and settings, made before anything is generated."""
 
 from __future__ import annotations
 
@@ -28,8 +28,23 @@ def check_prompts(prompts: Sequence[str]) -> None:
             ) from error
 
 
+def check_counts(candidates: int, batch_size: int, keep: int | None, can_rank: bool) -> None:
+    """Raises UserError for less than one image, or for a `keep` that cannot be had: too many, or nothing that ranks."""
+    if candidates < 1 or batch_size < 1:
+        raise UserError(f"candidates and batch_size must be at least 1, found {candidates} and {batch_size}")
+    if keep is None:
+        return
+    if not 1 <= keep <= candidates:
+        raise UserError(f"keep: expected 1 to {candidates}, the number of candidates, found {keep}")
+    if not can_rank:
+        raise UserError(
+            "keep: this run has no reranker to tell which candidates are best: train one (reranker.enabled=true),"
+            " or give a pretrained CLIP's folder as the reranker"
+        )
+
+
 def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: bool) -> None:
-    """Raises UserError for settings that this model has no use for."""
+    """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained."""
     codes = max(level.codebook_size for level in layout.levels)
     if sampling.top_k is not None and sampling.top_k > codes:
         raise UserError(f"top_k: expected at most the {codes} codes of the image tokenizer, found {sampling.top_k}")
@@ -41,19 +56,24 @@ def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: b
 
 
 def warn_of_prompts(prompts: Sequence[str], tokenizer: TextTokenizer) -> None:
-    """A line for prompts that are cut, and one for prompts without a word."""
+    """Log a warning about prompts that are cut, and one about prompts without a word."""
     window = tokenizer.text_length
     cut = [p for p, n in zip(prompts, tokenizer.token_counts(prompts), strict=True) if n > window]
     if cut:
         log.warning(
             "%d of %d prompts are longer than the window of %d tokens and were cut; shorten them, the first: '%s'",
-            *(len(cut), len(prompts), window, _short(cut[0])),
+            len(cut),
+            len(prompts),
+            window,
+            _short(cut[0]),
         )
     wordless = [p for p in prompts if not any(character.isalnum() for character in p)]
     if wordless:
         log.warning(
             "%d of %d prompts hold no letter or digit, and captions are words: write some; the first: '%s'",
-            *(len(wordless), len(prompts), _short(wordless[0])),
+            len(wordless),
+            len(prompts),
+            _short(wordless[0]),
         )
 
 

@@ -16,18 +16,18 @@ from pipeline.core.errors import UserError
 
 
 def export_run(run_directory: Path, target: Path) -> None:
-    """Writes beside `target` first, so the folder is whole or not there.
+    """Export a run's models, config and model card to the folder `target`, atomically: it is complete or not there.
 
     Raises:
         UserError: the run is not finished, or `target` holds something.
     """
     from pipeline.core.version import VERSION
     from pipeline.sampling.model_card import model_card
-    from pipeline.sampling.model_source import EXPORT_RECORD, open_source
+    from pipeline.sampling.model_source import EXPORT_RECORD, find_models
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"expected a new or empty folder at {target}, found something there: choose another")
-    source = open_source(run_directory)
+    source = find_models(run_directory)
     draft = target.with_name(f".{target.name}.exporting")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -60,7 +60,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 
 
 def _export_reranker(source: Path, target: Path) -> None:
-    """The run's own; of a pretrained CLIP its whole folder, so that the export stays whole."""
+    """Copy the run's own reranker, or all of a pretrained CLIP's folder, so that the export needs nothing else."""
     values = read_json(source / "config.json")
     if values.get("kind") == "clip":
         folder = Path(values["path"])

@@ -36,9 +36,10 @@ class Group:
 
 
 def grid(groups: Sequence[Group], columns: int = 8, side: int = 128, smooth: bool = False) -> Image.Image:
-    """All groups on one sheet.
+    """One sheet with all groups, RGB.
 
     Args:
+        columns: images per row.
         side: width of an image on the sheet in pixels.
         smooth: enlarge with Lanczos; otherwise every source pixel stays a crisp square.
     """
@@ -58,7 +59,7 @@ def _group_height(group: Group, columns: int, side: int) -> int:
 
 
 def _card_height(group: Group, side: int) -> int:
-    """All cards of a group are as high as its longest caption needs."""
+    """Height in pixels of a group's cards: what its longest caption needs."""
     lines = max((len(_wrap(tile.caption, side)) for tile in group.tiles), default=0)
     return side + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
 
@@ -75,8 +76,8 @@ def _draw_group(sheet: Image.Image, group: Group, top: int, columns: int, side: 
     if group.title:
         draw.text((_MARGIN, top), group.title, fill=_INK, font=_font(_TITLE_SIZE, group.title))
     if group.note:
-        below = top + (_line_height(_TITLE_SIZE) + 4 if group.title else 0)
-        draw.text((_MARGIN, below), group.note, fill=_FAINT, font=_font(_NOTE_SIZE, group.note))
+        note_top = top + (_line_height(_TITLE_SIZE) + 4 if group.title else 0)
+        draw.text((_MARGIN, note_top), group.note, fill=_FAINT, font=_font(_NOTE_SIZE, group.note))
     top += _heading_height(group)
     for index, tile in enumerate(group.tiles):
         row, column = divmod(index, columns)
@@ -101,8 +102,8 @@ def _draw_card(
     sheet.paste(image, (left + _PADDING, top + _PADDING))
     middle = left + _PADDING + side // 2
     for number, line in enumerate(_wrap(tile.caption, side)):
-        below = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)
-        draw.text((middle, below), line, fill=_INK, font=_font(_CAPTION_SIZE, tile.caption), anchor="ma")
+        line_top = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)
+        draw.text((middle, line_top), line, fill=_INK, font=_font(_CAPTION_SIZE, tile.caption), anchor="ma")
 
 
 def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -124,7 +125,7 @@ def _line_height(size: int) -> int:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Greedy line breaks; what does not fit into the last line ends in an ellipsis."""
+    """Break `text` greedily into lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     font = _font(_CAPTION_SIZE, text)
     lines: list[str] = []
     for word in text.split():

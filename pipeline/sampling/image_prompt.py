@@ -1,4 +1,4 @@
-"""An image as part of the prompt: what of it stays, and what is generated anew.
+"""Image prompts: which codes of a given image stay, and which are generated anew.
 
     ImagePrompt(image, keep_rows=8)        complete: the first 8 rows of codes stay
     ImagePrompt(image, keep_levels=1)      vary: the coarse level stays, the finer ones are generated
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from pipeline.sampling.decode import UNKNOWN
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """An image and one rule of what stays of it.
+    """An image and one rule that tells what stays of it.
 
     Args:
         image: of the image tokenizer's size.
@@ -51,7 +52,7 @@ class ImagePrompt:
 
 @torch.inference_mode()
 def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.device) -> Tensor:
-    """The codes of all levels, int64 [N], coarse to fine; UNKNOWN (-1) where one is to be generated.
+    """The codes of `prompt` for all levels, int64 [N], coarse to fine; UNKNOWN (-1) where one is to be generated.
 
     Raises:
         UserError: image or mask of another size, or more rows or levels than there are.
@@ -69,7 +70,7 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
 
 
 def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
-    """bool [h*w] a level: which codes stay."""
+    """Which codes stay: bool [h*w] for each level."""
     if prompt.keep_levels is not None:
         if len(levels) == 1:
             raise UserError("keep_levels needs an image tokenizer of several levels, found one: use keep_rows")
@@ -89,8 +90,8 @@ def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
     return [torch.from_numpy(~_any_within(generated, level)).flatten() for level in levels]
 
 
-def _any_within(generated: np.ndarray, level: Level) -> np.ndarray:
-    """bool [h, w]: is any pixel of the code's square generated?"""
+def _any_within(generated: NDArray[np.bool_], level: Level) -> NDArray[np.bool_]:
+    """Is any pixel of the code's square generated? bool [h, w]; `generated` is bool [H, W], in pixels."""
     height, width = generated.shape
     rows, columns = height // level.height, width // level.width
     return np.asarray(generated.reshape(level.height, rows, level.width, columns).any(axis=(1, 3)))

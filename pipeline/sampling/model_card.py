@@ -1,19 +1,18 @@
-"""The model card of an export: what the run's own files say of data, models, losses and metrics. Nothing is made up."""
+"""The model card of an export: what the run's own files say of data, models, losses and metrics."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
-from pipeline.config.pipeline import load_pipeline
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import config_of
-from pipeline.sampling.model_source import Source
+from pipeline.sampling.model_source import ModelSource
 
 _LOSSES = {
     "image-tokenizer": ("val/psnr", "val/codebook_usage", "val/codebook_perplexity"),
@@ -21,8 +20,8 @@ _LOSSES = {
 }
 
 
-def model_card(run_directory: Path, source: Source, has_grid: bool) -> str:
-    """Markdown."""
+def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
+    """The card of a finished run, in Markdown; `has_grid`: prompts.png lies beside it."""
     config = load_pipeline(config_of(run_directory))
     index = read_json(run_directory / "prepare" / "index.json")
     splits = index["splits"]
@@ -30,8 +29,8 @@ def model_card(run_directory: Path, source: Source, has_grid: bool) -> str:
     levels = " + ".join(f"{v['height']}×{v['width']} codes of {v['codebook_size']}" for v in layout["levels"])
     parts = [
         f"# {config.name}",
-        f"Generates images of {index['image_size']}×{index['image_size']} pixels from a caption, code by code: a Smalti"
-        f" run, exported. Model hash `{source.model_hash}`.",
+        f"Generates images of {index['image_size']}×{index['image_size']} pixels from a caption, token by token:"
+        f" a Smalti run, exported. Model hash `{source.model_hash}`.",
         "![What it generates](prompts.png)" if has_grid else "",
         "## Use",
         _use(),
@@ -55,17 +54,17 @@ def model_card(run_directory: Path, source: Source, has_grid: bool) -> str:
 
 def _use() -> str:
     return """```python
-from pipeline.sampling.pipeline import Pipeline
-from pipeline.config.generate import SamplingConfig
+from pipeline import Pipeline
 
 pipeline = Pipeline.from_pretrained("this folder")
-images = pipeline.generate(["red heart"], candidates=4, seed=7, sampling=pipeline.source.sampling)
+generated = pipeline.generate(["red heart"], candidates=4, seed=7, sampling=pipeline.source.sampling)
+generated[0].image.save("heart.png")
 ```
 
     smalti generate "this folder" "red heart" -n 4 --seed 7 -o image.png"""
 
 
-def _licence(kind: str, index: dict[str, Any]) -> str:
+def _licence(kind: str, index: dict[str, object]) -> str:
     credit = index.get("credit")
     if kind == "openmoji":
         return (
@@ -75,14 +74,20 @@ def _licence(kind: str, index: dict[str, Any]) -> str:
     return str(credit) if credit else "Licence of the images: the run does not record one; ask who exported this."
 
 
-def _models(source: Source, config: Any, levels: str, layout: dict[str, Any]) -> Iterable[tuple[object, ...]]:
+def _models(
+    source: ModelSource, config: PipelineConfig, levels: str, layout: dict[str, object]
+) -> Iterable[tuple[object, ...]]:
     shape = config.transformer
-    yield "text tokenizer", "–", f"BPE, {layout['text_vocab_size']:,} tokens, {layout['text_length']} a caption"
+    yield "text tokenizer", "–", f"BPE, {layout['text_vocab_size']:,} tokens, {layout['text_length']} per caption"
     yield "image tokenizer", _parameters(source.image_tokenizer), f"{config.image_tokenizer.model.kind}: {levels}"
     what = f"{shape.layers} layers, width {shape.width}, {shape.heads} heads"
     yield "transformer", _parameters(source.transformer), what
     if source.reranker:
-        yield "reranker", _parameters(source.reranker), "image and caption into one space; keeps the best candidates"
+        yield (
+            "reranker",
+            _parameters(source.reranker),
+            "embeds images and captions into one space; keeps the best candidates",
+        )
 
 
 def _parameters(folder: Path) -> str:
@@ -118,14 +123,13 @@ def _metrics(run_directory: Path) -> str:
     if not path.is_file():
         return "The run has not been evaluated."
     rows = [row for row in read_json(path)["rows"] if row["value"] is not None]
-    cells = [
-        (
-            *(r["metric"], r["compares"], f"{r['value']:.4g}", r.get("n_real") or "–", r.get("n_generated") or "–"),
-            r.get("warning") or "",
-        )
-        for r in rows
-    ]
-    return _table(("metric", "compares", "value", "real", "generated", "note"), cells)
+    head = ("metric", "compares", "value", "real", "generated", "note")
+    return _table(head, map(_metric_cells, rows))
+
+
+def _metric_cells(row: dict[str, object]) -> tuple[object, ...]:
+    counts = [row.get(name) or "–" for name in ("n_real", "n_generated")]
+    return row["metric"], row["compares"], f"{row['value']:.4g}", *counts, row.get("warning") or ""
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Where the models of a `Pipeline` lie: in a run directory, or in a folder that `smalti export` wrote.
+"""Finds the models of a `Pipeline`: in a run directory, or in a folder that `smalti export` wrote.
 
 runs/<name>/   text-tokenizer/  image-tokenizer/model/  transformer/model/  reranker/model/     (finished stages)
 exported/      text-tokenizer/  image-tokenizer/        transformer/        reranker/           pipeline.json
@@ -25,7 +25,7 @@ _WEIGHTS = {  # stage -> the files that decide what it generates
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Folders of the models, and what is known of them."""
 
     text_tokenizer: Path = Path()
@@ -37,30 +37,34 @@ class Source:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the run's own
 
 
-def open_source(directory: Path) -> Source:
-    """Raises UserError when there is neither a finished run nor an export."""
+def find_models(directory: Path) -> ModelSource:
+    """The models of a finished run or of an export.
+
+    Raises:
+        UserError: `directory` is neither.
+    """
     record = directory / EXPORT_RECORD
     if record.is_file():
-        return _of_export(directory, record)
+        return _in_export(directory, record)
     if not directory.is_dir():
         raise UserError(f"no run directory at {directory}: expected one that `smalti run` or `smalti export` made")
-    return _of_run(directory)
+    return _in_run(directory)
 
 
-def _of_export(directory: Path, record: Path) -> Source:
+def _in_export(directory: Path, record: Path) -> ModelSource:
     known = read_json(record)
-    return Source(
-        directory / "text-tokenizer",
-        directory / "image-tokenizer",
-        directory / "transformer",
-        directory / "reranker" if (directory / "reranker").is_dir() else None,
-        known["model_hash"],
-        known["guidance_trained"],
-        SamplingConfig.model_validate(known["sampling"]),
+    return ModelSource(
+        text_tokenizer=directory / "text-tokenizer",
+        image_tokenizer=directory / "image-tokenizer",
+        transformer=directory / "transformer",
+        reranker=directory / "reranker" if (directory / "reranker").is_dir() else None,
+        model_hash=known["model_hash"],
+        guidance_trained=known["guidance_trained"],
+        sampling=SamplingConfig.model_validate(known["sampling"]),
     )
 
 
-def _of_run(directory: Path) -> Source:
+def _in_run(directory: Path) -> ModelSource:
     config = load_pipeline(config_of(directory))
     runs = RunDirectory(directory)
     hashes = {}
@@ -72,12 +76,12 @@ def _of_run(directory: Path) -> Source:
             )
         hashes[stage] = {file: manifest["outputs"].get(file, {}).get("sha256") for file in files}
     ranker = directory / "reranker" / "model"
-    return Source(
-        directory / "text-tokenizer",
-        directory / "image-tokenizer" / "model",
-        directory / "transformer" / "model",
-        ranker if config.reranker.enabled and runs.manifest("reranker") is not None else None,
-        digest(hashes)[:16],
-        config.transformer.caption_dropout > 0,
-        config.generate.sampling,
+    return ModelSource(
+        text_tokenizer=directory / "text-tokenizer",
+        image_tokenizer=directory / "image-tokenizer" / "model",
+        transformer=directory / "transformer" / "model",
+        reranker=ranker if config.reranker.enabled and runs.manifest("reranker") is not None else None,
+        model_hash=digest(hashes)[:16],
+        guidance_trained=config.transformer.caption_dropout > 0,
+        sampling=config.generate.sampling,
     )

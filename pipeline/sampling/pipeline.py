@@ -1,8 +1,9 @@
 """Prompts in, images out:
 
     pipeline = Pipeline.from_pretrained("runs/openmoji")
-    images = pipeline.generate(["red heart", "blue cat"], candidates=4, seed=7)     # 8 PIL images
-    images = pipeline.generate(["red heart"], candidates=64, keep=4)                # the reranker's best 4
+    generated = pipeline.generate(["red heart", "blue cat"], candidates=4, seed=7)     # 8 images, prompt by prompt
+    generated[0].image.save("heart.png")
+    pipeline.generate(["red heart"], candidates=64, keep=4)                            # the reranker's best 4
 
 `from_pretrained` takes a run directory whose transformer stage is finished, or what `smalti export` made of one.
 `docs/sampling.md` is the manual.
@@ -10,7 +11,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
-from pipeline.sampling.checks import check_prompts, check_sampling, warn_of_prompts
+from pipeline.sampling.checks import check_counts, check_prompts, check_sampling, warn_of_prompts
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
-from pipeline.sampling.model_source import Source, open_source
+from pipeline.sampling.model_source import ModelSource, find_models
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
-log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Candidate = tuple[int, int]  # index of the prompt in the call, and of the candidate
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,20 @@ class GeneratedImage:
     image: Image.Image
     prompt: int  # index of its prompt, from `first_prompt` on
     candidate: int
-    score: float | None = None  # the reranker's: 100 cos(image, prompt); of a filled image without one, log p
+    score: float | None = None  # the reranker's: 100 cos(image, prompt); for a filled image without one, log p
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What `Pipeline.generate` calls while it draws codes."""
+
+    on_tokens: Callable[[int], object] | None = None  # with the number of codes that have been added, over all images
+    on_row: Callable[[Tensor, int], object] | None = None  # with the codes [B, N] and how many of the N are there,
+    # after each row of codes
 
 
 class Pipeline:
-    """The models that together generate a prompt.
+    """The models that together turn a prompt into images.
 
     Attributes:
         text_tokenizer, transformer, image_tokenizer: as trained, in eval mode.
@@ -61,7 +70,7 @@ class Pipeline:
         transformer: Transformer,
         image_tokenizer: ImageTokenizer,
         ranker: Ranker | None = None,
-        source: Source | None = None,
+        source: ModelSource | None = None,
     ) -> None:
         expected = Layout.of(text_tokenizer.text_length, text_tokenizer.vocab_size, image_tokenizer.levels)
         if transformer.layout != expected:
@@ -70,7 +79,7 @@ class Pipeline:
                 f"found {expected}; run the stages tokenize and transformer again"
             )
         self.text_tokenizer, self.transformer, self.image_tokenizer = text_tokenizer, transformer, image_tokenizer
-        self.ranker, self.source = ranker, source or Source()
+        self.ranker, self.source = ranker, source or ModelSource()
 
     @classmethod
     def from_pretrained(
@@ -84,7 +93,7 @@ class Pipeline:
         Raises:
             UserError: no such directory, or a stage of the run that is not finished.
         """
-        source = open_source(Path(directory))
+        source = find_models(Path(directory))
         device = torch.device(device)
         text_tokenizer = TextTokenizer.from_pretrained(source.text_tokenizer)
         ranker = None
@@ -107,112 +116,139 @@ class Pipeline:
         *,
         keep: int | None = None,
         image_prompt: ImagePrompt | None = None,
-        batch_size: int = 64,
         first_prompt: int = 0,
+        batch_size: int = 64,
         compiled: bool = False,
-        on_tokens: Callable[[int], object] | None = None,
-        on_row: Callable[[Tensor, int], object] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> list[GeneratedImage]:
-        """Generate every prompt `candidates` times; the images come prompt by prompt.
+        """Generate `candidates` images per prompt; they come prompt by prompt.
 
         Image j of prompt i is a function of (seed, first_prompt + i, j), the prompt, the image prompt and `sampling`
         alone: batch size, other prompts, and how many candidates there are never change it.
 
         Args:
             prompts: some text each; a longer one than the window is cut, with a warning.
-            candidates: images drawn a prompt.
-            sampling: how; None: the model's own distribution.
+            candidates: images drawn per prompt.
+            sampling: how codes are drawn; None: from the model's own distribution.
             keep: images kept of each prompt's candidates, best first: those that the reranker finds nearest to the
-                prompt; of filled images without a reranker, those that make what stays behind the hole likeliest.
+                prompt; for filled images without a reranker, those that make what stays behind the hole likeliest.
             image_prompt: an image that all prompts start from.
-            batch_size: images drawn at once.
             first_prompt: the number of the first prompt, for a job that generates a slice of a longer list.
+            batch_size: images drawn at once.
             compiled: run the step through `torch.compile` (see docs/sampling.md for when that pays).
-            on_tokens: called with the number of codes that have been added, over all images.
-            on_row: called with the codes [B, N] and how many of the N are drawn, after each row of codes.
 
         Raises:
-            UserError: see `checks.py`; `keep` without a way to rank; an image prompt that does not fit.
+            UserError: see `checks.py`; an image prompt that does not fit.
         """
         sampling = sampling or SamplingConfig()
-        check_prompts(prompts)
-        if candidates < 1 or batch_size < 1:
-            raise UserError(f"candidates and batch_size must be at least 1, found {candidates} and {batch_size}")
-        check_sampling(sampling, self.transformer.layout, self.source.guidance_trained)
-        self._check_keep(keep, candidates, image_prompt)
-        warn_of_prompts(prompts, self.text_tokenizer)
-        model = self._transformer_in(_DTYPES[sampling.dtype])
-        device = model.head.weight.device
-        text_PT = self.text_tokenizer.encode(prompts).to(device)
-        known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
-        pairs = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
-        found: list[GeneratedImage] = []
-        for begin in range(0, len(pairs), batch_size):
-            batch = pairs[begin : begin + batch_size]
-            uniforms = torch.stack(
-                [candidate_uniforms(seed, first_prompt + i, j, model.layout.image_length) for i, j in batch]
-            )
-            used = sorted({i for i, _ in batch})
-            prompt_of_B = torch.tensor([used.index(i) for i, _ in batch], device=device)
-            codes_BN = draw_codes(
-                *(model, text_PT[used], prompt_of_B, uniforms.to(device), sampling),
-                known_PN=None if known_N is None else known_N.expand(len(used), -1),
-                on_code=_reporter(model.layout, len(batch), on_tokens, on_row),
-                compiled=compiled,
-            )
+        self._check(prompts, candidates, batch_size, sampling, keep, image_prompt)
+        drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
+        wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
+        generated: list[GeneratedImage] = []
+        for begin in range(0, len(wanted), batch_size):
+            batch = wanted[begin : begin + batch_size]
+            codes_BN = drawing.codes(batch, callbacks or Callbacks())
             images = self.decode(codes_BN)
-            scores = self._scores(images, batch, prompts, codes_BN, text_PT, known_N) if keep else [None] * len(batch)
-            found += [
+            scores = self._scores(images, codes_BN, batch, prompts, drawing) if keep else [None] * len(batch)
+            generated += [
                 GeneratedImage(image, first_prompt + i, j, score)
                 for (i, j), image, score in zip(batch, images, scores, strict=True)
             ]
             if keep:  # only the best so far of each prompt stay in memory
-                found = best(found, keep)
-        return found
+                generated = keep_best(generated, keep)
+        return generated
 
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
-        """Codes of all levels (no offsets) to 8-bit RGB images."""
+        """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images."""
         levels = list(codes_BN.split([level.positions for level in self.transformer.layout.levels], dim=1))
         with torch.inference_mode():
             images = self.image_tokenizer.decode(levels)  # [B, 3, H, W] in [0, 1]
         arrays = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(array) for array in arrays]
 
+    def _check(
+        self,
+        prompts: Sequence[str],
+        candidates: int,
+        batch_size: int,
+        sampling: SamplingConfig,
+        keep: int | None,
+        image_prompt: ImagePrompt | None,
+    ) -> None:
+        check_prompts(prompts)
+        can_rank = self.ranker is not None or (image_prompt is not None and image_prompt.mask is not None)
+        check_counts(candidates, batch_size, keep, can_rank)
+        check_sampling(sampling, self.transformer.layout, self.source.guidance_trained)
+        warn_of_prompts(prompts, self.text_tokenizer)
+
+    def _drawing(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        sampling: SamplingConfig,
+        image_prompt: ImagePrompt | None,
+        first_prompt: int,
+        compiled: bool,
+    ) -> _Drawing:
+        model = self._transformer_in(_DTYPES[sampling.dtype])
+        device = model.head.weight.device
+        text_PT = self.text_tokenizer.encode(prompts).to(device)
+        known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
+        return _Drawing(model, text_PT, known_N, sampling, seed, first_prompt, compiled)
+
     def _transformer_in(self, dtype: torch.dtype) -> Transformer:
-        """The transformer in another precision is a copy, so that the original never loses bits."""
+        """The transformer; in another precision a copy of it, so that the original never loses bits."""
         if self.transformer.head.weight.dtype == dtype:
             return self.transformer
         return deepcopy(self.transformer).to(dtype)
 
-    def _check_keep(self, keep: int | None, candidates: int, image_prompt: ImagePrompt | None) -> None:
-        if keep is None:
-            return
-        if not 1 <= keep <= candidates:
-            raise UserError(f"keep: expected 1 to {candidates}, the number of candidates, found {keep}")
-        if self.ranker is None and not (image_prompt and image_prompt.mask):
-            raise UserError(
-                "keep: this run has no reranker to tell which candidates are best: train one (reranker.enabled=true),"
-                " or give a pretrained CLIP's folder as the reranker"
-            )
-
     def _scores(
         self,
         images: list[Image.Image],
-        batch: list[tuple[int, int]],
-        prompts: Sequence[str],
         codes_BN: Tensor,
-        text_PT: Tensor,
-        known_N: Tensor | None,
+        batch: Sequence[Candidate],
+        prompts: Sequence[str],
+        drawing: _Drawing,
     ) -> list[float]:
+        """What the candidates are ranked by, higher is better: the reranker, else the likelihood of what stays."""
         rows = [i for i, _ in batch]
         if self.ranker is not None:
             return self.ranker.scores(images, [prompts[i] for i in rows])
-        assert known_N is not None
-        return log_likelihood(self.transformer, text_PT[rows], codes_BN, known_N).tolist()
+        assert drawing.known is not None
+        return log_likelihood(self.transformer, drawing.text[rows], codes_BN, drawing.known).tolist()
 
 
-def best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:
-    """The `keep` images of each prompt that score highest, best first; of equals, the earlier candidate."""
+@dataclass(frozen=True)
+class _Drawing:
+    """All that the codes of one call are a function of, beside the candidate's own numbers."""
+
+    model: Transformer
+    text: Tensor  # [P, T]
+    known: Tensor | None  # [N], the codes of an image prompt
+    sampling: SamplingConfig
+    seed: int
+    first_prompt: int
+    compiled: bool
+
+    def codes(self, batch: Sequence[Candidate], callbacks: Callbacks) -> Tensor:
+        """The codes of these candidates, int64 [B, N]."""
+        count, device = self.model.layout.image_length, self.text.device
+        uniforms = torch.stack([candidate_uniforms(self.seed, self.first_prompt + i, j, count) for i, j in batch])
+        used = sorted({i for i, _ in batch})
+        return draw_codes(
+            self.model,
+            self.text[used],
+            torch.tensor([used.index(i) for i, _ in batch], device=device),
+            uniforms.to(device),
+            self.sampling,
+            known_PN=None if self.known is None else self.known.expand(len(used), -1),
+            on_code=_reporter(self.model.layout, len(batch), callbacks),
+            compiled=self.compiled,
+        )
+
+
+def keep_best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:
+    """The `keep` images of each prompt that score highest, best first; among equals, the earlier candidate."""
     by_prompt: dict[int, list[GeneratedImage]] = {}
     for one in generated:
         by_prompt.setdefault(one.prompt, []).append(one)
@@ -222,21 +258,18 @@ def best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]
     return kept
 
 
-def _reporter(
-    layout: Layout,
-    rows: int,
-    on_tokens: Callable[[int], object] | None,
-    on_row: Callable[[Tensor, int], object] | None,
-) -> Callable[[int, Tensor], None]:
+def _reporter(layout: Layout, images: int, callbacks: Callbacks) -> Callable[[int, Tensor], None]:
+    """What `draw_codes` calls after each code of a batch of `images`."""
     reported = 0
 
-    def report(there: int, codes_BN: Tensor) -> None:
+    def report(drawn: int, codes_BN: Tensor) -> None:
         nonlocal reported
-        if on_tokens is not None:
-            on_tokens(rows * (there - reported))
-        reported = there
-        level = layout.level_at(there - 1)
-        if on_row is not None and (there - layout.level_starts[level]) % layout.levels[level].width == 0:
-            on_row(codes_BN, there)
+        if callbacks.on_tokens is not None:
+            callbacks.on_tokens(images * (drawn - reported))
+        reported = drawn
+        level = layout.level_at(drawn - 1)
+        row_is_full = (drawn - layout.level_starts[level]) % layout.levels[level].width == 0
+        if callbacks.on_row is not None and row_is_full:
+            callbacks.on_row(codes_BN, drawn)
 
     return report

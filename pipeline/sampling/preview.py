@@ -1,4 +1,4 @@
-"""An image in the terminal that fills in row by row, as two pixels a character (upper half block, 24-bit colours)."""
+"""An image in the terminal that fills in row by row, two pixels per character (upper half block, 24-bit colours)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor
 
 from pipeline.sampling.pipeline import Pipeline
 
-_SIDE = 32  # characters a row, and twice the lines
+_SIDE = 32  # characters per row, and twice the number of lines
 
 
 class Preview:
-    """`pipeline.generate(…, on_row=Preview(pipeline))`: draws the first image of the batch over itself."""
+    """Draws the first image of the batch over itself; goes into `Callbacks(on_row=Preview(pipeline))`."""
 
     def __init__(self, pipeline: Pipeline, stream: TextIO = sys.stderr) -> None:
         self.pipeline, self.stream = pipeline, stream
-        self._lines = 0  # of the last drawing, to go up
+        self._lines = 0  # of the last drawing, which the next one covers
 
-    def __call__(self, codes_BN: Tensor, there: int) -> None:
+    def __call__(self, codes_BN: Tensor, drawn: int) -> None:
+        """`drawn` of the N codes of each image are there."""
         image = self.pipeline.decode(codes_BN[:1])[0]
         levels = self.pipeline.transformer.layout.levels
-        into_last = max(there - sum(level.positions for level in levels[:-1]), 0)
+        into_last = max(drawn - sum(level.positions for level in levels[:-1]), 0)
         generated = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
         self._draw(image, generated)
-        if there == codes_BN.shape[1]:  # the next batch is drawn below
+        if drawn == codes_BN.shape[1]:  # the next batch is drawn below
             self._lines = 0
 
     def _draw(self, image: Image.Image, generated: float) -> None:

@@ -1,4 +1,4 @@
-"""Which captions the generate stage generates: the prompts that people look at, and a sample of the train split."""
+"""The captions of the generate stage: the prompts that people look at, and a sample of the train split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.core.errors import UserError
 
 
 def check_against_training(config: GenerateConfig, captions: Sequence[str]) -> None:
-    """Training prompts must be captions of the train split, new ones must not (case and spaces aside).
+    """Check that training prompts are captions of the train split and new ones are not (case and spaces aside).
 
     Raises:
         UserError: names the first prompt that is in the wrong list, and the nearest caption.

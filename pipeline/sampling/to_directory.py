@@ -1,11 +1,10 @@
-"""Any number of prompts into a folder, a few at a time: what is there stays, so a stopped job goes on."""
+"""Any number of prompts into a folder or onto a sheet, a few at a time; a folder resumes where it was stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,16 +15,16 @@ from pipeline.core.version import VERSION
 from pipeline.sampling.checks import check_prompts
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
-from pipeline.sampling.pipeline import GeneratedImage, Pipeline
+from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
+from pipeline.sampling.png_metadata import Metadata, open_image, read_metadata, save_image
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.save import open_image, read_about, save_image
 
-_ON_A_SHEET = 1024  # images; more make a sheet that viewers refuse
+_SHEET_LIMIT = 1024  # images; more make a sheet that viewers refuse
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `smalti generate` was asked for."""
+class GenerateJob:
+    """What `smalti generate` was asked for; see `Pipeline.generate` for what its fields mean."""
 
     prompts: list[str]
     candidates: int = 1
@@ -33,96 +32,106 @@ class Job:
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     image_prompt: ImagePrompt | None = None
-    image_prompt_about: dict[str, str] = field(default_factory=dict)
+    image_prompt_options: dict[str, str] = field(default_factory=dict)  # as given, for the metadata
     batch_size: int = 64
     compiled: bool = False
     preview: bool = False
 
     @property
-    def kept(self) -> int:
-        """Images a prompt."""
+    def images_per_prompt(self) -> int:
+        """Images that are left of a prompt's candidates."""
         return self.keep or self.candidates
 
-    def about(self, prompt: int, pipeline: Pipeline) -> dict[str, Any]:
-        """What all images of a prompt have in common, for their metadata."""
-        common = {"prompt": self.prompts[prompt], "prompt_number": prompt, "seed": self.seed}
+    def metadata(self, prompt: int, pipeline: Pipeline) -> dict[str, object]:
+        """What the metadata of all images of a prompt have in common."""
+        common: dict[str, object] = {"prompt": self.prompts[prompt], "prompt_number": prompt, "seed": self.seed}
         common |= {"candidates": self.candidates, "sampling": self.sampling.model_dump(mode="json")}
-        common |= {"keep": self.keep} if self.keep else {}
-        common |= {"image_prompt": self.image_prompt_about} if self.image_prompt_about else {}
+        if self.keep:
+            common["keep"] = self.keep
+        if self.image_prompt_options:
+            common["image_prompt"] = self.image_prompt_options
         return common | {"model": pipeline.source.model_hash, "smalti": VERSION}
 
 
-def generate_sheet(pipeline: Pipeline, job: Job, path: Path) -> int:
-    """All images on one sheet. Returns how many."""
-    if len(job.prompts) * job.kept > _ON_A_SHEET:
-        raise UserError(f"a sheet holds {_ON_A_SHEET} images, found more: give a folder, -o images")
-    generated = [one for part in _parts(pipeline, job, list(range(len(job.prompts)))) for one in part]
-    about = job.about(0, pipeline) | {"prompts": job.prompts}
-    _save_sheet([(one.image, job.prompts[one.prompt]) for one in generated], path, about)
+def generate_sheet(pipeline: Pipeline, job: GenerateJob, path: Path) -> int:
+    """Generate all images onto one sheet, the PNG file `path`; returns how many there are.
+
+    Raises:
+        UserError: too many for a sheet.
+    """
+    if len(job.prompts) * job.images_per_prompt > _SHEET_LIMIT:
+        raise UserError(f"a sheet holds {_SHEET_LIMIT} images, found more: give a folder, -o images")
+    generated = [one for part in _generate(pipeline, job, range(len(job.prompts))) for one in part]
+    metadata = job.metadata(0, pipeline) | {"prompts": job.prompts}
+    _save_sheet([(one.image, job.prompts[one.prompt]) for one in generated], path, metadata)
     return len(generated)
 
 
-def generate_folder(pipeline: Pipeline, job: Job, folder: Path) -> int:
-    """Each image as <prompt>-<rank>.png, and the first ones as grid.png. Returns how many images there are.
+def generate_folder(pipeline: Pipeline, job: GenerateJob, folder: Path) -> int:
+    """Generate each image as <prompt>-<rank>.png, and the first ones as grid.png; returns how many there are.
+
+    Prompts whose images are all there are left as they are.
 
     Raises:
         UserError: the folder holds images of other prompts or settings.
     """
     check_prompts(job.prompts)
-    missing = [index for index in range(len(job.prompts)) if not _is_there(pipeline, job, folder, index)]
-    for part in _parts(pipeline, job, missing):
+    missing = [prompt for prompt in range(len(job.prompts)) if not _is_complete(pipeline, job, folder, prompt)]
+    for part in _generate(pipeline, job, missing):
         ranks: dict[int, int] = {}
         for one in part:
             rank = ranks[one.prompt] = ranks.get(one.prompt, -1) + 1
-            about = job.about(one.prompt, pipeline) | {"candidate": one.candidate}
-            about |= {} if one.score is None else {"score": round(one.score, 4)}
-            save_image(one.image, _path(folder, one.prompt, rank), about)
-    numbers = [(index, rank) for index in range(len(job.prompts)) for rank in range(job.kept)]
-    shown = [(open_image(_path(folder, i, r), "grid"), job.prompts[i]) for i, r in numbers[:_ON_A_SHEET]]
-    _save_sheet(shown, folder / "grid.png", {"prompts": job.prompts[:_ON_A_SHEET], "seed": job.seed})
-    return len(numbers)
+            metadata = job.metadata(one.prompt, pipeline) | {"candidate": one.candidate}
+            if one.score is not None:
+                metadata["score"] = round(one.score, 4)
+            save_image(one.image, _path(folder, one.prompt, rank), metadata)
+    files = [(prompt, rank) for prompt in range(len(job.prompts)) for rank in range(job.images_per_prompt)]
+    shown = [(open_image(_path(folder, i, rank), "grid"), job.prompts[i]) for i, rank in files[:_SHEET_LIMIT]]
+    _save_sheet(shown, folder / "grid.png", {"prompts": job.prompts[:_SHEET_LIMIT], "seed": job.seed})
+    return len(files)
 
 
-def _parts(pipeline: Pipeline, job: Job, prompts: list[int]) -> Iterator[list[GeneratedImage]]:
-    """The images of a few prompts at a time; runs of neighbours share their batches."""
-    a_time = max(job.batch_size // job.candidates, 1)
+def _generate(pipeline: Pipeline, job: GenerateJob, prompts: Sequence[int]) -> Iterator[list[GeneratedImage]]:
+    """The images of a few prompts at a time; consecutive prompts share their batches."""
+    prompts_per_call = max(job.batch_size // job.candidates, 1)
     codes = pipeline.transformer.layout.image_length
-    preview = Preview(pipeline) if job.preview else None
     with progress(total=len(prompts) * job.candidates * codes, description="generate", unit="token") as bar:
-        for run in _runs(prompts, a_time):
+        callbacks = Callbacks(on_tokens=bar.update, on_row=Preview(pipeline) if job.preview else None)
+        for numbers in _consecutive(prompts, prompts_per_call):
             yield pipeline.generate(
-                [job.prompts[index] for index in run],
-                *(job.candidates, job.seed, job.sampling),
+                [job.prompts[index] for index in numbers],
+                job.candidates,
+                job.seed,
+                job.sampling,
                 keep=job.keep,
                 image_prompt=job.image_prompt,
+                first_prompt=numbers[0],
                 batch_size=job.batch_size,
-                first_prompt=run[0],
                 compiled=job.compiled,
-                on_tokens=bar.update,
-                on_row=preview,
+                callbacks=callbacks,
             )
 
 
-def _runs(numbers: list[int], longest: int) -> Iterator[list[int]]:
-    """Cut rising numbers into runs without gaps, of at most `longest`."""
-    run: list[int] = []
+def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[list[int]]:
+    """Cut rising numbers into stretches without gaps, of at most `longest`."""
+    stretch: list[int] = []
     for number in numbers:
-        if run and (number != run[-1] + 1 or len(run) == longest):
-            yield run
-            run = []
-        run.append(number)
-    if run:
-        yield run
+        if stretch and (number != stretch[-1] + 1 or len(stretch) == longest):
+            yield stretch
+            stretch = []
+        stretch.append(number)
+    if stretch:
+        yield stretch
 
 
-def _is_there(pipeline: Pipeline, job: Job, folder: Path, prompt: int) -> bool:
-    """Are all images of the prompt generated?"""
-    expected = job.about(prompt, pipeline)
-    for rank in range(job.kept):
+def _is_complete(pipeline: Pipeline, job: GenerateJob, folder: Path, prompt: int) -> bool:
+    """Are all images of the prompt there? Raises UserError for one that was generated with other settings."""
+    expected = job.metadata(prompt, pipeline)
+    for rank in range(job.images_per_prompt):
         path = _path(folder, prompt, rank)
         if not path.exists():
             return False
-        found = read_about(path) or {}
+        found = read_metadata(path) or {}
         different = [name for name, value in expected.items() if found.get(name) != value]
         if different:
             raise UserError(
@@ -136,5 +145,5 @@ def _path(folder: Path, prompt: int, rank: int) -> Path:
     return folder / f"{prompt:06d}-{rank:02d}.png"
 
 
-def _save_sheet(shown: list[tuple[Image.Image, str]], path: Path, about: dict[str, Any]) -> None:
-    save_image(grid([Group("", [Tile(image, caption) for image, caption in shown])]), path, about)
+def _save_sheet(shown: list[tuple[Image.Image, str]], path: Path, metadata: Metadata) -> None:
+    save_image(grid([Group("", [Tile(image, caption) for image, caption in shown])]), path, metadata)

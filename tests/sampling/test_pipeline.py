@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
-from pipeline.sampling.pipeline import GeneratedImage, Pipeline, best
+from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, keep_best
+from pipeline.sampling.png_metadata import read_metadata
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.save import read_about
-from pipeline.sampling.to_directory import Job, generate_folder, generate_sheet
+from pipeline.sampling.to_directory import GenerateJob, generate_folder, generate_sheet
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -67,8 +68,10 @@ def test_a_completed_image_keeps_its_first_rows_and_a_filled_one_what_is_outside
     expected[5 // side : 8 // side + 1, 3 // side : 3 // side + 1] = True
     assert np.array_equal((hole == -1).view(level.height, level.width).numpy(), expected)
     filled = pipeline.generate(["joker"], 6, 0, keep=2, image_prompt=ImagePrompt(image, mask=_mask(16, (3, 5, 4, 9))))
-    assert len(filled) == 2
-    assert filled[0].score >= filled[1].score  # type: ignore[operator]
+    best, second = (one.score for one in filled)
+    assert best is not None
+    assert second is not None
+    assert best >= second
 
 
 def test_the_best_candidates_of_each_prompt_are_kept_best_first() -> None:
@@ -77,7 +80,7 @@ def test_the_best_candidates_of_each_prompt_are_kept_best_first() -> None:
     generated = [
         GeneratedImage(image, prompt, j, score) for prompt, row in scores.items() for j, score in enumerate(row)
     ]
-    assert [(one.prompt, one.candidate) for one in best(generated, 2)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [(one.prompt, one.candidate) for one in keep_best(generated, 2)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 def _mask(side: int, box: tuple[int, int, int, int]) -> Image.Image:
@@ -109,23 +112,23 @@ def test_an_export_generates_the_same_images_without_the_run(
         export_run(tiny_run, tmp_path / "export")
 
 
-def test_a_stopped_job_goes_on_and_other_settings_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    job = Job(PROMPTS, candidates=2, batch_size=2, seed=4)
+def test_a_stopped_job_resumes_and_other_settings_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    job = GenerateJob(PROMPTS, candidates=2, batch_size=2, seed=4)
     assert generate_folder(pipeline, job, tmp_path) == 6
     images = sorted(tmp_path.glob("0*.png"))
     before = {path: path.read_bytes() for path in images}
-    about = read_about(images[3])
-    assert about is not None
-    assert (about["prompt"], about["candidate"], about["seed"]) == ("red joker", 1, 4)
-    assert about["model"] == pipeline.source.model_hash
-    assert about["sampling"]["temperature"] == 1.0
+    metadata = read_metadata(images[3])
+    assert metadata is not None
+    assert (metadata["prompt"], metadata["candidate"], metadata["seed"]) == ("red joker", 1, 4)
+    assert metadata["model"] == pipeline.source.model_hash
+    assert metadata["sampling"] == SamplingConfig().model_dump(mode="json")
     images[3].unlink()
     kept = images[0].stat().st_mtime_ns
     generate_folder(pipeline, job, tmp_path)
     assert {path: path.read_bytes() for path in sorted(tmp_path.glob("0*.png"))} == before
     assert images[0].stat().st_mtime_ns == kept
     with pytest.raises(UserError, match="was generated with another seed"):
-        generate_folder(pipeline, Job(PROMPTS, candidates=2, seed=5), tmp_path)
+        generate_folder(pipeline, GenerateJob(PROMPTS, candidates=2, seed=5), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +141,13 @@ def test_a_stopped_job_goes_on_and_other_settings_are_refused(pipeline: Pipeline
         ({"prompts": ["half \ud83d"]}, "expected Unicode text"),
         ({"sampling": SamplingConfig(top_k=65)}, "at most the 64 codes"),
         ({"keep": 1}, "no reranker"),
+        ({"keep": 3, "candidates": 2}, "keep: expected 1 to 2, the number of candidates, found 3"),
         ({"candidates": 0}, "at least 1"),
     ],
 )
-def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object], complaint: str) -> None:
+def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as found:
-        pipeline.generate(**({"prompts": ["joker"]} | arguments))  # type: ignore[arg-type]
+        pipeline.generate(**({"prompts": ["joker"]} | arguments))
     assert "\n" not in str(found.value)
 
 
@@ -162,9 +166,9 @@ def test_bad_input_gets_one_line(pipeline: Pipeline, arguments: dict[str, object
         ({"keep_rows": 2, "image": Image.new("RGB", (32, 32))}, "an image of 16×16 pixels, found 32×32: resize"),
     ],
 )
-def test_a_wrong_image_prompt_gets_one_line(pipeline: Pipeline, prompt: dict[str, object], complaint: str) -> None:
+def test_a_wrong_image_prompt_gets_one_line(pipeline: Pipeline, prompt: dict[str, Any], complaint: str) -> None:
     def complete() -> None:
-        image_prompt = ImagePrompt(**({"image": Image.new("RGB", (16, 16))} | prompt))  # type: ignore[arg-type]
+        image_prompt = ImagePrompt(**({"image": Image.new("RGB", (16, 16))} | prompt))
         pipeline.generate(["joker"], image_prompt=image_prompt)
 
     with pytest.raises(UserError, match=complaint):
@@ -204,9 +208,9 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
     assert "token/s" in output
     assert (tmp_path / "out" / "grid.png").exists()
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "image-tokenizer" / "model")
-    about = read_about(tmp_path / "out" / "000001-00.png")
-    assert about is not None
-    assert about["image_prompt"]["keep_rows"] == "2"
+    metadata = read_metadata(tmp_path / "out" / "000001-00.png")
+    assert metadata is not None
+    assert metadata["image_prompt"] == {"image": str(tmp_path / "red.png"), "keep_rows": "2"}
     assert tokenizer.image_size == 16
     wrong = launch("pipeline", "generate", str(tiny_run), "joker", "--keep-rows", "4", check=False)
     assert wrong.strip() == "error: --keep-rows needs an image to start from: add --image IMAGE"
@@ -214,7 +218,7 @@ def test_the_command_completes_and_refuses_in_one_line(tiny_run: Path, tmp_path:
 
 def test_a_sheet_of_too_many_images_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a sheet holds 1024"):
-        generate_sheet(pipeline, Job(["joker"], candidates=1025), tmp_path / "sheet.png")
+        generate_sheet(pipeline, GenerateJob(["joker"], candidates=1025), tmp_path / "sheet.png")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +253,7 @@ def test_a_variation_keeps_the_coarse_level_and_generates_the_fine_one(two_level
 
 def test_the_preview_fills_in_row_by_row_over_itself(pipeline: Pipeline) -> None:
     stream = io.StringIO()
-    pipeline.generate(["joker"], on_row=Preview(pipeline, stream))
+    pipeline.generate(["joker"], callbacks=Callbacks(on_row=Preview(pipeline, stream)))
     frames = stream.getvalue().split("\r\x1b[K")[1:]
     assert [frame.count("▀") for frame in frames] == [32 * lines for lines in (4, 8, 12, 16)]
     assert [re.findall(r"\x1b\[(\d+)A", frame) for frame in frames] == [[], ["4"], ["8"], ["12"]]

@@ -10,7 +10,7 @@ from tests.conftest import TINY
 from tests.launch import launch
 
 
-def test_a_modern_transformer_with_bpe_dropout_trains_evaluates_and_paints(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_modern_transformer_with_bpe_dropout_trains_evaluates_and_generates(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(
         tiny_run, run, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "generate", "evaluate", "report")
