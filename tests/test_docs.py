@@ -33,7 +33,7 @@ FOLDERS = ("pipeline", "stages", "docs", "tests", "configs", "slurm", "benchmark
 # Names with `my_` are the reader's, in a recipe.
 MINE = re.compile(r"\bmy_")
 # Beginnings of dotted names that other projects define.
-FOREIGN_ROOTS = {"torch", "F", "numpy", "scipy", "yaml", "transformers", "datasets", "mlflow"}
+FOREIGN_ROOTS = {"torch", "F", "numpy", "scipy", "yaml", "safetensors", "transformers", "datasets", "mlflow"}
 # Names in backticks that other projects define: PyTorch, transformers, diffusers, Slurm.
 FOREIGN_NAMES = {
     *("FlexAttention", "LayerNorm", "AutoModel", "AutoBackbone", "LlamaForCausalLM", "trust_remote_code"),
