@@ -35,6 +35,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files of `atomic_path` that killed processes left anywhere under `directory`.
+
+    Call it only where no other process writes.
+    """
+    for leftover in directory.rglob(".*.tmp"):
+        leftover.unlink()
+
+
 def is_full(directory: Path, error: BaseException) -> bool:
     """Is `error` that of a full disk? Libraries that write through C++ hide the reason, so the disk is asked too."""
     full = (errno.ENOSPC, errno.EDQUOT)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
+from pipeline.core.atomic_io import atomic_path, read_json, remove_leftovers, write_atomic, write_json
 from pipeline.core.errors import UserError
 
 
@@ -56,3 +56,13 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.json is damaged: expected JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "kept" / "file.tmp", "whole")
+    with atomic_path(tmp_path / "kept" / "file") as temporary:
+        temporary.write_text("half")
+        leftover = temporary.with_name(".other.0.tmp")
+        leftover.write_text("of a killed process")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["file", "file.tmp"]

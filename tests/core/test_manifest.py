@@ -1,0 +1,57 @@
+"""Finished work is what its record says, or the first file that is not is named."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.manifest import FileRecord, first_fault, record
+
+NAMES = ("a", "b/c", "d")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, FileRecord]:
+    (tmp_path / "b").mkdir()
+    for name in NAMES:
+        (tmp_path / name).write_text(f"content of {name}")
+    return {name: record(tmp_path / name) for name in NAMES}
+
+
+def test_work_as_recorded_has_no_fault(tmp_path: Path, files: dict[str, FileRecord]) -> None:
+    assert first_fault(tmp_path, files) is None
+
+
+def test_the_first_of_a_missing_a_shorter_and_a_changed_file_is_named(
+    tmp_path: Path, files: dict[str, FileRecord]
+) -> None:
+    (tmp_path / "d").write_text("CONTENT of d")
+    assert str(first_fault(tmp_path, files)).startswith(
+        f"{tmp_path / 'd'}: expected sha256 {files['d']['sha256'][:12]}"
+    )
+    (tmp_path / "b" / "c").write_text("short")
+    assert str(first_fault(tmp_path, files)) == f"{tmp_path / 'b' / 'c'}: expected 14 bytes, found 5 bytes"
+    (tmp_path / "a").unlink()
+    assert str(first_fault(tmp_path, files)) == f"{tmp_path / 'a'}: expected 12 bytes, found no file"
+
+
+def test_sizes_alone_are_compared_without_reading(tmp_path: Path, files: dict[str, FileRecord]) -> None:
+    (tmp_path / "a").write_text("CONTENT of a")
+    assert first_fault(tmp_path, files, hashed=False) is None
+    (tmp_path / "a").write_text("short")
+    assert first_fault(tmp_path, files, hashed=False)
+
+
+def test_one_of_all_ranks_finds_a_changed_file_and_every_rank_a_missing_one(
+    tmp_path: Path, files: dict[str, FileRecord]
+) -> None:
+    (tmp_path / "b" / "c").write_text("CONTENT of b/c")
+    assert [bool(first_fault(tmp_path, files, rank=rank, ranks=3)) for rank in range(3)] == [False, True, False]
+    (tmp_path / "b" / "c").unlink()
+    assert all(first_fault(tmp_path, files, rank=rank, ranks=3) for rank in range(3))
+
+
+def test_a_record_without_sizes_still_finds_a_missing_file(tmp_path: Path, files: dict[str, FileRecord]) -> None:
+    hashes: dict[str, FileRecord] = {name: {"sha256": recorded["sha256"]} for name, recorded in files.items()}
+    assert first_fault(tmp_path, hashes) is None
+    (tmp_path / "a").unlink()
+    assert str(first_fault(tmp_path, hashes)).endswith("found no file")
