@@ -16,7 +16,7 @@ from pipeline.report.build import build_report
 
 def main(run: StageRun) -> None:
     if distributed.is_main():
-        directories = {name: run.input(name) for name in run.stage.inputs}
+        directories = {name: run.input(name) for name in run.inputs}
         with progress(total=1, description="report", unit="page") as bar:
             report = build_report(directories, run.config)
             write_atomic(run.directory / "index.html", report.page)

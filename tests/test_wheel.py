@@ -106,7 +106,7 @@ def test_submit_writes_job_files_that_run_a_copy_of_the_installed_code(elsewhere
 
 def test_plan_generate_and_export_work(run: Path) -> None:
     folder = run.parents[1]
-    assert "transformer" in _smalti(folder, "plan", "tiny.yaml")
+    assert "tiny: 2 layers" in _smalti(folder, "plan", "tiny.yaml")
     _smalti(folder, "generate", "runs/tiny", "joker", "-o", "joker.png")
     _smalti(folder, "export", "runs/tiny", "exported")
     _smalti(folder, "generate", "exported", "joker", "-o", "again.png")

@@ -36,7 +36,7 @@ from pipeline.orchestration.graph import STAGES
 from pipeline.orchestration.run_directory import config_of, source_name
 
 EXIT_USER_ERROR = 2
-EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, the same command goes on
+EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, the same command resumes
 
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -51,7 +51,7 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER_ERROR)
     except StoppedOnRequest as request:
-        click.echo(f"{request}; run the same command again to go on", err=True)
+        click.echo(f"{request}; run the same command again to resume", err=True)
         sys.exit(EXIT_RUN_AGAIN)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)

@@ -30,16 +30,17 @@ def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeou
         found = {here: problem} if problem else {}
     else:
         found = meet(rank, processes, names, problem, timeout_s)
-    for host, what in sorted(found.items()):
-        click.echo(f"preflight: host {host} is bad: {what}", err=True)
+    for host, problem in sorted(found.items()):
+        click.echo(f"preflight: bad host {host}: {problem}", err=True)
     if found:
         with open(bad_hosts, "a") as file:
             file.writelines(f"{host}\n" for host in sorted(found) if host in names)
         os._exit(BAD_HOSTS if set(found) & set(names) else NO_HOST_TO_BLAME)
     if rank == 0:
         seconds = time.monotonic() - started
-        done = ", and all-reduce" if processes > 1 else ""
-        click.echo(f"preflight: {processes} processes on {', '.join(names)} are fit{done}, {seconds:.1f} s", err=True)
+        checked = "hosts and all-reduce" if processes > 1 else "host"
+        where = f"{processes} processes on {', '.join(names)}"
+        click.echo(f"preflight passed: {where} ({checked}, {seconds:.1f} s)", err=True)
     os._exit(0)  # gloo's destructors sometimes abort
 
 

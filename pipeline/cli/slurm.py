@@ -40,7 +40,7 @@ def submit(
     dry_run: bool,
     take_over: bool,
 ) -> None:
-    """Submit every stage that is not finished to Slurm, chained, and walk away."""
+    """Submit every stage that is not finished to Slurm, as a chain of jobs."""
     config, cluster = load_pipeline(config_path, overrides), load_cluster(cluster_path)
     submit_pipeline(
         config, source_name(config_path), cluster, first=first, only=only, dry_run=dry_run, take_over=take_over
@@ -66,10 +66,10 @@ def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, o
 
 @click.command()
 @_run
-@click.option("--watch", is_flag=True, help="again every few seconds, until nothing is queued or running")
-@click.option("--json", "json_output", is_flag=True, help="a list of objects, one a stage")
+@click.option("--watch", is_flag=True, help="refresh every few seconds, until nothing is queued or running")
+@click.option("--json", "json_output", is_flag=True, help="print a list of objects, one per stage")
 def status(run_directory: Path, watch: bool, json_output: bool) -> None:
-    """Every stage: state, job, nodes, step, rate, last metric, restarts, time left, why."""
+    """Show each stage's state, job, nodes, step, rate, last metric, restarts, time left and failure."""
     while True:
         statuses, problem = run_status(run_directory)
         if watch and not json_output:
@@ -89,11 +89,11 @@ def status(run_directory: Path, watch: bool, json_output: bool) -> None:
 @click.command()
 @_run
 @click.argument("stage", type=_stages)
-@click.option("--task", type=int, help="of an array, this task's log")
-@click.option("-f", "--follow", is_flag=True, help="go on as it grows, until Ctrl-C")
-@click.option("-n", "--lines", default=50, show_default=True, help="so many of the last lines; 0: all")
+@click.option("--task", type=int, help="log of this task of an array")
+@click.option("-f", "--follow", is_flag=True, help="keep printing as it grows, until Ctrl-C")
+@click.option("-n", "--lines", default=50, show_default=True, help="number of last lines; 0: all")
 def logs(run_directory: Path, stage: str, task: int | None, follow: bool, lines: int) -> None:
-    """What the newest job of a stage printed; each line begins with its rank."""
+    """Show what the newest job of a stage printed; each line begins with its rank."""
     path = _newest_log(run_directory, stage, task)
     click.echo(click.style(str(path), bold=True), err=True)
     with open(path, errors="replace") as file:
@@ -121,7 +121,7 @@ def _newest_log(run_directory: Path, stage: str, task: int | None) -> Path:
 @click.command()
 @_run
 def cancel(run_directory: Path) -> None:
-    """Cancel this run's jobs, and no others. What is finished or saved stays; `smalti resubmit` goes on."""
+    """Cancel this run's jobs, and no others. What is finished or saved stays; `smalti resubmit` resumes."""
     directory = run_directory.resolve()
     active = [job for job in scheduler.jobs_of(directory) if job.active]
     # The last ones first: none that waits may start when what it waits for ends.

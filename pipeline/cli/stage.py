@@ -28,7 +28,7 @@ from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.graph import STAGES, Stage, stage_named
+from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
 from pipeline.orchestration.run_directory import source_name
 from pipeline.orchestration.stage_run import StageRun, execute
 
@@ -50,7 +50,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         execute(stage, config, source, array_task, body)
         status = 0
     except StoppedOnRequest as request:
-        log.info("%s; run the same command again to go on", request)
+        log.info("%s; run the same command again to resume", request)
         status = 0
     except UserError as error:
         if distributed.is_main():
@@ -61,7 +61,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
             log.exception("%s crashed", name)
             status = 1
         else:
-            log.error("error: no space left (%s): free some, then run the same command again, it goes on", error)
+            log.error("error: no space left (%s): free some and rerun; it resumes", error)
             status = 2
     except SystemExit as leaving:  # --help
         status = int(leaving.code or 0)
@@ -99,7 +99,7 @@ def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
     if not stage.shards or not (which.isdigit() and of.isdigit() and int(which) < int(of)):
         raise UserError(
             f"--array-task {text}: expected I/N with 0 <= I < N, of a stage that splits"
-            f" ({', '.join(stage.name for stage in STAGES if stage.shards)}), found it for {stage.name}"
+            f" ({', '.join(ARRAY_STAGES)}), found it for {stage.name}"
         )
     return int(which), int(of)
 

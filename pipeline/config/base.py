@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.config.renamed import with_current_names
 from pipeline.core.errors import UserError
@@ -42,12 +43,16 @@ def operational(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def is_operational(field: FieldInfo) -> bool:
+    """Whether `operational` made this field."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("operational"))
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The part of a config that decides a stage's result: everything but operational fields."""
     kept: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("operational"):
+        if is_operational(field):
             continue
         value = getattr(config, name)
         kept[name] = identity(value) if isinstance(value, Config) else _jsonable(value)

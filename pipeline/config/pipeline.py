@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -17,19 +18,36 @@ from pipeline.config.reranker import RerankerConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.tracking import TrackingConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
 
 
-class PipelineConfig(Config):
-    """A whole pipeline: one section a stage. See `configs/` for complete examples."""
+@runtime_checkable
+class Trained(Protocol):
+    """A section whose stage trains a model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory and the MLflow run")
-    runs: Path = operational(Path("runs"), description="the run directory is <runs>/<name>")
-    seed: int = Field(0, ge=0)
+    training: TrainingConfig
+
+
+@runtime_checkable
+class Switchable(Protocol):
+    """A section whose stage can be left out of the pipeline."""
+
+    enabled: bool
+
+
+class PipelineConfig(Config):
+    """A whole pipeline: one section per stage. See `configs/` for complete examples."""
+
+    name: str = operational(
+        ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run directory and of the MLflow run"
+    )
+    runs: Path = operational(Path("runs"), description="folder of run directories; this one is runs/name")
+    seed: int = Field(0, ge=0, description="of the split, the order of samples, initial weights and sampling")
     processes: int | None = operational(
         None,
         ge=1,
-        description="processes of each stage that trains or splits, on this machine; default: one a GPU, or one",
+        description="processes per stage that trains or splits, on this machine; None: one per GPU, or one",
     )
     tracking: TrackingConfig = operational(TrackingConfig())
 
@@ -55,9 +73,20 @@ class PipelineConfig(Config):
     def run_directory(self) -> Path:
         return self.runs / self.name
 
-    def section(self, stage: str) -> Config:
-        section: Config = getattr(self, stage.replace("-", "_"))
+    def section(self, name: str) -> Config:
+        """The section of a stage; `name` as in the config file or as on the command line (`text-tokenizer`)."""
+        section: Config = getattr(self, name.replace("-", "_"))
         return section
+
+    def training(self, name: str) -> TrainingConfig | None:
+        """How the stage of this section trains; None if it does not."""
+        section: object = self.section(name)
+        return section.training if isinstance(section, Trained) else None
+
+    def is_enabled(self, name: str) -> bool:
+        """Whether the stage of this section is part of the pipeline."""
+        section: object = self.section(name)
+        return section.enabled if isinstance(section, Switchable) else True
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:

@@ -1,7 +1,8 @@
 """THE stage graph: which stages there are, in which order, what each reads.
 
-This is the only place that knows the order. The local runner and the Slurm submitter both read it.
-It imports no torch.
+This is the only place that knows the order: the local runner, the Slurm submitter, the command line, the report and the
+tests derive what they need from it. Of a stage `my-stage`, the config section is `PipelineConfig.my_stage` and the
+code `stages/my_stage.py`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ from pipeline.config.pipeline import PipelineConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the graph."""
+    """A node of the graph."""
 
     name: str
     inputs: tuple[str, ...] = ()
-    trains: bool = False  # runs on all GPUs of its job, as one process each
+    trains: bool = False  # runs as one process per GPU of its job; its section has a `training`
     shards: bool = False  # its work can be split into independent array tasks
+
+    @property
+    def section(self) -> str:
+        """The name of its config section: `text_tokenizer`."""
+        return self.name.replace("-", "_")
 
     @property
     def module(self) -> str:
         """The module to run: `python -m stages.text_tokenizer`."""
-        return f"stages.{self.name.replace('-', '_')}"
+        return f"stages.{self.section}"
 
 
-STAGES: tuple[Stage, ...] = (
+_WORK = (
     Stage("prepare"),
     Stage("text-tokenizer", inputs=("prepare",)),
     Stage("image-tokenizer", inputs=("prepare",), trains=True),
@@ -37,29 +43,29 @@ STAGES: tuple[Stage, ...] = (
     Stage("reranker", inputs=("prepare", "text-tokenizer"), trains=True),
     Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker"), shards=True),
     Stage("evaluate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "generate"), shards=True),
-    Stage(
-        "report",
-        inputs=("prepare", "text-tokenizer", "image-tokenizer", "tokenize", "transformer", "generate", "evaluate"),
-    ),
 )
+STAGES: tuple[Stage, ...] = (*_WORK, Stage("report", inputs=tuple(stage.name for stage in _WORK)))
 STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
+ARRAY_STAGES: tuple[str, ...] = tuple(stage.name for stage in STAGES if stage.shards)
 
 
 def stage_named(name: str) -> Stage:
+    """The stage of this name. Raises ValueError if there is none."""
     return STAGES[STAGE_NAMES.index(name)]
 
 
 def stages_of(config: PipelineConfig) -> tuple[Stage, ...]:
     """The stages of this pipeline, in order: all but those whose section says `enabled: false`."""
-    return tuple(stage for stage in STAGES if getattr(config.section(stage.name), "enabled", True))
+    return tuple(stage for stage in STAGES if config.is_enabled(stage.section))
 
 
 def inputs_of(config: PipelineConfig, stage: Stage) -> tuple[str, ...]:
-    """What `stage` reads in this pipeline."""
+    """The names of the stages that `stage` reads in this pipeline."""
     names = {stage.name for stage in stages_of(config)}
     return tuple(name for name in stage.inputs if name in names)
 
 
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, Any]:
     """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
-    return {"seed": config.seed, stage.replace("-", "_"): identity(config.section(stage))}
+    section = stage_named(stage).section
+    return {"seed": config.seed, section: identity(config.section(section))}

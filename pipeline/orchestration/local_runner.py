@@ -1,7 +1,7 @@
 """The local runner behind `smalti run`: every stage that is not up to date, one after the other.
 
-Each stage is a process of its own, so a crash or a `kill -9` takes nothing else along. With `processes` above 1 (or
-several GPUs) torchrun starts several of a stage that trains; a stage that splits gets as many array tasks side by
+Each stage is a process of its own, so a crash or a `kill -9` ends nothing else. With `processes` above 1 (or several
+GPUs) torchrun starts several processes of a stage that trains; a stage that splits runs as many array tasks side by
 side, and then the process that joins them. Imports no torch: a run with nothing to do takes a second.
 """
 
@@ -55,6 +55,7 @@ def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -
 
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:
+    """How many processes this stage runs as on this machine."""
     if not (stage.trains or stage.shards):
         return 1
     return config.processes or max(len(_gpus()), 1)
@@ -64,9 +65,9 @@ def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None
     processes = local_processes(config, stage)
     environment = os.environ | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
     arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
-    alone = [sys.executable, "-m", *arguments]
+    single = [sys.executable, "-m", *arguments]
     if processes == 1:
-        _run_processes(stage, runs, [alone], [environment])
+        _run_processes(stage, runs, [single], [environment])
         return
     # Two threads on one busy core are many times slower than one.
     several = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | environment
@@ -75,15 +76,15 @@ def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None
         _run_processes(stage, runs, [[sys.executable, "-m", *torchrun, *arguments]], [several])
         return
     tasks = range(processes)
-    commands = [[*alone, "--array-task", f"{task}/{processes}"] for task in tasks]
+    commands = [[*single, "--array-task", f"{task}/{processes}"] for task in tasks]
     if _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks]):
-        _run_processes(stage, runs, [alone], [environment])
+        _run_processes(stage, runs, [single], [environment])
 
 
 def _run_processes(
     stage: Stage, runs: RunDirectory, commands: list[list[str]], environments: list[dict[str, str]]
 ) -> bool:
-    """Run these side by side to their end; False if a signal asked to stop. One that fails stops the others.
+    """Run the commands side by side to their end; False if a signal asked to stop. One that fails stops the others.
 
     Raises:
         UserError: one failed.
@@ -99,18 +100,18 @@ def _run_processes(
             if child.returncode and not failed:
                 failed = child.returncode
                 for other in waiting:
-                    other.terminate()  # it finishes what it has in hand
+                    other.terminate()  # it finishes its current piece of work
     if failed and not stopping:
         how = f"was killed by {signal.Signals(-failed).name}" if failed < 0 else f"failed (exit {failed})"
         raise UserError(
             f"{stage.name} {how}: its last lines are above and in {runs.path / 'logs' / stage.name}.log;"
-            f" put the cause right and run the same command again, it goes on from there"
+            f" fix the cause and rerun; it resumes"
         )
     return not stopping
 
 
 def _forward_signals_to(children: list[subprocess.Popen[bytes]]) -> list[str]:
-    """The stage saves and exits on a signal, and the runner waits for it. Returns the signals that came."""
+    """On a signal the stage saves and exits, and the runner waits for it. Returns the list that names such signals."""
     received: list[str] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:

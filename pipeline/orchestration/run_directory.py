@@ -1,13 +1,13 @@
-"""The run directory: how stages talk. Knows no torch.
+"""The run directory: where stages write, and what decides whether one is up to date. Imports no torch.
 
     runs/<name>/
       config.yaml  run.json  code/  mlflow.db  locks/  superseded/
       <stage>/  config.yaml identity.json metrics.jsonl checkpoints/ … manifest.json _SUCCESS
 
-`identity.json` says from which config and inputs a stage directory is being made; `manifest.json` adds
+`identity.json` records the config and the inputs that a stage directory is made from; `manifest.json` adds
 the outputs, and `_SUCCESS`, written last, holds the manifest's hash. A stage is up to date when
-`_SUCCESS` matches today's config and today's inputs. A directory made from something else is set aside
-in `superseded/`, and taken back from there if its config returns.
+`_SUCCESS` matches today's config and today's inputs (`stale_reasons`). A directory made from another config is
+moved to `superseded/`, and restored from there if that config returns.
 """
 
 from __future__ import annotations
@@ -29,19 +29,25 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """Paths, manifests and freshness of one run. Creating the object touches nothing on disk."""
+    """The paths and manifests of a run, and which of its stages are up to date. Creating the object writes nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def stage(self, name: str) -> Path:
+        """The directory of a stage."""
         return self.path / name
 
     def lock(self, name: str) -> Path:
+        """The lock file of a stage, or of the run."""
         return self.path / "locks" / f"{name}.json"
 
     def check(self, source: str, take_over: bool = False) -> None:
-        """Raises UserError if the directory holds something else, or the run of another config file."""
+        """Check that the directory may hold this run; `source` is the name of its config file.
+
+        Raises:
+            UserError: it holds other files, or the run of another config file (allowed with `take_over`).
+        """
         record = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"expected a run directory at {self.path}, found a file: set name=… or runs=…")
@@ -58,14 +64,14 @@ class RunDirectory:
             )
 
     def open(self, config: PipelineConfig, source: str) -> None:
-        """Create the directory and record the config and the code. The caller has checked it, and holds its lock."""
+        """Create the directory, record the config and the code. Call `check` first, and hold the lock "run"."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "run.json", {"name": config.name, "config_file": source})
         write_atomic(self.path / "config.yaml", to_yaml(config))
         record_version(self.path / "code")
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage; None if it is not finished or not as it was written."""
+        """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
         success, path = self.stage(name) / "_SUCCESS", self.stage(name) / "manifest.json"
         if not (success.exists() and path.exists() and success.read_text().strip() == sha256_file(path)):
             return None
@@ -73,7 +79,7 @@ class RunDirectory:
         return manifest | {"config": with_current_names(manifest["config"])}
 
     def identity(self, config: PipelineConfig, stage: Stage) -> dict[str, Any]:
-        """What this stage's result is a function of: its config and the hashes of its finished inputs.
+        """What decides this stage's result: its config and the hashes of its finished inputs.
 
         Raises:
             UserError: an input is missing, unfinished or damaged.
@@ -88,7 +94,7 @@ class RunDirectory:
         return {"config": stage_identity(config, stage.name), "inputs": inputs}
 
     def stale_reasons(self, config: PipelineConfig, stage: Stage) -> list[str]:
-        """Why this stage must run, a reason a line; empty if it is up to date."""
+        """Why this stage must run; empty if it is up to date."""
         manifest = self.manifest(stage.name)
         if manifest is None:
             return ["not finished"] if self.stage(stage.name).exists() else ["not run yet"]
@@ -96,7 +102,7 @@ class RunDirectory:
         for name in inputs_of(config, stage):
             current = self.manifest(name)
             if current is None or manifest["inputs"].get(name) != current["hash"]:
-                reasons.append(f"its input {name} is another one")
+                reasons.append(f"input {name} changed")
         if not reasons:
             try:
                 self._check_outputs(stage.name, manifest, reader=stage.name)
@@ -105,7 +111,7 @@ class RunDirectory:
         return reasons
 
     def stale_inputs(self, config: PipelineConfig, stage: Stage) -> list[str]:
-        """Inputs (direct or not) that were made from another config than this one, a reason a line."""
+        """Why inputs of this stage, direct or not, must run first; empty if all are up to date."""
         reasons: list[str] = []
         for name in inputs_of(config, stage):
             upstream = stage_named(name)
@@ -114,17 +120,17 @@ class RunDirectory:
         return list(dict.fromkeys(reasons))
 
     def begin(self, config: PipelineConfig, stage: Stage) -> bool:
-        """Make the stage directory ready for `identity`; False if there is nothing left to do.
+        """Make the stage directory ready; False if the stage is up to date.
 
-        A directory of the same identity is gone on with; one of another identity is set aside.
+        A directory of the same identity is continued; one of another identity is moved to `superseded/`.
         """
         directory, identity = self.stage(stage.name), self.identity(config, stage)
-        if directory.exists() and _identity_of(directory) != identity:
-            self._set_aside(directory)
-        shelved = self._shelf(stage.name, identity)
-        if not directory.exists() and shelved.is_dir() and _identity_of(shelved) == identity:
-            shelved.rename(directory)
-            log.info("%s: taken back from %s", stage.name, shelved)
+        if directory.exists() and _recorded_identity(directory) != identity:
+            self._supersede(directory)
+        superseded = self._superseded_path(stage.name, identity)
+        if not directory.exists() and superseded.is_dir() and _recorded_identity(superseded) == identity:
+            superseded.rename(directory)
+            log.info("%s: restored from %s", stage.name, superseded)
         if self.manifest(stage.name) is not None and not self.stale_reasons(config, stage):
             return False
         directory.mkdir(parents=True, exist_ok=True)
@@ -136,27 +142,28 @@ class RunDirectory:
         return True
 
     def begin_task(self, config: PipelineConfig, stage: Stage, task: tuple[int, int]) -> bool:
-        """As `begin`, for one of several array tasks: its neighbours' work stays. The caller holds a lock."""
+        """Like `begin`, for one of several array tasks: the work of the others stays. Hold a lock meanwhile."""
         directory = self.stage(stage.name)
-        if not directory.exists() or _identity_of(directory) != self.identity(config, stage):
+        if not directory.exists() or _recorded_identity(directory) != self.identity(config, stage):
             self.begin(config, stage)
         return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
 
     def finish_task(self, stage: Stage, task: tuple[int, int]) -> None:
+        """Record that an array task, (index, count), has done its share."""
         write_atomic(self.task_marker(stage.name, task), "")
 
     def task_marker(self, name: str, task: tuple[int, int]) -> Path:
-        """The file that says that an array task has done its share."""
-        which, of = task
-        return self.stage(name) / "tasks" / f"{which}-of-{of}"
+        """The file that exists when an array task has done its share."""
+        index, count = task
+        return self.stage(name) / "tasks" / f"{index}-of-{count}"
 
     def missing_tasks(self, config: PipelineConfig, stage: Stage, tasks: int) -> list[int]:
-        """Which array tasks have not done their share yet. The inputs must be finished."""
-        same = _identity_of(self.stage(stage.name)) == self.identity(config, stage)
+        """The array tasks that have not done their share yet. The inputs must be finished."""
+        same = _recorded_identity(self.stage(stage.name)) == self.identity(config, stage)
         return [i for i in range(tasks) if not (same and self.task_marker(stage.name, (i, tasks)).exists())]
 
     def finish(self, stage: Stage, outputs: dict[Path, str | None]) -> None:
-        """Write manifest.json and then _SUCCESS. `outputs`: paths, and their SHA-256 where it is known."""
+        """Write manifest.json and then _SUCCESS. `outputs`: each path, with its SHA-256 if that is known already."""
         directory = self.stage(stage.name)
         made_from = read_json(directory / "identity.json")
         files = {
@@ -184,26 +191,30 @@ class RunDirectory:
                     f" restore it, or delete {self.stage(name) / '_SUCCESS'} and run {name} again"
                 )
 
-    def _shelf(self, name: str, identity: Any) -> Path:
+    def _superseded_path(self, name: str, identity: object) -> Path:
         return self.path / "superseded" / f"{name}-{digest(identity)[:12]}"
 
-    def _set_aside(self, directory: Path) -> None:
-        identity = _identity_of(directory)
-        shelf = self._shelf(directory.name, identity)
-        if shelf.exists():  # the same thing was set aside before; the newer one is at least as far
-            shutil.rmtree(shelf)
-        shelf.parent.mkdir(exist_ok=True)
-        directory.rename(shelf)
-        log.info("%s: what another config had made is now in %s (delete it when you like)", directory.name, shelf)
+    def _supersede(self, directory: Path) -> None:
+        target = self._superseded_path(directory.name, _recorded_identity(directory))
+        if target.exists():  # from an earlier time with the same config; the newer one is at least as far
+            shutil.rmtree(target)
+        target.parent.mkdir(exist_ok=True)
+        directory.rename(target)
+        log.info("%s: moved the outputs of another config to %s (safe to delete)", directory.name, target)
 
 
-def _identity_of(directory: Path) -> Any:
+def _recorded_identity(directory: Path) -> object:
+    """The identity that a stage directory is made from; None if there is none."""
     path = directory / "identity.json"
     return with_current_names(read_json(path)) if path.exists() else None
 
 
 def config_of(run_directory: Path) -> Path:
-    """The config of an existing run."""
+    """The config file of an existing run.
+
+    Raises:
+        UserError: there is none.
+    """
     path = run_directory / "config.yaml"
     if not path.is_file():
         raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
@@ -211,7 +222,7 @@ def config_of(run_directory: Path) -> Path:
 
 
 def source_name(path: str) -> str:
-    """How a run directory remembers the config file it was made from; a run's own copy stands for the original."""
+    """The name under which a run directory records its config file; a run's own copy stands for the original."""
     record = Path(path).parent / "run.json"
     if Path(path).name == "config.yaml" and record.exists():
         return str(read_json(record)["config_file"])

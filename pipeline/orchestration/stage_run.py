@@ -1,4 +1,4 @@
-"""What every stage does around its own work: inputs, lock, tracking, manifest. `cli/stage.py` is its process."""
+"""A stage around its own work: inputs, locks, tracking, manifest. Its process is `cli/stage.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
-from pipeline.orchestration.graph import STAGES, Stage, stage_identity, stages_of
+from pipeline.orchestration.graph import STAGES, Stage, inputs_of, stage_identity, stages_of
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import Mirror, Tracker
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class StageRun:
-    """One stage's view of its run: config, directories, tracker, outputs."""
+    """What a stage's own work gets: config, directories, tracker, and where to name its outputs."""
 
     def __init__(
         self,
@@ -42,12 +42,17 @@ class StageRun:
         self.seed = config.seed
         self.directory = runs.stage(stage.name)
         self.tracker = tracker
-        self.array_task = array_task  # (which, of how many): does its share and leaves the rest to the join
+        self.inputs = inputs_of(config, stage)
+        self.array_task = array_task  # (index, count): does its share and leaves the rest to the join
         self.outputs: dict[Path, str | None] = {}
         self._runs = runs
 
     def input(self, name: str) -> Path:
-        """The directory of a finished input stage."""
+        """The directory of a finished input stage.
+
+        Raises:
+            KeyError: the graph does not list `name` among this stage's inputs.
+        """
         if name not in self.stage.inputs:
             raise KeyError(f"{self.name} does not list {name} among its inputs in pipeline/orchestration/graph.py")
         return self._runs.stage(name)
@@ -56,16 +61,16 @@ class StageRun:
         """This array task's part of the stage's independent pieces of work; all of them outside an array."""
         if self.array_task is None:
             return items
-        which, of = self.array_task
-        return items[which::of]
+        index, count = self.array_task
+        return items[index::count]
 
     def add_output(self, path: Path | str, sha256: str | None = None) -> None:
-        """Name a file of the result; it goes into the manifest. `sha256` if it is known already."""
+        """Add a file of the result to the manifest. `sha256`: its hex digest, if it is known already."""
         full = Path(path) if Path(path).is_relative_to(self.directory) else self.directory / path
         self.outputs[full] = sha256
 
     def finish(self) -> None:
-        """Write the manifest and _SUCCESS; what is small becomes an artifact of the tracking."""
+        """Write the manifest and _SUCCESS; small files become artifacts of the tracking."""
         if self.array_task is not None:
             self._runs.finish_task(self.stage, self.array_task)
         if not self.tracker.active:
@@ -84,15 +89,23 @@ def execute(
     array_task: tuple[int, int] | None,
     body: Callable[[StageRun], None],
 ) -> None:
+    """Run the stage `body` in its run directory, from locks to manifest; nothing if the stage is up to date.
+
+    Every rank of a stage that trains calls this. `source` is the name of the config file.
+
+    Raises:
+        UserError: the stage cannot start, or `body` found a mistake; on every rank.
+        StoppedOnRequest: a signal came, and the stage has saved.
+    """
     from pipeline.core import distributed
 
     runs = RunDirectory(config.run_directory)
     with ExitStack() as held:
-        # Rank 0 prepares the ground; its outcome, error included, is every rank's.
+        # Rank 0 begins; its outcome, error included, is every rank's.
         outcome: bool | UserError = False
         if distributed.is_main():
             try:
-                outcome = _prepare_ground(stage, config, source, runs, array_task, held)
+                outcome = _begin(stage, config, source, runs, array_task, held)
             except UserError as error:
                 outcome = error
         outcome = distributed.broadcast_object(outcome)
@@ -105,11 +118,11 @@ def execute(
             import torch
 
             torch.manual_seed(config.seed)
-        tracker = _tracker(stage, config, runs, active=distributed.is_main() and array_task is None)
-        _measured(StageRun(config, stage, runs, tracker, array_task), body)
+        tracker = _make_tracker(stage, config, runs, active=distributed.is_main() and array_task is None)
+        _run_tracked(StageRun(config, stage, runs, tracker, array_task), body)
 
 
-def _prepare_ground(
+def _begin(
     stage: Stage,
     config: PipelineConfig,
     source: str,
@@ -117,9 +130,10 @@ def _prepare_ground(
     array_task: tuple[int, int] | None,
     held: ExitStack,
 ) -> bool:
+    """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
-        raise UserError(f"{stage.name} is not part of this pipeline: set {stage.name.replace('-', '_')}.enabled=true")
-    if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # they have opened the run
+        raise UserError(f"{stage.name} is not part of this pipeline: set {stage.section}.enabled=true")
+    if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # these have opened the run already
         runs.check(source)
         with Lock(runs.lock("run"), f"the run in {runs.path}"):
             runs.open(config, source)
@@ -133,7 +147,7 @@ def _prepare_ground(
         refuse_if_held(other, f"stage {other.stem}")
     if stale := runs.stale_inputs(config, stage):
         raise UserError(
-            f"{stage.name}: its inputs are not what this config makes ({'; '.join(stale)}):"
+            f"{stage.name}: its inputs are out of date ({'; '.join(stale)}):"
             f" run those stages first, or everything with `smalti run`"
         )
     if array_task is None:
@@ -142,8 +156,8 @@ def _prepare_ground(
         return runs.begin_task(config, stage, array_task)
 
 
-def _measured(run: StageRun, body: Callable[[StageRun], None]) -> None:
-    """Run the stage's own work; whatever happens, the tracker learns how it ended."""
+def _run_tracked(run: StageRun, body: Callable[[StageRun], None]) -> None:
+    """Run the stage's own work and record its time; however it ends, the tracker records how."""
     started = time.monotonic()
     run.tracker.start()
     try:
@@ -161,7 +175,7 @@ def _measured(run: StageRun, body: Callable[[StageRun], None]) -> None:
 
 
 def _add_wall_time(run: StageRun, seconds: float) -> None:
-    """Wall time is summed over the lives of a stage, and kept out of the manifest, whose hash has no times."""
+    """Add to the wall time of the stage over all restarts. It stays out of the manifest, whose hash has no times."""
     if not run.tracker.active:
         return
     path = run.directory / "timing.json"
@@ -169,7 +183,7 @@ def _add_wall_time(run: StageRun, seconds: float) -> None:
     write_json(path, {"wall_time_s": before + seconds})
 
 
-def _tracker(stage: Stage, config: PipelineConfig, runs: RunDirectory, active: bool) -> Tracker:
+def _make_tracker(stage: Stage, config: PipelineConfig, runs: RunDirectory, active: bool) -> Tracker:
     tracking = config.tracking
     mirror = None
     if active and tracking.enabled:

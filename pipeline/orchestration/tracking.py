@@ -1,8 +1,8 @@
 """Tracking: metrics.jsonl is the truth, MLflow its mirror.
 
 A stage appends every metric to its `metrics.jsonl`. A background thread copies what MLflow does not
-have yet: on a resume it asks the server for the last step of each metric and goes on behind it, so
-nothing is doubled, and a server that was away for a while catches up. A broken server is told of once
+have yet: on a resume it asks the server for the last step of each metric and continues after it, so
+nothing is doubled, and a server that was away for a while catches up. A broken server gets one warning
 and delays nothing. MLflow keeps a parent run for the pipeline and a child for each stage.
 """
 
@@ -40,7 +40,7 @@ def default_uri(run_directory: Path) -> str:
 
 
 class Tracker:
-    """What one stage says about itself. On ranks other than 0 (`active=False`) every method does nothing."""
+    """The metrics, images and artifacts of a stage. On ranks other than 0 (`active=False`) methods do nothing."""
 
     def __init__(self, directory: Path, mirror: Mirror | None, *, every_s: float = 5.0, active: bool = True) -> None:
         self.directory = directory
@@ -50,7 +50,7 @@ class Tracker:
         self._system_logged = 0.0
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append a line to metrics.jsonl; with system metrics every few seconds."""
+        """Append a line to metrics.jsonl; every few seconds with system metrics."""
         if not self.active or not metrics:
             return
         line: dict[str, float] = {"step": step, "time": time.time()} | metrics
@@ -74,7 +74,7 @@ class Tracker:
             self._mirror.artifacts.append((path, folder))
 
     def truncate(self, step: int) -> None:
-        """Forget lines after `step`: a resumed training writes them again."""
+        """Remove the lines after `step`: a resumed training writes them again."""
         path = self.directory / "metrics.jsonl"
         if not self.active or not path.exists():
             return
@@ -165,7 +165,7 @@ class Mirror:
                     self._end_runs(self._status)
                     self._done = True
                     return
-            except Exception as error:  # whatever a server does, the training goes on
+            except Exception as error:  # whatever a server does, the training continues
                 self._warn(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                 if closing or self._wake.wait(_RETRY_S):
                     return
@@ -173,7 +173,7 @@ class Mirror:
     def _warn(self, problem: str) -> None:
         if not self._warned:
             log.warning(
-                "MLflow at %s is not usable (%s): going on without it; everything is in %s",
+                "MLflow at %s is not usable (%s): continuing without it; everything is in %s",
                 self.uri,
                 problem,
                 self._metrics_path,
@@ -182,7 +182,7 @@ class Mirror:
 
     def _connect(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # what fails is told once, by _warn
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # _warn reports a failure, once
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         for noisy in ("alembic", "mlflow", "sqlalchemy", "urllib3"):
@@ -190,7 +190,7 @@ class Mirror:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)
-        # Stages that start at the same time share one parent: whoever comes first makes it.
+        # Stages that start at the same time share one parent: the first one creates it.
         with Lock(self._run_directory / "locks" / "mlflow.json", "the MLflow run", wait_s=60):
             self._parent_id = self._resume_or_create(client, self._run_directory, self._pipeline, None, {})
         self._run_id = self._resume_or_create(
@@ -203,7 +203,7 @@ class Mirror:
     def _resume_or_create(
         self, client: MlflowClient, directory: Path, name: str, parent: str | None, parameters: dict[str, Any]
     ) -> str:
-        """The MLflow run whose id is kept in `directory`/mlflow.json, a new one if there is none."""
+        """The MLflow run whose id is in `directory`/mlflow.json; a new one if there is none."""
         from mlflow.entities import Param, RunStatus
 
         record = directory / "mlflow.json"
@@ -226,7 +226,7 @@ class Mirror:
         return run_id
 
     def _artifact_location(self) -> str | None:
-        """In the run directory, unless there is a server, which decides for itself."""
+        """Where artifacts go: into the run directory, unless there is a server, which decides for itself."""
         if self.uri.startswith("http"):
             return None
         return (self._run_directory / "mlartifacts").absolute().as_uri()

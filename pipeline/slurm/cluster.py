@@ -1,4 +1,4 @@
-"""What a cluster file says: where jobs go and what each stage gets. See configs/cluster/example.yaml.
+"""The cluster file: where jobs go and what each stage gets. See configs/cluster/example.yaml.
 
 partition: gpu
 default: {time: "04:00:00", cpus_per_task: 8, memory: 32G}
@@ -18,10 +18,10 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Config, load_config
 from pipeline.core.errors import UserError
-from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage
+from pipeline.orchestration.graph import ARRAY_STAGES, STAGE_NAMES, Stage
 
-ARRAY_STAGES = tuple(stage.name for stage in STAGES if stage.shards)
 _TIME = re.compile(r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
+_ARRAYS = f"{', '.join(ARRAY_STAGES[:-1])} or {ARRAY_STAGES[-1]}"
 _MEMORY = re.compile(r"^\d+[KMGT]?$")
 
 
@@ -29,22 +29,24 @@ class Resources(Config):
     """What the jobs of a stage ask for. Every field may stand in `default` and be replaced in `stages`."""
 
     partition: str | None = Field(None, description="several by commas; None: the cluster's default")
-    account: str | None = None
-    qos: str | None = None
+    account: str | None = Field(None, description="account that the jobs are charged to")
+    qos: str | None = Field(None, description="quality of service")
     time: str | None = Field(None, description="[days-]hours:minutes:seconds; None: the partition's default")
-    nodes: int = Field(1, ge=1)
-    gpus: int = Field(0, ge=0, description="GPUs of each node")
+    nodes: int = Field(1, ge=1, description="nodes per job; only stages that train use several")
+    gpus: int = Field(0, ge=0, description="GPUs per node")
     gpu_type: str | None = Field(None, description="as in gres, e.g. a100")
-    tasks_per_node: int | None = Field(None, ge=1, description="processes of each node; None: one a GPU, else one")
-    cpus_per_task: int = Field(1, ge=1)
-    memory: str | None = Field(None, description="of each node, e.g. 64G")
-    array: int | None = Field(None, ge=1, le=1000, description="tokenize, generate, evaluate: jobs that share the work")
-    array_limit: int | None = Field(None, ge=1, description="of these, so many at once")
-    flags: tuple[str, ...] = Field((), description="more lines for sbatch, e.g. --exclusive or --constraint=ib")
-    python: str | None = Field(None, description="None: the cluster file's; so too the next three")
-    setup: tuple[str, ...] | None = None
-    launcher: tuple[str, ...] | None = None
-    srun_flags: tuple[str, ...] | None = None
+    tasks_per_node: int | None = Field(
+        None, ge=1, description="processes per node; None: one per GPU, or one without GPUs"
+    )
+    cpus_per_task: int = Field(1, ge=1, description="CPUs per process")
+    memory: str | None = Field(None, description="memory per node, e.g. 64G")
+    array: int | None = Field(None, ge=1, le=1000, description=f"jobs that share the work of {_ARRAYS}")
+    array_limit: int | None = Field(None, ge=1, description="array tasks that run at the same time")
+    flags: tuple[str, ...] = Field((), description="more options of sbatch, e.g. --exclusive or --constraint=ib")
+    python: str | None = Field(None, description="replaces the cluster file's python")
+    setup: tuple[str, ...] | None = Field(None, description="replaces the cluster file's setup")
+    launcher: tuple[str, ...] | None = Field(None, description="replaces the cluster file's launcher")
+    srun_flags: tuple[str, ...] | None = Field(None, description="replaces the cluster file's srun_flags")
 
     @field_validator("time", mode="before")
     @classmethod
@@ -81,10 +83,12 @@ class Resources(Config):
 class ClusterConfig(Config):
     """A cluster file."""
 
-    default: Resources = Resources()
-    stages: dict[str, Resources] = Field(default_factory=dict)
+    default: Resources = Field(Resources(), description="what every stage gets, unless `stages` replaces it")
+    stages: dict[str, Resources] = Field(default_factory=dict, description="by stage: what replaces single keys")
 
-    python: str = Field(sys.executable, description="the interpreter on the nodes; default: the one that submits")
+    python: str = Field(
+        default_factory=lambda: sys.executable, description="interpreter on the nodes; default: the one that submits"
+    )
     setup: tuple[str, ...] = Field((), description="lines of bash before the stage: modules, environments, variables")
     launcher: tuple[str, ...] = Field((), description="words before python, e.g. [apptainer, exec, --nv, smalti.sif]")
     srun_flags: tuple[str, ...] = Field((), description="more options of srun, e.g. --container-image=smalti.sqsh")
@@ -93,13 +97,13 @@ class ClusterConfig(Config):
     max_time_limits: int = Field(
         20, ge=0, description="restart budget of a job: only running into its time limit counts"
     )
-    max_bad_hosts: int = Field(3, ge=0, description="so often a job moves away from a bad host, then it fails")
-    max_task_retries: int = Field(2, ge=0, description="so often a task of an array that crashed runs again by itself")
+    max_bad_hosts: int = Field(3, ge=0, description="how often a job moves away from a bad host before it fails")
+    max_task_retries: int = Field(2, ge=0, description="how often an array task that crashed runs again by itself")
     preflight: Literal["several", "always", "never"] = Field(
-        "several", description="several: jobs of several processes"
+        "several", description="check the hosts before a stage starts; several: in jobs of several processes"
     )
-    preflight_timeout_s: int = Field(120, ge=5)
-    min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight wants in the run directory")
+    preflight_timeout_s: int = Field(120, ge=5, description="seconds that ranks may take to meet and to all-reduce")
+    min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight expects in the run directory")
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:
@@ -107,13 +111,15 @@ class ClusterConfig(Config):
             raise ValueError(f"unknown stage '{unknown[0]}'; stages are {', '.join(STAGE_NAMES)}")
         for name, resources in self.stages.items():
             if resources.array and name not in ARRAY_STAGES:
-                raise ValueError(f"{name} is no array: only {' and '.join(ARRAY_STAGES)} split into array tasks")
+                raise ValueError(f"{name} cannot be an array: only the work of {_ARRAYS} splits into array tasks")
         if self.default.array:
-            raise ValueError(f"array belongs to a stage ({' or '.join(ARRAY_STAGES)}), not to default")
+            raise ValueError(f"array belongs to a stage ({_ARRAYS}), not to default")
         return self
 
     def resources(self, stage: Stage) -> Resources:
-        """What this stage gets: `default`, with what `stages` says on top. Only training stages are several processes.
+        """The resources of this stage: `default`, updated by its entry in `stages`.
+
+        Only stages that train run as several processes: the others get one node, one task and at most one GPU.
 
         Raises:
             UserError: `stages` asks for several processes where one does the work.

@@ -141,7 +141,7 @@ def _add_what_slurm_forgot(
 
 def _add_progress(status: StageStatus, stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
     lines = _metric_lines(runs.stage(stage.name) / "metrics.jsonl")
-    training = getattr(config.section(stage.name), "training", None)
+    training = config.training(stage.section)
     if lines and training is not None:
         status.step, status.steps = int(lines[-1]["step"]), training.steps
         rates = [line["samples_per_s"] for line in lines if "samples_per_s" in line]

@@ -24,7 +24,7 @@ from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
 from pipeline.orchestration.code_snapshot import copy_packages
-from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage, inputs_of, stage_identity, stages_of
+from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage, inputs_of, stage_identity, stage_named, stages_of
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import ClusterConfig
@@ -84,7 +84,7 @@ def check_processes(config: PipelineConfig, cluster: ClusterConfig) -> None:
     """Raises UserError if a stage's processes do not divide its batch: better now than hours later, in the queue."""
     for stage in stages_of(config):
         processes = cluster.resources(stage).world_size
-        training = getattr(config.section(stage.name), "training", None)
+        training = config.training(stage.section)
         if training is not None:
             try:
                 accumulation_steps(training, processes)
@@ -150,7 +150,7 @@ def _jobs_of_stage(
 
 def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, coming: set[str]) -> None:
     for name in inputs_of(config, stage):
-        if name not in coming and (reasons := runs.stale_reasons(config, STAGES[STAGE_NAMES.index(name)])):
+        if name not in coming and (reasons := runs.stale_reasons(config, stage_named(name))):
             raise UserError(
                 f"{stage.name} needs {name}, which is neither finished nor queued ({'; '.join(reasons[:3])}):"
                 f" submit --from {name}, or everything"
@@ -163,14 +163,14 @@ def _chosen(config: PipelineConfig, first: str | None, only: str | None) -> tupl
             "expected --from or --only, found both: --from STAGE goes to the end, --only STAGE is one stage"
         )
     if only and only not in {stage.name for stage in stages_of(config)}:
-        raise UserError(f"{only} is not part of this pipeline: set {only.replace('-', '_')}.enabled=true")
+        raise UserError(f"{only} is not part of this pipeline: set {stage_named(only).section}.enabled=true")
     if only:
         return (only,)
     return STAGE_NAMES[STAGE_NAMES.index(first) :] if first else STAGE_NAMES
 
 
 def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
-    """This run's active jobs. Those that are just ending, e.g. after a cancel, are waited for: none can depend on them."""
+    """This run's active jobs. Waits for those that are just ending, e.g. after a cancel: none can depend on them."""
     deadline = time.monotonic() + _ENDING_PATIENCE_S
     try:
         jobs = scheduler.jobs_of(run_directory)

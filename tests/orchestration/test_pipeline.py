@@ -45,14 +45,14 @@ def test_a_changed_key_runs_what_depends_on_it_and_says_why(run_copy: Path) -> N
     }
     assert [name for name in STAGE_NAMES if "up to date" not in lines[name]] == ["generate", "evaluate", "report"]
     assert "generate.sampling.temperature: 1.0 -> 0.5" in lines["generate"]
-    assert "its input generate is another one" in lines["evaluate"]
+    assert "input generate changed" in lines["evaluate"]
 
 
 def test_a_single_stage_refuses_inputs_of_another_config(run_copy: Path) -> None:
     output = launch(
         "pipeline", "evaluate", "--config", str(TINY), f"runs={run_copy.parent}", "transformer.layers=3", check=False
     )
-    assert "error: evaluate: its inputs are not what this config makes" in output
+    assert "error: evaluate: its inputs are out of date" in output
     assert "transformer: transformer.layers: 2 -> 3" in output
 
 

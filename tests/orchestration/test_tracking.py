@@ -81,7 +81,7 @@ def _answers(url: str) -> bool:
 
 
 @pytest.mark.parametrize("store", ["sqlite", "server"])
-def test_a_resumed_stage_goes_on_in_its_own_run_and_doubles_nothing(
+def test_a_resumed_stage_continues_its_own_run_and_doubles_nothing(
     store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     uri = request.getfixturevalue("server") if store == "server" else None
@@ -95,7 +95,7 @@ def test_a_resumed_stage_goes_on_in_its_own_run_and_doubles_nothing(
     second.truncate(10)  # resumed from the checkpoint of step 10: step 20 comes again
     for step in (20, 30):
         second.log({"loss": 1 / step}, step)
-    second.image("samples", Image.new("RGB", (8, 8)), 30)
+    second.log_image("samples", Image.new("RGB", (8, 8)), 30)
     second.close("FINISHED")
 
     assert _run_ids(tmp_path) == ids
@@ -125,12 +125,12 @@ def test_what_a_killed_process_had_not_sent_is_sent_by_the_next(tmp_path: Path) 
     assert _history(MlflowClient(default_uri(tmp_path)), child, "loss") == [(10, 0.5), (20, 0.25)]
 
 
-def test_an_absent_server_delays_nothing_and_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_absent_server_delays_nothing_and_gets_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="pipeline.orchestration.tracking"):
         tracker = _tracker(tmp_path, uri="http://127.0.0.1:9", flush_s=10)  # the discard port: nobody listens
         for step in range(1000):
             tracker.log({"loss": 1.0}, step)
         tracker.close("FINISHED")
     assert len(caplog.records) == 1
-    assert "going on without it" in caplog.text
+    assert "continuing without it" in caplog.text
     assert len((tmp_path / "transformer" / "metrics.jsonl").read_text().splitlines()) == 1000

@@ -74,13 +74,13 @@ def test_all_stages_end_completed_with_the_weights_of_a_local_run(submitted: Sub
 
 
 def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted: Submitted) -> None:
-    lives = {
+    events = {
         history.name: [line.split("\t")[2] for line in history.read_text().splitlines()]
         for history in sorted((submitted.path / "slurm").glob("tokenize.task-*.history"))
     }
-    assert len(lives) == 3
-    died = [name for name, life in lives.items() if life == ["started", "crash", "started", "finished"]]
-    unharmed = [name for name, life in lives.items() if life == ["started", "finished"]]
+    assert len(events) == 3
+    died = [name for name, seen in events.items() if seen == ["started", "crash", "started", "finished"]]
+    unharmed = [name for name, seen in events.items() if seen == ["started", "finished"]]
     assert (len(died), len(unharmed)) == (1, 2)
     assert submitted.join_state_after_death == "PENDING"
 
@@ -146,7 +146,7 @@ def test_status_tells_of_a_finished_run_as_table_and_as_json(slurm: Slurm, submi
 
 def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:
     log = slurm.smalti("logs", str(submitted.path), "transformer", "-n", "0")
-    assert "preflight: 4 processes on node1, node2 are fit, and all-reduce" in log
+    assert "preflight passed: 4 processes on node1, node2 (hosts and all-reduce, " in log
     assert "100/100" in log
     assert "shard" in slurm.smalti("logs", str(submitted.path), "tokenize", "--task", "1")
 
