@@ -18,7 +18,9 @@ class SweepConfig(Config):
     guidance: list[Annotated[float, Field(ge=0, le=100)]] = Field(
         [1.0], min_length=1, description="classifier-free guidance scales"
     )
-    temperature: list[Annotated[float, Field(ge=0, le=10)]] = Field([1.0], min_length=1)
+    temperature: list[Annotated[float, Field(ge=0, le=10)]] = Field(
+        [1.0], min_length=1, description="temperatures; 0: always the most likely code"
+    )
     top_k: list[Annotated[int, Field(ge=1)] | None] = Field([None], min_length=1, description="null: all codes")
     samples: int = Field(256, ge=2, description="images a setting")
 
@@ -49,7 +51,7 @@ class EvaluateConfig(Config):
     samples_shown: int = Field(18, ge=0, description="of the generated images, drawn at random, for the report")
     inception_splits: int = Field(10, ge=1, description="parts of the Inception Score, for its spread")
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
-    kid_subsets: int = Field(50, ge=1)
+    kid_subsets: int = Field(50, ge=1, description="random subsets that the kernel distance is averaged over")
     kid_subset_size: int = Field(1000, ge=2, description="at most half of the samples are used for one subset")
     bootstraps: int = Field(20, ge=0, description="resamples for the interval of the Fréchet distance; 0: none")
     batch_size: int = operational(64, ge=1, description="images a pass through the extractor")

@@ -32,7 +32,7 @@ class SamplingConfig(Config):
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="the part of the sequence that is guided; outside of it the scale is 1"
     )
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the transformer while it generates")
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:

@@ -13,13 +13,15 @@ class PerceptualConfig(Config):
     """Section `perceptual`: a distance in the features of a frozen network beside the pixels' loss; perceptual.py."""
 
     weight: float = Field(gt=0, description="times the distance, added to the tokenizer's loss")
-    backbone: Literal["efficientnet-lite0", "lpips", "transformers", "timm"] = "efficientnet-lite0"
+    backbone: Literal["efficientnet-lite0", "lpips", "transformers", "timm"] = Field(
+        "efficientnet-lite0", description="network whose features are compared"
+    )
     weights: str | None = Field(
         None,
         description="lpips: a folder, see docs/evaluation.md; transformers: a folder or a name in its cache;"
         " timm: name=FILE or a name in its cache; efficientnet-lite0: none, they come with a package",
     )
-    resize: int | None = Field(None, ge=16, description="pixels a side that the network sees; None: as they are")
+    resize: int | None = Field(None, ge=16, description="pixels on each side that the network sees; None: as they are")
     start_step: int = Field(0, ge=0, description="first step that it counts in")
 
     @model_validator(mode="after")
@@ -37,7 +39,9 @@ class AdversarialConfig(Config):
     start_step: int = Field(ge=0, description="first step in which the discriminator learns")
     ramp_steps: int = Field(1_000, ge=1, description="steps from there until the adversarial loss has its full weight")
     weight: float = Field(0.5, gt=0, description="adaptive: gradient at the pixels, times the reconstruction's")
-    weighting: Literal["adaptive", "fixed"] = "adaptive"
+    weighting: Literal["adaptive", "fixed"] = Field(
+        "adaptive", description="adaptive: by the ratio of gradients (Esser et al. 2021); fixed: `weight` as it is"
+    )
     guard: float | None = Field(
         0.25, gt=0, description="share that the squared error may rise by before the weight falls; None: no guard"
     )

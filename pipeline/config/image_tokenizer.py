@@ -35,9 +35,11 @@ class ArchitectureConfig(Config):
     block: Literal["residual", "ode"] = Field(
         "residual", description="ode: the blocks of a resolution as one of continuous depth, with as many parameters"
     )
-    ode: OdeConfig = OdeConfig()
+    ode: OdeConfig = Field(OdeConfig(), description="how `block: ode` is solved")
     stem_kernel: int = Field(7, ge=1, description="kernel of the encoder's first convolution")
-    reconstruction: Literal["logit_laplace", "l1", "l2"] = "logit_laplace"
+    reconstruction: Literal["logit_laplace", "l1", "l2"] = Field(
+        "logit_laplace", description="loss between an image and its reconstruction; logit_laplace: Ramesh et al. 2021"
+    )
 
     @property
     def factor(self) -> int:

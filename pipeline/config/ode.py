@@ -12,8 +12,10 @@ from pipeline.config.base import Config
 class OdeConfig(Config):
     """Section `ode`: how `block: ode` solves dz/dt = f(z, t) (Chen et al. 2018); see ode.py."""
 
-    solver: Literal["euler", "midpoint", "rk4", "dopri5"] = "rk4"
-    steps_per_block: int = Field(1, ge=1, le=1_000, description="fixed steps in the place of each residual block")
+    solver: Literal["euler", "midpoint", "rk4", "dopri5"] = Field(
+        "rk4", description="dopri5 chooses its own steps, the others take fixed ones"
+    )
+    steps_per_block: int = Field(1, ge=1, le=1_000, description="fixed steps instead of each residual block")
     tolerance: float = Field(1e-3, gt=0, description="dopri5: error that a step may make, relative and absolute")
-    max_steps: int = Field(100, ge=1, description="dopri5: steps a pass; more count as a step that is not finite")
+    max_steps: int = Field(100, ge=1, description="dopri5: steps per pass; more count as a step that is not finite")
     adjoint: bool = Field(False, description="gradients by the adjoint equation: no activations kept, twice the work")

@@ -21,7 +21,10 @@ class FolderSource(Config):
 
     kind: Literal["folder"]
     path: str = Field(min_length=1, description="local path or fsspec URL")
-    extensions: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    extensions: tuple[str, ...] = Field(
+        (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+        description="files that are images, in lower case",
+    )
 
     @field_validator("extensions")
     @classmethod
@@ -39,7 +42,7 @@ class TableSource(Config):
 
     kind: Literal["table"]
     path: str = Field(min_length=1, description="local path or fsspec URL; the extension says the format")
-    caption_column: str = "caption"
+    caption_column: str = Field("caption", description="column with the caption")
     path_column: str | None = Field(None, description="column with the path of the image")
     bytes_column: str | None = Field(None, description="column with the encoded image itself (Parquet only)")
     key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
@@ -77,8 +80,8 @@ class HuggingFaceSource(Config):
     kind: Literal["huggingface"]
     path: str = Field(min_length=1, description="local path or fsspec URL")
     split: str | None = Field(None, description="needed when the folder holds several splits")
-    image_column: str = "image"
-    caption_column: str = "caption"
+    image_column: str = Field("image", description="column with the image")
+    caption_column: str = Field("caption", description="column with the caption")
     key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
     group_column: str | None = Field(None, description="rows with the same value here are never split")
 

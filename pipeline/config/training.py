@@ -14,9 +14,12 @@ from pipeline.core.errors import UserError
 
 
 class TrainingConfig(Config):
-    """Section `training` of a stage that trains. A step is one optimizer update on one global batch."""
+    """Section `training` of a stage that trains: steps, batch, optimizer and intervals.
 
-    steps: int = Field(gt=0)
+    A step is one optimizer update on one global batch.
+    """
+
+    steps: int = Field(gt=0, description="optimizer updates")
     batch_size: int = Field(gt=0, description="samples per step, over all processes")
     micro_batch_size: int | None = operational(
         None, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
@@ -31,12 +34,14 @@ class TrainingConfig(Config):
     )
     learning_rate: float = Field(3e-4, gt=0, description="of AdamW, at its peak")
     muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its peak")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up; wsd: constant, then a linear decay at the end"
+    )
+    warmup_steps: int = Field(100, ge=0, description="steps in which the learning rate rises from 0")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
     final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
     weight_decay: float = Field(0.05, ge=0, description="on matrices and kernels only")
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW: decay of both moments")
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
 
@@ -44,11 +49,11 @@ class TrainingConfig(Config):
     peak_tflops: float | None = operational(
         None, gt=0, description="of one device, for the FLOPs utilisation; None: matrix products measured at the start"
     )
-    log_every: int = operational(10, ge=1)
-    evaluate_every: int = operational(500, ge=1)
-    log_images_every: int = operational(500, ge=1)
-    checkpoint_every: int = operational(200, ge=1)
-    keep_checkpoints: int = operational(2, ge=1)
+    log_every: int = operational(10, ge=1, description="steps between lines of metrics.jsonl")
+    evaluate_every: int = operational(500, ge=1, description="steps between passes over the validation split")
+    log_images_every: int = operational(500, ge=1, description="steps between logged images")
+    checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints that stay on disk")
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

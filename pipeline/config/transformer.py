@@ -24,17 +24,17 @@ STYLES: dict[str, dict[str, Any]] = {
 class TransformerShape(Config):
     """What decides the model's parameters (with the layout); saved in its config.json."""
 
-    layers: int = Field(4, ge=1)
-    width: int = Field(256, ge=8)
-    heads: int = Field(4, ge=1)
+    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
+    width: int = Field(256, ge=8, description="channels of the residual stream")
+    heads: int = Field(4, ge=1, description="attention heads; must divide width")
     style: Literal["classic", "modern"] | None = Field(
         None, description="sets norm, mlp, positions, attention and qk_norm, unless they are given; see STYLES"
     )
     kv_heads: int | None = Field(
         None, ge=1, description="heads of keys and values, each shared by heads / kv_heads queries; None: heads"
     )
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each attention and MLP")
+    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="kind of MLP")
     mlp_width: int | None = Field(
         None, ge=8, description="hidden width; None: 4 width, for swiglu 8/3 width in steps of 64"
     )
@@ -98,10 +98,13 @@ class TransformerShape(Config):
 
 
 class TransformerConfig(TransformerShape):
-    """Section `transformer`. Loss weights as Ramesh et al. 2021, section 2.2: text 1/8, image 7/8."""
+    """Section `transformer`: the model, its loss and its training.
 
-    text_loss_weight: float = Field(0.125, ge=0)
-    image_loss_weight: float = Field(0.875, gt=0)
+    Loss weights as Ramesh et al. 2021, section 2.2: text 1/8, image 7/8.
+    """
+
+    text_loss_weight: float = Field(0.125, ge=0, description="weight of the cross-entropy of text tokens")
+    image_loss_weight: float = Field(0.875, gt=0, description="weight of the cross-entropy of image tokens")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over its vocabulary")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator; try 1e-4")
     caption_dropout: float = Field(
