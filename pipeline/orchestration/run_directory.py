@@ -20,8 +20,9 @@ from typing import Any
 from pipeline.config.base import differences, digest, to_yaml
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.renamed import with_current_names
-from pipeline.core.atomic_io import read_json, sha256_file, write_atomic, write_json
+from pipeline.core.atomic_io import read_json, remove_leftovers, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.manifest import first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named
 
@@ -101,7 +102,9 @@ class RunDirectory:
         reasons = differences(manifest["config"], stage_identity(config, stage.name))
         for name in inputs_of(config, stage):
             current = self.manifest(name)
-            if current is None or manifest["inputs"].get(name) != current["hash"]:
+            if name not in manifest["inputs"]:
+                reasons.append(f"input {name} is new")
+            elif current is None or manifest["inputs"][name] != current["hash"]:
                 reasons.append(f"input {name} changed")
         if not reasons:
             try:
@@ -135,8 +138,7 @@ class RunDirectory:
             return False
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "_SUCCESS").unlink(missing_ok=True)
-        for leftover in directory.rglob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(directory)
         write_json(directory / "identity.json", identity)
         write_atomic(directory / "config.yaml", to_yaml(config.section(stage.name)))
         return True
@@ -166,13 +168,7 @@ class RunDirectory:
         """Write manifest.json and then _SUCCESS. `outputs`: each path, with its SHA-256 if that is known already."""
         directory = self.stage(stage.name)
         made_from = read_json(directory / "identity.json")
-        files = {
-            str(path.relative_to(directory)): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256 or sha256_file(path),
-            }
-            for path, sha256 in sorted(outputs.items())
-        }
+        files = {str(path.relative_to(directory)): record(path, sha256) for path, sha256 in sorted(outputs.items())}
         # The hash covers what was made from what, and no times or versions: the same result has the same hash.
         manifest = {"stage": stage.name, **made_from, "outputs": files}
         manifest["hash"] = digest(manifest)
@@ -181,15 +177,11 @@ class RunDirectory:
         write_atomic(directory / "_SUCCESS", sha256_file(directory / "manifest.json") + "\n")
 
     def _check_outputs(self, name: str, manifest: dict[str, Any], reader: str) -> None:
-        for relative, recorded in manifest["outputs"].items():
-            path = self.stage(name) / relative
-            found = path.stat().st_size if path.is_file() else None
-            if found != recorded["bytes"]:
-                what = "no file" if found is None else f"{found} bytes"
-                raise UserError(
-                    f"{reader}: expected {recorded['bytes']} bytes, found {what}, at {path}:"
-                    f" restore it, or delete {self.stage(name) / '_SUCCESS'} and run {name} again"
-                )
+        # Sizes alone: hashing gigabytes would take longer than many a stage.
+        if fault := first_fault(self.stage(name), manifest["outputs"], hashed=False):
+            raise UserError(
+                f"{reader}: {fault}: restore it, or delete {self.stage(name) / '_SUCCESS'} and run {name} again"
+            )
 
     def _superseded_path(self, name: str, identity: object) -> Path:
         return self.path / "superseded" / f"{name}-{digest(identity)[:12]}"

@@ -1,0 +1,54 @@
+"""A stage is a node of the graph, a section of the config and a file in stages/: none without the others."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from pipeline.config.base import Config
+from pipeline.config.pipeline import PipelineConfig, Trained, load_pipeline
+from pipeline.orchestration.graph import ARRAY_STAGES, STAGE_NAMES, STAGES, Stage, inputs_of, stages_of
+from tests.conftest import TINY
+from tests.launch import ROOT
+
+
+def test_every_stage_has_a_section_and_a_file_and_the_other_way_round() -> None:
+    expected = {stage.section for stage in STAGES}
+    sections = {name for name, info in PipelineConfig.model_fields.items() if _is_section(info.annotation)}
+    assert sections - {"tracking"} == expected
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"} == expected
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_file_of_a_stage_runs_it_and_says_what_it_does(stage: Stage) -> None:
+    text = (ROOT / "stages" / f"{stage.section}.py").read_text()
+    assert f'run_stage("{stage.name}", main)' in text
+    assert stage.name in str(ast.get_docstring(ast.parse(text))).split(":")[0]
+
+
+def test_stages_read_only_what_comes_before_them_and_the_report_reads_everything() -> None:
+    for number, stage in enumerate(STAGES):
+        assert set(stage.inputs) <= set(STAGE_NAMES[:number])
+    assert STAGES[-1].name == "report"
+    assert STAGES[-1].inputs == STAGE_NAMES[:-1]
+
+
+def test_what_trains_is_what_has_training_in_its_section() -> None:
+    config = load_pipeline(TINY)
+    assert [s.name for s in STAGES if s.trains] == [
+        s.name for s in STAGES if isinstance(config.section(s.section), Trained)
+    ]
+    assert set(ARRAY_STAGES).isdisjoint(s.name for s in STAGES if s.trains)
+
+
+def test_a_stage_that_is_switched_off_is_no_stage_and_no_input() -> None:
+    for enabled in (False, True):
+        config = load_pipeline(TINY, [f"reranker.enabled={str(enabled).lower()}"])
+        names = [stage.name for stage in stages_of(config)]
+        assert ("reranker" in names) == enabled
+        assert all(("reranker" in inputs_of(config, s)) == enabled for s in STAGES if "reranker" in s.inputs)
