@@ -6,13 +6,12 @@ import random
 from pathlib import Path
 from typing import TypedDict
 
-from PIL import Image
-
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.core.atomic_io import atomic_path, read_json
+from pipeline.core.atomic_io import read_json, write_atomic
+from pipeline.core.image_io import png_bytes, to_tensor
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, decoded
-from pipeline.evaluation.reconstruction import reconstruct, stacked
+from pipeline.evaluation.reconstruction import reconstruct
 from pipeline.evaluation.results import NearestEntry, PromptEntry, ReconstructionEntry, SampleEntry
 from pipeline.evaluation.run_evaluation import RealImages
 from pipeline.extractors.base import FeatureSet
@@ -64,7 +63,7 @@ def save_samples(
     entries: list[SampleEntry] = []
     for number, ((group, i), found) in enumerate(zip(chosen, _nearest(features, real), strict=True)):
         file = f"samples/{number:02d}.png"
-        _save(images[i].image, directory / file)
+        write_atomic(directory / file, png_bytes(images[i].image))
         entry: SampleEntry = {"group": group, "prompt": images[i].caption or images[i].key, "file": file, **found}
         if scores:
             entry["score"] = scores[i]
@@ -92,11 +91,11 @@ def save_reconstructions(
         return []
     images = [sample.image for sample in samples]
     reconstructions = reconstruct(tokenizer, images, config.batch_size)
-    decibels = psnr(stacked(images), stacked(reconstructions)).tolist()
+    decibels = psnr(to_tensor(images), to_tensor(reconstructions)).tolist()
     entries: list[ReconstructionEntry] = []
     for i, (sample, image) in enumerate(zip(samples, reconstructions, strict=True)):
         file = f"reconstructions/{i:02d}.png"
-        _save(image, directory / file)
+        write_atomic(directory / file, png_bytes(image))
         split = "val" if i < len(real.validation) else "train"
         entries.append(
             {"key": sample.key, "caption": sample.caption, "split": split, "file": file, "psnr": decibels[i]}
@@ -110,8 +109,3 @@ def _nearest(features: FeatureSet, real: RealImages) -> list[NearestEntry]:
         {"key": real.samples[index].key, "caption": real.samples[index].caption or "", "distance": distance}
         for distance, index in zip(distances.tolist(), indices.tolist(), strict=True)
     ]
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")

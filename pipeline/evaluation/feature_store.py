@@ -7,7 +7,7 @@
     <folder>/<hash>/about.json features.npy logits.npy keys.txt       a finished set
     <folder>/<hash>/part-00003.npz                                    1,024 images of one in the making
 
-A part is whole or not there, so a killed extraction goes on where it was; a set that was seen before, in whichever
+Parts are written atomically, so a killed extraction resumes where it was; a set that was seen before, in whichever
 run, costs the reading of its images. A finished folder is a feature file of its own (`read_features`). `trim` keeps
 the folder within a bound: what was not used for longest goes first.
 """
@@ -33,7 +33,8 @@ import torch
 
 from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
-from pipeline.evaluation.image_sets import Place, StoredImage, size_of
+from pipeline.core.manifest import first_fault, record
+from pipeline.evaluation.image_sets import FileSlice, StoredImage, size_of
 from pipeline.extractors.base import Extractor, ExtractorInfo, FeatureSet
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ _IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process
 
 
 class FeatureStore:
+    """The features of one extractor in a folder that many processes, extractors and runs may share."""
+
     def __init__(self, folder: Path, extractor: Extractor) -> None:
         self.folder, self.extractor = folder, extractor
-        self._seen: dict[tuple[Place, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
+        self._seen: dict[tuple[FileSlice, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
 
-    def place(self, images: Sequence[StoredImage]) -> Path:
-        """Where the features of these images, in this order, are or will be."""
+    def directory(self, images: Sequence[StoredImage]) -> Path:
+        """The folder where the features of these images, in this order, are or will be."""
         return self._read(images)[0]
 
     def sizes(self, images: Sequence[StoredImage]) -> Counter[tuple[int, int]]:
@@ -57,60 +60,58 @@ class FeatureStore:
         return self._read(images)[1]
 
     def _read(self, images: Sequence[StoredImage]) -> tuple[Path, Counter[tuple[int, int]]]:
-        """All bytes of all images, once in a process."""
-        places = tuple(image.place for image in images)
-        if places not in self._seen:
+        """The set's folder and its images' sizes, from all bytes of all images, which are read once per process."""
+        slices = tuple(image.slice for image in images)
+        if slices not in self._seen:
             digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
             for value in asdict(self.extractor.info).values():
                 digest.update(f"\n{value}".encode())
-            for place in places:
-                content = place.read()
+            for piece in slices:
+                content = piece.read()
                 digest.update(hashlib.sha256(content).digest())
-                sizes[size_of(content, place.name)] += 1
-            self._seen[places] = self.folder / digest.hexdigest()[:32], sizes
-        return self._seen[places]
+                sizes[size_of(content, piece.name)] += 1
+            self._seen[slices] = self.folder / digest.hexdigest()[:32], sizes
+        return self._seen[slices]
 
     def extract(
         self, images: Sequence[StoredImage], which: int = 0, of: int = 1, description: str = "features"
     ) -> Path:
-        """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's place."""
+        """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's folder."""
         if not images:
             raise UserError(f"{description}: expected images, found none")
-        place = self.place(images)
-        if (place / "about.json").is_file():
-            os.utime(place / "about.json")  # for trim
-            return place
-        missing = [part for part in range(which, _parts(images), of) if not _part_path(place, part).is_file()]
+        directory = self.directory(images)
+        if (directory / "about.json").is_file():
+            os.utime(directory / "about.json")  # for trim
+            return directory
+        missing = [part for part in range(which, _parts(images), of) if not _part_path(directory, part).is_file()]
         for part in missing:
             chunk = images[part * PART : (part + 1) * PART]
             found = self.extractor((image.image for image in chunk), len(chunk), description)
-            arrays: dict[str, Any] = {"features": found.features.numpy()}
-            if found.logits is not None:
-                arrays["logits"] = found.logits.numpy()
-            with atomic_path(_part_path(place, part)) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-        return place
+            _write_npz(_part_path(directory, part), _arrays(found))
+        return directory
 
     def features(self, images: Sequence[StoredImage], description: str = "features") -> FeatureSet:
         """The features of all images, extracted where they are not there yet."""
-        place = self.extract(images, description=description)
-        if not (place / "about.json").is_file():
-            self._join(place, images)
-        return read_features(place)
+        directory = self.extract(images, description=description)
+        if not (directory / "about.json").is_file():
+            self._join(directory, images)
+        return read_features(directory)
 
-    def _join(self, place: Path, images: Sequence[StoredImage]) -> None:
+    def _join(self, directory: Path, images: Sequence[StoredImage]) -> None:
         try:
-            for name in _names(place):
-                _write_rows(place / f"{name}.npy", len(images), _rows(place, name, _parts(images)))
+            names = _names(directory)
+            for name in names:
+                _write_rows(directory / f"{name}.npy", len(images), _rows(directory, name, _parts(images)))
         except FileNotFoundError:
-            if (place / "about.json").is_file():  # another process was quicker, and has cleaned up
+            if (directory / "about.json").is_file():  # another process was quicker, and has cleaned up
                 return
             raise
-        write_atomic(place / "keys.txt", "".join(f"{image.key}\n" for image in images))
-        write_json(place / "about.json", {"images": len(images), **asdict(self.extractor.info)})
+        write_atomic(directory / "keys.txt", "".join(f"{image.key}\n" for image in images))
+        files = {f"{name}.npy": record(directory / f"{name}.npy") for name in names}
+        write_json(directory / "about.json", {"images": len(images), **asdict(self.extractor.info), "files": files})
         for part in range(_parts(images)):
             with suppress(FileNotFoundError):
-                _part_path(place, part).unlink()
+                _part_path(directory, part).unlink()
 
 
 def trim(folder: Path, limit_gb: float) -> None:
@@ -145,26 +146,37 @@ def read_features(path: Path) -> FeatureSet:
         UserError: it is something else, or damaged.
     """
     try:
-        if path.is_dir():
-            about: dict[str, Any] = read_json(path / "about.json")
-            arrays = {file.stem: np.load(file, mmap_mode="c") for file in sorted(path.glob("*.npy"))}
-            rows = about["images"]
-        else:
-            with np.load(path, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files if content[name].ndim == 2}
-                about = {name: str(content[name]) for name in content.files if content[name].ndim == 0}
-            rows = len(arrays["features"])
+        arrays, about = _read_folder(path) if path.is_dir() else _read_npz(path)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"{path}: expected a feature file with an array `features`, found none ({error})") from error
+    rows = about.get("images", len(arrays.get("features", [])))
     if "features" not in arrays or any(len(array) != rows for array in arrays.values()):
         found = {name: array.shape for name, array in arrays.items()}
         raise UserError(f"{path}: expected {rows} rows of features, found {found}; remove it, and extract again")
     name = about.get("name", "unknown extractor")
-    credentials = ExtractorInfo(
+    info = ExtractorInfo(
         name, about.get("label", name), about.get("weights_sha256", "unknown"), about.get("resize", "unknown")
     )
     logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
-    return FeatureSet(torch.from_numpy(arrays["features"]), logits, credentials)
+    return FeatureSet(torch.from_numpy(arrays["features"]), logits, info)
+
+
+def _read_folder(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, memory-mapped, and about.json, which records their files."""
+    about: dict[str, Any] = read_json(path / "about.json")
+    if fault := first_fault(path, about.get("files", {}), hashed=False):
+        raise UserError(f"{fault}: remove {path}, and extract again")
+    return {file.stem: np.load(file, mmap_mode="c") for file in sorted(path.glob("*.npy"))}, about
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and what the file says of itself: its strings by name."""
+    with np.load(path, allow_pickle=False) as content:
+        arrays = {name: content[name] for name in content.files if content[name].ndim == 2}
+        about = {name: str(content[name]) for name in content.files if content[name].ndim == 0}
+    if "features" not in arrays:
+        raise KeyError("features")
+    return arrays, about
 
 
 def is_feature_file(path: Path) -> bool:
@@ -172,12 +184,9 @@ def is_feature_file(path: Path) -> bool:
 
 
 def save_features(features: FeatureSet, path: Path) -> None:
-    """As an .npz that `read_features` reads."""
-    arrays: dict[str, Any] = {"features": features.features.numpy(), **asdict(features.info)}
-    if features.logits is not None:
-        arrays["logits"] = features.logits.numpy()
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    """Write an .npz that `read_features` reads."""
+    about = {name: np.array(value) for name, value in asdict(features.info).items()}
+    _write_npz(path, _arrays(features) | about)
 
 
 def check_same_extractor(real: FeatureSet, generated: FeatureSet) -> None:
@@ -195,23 +204,33 @@ def _parts(images: Sequence[StoredImage]) -> int:
     return -(-len(images) // PART)
 
 
-def _part_path(place: Path, part: int) -> Path:
-    return place / f"part-{part:05d}.npz"
+def _part_path(directory: Path, part: int) -> Path:
+    return directory / f"part-{part:05d}.npz"
 
 
-def _names(place: Path) -> list[str]:
-    with np.load(_part_path(place, 0)) as part:
+def _names(directory: Path) -> list[str]:
+    with np.load(_part_path(directory, 0)) as part:
         return sorted(part.files)
 
 
-def _rows(place: Path, name: str, parts: int) -> Iterator[Any]:
+def _arrays(features: FeatureSet) -> dict[str, np.ndarray]:
+    arrays = {"features": features.features.numpy()}
+    return arrays if features.logits is None else arrays | {"logits": features.logits.numpy()}
+
+
+def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _rows(directory: Path, name: str, parts: int) -> Iterator[np.ndarray]:
     for part in range(parts):
-        with np.load(_part_path(place, part)) as content:
+        with np.load(_part_path(directory, part)) as content:
             yield content[name]
 
 
-def _write_rows(path: Path, rows: int, blocks: Iterator[Any]) -> None:
-    """An .npy of `rows` rows, a block at a time."""
+def _write_rows(path: Path, rows: int, blocks: Iterator[np.ndarray]) -> None:
+    """Write an .npy of `rows` rows, a block at a time."""
     with atomic_path(path) as temporary:
         first = next(blocks)
         target = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=(rows, first.shape[1]))

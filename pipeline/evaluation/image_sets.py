@@ -1,6 +1,6 @@
 """Images by name, from a folder of images, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …).
 
-A `Image` knows where its bytes are, and reads them when asked: a set of any size takes a few hundred bytes an image.
+A `StoredImage` knows where its bytes are, and reads them when asked: a few hundred bytes per image, whatever its size.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bytes in a file: all of it, or a member of a tar."""
+class FileSlice:
+    """A range of bytes in a file: all of it, or a member of a tar."""
 
     file: Path
     name: str  # for messages
@@ -37,27 +37,29 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredImage:
+    """An image on disk by its key, with its caption (.txt) and what else is known of it (.json), if they are there."""
+
     key: str
-    place: Place
-    caption_place: Place | None = None
-    about_place: Place | None = None
+    slice: FileSlice
+    caption_slice: FileSlice | None = None
+    about_slice: FileSlice | None = None
 
     def content(self) -> bytes:
-        return self.place.read()
+        return self.slice.read()
 
     @property
     def image(self) -> Image.Image:
         """RGB. Raises UserError if it cannot be read."""
-        return decoded(self.content(), self.place.name)
+        return decoded(self.content(), self.slice.name)
 
     @property
     def caption(self) -> str | None:
-        return self.caption_place.read().decode().strip() if self.caption_place else None
+        return self.caption_slice.read().decode().strip() if self.caption_slice else None
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the .json beside it says; empty if there is none."""
-        found: dict[str, Any] = json.loads(self.about_place.read()) if self.about_place else {}
+        """The content of the .json beside it; empty if there is none."""
+        found: dict[str, Any] = json.loads(self.about_slice.read()) if self.about_slice else {}
         return found
 
 
@@ -117,28 +119,28 @@ def _in_folder(folder: Path, file: Path) -> StoredImage:
     caption = file.with_suffix(".txt")
     return StoredImage(
         key=file.relative_to(folder).with_suffix("").as_posix(),
-        place=Place(file, str(file)),
-        caption_place=Place(caption, str(caption)) if caption.is_file() else None,
+        slice=FileSlice(file, str(file)),
+        caption_slice=FileSlice(caption, str(caption)) if caption.is_file() else None,
     )
 
 
 def _in_tar(path: Path) -> list[StoredImage]:
-    images: dict[str, Place] = {}
-    captions: dict[str, Place] = {}
-    abouts: dict[str, Place] = {}
+    images: dict[str, FileSlice] = {}
+    captions: dict[str, FileSlice] = {}
+    abouts: dict[str, FileSlice] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, slash, base = member.name.removeprefix("./").rpartition("/")
                 stem, dot, suffix = base.partition(".")
                 key, suffix = f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
-                place = Place(path, f"{path}: {member.name}", member.offset_data, member.size)
+                found = FileSlice(path, f"{path}: {member.name}", member.offset_data, member.size)
                 if suffix in _SUFFIXES and member.isfile():
-                    images[key] = place
+                    images[key] = found
                 elif suffix == ".txt":
-                    captions[key] = place
+                    captions[key] = found
                 elif suffix == ".json":
-                    abouts[key] = place
+                    abouts[key] = found
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{path}: expected an uncompressed tar of images, found something else or a damaged one ({error});"

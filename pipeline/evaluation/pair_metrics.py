@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import to_tensor
 from pipeline.evaluation.image_sets import StoredImage
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_interval
-from pipeline.evaluation.reconstruction import reconstruct, stacked
+from pipeline.evaluation.reconstruction import reconstruct
 from pipeline.evaluation.rows import Better, Row
 from pipeline.extractors.base import Extractor, FeatureSet
 from pipeline.extractors.lpips_vgg16 import Lpips
@@ -64,7 +65,7 @@ def measure_pairs(
     for start in range(0, len(images), _BATCHES * batch_size):
         originals = [image.image for image in images[start : start + _BATCHES * batch_size]]
         rebuilt = reconstruct(tokenizer, originals, batch_size)
-        pixels, rebuilt_pixels = stacked(originals), stacked(rebuilt)
+        pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
         for i, metric in enumerate(metrics):
             try:
                 values[i].append(metric.measure(pixels, rebuilt_pixels))

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.config.prepare import FilterConfig, FolderSource
-from pipeline.core.atomic_io import atomic_path, write_json
+from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes, to_pil, to_tensor
+from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 from pipeline.data.images import BadSample, decode, square
 from pipeline.evaluation.image_sets import images_at
@@ -36,20 +36,9 @@ def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size
     """Images of the tokenizer's size through its codes and back, rounded to 8 bits as they would be saved."""
     device = next(tokenizer.parameters()).device
     results: list[Image.Image] = []
-    for batch in stacked(images).split(batch_size):
-        decoded = tokenizer.decode(tokenizer.encode(batch.to(device))).clamp(0, 1)
-        pixels = (decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        results += [Image.fromarray(image) for image in pixels]
+    for batch in to_tensor(images).split(batch_size):
+        results += to_pil(tokenizer.decode(tokenizer.encode(batch.to(device))))
     return results
-
-
-def stacked(images: list[Image.Image]) -> Tensor:
-    """RGB images of one size as float32 `[n, 3, H, W]` in [0, 1]."""
-    sizes = sorted({image.size for image in images})
-    if len(sizes) > 1:
-        shown = ", ".join(f"{width} × {height}" for width, height in sizes[:3])
-        raise UserError(f"images: expected one size, found {len(sizes)} ({shown}{', …' if len(sizes) > 3 else ''})")
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
 
 
 def tokenizer_at(path: Path) -> ImageTokenizer:
@@ -98,7 +87,7 @@ def reconstruct_folder(
     result = Reconstructed()
     usable = islice(_usable(images, tokenizer.image_size, filters, result.refused), limit)
     with progress(total=None, description="reconstruct", unit="image") as bar:
-        while batch := list(islice(usable, _PAIRS)):
+        for batch in batched(usable, _PAIRS):
             result.metrics |= _reconstruct_batch(tokenizer, batch, output / f"sheet-{result.sheets:03d}.png")
             result.sheets += 1
             bar.update(len(batch))
@@ -130,7 +119,7 @@ def _contents(path: Path) -> Iterator[tuple[str, str, bytes]]:
         yield name, file.suffix.lower(), file.read_bytes()
     if not files:
         for image in images_at(path):
-            yield f"{image.place.file.name}/{image.key}", "", image.content()
+            yield f"{image.slice.file.name}/{image.key}", "", image.content()
 
 
 def _reconstruct_batch(
@@ -139,7 +128,7 @@ def _reconstruct_batch(
     """Each image's metrics, and the batch on one sheet: an image, and beside it what its codes decode to."""
     names, originals = [name for name, _ in batch], [image for _, image in batch]
     rebuilt = reconstruct(tokenizer, originals)
-    pixels, rebuilt_pixels = stacked(originals), stacked(rebuilt)
+    pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
     decibels = psnr(pixels, rebuilt_pixels).clamp(max=_IDENTICAL_DB).tolist()
     metrics = [{"psnr": value} for value in decibels]
     if tokenizer.image_size >= WINDOW:
@@ -148,6 +137,5 @@ def _reconstruct_batch(
     tiles = []
     for name, original, after, value in zip(names, originals, rebuilt, decibels, strict=True):
         tiles += [Tile(original, name), Tile(after, f"{value:.1f} dB")]
-    with atomic_path(sheet) as temporary:
-        grid([Group("", tiles)]).save(temporary, format="png")
+    write_atomic(sheet, png_bytes(grid([Group("", tiles)])))
     return dict(zip(names, metrics, strict=True))

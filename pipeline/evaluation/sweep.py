@@ -7,7 +7,6 @@ Fréchet distance. Images stay in sweep/<setting>.tar, so a stopped sweep resume
 
 from __future__ import annotations
 
-import io
 import random
 from itertools import product
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation.comparison import classified_rows, compare_sets
@@ -108,9 +108,8 @@ class Sweep:
             images = [one.image for one in generated]
             samples = []
             for image, caption, source in zip(images, captions, self._chosen, strict=True):
-                content = io.BytesIO()
-                image.save(content, format="png")
-                samples.append(Sample(source.key, content.getvalue(), caption, {"sampling": setting.model_dump()}))
+                about = {"sampling": setting.model_dump()}
+                samples.append(Sample(source.key, png_bytes(image), caption, about))
             write_shard(path, samples)
         return images_at(path)
 

@@ -11,9 +11,8 @@ kept for Inception's) and carries the hash of the weights and the rule by which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.core import signals
 from pipeline.core.errors import UserError
+from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 
 
@@ -80,7 +80,7 @@ class Extractor:
         features: list[Tensor] = []
         logits: list[Tensor] = []
         with progress(total=total, description=description, unit="image") as bar:
-            for batch in _batches(images, self.batch_size):
+            for batch in batched(images, self.batch_size):
                 signals.check()
                 found, classes = self.network(self.input(batch))
                 features.append(found.float().cpu())
@@ -124,9 +124,3 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 def resize_rule(side: int) -> str:
     """The rule of `resized` in words, for `ExtractorInfo.resize`."""
     return f"{side} × {side}, bicubic, antialiased, float"
-
-
-def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    iterator = iter(images)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -1,4 +1,4 @@
-"""`smalti evaluate --real A --fake B` through the real command line; features on disk, shared and gone on with."""
+"""`smalti evaluate --real A --fake B` through the real command line; features on disk, shared and resumed."""
 
 from __future__ import annotations
 
@@ -118,23 +118,23 @@ def test_tar_and_folder_of_the_same_images_share_a_cache_entry(
     assert [p.key for p in from_folder] == [p.key for p in from_tar]
     assert from_tar[3].caption == "image 3"
     store.features(from_folder)
-    assert store.place(from_folder) == store.place(from_tar)
+    assert store.directory(from_folder) == store.directory(from_tar)
     (sets / "changed").mkdir()
     for i, image in enumerate(from_folder):
         content = from_folder[0].content() if i == 5 else image.content()
         (sets / "changed" / f"{image.key}.png").write_bytes(content)
-    assert store.place(images_at(sets / "changed")) != store.place(from_folder)
+    assert store.directory(images_at(sets / "changed")) != store.directory(from_folder)
 
 
-def test_killed_extraction_goes_on(
+def test_killed_extraction_resumes(
     sets: Path, tmp_path: Path, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_store, "PART", 10)
     images = images_at(sets / "real")
     whole = FeatureStore(tmp_path / "whole", extractor).features(images)
     store = FeatureStore(tmp_path / "shared", extractor)
-    place = store.extract(images, which=1, of=2)
-    assert [path.name for path in place.iterdir()] == ["part-00001.npz"]  # images 10 to 19
+    folder = store.extract(images, which=1, of=2)
+    assert [path.name for path in folder.iterdir()] == ["part-00001.npz"]  # images 10 to 19
     read: list[str] = []
     monkeypatch.setattr(StoredImage, "image", property(lambda self: read.append(self.key) or generated(int(self.key))))
     shared = store.features(images)
@@ -142,7 +142,7 @@ def test_killed_extraction_goes_on(
     assert torch.equal(shared.features, whole.features)
     assert shared.logits is not None
     assert shared.logits.shape == (24, 1000)
-    assert sorted(path.name for path in place.iterdir()) == ["about.json", "features.npy", "keys.txt", "logits.npy"]
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "features.npy", "keys.txt", "logits.npy"]
     store.features(images)
     assert len(read) == 14
 
@@ -208,20 +208,20 @@ def test_cache_keeps_within_its_bound(sets: Path, tmp_path: Path, extractor: Ext
     images = images_at(sets / "real")
     for n in (2, 3, 4):
         store.features(images[:n])
-    places = [store.place(images[:n]) for n in (2, 3, 4)]
+    folders = [store.directory(images[:n]) for n in (2, 3, 4)]
     feature_store.trim(tmp_path, limit_gb=0)
-    assert all(place.is_dir() for place in places)  # used a moment ago
+    assert all(folder.is_dir() for folder in folders)  # used a moment ago
     now = time.time()
-    for hours, place in ((30, places[0]), (20, places[1]), (10, places[2])):
-        for file in place.iterdir():
+    for hours, folder in ((30, folders[0]), (20, folders[1]), (10, folders[2])):
+        for file in folder.iterdir():
             os.utime(file, (now - 3600 * hours, now - 3600 * hours))
     store.extract(images[:2])  # the oldest one is used again
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("not ours")
     os.utime(tmp_path / "thesis" / "chapter.txt", (0, 0))
-    size = sum(file.stat().st_size for place in places for file in place.iterdir())
+    size = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
     feature_store.trim(tmp_path, limit_gb=(size - 1) / 1e9)
-    assert [place.is_dir() for place in places] == [True, False, True]
+    assert [folder.is_dir() for folder in folders] == [True, False, True]
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipeline.cli.main import cli
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import to_tensor
 from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation.reconstruction import reconstruct as through
-from pipeline.evaluation.reconstruction import stacked
 from pipeline.image_tokenizer.base import build
 from pipeline.metrics.psnr_ssim import psnr
 from tests.launch import launch
@@ -81,7 +81,7 @@ def test_metrics_are_those_of_the_images_on_the_sheet(model: Path, images: Path,
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     original = Image.open(images / "exact.png")
     rebuilt = through(ImageTokenizer.from_pretrained(model), [original])
-    [expected] = psnr(stacked([original]), stacked(rebuilt)).tolist()
+    [expected] = psnr(to_tensor([original]), to_tensor(rebuilt)).tolist()
     assert metrics["images"]["exact.png"]["psnr"] == pytest.approx(expected)
     sheet = Image.open(tmp_path / "sheet-000.png").convert("RGB")
     # exact.png is the fourth of the sorted names that came through, so its pair is the last of the first row.
