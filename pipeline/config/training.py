@@ -101,11 +101,11 @@ class DeepSpeedConfig(Config):
 
     zero_stage: Literal[0, 1, 2, 3] | None = operational(
         None,
-        description="what is spread: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing;"
-        " None: 1, and 0 on one process, where spreading only costs time",
+        description="what is partitioned: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing;"
+        " None: 1, and 0 on one process, where partitioning only costs time",
     )
     offload_optimizer: bool = operational(False, description="optimizer states in the host's memory, stages 1 to 3")
-    overlap_communication: bool = operational(False, description="reduce gradients while the backward pass goes on")
+    overlap_communication: bool = operational(False, description="reduce gradients during the backward pass")
 
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:

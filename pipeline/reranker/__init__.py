@@ -1,4 +1,4 @@
-"""Rerankers, which tell what image fits its prompt best: a small CLIP (`model.py`) or a pretrained one, as `Ranker`."""
+"""Rerankers, which score images by their prompts: a small CLIP (`model.py`) or a pretrained one, both as `Ranker`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision
     """The cost of an objective with real parameters; None, with a line in the log, if it cannot run without data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
-    # A copy, because a forward pass in training may leave statistics behind; but not of the weights.
+    # A copy of all but the weights, because a forward pass in training may change running statistics.
     known: dict[int, Tensor] = {}
     for tensor in (*objective.parameters(), *objective.buffers()):
         known[id(tensor)] = fake.from_tensor(tensor)

@@ -47,7 +47,7 @@ def muon_matrices(objective: Objective) -> list[nn.Parameter]:
 def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) on `muon_matrices`, AdamW without weight decay on embeddings, heads and vectors.
 
-    DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be spread over processes. Muon's steps
+    DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be partitioned over processes. Muon's steps
     have a fixed size, so a clipped gradient norm would only shrink them all: clipping is AdamW's business.
 
     Raises:
@@ -63,10 +63,9 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
         raise UserError(
             "optimizer muon needs a model with matrices in blocks, found none: set training.optimizer=adamw"
         )
-    for parameter in objective.parameters():
-        parameter.use_muon = False  # type: ignore[attr-defined]  # how DeepSpeed's ZeRO optimizers tell them apart
-    for matrix in matrices:
-        vars(matrix)["use_muon"] = True
+    trained_by_muon = {id(matrix) for matrix in matrices}
+    for parameter in objective.parameters():  # DeepSpeed's ZeRO optimizers read this attribute
+        vars(parameter)["use_muon"] = id(parameter) in trained_by_muon
     muon_group: _Settings = {
         "params": matrices,
         "use_muon": True,
@@ -76,9 +75,8 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
         "weight_decay": config.weight_decay,
         "ns_method": "standard" if on_cpu else "gram",
     }
-    taken = {id(matrix) for matrix in matrices}
     rest = [
-        _adamw(group, [p for p in group.parameters if id(p) not in taken], config)
+        _adamw(group, [p for p in group.parameters if id(p) not in trained_by_muon], config)
         for group in objective.parameter_groups()
     ]
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(

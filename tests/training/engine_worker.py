@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut
 class Case:
     """One training."""
 
-    kind: str = "deepspeed"
+    kind: Literal["accelerate", "deepspeed"] = "deepspeed"
     zero: int = 1
     accumulation: int = 1
     optimizer: str = "adamw"
@@ -107,19 +107,20 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         offload_optimizer=case.offload,
     )
     try:
-        engine = build_engine(case.kind, objective, config, zero, folder)  # type: ignore[arg-type]
+        engine = build_engine(case.kind, objective, config, zero, folder)
         if case.load:
             engine.load(folder / case.load)
     except UserError as error:
         return {"error": str(error)}
     rank, world = distributed.rank(), distributed.world_size()
-    parts = accumulation_steps(config, world)
+    micro_batches = accumulation_steps(config, world)
     norms, applied = [], []
     for step in range(case.first_step, case.last_step):
         torch.manual_seed(step)
         mine = global_batch(step, step == case.poisoned_step)["x"].chunk(world)[rank]
-        for index, micro in enumerate(mine.chunk(parts)):
-            engine.accumulate({"x": micro}, step, 1 / parts, last=index == parts - 1)
+        for index, micro in enumerate(mine.chunk(micro_batches)):
+            last = index == micro_batches - 1
+            engine.accumulate({"x": micro}, step, 1 / micro_batches, last)
         update = engine.update(learning_rate_factor(config, step))
         norms.append(update.gradient_norm)
         applied.append(update.applied)
@@ -148,7 +149,7 @@ def main(cases: str, folder: str) -> None:
 
 
 def _forget_accelerate() -> None:
-    """Accelerate allows one precision a process."""
+    """Accelerate allows one precision per process."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

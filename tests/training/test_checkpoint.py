@@ -1,4 +1,4 @@
-"""Checkpoints are complete or do not count. (Kills in the middle of a save: tests/training/test_resume.py.)"""
+"""Checkpoints are atomic; incomplete ones are ignored. (Kills in the middle of a save: test_resume.py.)"""
 
 import logging
 import shutil
@@ -36,7 +36,7 @@ def test_the_newest_is_restored_and_the_oldest_forgotten(checkpoints: Checkpoint
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-def test_what_a_killed_save_left_behind_does_not_count(checkpoints: Checkpoints) -> None:
+def test_what_a_killed_save_left_is_ignored(checkpoints: Checkpoints) -> None:
     _save(checkpoints, 1)
     shutil.copytree(checkpoints.directory / "step-00000001", checkpoints.directory / "step-00000002.tmp")
     assert _restore(checkpoints) == (1, b"\x01")

@@ -50,7 +50,7 @@ def _first_half(case: Case, processes: int) -> Case:
 
 
 def _second_half(case: Case, by: int, zero: int | None = None) -> Case:
-    """What `by` processes saved goes on, maybe at another stage."""
+    """A training that resumes what `by` processes saved, maybe at another stage."""
     zero = case.zero if zero is None else zero
     return dataclasses.replace(case, zero=zero, first_step=HALF, load=f"{case.name} of {by}")
 
@@ -133,8 +133,8 @@ def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, traine
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Norm of the difference / norm of what was expected."""
     pairs = [(found[name] - value, value) for name, value in expected.items()]
-    off, whole = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
-    return float(off.norm() / whole.norm())
+    off, all_expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
+    return float(off.norm() / all_expected.norm())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -169,7 +169,7 @@ def test_activation_checkpointing_changes_no_bit(case: Case, trained: dict[int, 
     ],
     ids=lambda value: value.name if isinstance(value, Case) else f"{value} processes",
 )
-def test_a_training_goes_on_at_another_number_of_processes_and_another_stage(
+def test_a_training_resumes_at_another_number_of_processes_and_another_stage(
     case: Case, processes: int, trained: dict[int, Results]
 ) -> None:
     undisturbed = trained[processes][Case(zero=case.zero, optimizer=case.optimizer).name] if processes == 2 else None

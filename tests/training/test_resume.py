@@ -108,7 +108,7 @@ def test_killed_before_during_and_after_a_save_ends_with_the_same_bits(
     assert _metrics(killed_and_resumed, stage) == _metrics(tiny_run, stage)
 
 
-def test_a_killed_runner_takes_its_stage_along_and_the_next_goes_on_at_once(tmp_path: Path, tiny_run: Path) -> None:
+def test_a_killed_runner_takes_its_stage_along_and_the_next_resumes_at_once(tmp_path: Path, tiny_run: Path) -> None:
     _prepared(tiny_run, tmp_path, "prepare", "text-tokenizer")
     runner = _start(tmp_path)
     _wait_for(lambda: _after_first_checkpoint(tmp_path / "tiny" / "image-tokenizer"), runner)
@@ -126,7 +126,7 @@ def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_proce
 ) -> None:
     finished = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
     undisturbed, killed = (_prepared(tiny_run, tmp_path / name, *finished) for name in ("undisturbed", "killed"))
-    # ZeRO-3 with an average: everything is in pieces. What is drawn at random depends on the number of processes.
+    # ZeRO-3 with an average: everything is sharded. What is drawn at random depends on the number of processes.
     overrides = [
         "transformer.deepspeed.zero_stage=3",
         "transformer.training.ema_decay=0.9",
@@ -177,7 +177,7 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
     assert len(list((directory / "checkpoints").iterdir())) == 1
 
 
-def test_a_second_process_in_the_same_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_process_in_the_same_run_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     first = _start(tmp_path)
     try:
         _wait_for((tmp_path / "tiny" / "locks" / "run.json").exists, first)
@@ -200,7 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_gets_one_line_and_the_run_goes_on_when_there_is_room(
+def test_a_disk_that_fills_up_gets_one_line_and_the_run_resumes_when_there_is_room(
     small_disk: Path, tiny_run: Path
 ) -> None:
     run = _prepared(tiny_run, small_disk, "prepare", "text-tokenizer", "image-tokenizer", "tokenize")

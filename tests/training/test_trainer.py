@@ -1,4 +1,4 @@
-"""What the loop says of a training: when it breaks down, how fast it is."""
+"""The loop reports a training that diverges, and how fast it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.core.metric_names import CLOCK_METRICS
 from tests.launch import launch
 
 
-def test_a_training_that_breaks_down_stops_and_says_what_to_try(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_training_that_diverges_stops_and_says_what_to_try(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("transformer", "generate", "evaluate", "report"))
     overrides = [

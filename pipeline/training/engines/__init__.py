@@ -1,4 +1,4 @@
-"""Training engines behind one interface (`base.py`): accelerate (DDP) and DeepSpeed (ZeRO 0 to 3)."""
+"""Training engines with one interface (`base.py`): accelerate (DDP) and DeepSpeed (ZeRO 0 to 3)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def build_engine(
     deepspeed: DeepSpeedConfig | None,
     directory: Path,
 ) -> Engine:
+    """The engine of a training. It may change the objective's modules.
+
+    Args:
+        deepspeed: settings of that engine; by default those of an empty section.
+        directory: the stage's, where the engine may note its settings.
+
+    Raises:
+        UserError: the engine has no such precision, optimizer or batch, or the objective no blocks to checkpoint.
+    """
     _check_precision(training)
     if training.activation_checkpointing:
         checkpoint_activations(objective)

@@ -82,7 +82,7 @@ class Engine(Protocol):
 
 
 def shards_of_replicated(values: dict[str, Tensor], all_of_them: bool = False) -> list[TensorShard]:
-    """The tensors that this process writes, of those that every process has in full: its fair part, or all of them."""
+    """The tensors that this process writes of those that all have in full: every n-th on n processes, or all."""
     shards = [TensorShard(name, 0, value) for name, value in values.items()]
     return shards if all_of_them else shards[distributed.rank() :: distributed.world_size()]
 
