@@ -9,7 +9,6 @@ shards, and the stage itself, after them, adds the prompts. See pipeline/samplin
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image
@@ -17,6 +16,7 @@ from PIL import Image
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import write_json
+from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.orchestration.stage_run import StageRun
@@ -122,10 +122,8 @@ def _generate(
 
 
 def _sample(key: str, caption: str, pipeline: Pipeline, one: GeneratedImage) -> Sample:
-    content = io.BytesIO()
-    one.image.save(content, format="png")
     metadata = {"key": key, "caption": caption, "generated": True} | _origin(pipeline, one)
-    return Sample(key, content.getvalue(), caption, metadata)
+    return Sample(key, png_bytes(one.image), caption, metadata)
 
 
 def _origin(pipeline: Pipeline, one: GeneratedImage) -> dict[str, object]:

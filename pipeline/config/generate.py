@@ -60,13 +60,13 @@ class SamplingConfig(Config):
 
 
 class GenerateConfig(Config):
-    """Section `generate`: the prompts for the eye, and the captions whose images are measured."""
+    """Section `generate`: the prompts that people look at, and the captions whose images are evaluated."""
 
     training_prompts: list[str] = Field(default_factory=list, description="captions that are in the train split")
     new_prompts: list[str] = Field(default_factory=list, description="captions that are not in the train split")
     samples: int = Field(512, ge=0, description="images for evaluate, captions drawn from the train split")
-    shard_size: int = Field(128, ge=1, description="images a tar shard; a restart goes on at the next shard")
-    candidates: int = Field(1, ge=1, description="images drawn for each; the reranker keeps the one that fits best")
+    shard_size: int = Field(128, ge=1, description="images per tar shard; a restart resumes at the next shard")
+    candidates: int = Field(1, ge=1, description="images drawn per prompt; the reranker keeps the best")
     batch_size: int = operational(64, ge=1, description="images drawn at once; never changes them")
     compile: bool = operational(
         False, description="torch.compile the decode step: docs/sampling.md says when that pays"

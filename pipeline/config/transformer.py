@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 
-STYLES: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, str | bool]] = {
     "classic": {
         "norm": "layernorm",
         "mlp": "gelu",
@@ -56,7 +56,7 @@ class TransformerShape(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_style(cls, values: Any) -> Any:
+    def _fill_in_style(cls, values: object) -> object:
         return {**STYLES.get(str(values.get("style")), {}), **values} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
@@ -87,13 +87,16 @@ class TransformerShape(Config):
 
     @property
     def attention_scale(self) -> float:
-        """Of the scores: 1 / sqrt(K); over head widths 1 / K, equal at the base (Yang et al. 2022, section 4)."""
+        """What scores are multiplied by: 1 / sqrt(K); with `base_head_width` 1 / K, equal at the base.
+
+        Yang et al. 2022, section 4. K is the head width.
+        """
         base = self.base_head_width or self.head_width
         return float(self.head_width**-0.5 * (base / self.head_width) ** 0.5)
 
     @property
     def width_ratio(self) -> float:
-        """base_width / width: what hidden matrices' learning rates are multiplied by."""
+        """base_width / width: what learning rates of the blocks' matrices and of the head are multiplied by."""
         return (self.base_width or self.width) / self.width
 
 

@@ -1,1 +1,10 @@
-"""From prompt to images: decode.py draws codes, pipeline.py turns prompts into images, grid.py shows them."""
+"""From prompt to images.
+
+pipeline.py          prompts in, images out
+decode.py            the decode loop; decode_step.py one step of it, cached_step.py the same for CPUs
+logits.py            guidance, filters, the draw
+image_prompt.py      which codes of a given image stay
+checks.py prompts.py what is refused before anything is generated; the captions of the generate stage
+to_directory.py      `smalti generate`: a folder or a sheet; grid.py, preview.py, png_metadata.py
+model_source.py      finds the models of a run or an export; export.py, model_card.py write an export
+"""

@@ -14,13 +14,13 @@ Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.core.seeds import hash64
 from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import DecodeStep, ModelStep
 from pipeline.sampling.logits import draw, guide
@@ -32,8 +32,7 @@ UNKNOWN = -1  # in `known`: a code that is to be drawn
 
 def candidate_uniforms(seed: int, prompt_index: int, candidate_index: int, count: int) -> Tensor:
     """`count` numbers in [0, 1), float64, a pure function of the three integers."""
-    digest = hashlib.sha256(f"{seed}/{prompt_index}/{candidate_index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(hash64(seed, prompt_index, candidate_index) >> 8)  # 56 bits
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

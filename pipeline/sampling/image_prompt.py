@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import to_tensor
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.sampling.decode import UNKNOWN
@@ -62,8 +63,7 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
         if image is not None and image.size != (side, side):
             found = f"{image.width}×{image.height}"
             raise UserError(f"image prompt: expected {name} of {side}×{side} pixels, found {found}: resize it")
-    pixels = np.array(prompt.image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
-    codes = tokenizer.encode(torch.from_numpy(pixels)[None].to(device))
+    codes = tokenizer.encode(to_tensor([prompt.image]).to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]
     return torch.cat(parts)

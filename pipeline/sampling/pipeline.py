@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import to_pil
+from pipeline.core.iteration import batched
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
 from pipeline.sampling.checks import check_counts, check_prompts, check_sampling, warn_of_prompts
@@ -145,8 +147,7 @@ class Pipeline:
         drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
         wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
         generated: list[GeneratedImage] = []
-        for begin in range(0, len(wanted), batch_size):
-            batch = wanted[begin : begin + batch_size]
+        for batch in batched(wanted, batch_size):
             codes_BN = drawing.codes(batch, callbacks or Callbacks())
             images = self.decode(codes_BN)
             scores = self._scores(images, codes_BN, batch, prompts, drawing) if keep else [None] * len(batch)
@@ -163,8 +164,7 @@ class Pipeline:
         levels = list(codes_BN.split([level.positions for level in self.transformer.layout.levels], dim=1))
         with torch.inference_mode():
             images = self.image_tokenizer.decode(levels)  # [B, 3, H, W] in [0, 1]
-        arrays = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        return to_pil(images)
 
     def _check(
         self,

@@ -1,6 +1,12 @@
 """The joint text+image model: one decoder over `[text | level 0 | level 1 | ...]`.
 
-layout.py where each part sits in sequence and vocabulary; places.py where positions lie and which they see; blocks.py
-the layers; model.py the decoder and its cached form; objective.py the loss; hf.py for AutoModel; config.py the settings
-(no torch there). docs/transformer.md has the choices.
+layout.py            where text and levels sit in sequence and vocabulary
+model.py             the decoder, for whole sequences and with a KV cache
+blocks.py norms.py   its layers
+attention.py         the attention layer and its backends; attention_patterns.py what each position sees; rotary.py
+tables.py            constants that follow from layout and shape
+objective.py         the training loss; functional.py the two functions with hand-written derivatives
+hf.py                the same model for transformers' AutoModel
+
+The settings are pipeline/config/transformer.py. docs/transformer.md has the choices.
 """

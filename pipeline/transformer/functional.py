@@ -7,7 +7,7 @@ on CPUs is a chain of float32 operations, and its cross-entropy keeps and copies
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,20 @@ from torch.autograd.function import once_differentiable
 _CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 
+class _Context(Protocol):
+    """What autograd hands from the forward pass to the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    weight_dtype: torch.dtype
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension; in the precision of x, the mean square in float32.
 
-    On CPUs in bf16, forward and backward, 1.4 ms for `F.rms_norm`'s 3.5 of [8, 288, 256].
+    Zhang & Sennrich 2019. Forward and backward of [8, 288, 256] in bf16 on two CPU threads: 1.4 ms, `F.rms_norm` 3.5.
     """
     normalized: Tensor = _RMSNorm.apply(x, weight, eps)
     return normalized
@@ -28,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_float32(x.dtype))
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
         unit, scale = x * inverse, weight.to(x.dtype)
@@ -38,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         unit, inverse, scale = ctx.saved_tensors
         product = (unit * gradient).reshape(-1, len(scale))
         along = torch.mv(product, scale).view_as(inverse).div_(-len(scale))
@@ -49,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
 def cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each target, with label smoothing and z-loss, and the plain cross-entropy (no gradient).
+    """The loss of each target, with label smoothing and z-loss, and the plain cross-entropy (no gradient), in nats.
 
     `hidden` [..., D], `weight` [V, D] of its dtype, `targets` int64 [...]; both losses [...], at least float32. The
     logits are hidden weight^T, some positions at a time; kept is one tensor of their size and dtype, the gradient:
@@ -66,17 +76,17 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float
+        ctx: _Context, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
         ids = len(weight)
         rows = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**21) // ids)
         gradients = hidden.new_empty(len(hidden), ids)
-        room = hidden.new_empty(min(rows, len(hidden)), ids, dtype=_at_least_float32(hidden.dtype))
+        workspace = hidden.new_empty(min(rows, len(hidden)), ids, dtype=_at_least_float32(hidden.dtype))
         totals, plains = [], []
         for inputs, target, gradient in zip(
             hidden.split(rows), targets[:, None].split(rows), gradients.split(rows), strict=True
         ):
-            logits = room[: len(inputs)].copy_(torch.mm(inputs, weight.T, out=gradient))
+            logits = workspace[: len(inputs)].copy_(torch.mm(inputs, weight.T, out=gradient))
             highest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
             mean = logits.mean(dim=-1, keepdim=True) if smoothing else of_target
             powers = logits.sub_(highest).exp_()
@@ -95,8 +105,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_total: Tensor, _of_plain: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """The rows of the kept gradient are scaled by `of_total` in the smaller factors."""
+    def backward(ctx: _Context, of_total: Tensor, _of_plain: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Scales the rows of the kept gradient by `of_total`, in the smaller factors of the products."""
         hidden, weight, gradients = ctx.saved_tensors
         of_total = of_total[:, None]
         of_hidden = (torch.mm(gradients, weight) * of_total).to(hidden.dtype)

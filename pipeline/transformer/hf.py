@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -27,8 +26,8 @@ class SmaltiConfig(PreTrainedConfig):
     """Layout and shape, as the transformer stage exports them in config.json."""
 
     model_type = MODEL_TYPE
-    layout: dict[str, Any] | None = None
-    shape: dict[str, Any] | None = None
+    layout: dict[str, object] | None = None
+    shape: dict[str, object] | None = None
 
 
 class SmaltiModel(PreTrainedModel):
@@ -46,14 +45,14 @@ class SmaltiModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """`Transformer` has done it."""
+        """Nothing: `Transformer` has initialised its weights itself."""
 
     def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Text ids int64 [B, T] (0: pad) and codes int64 [B, N] of all levels -> logits of text and of each level."""
         logits: tuple[Tensor, list[Tensor]] = self.transformer(text, codes)
         return logits
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **_: object) -> None:  # type: ignore[override]
         self.transformer.save_pretrained(save_directory)
 
 

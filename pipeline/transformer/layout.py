@@ -14,7 +14,7 @@ so targets 0..T-1 are text and T..T+N-1 are codes. Vocabulary:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.core.level import Level
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parts, and from them every offset."""
+    """Sizes of text and levels, and from them every offset in sequence and vocabulary."""
 
     text_length: int
     text_vocab_size: int
@@ -74,14 +74,15 @@ class Layout:
         return self.start_id + 1
 
     def level_at(self, index: int) -> int:
-        """The level that the code at `index` of the N belongs to."""
+        """The level that code `index` of the N belongs to."""
         return max(level for level, start in enumerate(self.level_starts) if start <= index)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """What config.json holds; `from_dict` reads it back."""
         levels = [level._asdict() for level in self.levels]
         return {"text_length": self.text_length, "text_vocab_size": self.text_vocab_size, "levels": levels}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Layout:
+    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
         levels = tuple(Level(**level) for level in values["levels"])
         return cls(values["text_length"], values["text_vocab_size"], levels)

@@ -1,4 +1,4 @@
-"""The decoder of Ramesh et al. 2021 (section 2.2), whole and cached.
+"""The decoder of Ramesh et al. 2021 (section 2.2), over whole sequences and, with a cache, token by token.
 
     model = Transformer(layout, shape)
     text_logits, level_logits = model(text, codes)         # training: every position at once
@@ -6,7 +6,7 @@
     logits = model.level_logits(hidden, level)                                # then a code at a time
     hidden = model.read_code(code, index, cache)                              # or several: read_codes
 
-Every part predicts only over its own vocabulary: text positions text, each level its codebook. That is
+Each part predicts only over its own vocabulary: text positions text, each level its codebook. That is
 the softmax over the one vocabulary with the impossible ids masked, at a fraction of the cost.
 """
 
@@ -35,7 +35,7 @@ _INIT_STD = 0.02
 
 
 class Transformer(nn.Module):
-    """Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
+    """The decoder. Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
 
     def __init__(self, layout: Layout, shape: TransformerShape) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
 
     @property
     def tables(self) -> Tables:
-        """Made at first use on a device."""
+        """Constants on the device of the weights, made at first use there."""
         device = self.embedding.weight.device
         if self._tables is None or self._tables.device != device:
             self._tables = Tables(self.layout, self.shape, device)
@@ -122,12 +122,12 @@ class Transformer(nn.Module):
         return list(zip(hidden.split(lengths, dim=1), head.split(vocabularies), strict=True))
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """[..., D] -> [..., codebook size of the level]."""
+        """Logits over the codes of `level`: [..., D] -> [..., codebook size]."""
         offset = self.layout.level_offsets[level]
         return hidden @ self.head.weight[offset : offset + self.layout.levels[level].codebook_size].T
 
     def new_cache(self, batch: int) -> Cache:
-        """Room for the keys and values of a whole sequence (the last code is drawn, never read)."""
+        """An empty cache for `batch` whole sequences, in the dtype of the residual stream, a `LayerCache` per layer."""
         size = (batch, self.shape.key_value_heads, self.layout.length, self.shape.head_width)
         dtype = _working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         return embedded + self._code_positions(start, end) if len(self.rows) else embedded
 
     def _code_positions(self, start: int, end: int) -> Tensor:
-        """Row + column embedding of codes start .. end - 1 of the N: [n, D]; makes only the rows that it needs."""
+        """Row + column embedding of codes start .. end - 1 of the N: [n, D]; adds up only the rows that it needs."""
         positions = []
         for (begin, size), level, row, column in zip(
             self._parts, self.layout.levels, self.rows, self.columns, strict=True

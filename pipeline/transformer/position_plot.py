@@ -11,7 +11,7 @@ from pipeline.transformer.layout import Layout
 
 
 def position_plot(losses: Sequence[float], layout: Layout) -> Image.Image:
-    """`losses`: nats, one for each of the T + N targets."""
+    """Plot `losses`, in nats, one for each of the T + N targets; lines mark where each level begins."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 2.4), dpi=100, layout="constrained")

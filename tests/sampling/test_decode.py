@@ -68,6 +68,8 @@ def test_every_candidate_has_a_stream_of_its_own() -> None:
     streams = {tuple(candidate_uniforms(*key, 5).tolist()) for key in keys}
     assert len(streams) == len(keys)
     assert torch.equal(candidate_uniforms(7, 1, 2, 5), candidate_uniforms(7, 1, 2, 9)[:5])
+    # Written down: with other numbers every image of every seed would be another one.
+    assert candidate_uniforms(7, 1, 2, 2).tolist() == [0.7207570516947144, 0.41107708172542357]
 
 
 GUIDED = SamplingConfig(guidance=2.5, guidance_schedule="cosine", guidance_interval=(0.1, 0.8), min_p=0.01)
