@@ -59,7 +59,7 @@ class Workload:
         share = size // distributed.world_size()
         batches = self.validation.batches(0, size)
         for start in range(0, len(self.validation), size):
-            # The stream goes on with the next epoch behind the last image; those are cut off.
+            # Behind the last image the stream has those of the next epoch: they are cut off.
             left = len(self.validation) - start - distributed.rank() * share
             batch = next(batches)
             if left > 0:

@@ -1,6 +1,7 @@
 """Configs of the quantizers: a class for each file in pipeline/image_tokenizer/quantizers/. Knows no torch.
 
-To add one: its config class here, in the union `QuantizerConfig` below; then quantizers/__init__.py goes on.
+To add one: its config class here, with its `kind`, in the union `QuantizerConfig` below; quantizers/__init__.py has the
+other steps.
 """
 
 from __future__ import annotations

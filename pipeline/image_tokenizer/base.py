@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.config.base import Config, parse_config
+from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
@@ -40,7 +40,7 @@ KINDS = {
 class ImageTokenizer(nn.Module, ABC):
     """Base of all tokenizers of square images, `image_size` pixels on each side."""
 
-    config_class: type[Config]
+    config_class: type[ModelConfig]
 
     def __init__(self, config: ModelConfig, image_size: int) -> None:
         super().__init__()
@@ -117,7 +117,9 @@ def check_size(image_size: int, config: ArchitectureConfig) -> None:
         )
 
 
-def build(model: ModelConfig | dict[str, Any], image_size: int, where: str = "image_tokenizer.model") -> ImageTokenizer:
+def build(
+    model: ModelConfig | dict[str, object], image_size: int, where: str = "image_tokenizer.model"
+) -> ImageTokenizer:
     """A new tokenizer with random weights, of the kind that `model` names. `where` is named in errors.
 
     Raises UserError when the kind or a key is unknown, or images of that size cannot be cut into codes.
@@ -126,7 +128,7 @@ def build(model: ModelConfig | dict[str, Any], image_size: int, where: str = "im
     if kind not in KINDS:
         raise UserError(f"{where}: unknown kind of image tokenizer {kind!r}; known: {', '.join(sorted(KINDS))}")
     cls: type[ImageTokenizer] = resolve_name(KINDS[kind])
-    config: Any = parse_config(cls.config_class, model, where) if isinstance(model, dict) else model
+    config = parse_config(cls.config_class, model, where) if isinstance(model, dict) else model
     return cls(config, image_size)
 
 

@@ -38,7 +38,7 @@ from pipeline.core.objective import ParameterGroup
 
 log = logging.getLogger(__name__)
 
-_SLOW, _FAST = 0.99, 0.9  # decay of the running means, a batch
+_SLOW, _FAST = 0.99, 0.9  # decay of the running means, per batch
 _ENOUGH = 20  # batches, before the lowest mean is more than luck
 _HALVE, _GROW, _LEAST = 0.5, 1.01, 2.0**-20
 _LARGEST_RATIO = 1e4  # of gradients; as in Esser et al.'s code
@@ -48,7 +48,8 @@ class PatchDiscriminator(nn.Module):
     """Images [B,3,H,W] in [0,1] -> a score for each patch, float32 [B,1,h,w]: high for real ones.
 
     4×4 convolutions, `layers` of them with stride 2, channels doubling up to 8 times `width`. Groups are normalised
-    where Isola et al. normalise batches: an image's score then depends on nothing beside it, and nothing runs along.
+    where Isola et al. normalise batches: an image's score then depends on no image beside it, and no running
+    statistics are kept.
     """
 
     def __init__(self, config: AdversarialConfig, image_size: int) -> None:
@@ -69,7 +70,8 @@ class PatchDiscriminator(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.config = config
 
     def forward(self, images_B3HW: Tensor) -> Tensor:

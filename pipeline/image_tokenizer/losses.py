@@ -23,7 +23,7 @@ def map_pixels(x: Tensor) -> Tensor:
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """The inverse of `map_pixels`, cut to [0, 1]."""
+    """Pixels in [ε, 1 − ε] back to [0, 1]: the inverse of `map_pixels`, clamped."""
     return ((x - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 

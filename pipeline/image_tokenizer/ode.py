@@ -47,7 +47,7 @@ class OdeStack(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.gain = gain
         self.config = config
-        self._told = False
+        self._warned = False
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         blocks = len(self.branches)
@@ -113,12 +113,12 @@ class OdeStack(nn.Module):
         try:
             return self._solve(f, z, t)
         except AssertionError as error:  # torchdiffeq's way to say: too many steps, too small ones, or not finite
-            if not self._told:
+            if not self._warned:
                 reason = str(error).splitlines()[0][:80] or "no reason given"
                 log.warning(
                     "dopri5 found no solution (%s): the step counts as not finite; raise ode.tolerance or"
                     " ode.max_steps, lower the learning rate, or take a solver with fixed steps",
                     reason,
                 )
-                self._told = True
+                self._warned = True
             return z + float("nan") * f(t[0], z)

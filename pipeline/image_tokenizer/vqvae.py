@@ -23,7 +23,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.base import Config
 from pipeline.config.image_tokenizer import ModelConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv, use_channels_last
@@ -38,7 +37,7 @@ VectorsOf = Callable[[int, Tensor | None], Tensor]
 class VQVAE(ImageTokenizer):
     """Grids of codes, coarse to fine: grid i has (image_size / factor · 2^i)² positions."""
 
-    config_class: type[Config] = VQVAEConfig
+    config_class: type[ModelConfig] = VQVAEConfig
 
     def __init__(self, config: ModelConfig, image_size: int) -> None:
         check_size(image_size, config)

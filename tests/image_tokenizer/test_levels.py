@@ -16,7 +16,7 @@ from pipeline.image_tokenizer import ImageTokenizer
 from tests.conftest import TINY
 from tests.launch import ROOT, command, environment, launch
 
-# Two grids, the coarse one with two codes a position: three levels, 4×4, 4×4 and 8×8.
+# Two grids, the coarse one with two codes per position: three levels, 4×4, 4×4 and 8×8.
 MODEL = (
     "image_tokenizer.model={kind: vqvae2, patch_size: 2, widths: [32, 32], blocks: 1, block_kernels: [3, 1],"
     " quantizers: [{kind: ema, codebook_size: 64, code_width: 8, depth: 2},"

@@ -41,7 +41,7 @@ def image() -> Tensor:
 
 
 def gradients(module: OdeStack, half: bool = False) -> list[Tensor]:
-    """Of the input and of every parameter; `half`: the forward pass under autocast, as the engines do it."""
+    """Gradients of the input and of every parameter; `half`: the forward pass under autocast, as in training."""
     z = image().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = module(z).square().sum()
