@@ -1,10 +1,11 @@
-# Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
+# Two commands do everything: `make demo` and `make test`. Each makes the virtual environment first.
+# While working: `make test-fast` (two minutes on two cores) and `make lint`.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CONFIG ?= configs/openmoji.yaml
 
-.PHONY: demo test lint slurm-packages format clean
+.PHONY: demo test test-fast lint slurm-packages format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
@@ -12,11 +13,15 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint slurm-packages
 	$(BIN)/pytest
 
+test-fast: $(VENV)/.test
+	$(BIN)/pytest -m "not slow and not slurm"
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 # The tests marked `slurm` start a real Slurm; its packages come from Debian or Ubuntu, which takes root.
 slurm-packages:
@@ -25,6 +30,10 @@ slurm-packages:
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What is generated in docs/; a test says when it is out of date.
+docs: $(VENV)/.test
+	$(BIN)/python -m pipeline.cli.config_reference > docs/config.md
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,8 @@
-"""One finished run of the whole tiny pipeline, made once by the real command line and shared by many tests."""
+"""One finished run of the whole tiny pipeline, made once by the real command line and shared by many tests.
+
+Slow tests are those that use this run, and those that are marked so since they take over 3 s. `make test-fast` runs the
+others.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,12 @@ from tests.launch import ROOT, launch
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 STAGE_NAMES = tuple(stage.name for stage in stages_of(load_pipeline(TINY)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and "tiny_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
