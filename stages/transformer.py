@@ -1,6 +1,6 @@
 """Stage 5, transformer: learn text and image codes as one sequence, on the DeepSpeed engine.
 
-Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts on the way).
+Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts while training).
 Writes model/{model.safetensors,config.json} (`Transformer.from_pretrained` loads them with plain torch)
 and samples.png, the last of those images. See pipeline/transformer/.
 """
@@ -35,7 +35,7 @@ _IMAGES = 8
 
 
 class Workload:
-    """What the training loop needs: objective, batches, validation metrics, images."""
+    """The objective, batches, validation metrics and sample images of this training (`pipeline.training.workload`)."""
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.transformer
@@ -59,13 +59,16 @@ class Workload:
 
     @property
     def tokens_per_sample(self) -> int:
+        """T + N."""
         return self.objective.transformer.layout.length
 
     def _encode_caption(self) -> Callable[[str, Random], list[int]] | None:
+        """How training encodes captions anew for each sample and epoch; None: the ids of the arrays."""
         dropout, tokenizer = self.config.bpe_dropout, self.text_tokenizer
         return (lambda caption, rng: tokenizer.encode_with_dropout(caption, dropout, rng)) if dropout else None
 
     def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's "text" [B, T] and "codes" [B, N] of each global batch, from global sample `consumed` on."""
         for batch in self.train.batches(consumed, self.config.training.batch_size):
             self._curve = None  # it belongs to the step that it was measured at
             yield batch
@@ -73,7 +76,7 @@ class Workload:
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Mean losses over one pass of the validation split, its last batch filled up from its start.
 
-        The loss of each position becomes an image, which `images` shows.
+        The loss of each position becomes a plot, which `sample_images` returns.
         """
         size = self.config.training.batch_size
         sums: dict[str, Tensor] = {}
@@ -88,21 +91,23 @@ class Workload:
         return distributed.mean({f"val/{name}": float(total) / count for name, total in sums.items()})
 
     def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """What the model generates for a few captions of each split, beside their reconstructions."""
+        """A grid of images generated from a few captions of each split, beside their reconstructions, and the plot."""
         assert isinstance(objective, JointObjective)
         pipeline = Pipeline(self.text_tokenizer, objective.transformer, self.image_tokenizer)
         groups = []
         for title, split in (("Training captions", "train"), ("Validation captions", "val")):
-            # Rank 0 generates alone, the same captions each time.
+            # Rank 0 generates alone, from the same captions each time.
             sampler = TokenSampler(self.run.input("tokenize"), split, self.run.config.seed, rank=0, world_size=1)
             batch = next(sampler.batches(0, _IMAGES))
             prompts = [self.text_tokenizer.decode(row) for row in batch["text"]]
             generated = [one.image for one in pipeline.generate(prompts, seed=self.run.config.seed)]
-            groups.append(Group(title, [Tile(p, c) for p, c in zip(generated, prompts, strict=True)]))
+            tiles = [Tile(image, prompt) for image, prompt in zip(generated, prompts, strict=True)]
+            groups.append(Group(title, tiles))
             originals = pipeline.decode(batch["codes"].to(distributed.device()))
-            groups.append(Group("", [Tile(p) for p in originals], note="the originals, through the image tokenizer"))
-        drawn = {"samples": grid(groups, columns=_IMAGES, side=96)}
-        return drawn | ({"loss_by_position": self._curve} if self._curve else {})
+            tiles = [Tile(image) for image in originals]
+            groups.append(Group("", tiles, note="the originals, through the image tokenizer"))
+        images = {"samples": grid(groups, columns=_IMAGES, side=96)}
+        return images | ({"loss_by_position": self._curve} if self._curve else {})
 
 
 def main(run: StageRun) -> None:
