@@ -342,10 +342,24 @@ def test_every_dotted_name_is_a_config_key_or_a_symbol() -> None:
         if words[0] in FOREIGN_ROOTS or words[-1] in FILES:
             continue
         owner, member = words[-2], words[-1]
-        instance = owner.lower().replace("_", "")
-        known = {name for cls, names in members().items() if cls.lower().endswith(instance) for name in names}
+        known = {n for cls, names in members().items() if _squeezed(cls).endswith(_squeezed(owner)) for n in names}
         if member not in known and not is_config_key(words) and not (owner == "config" and is_config_key([member])):
             wrong.append(f"{name}: {'.'.join(words)}")
+    _check(wrong)
+
+
+def _squeezed(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def test_every_symbol_that_is_said_to_be_in_a_file_is_there() -> None:
+    """`safe_key` in `pipeline/data/prepare.py`."""
+    wrong = []
+    for name, text in texts().items():
+        for symbol, path in re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", text):
+            candidates = [ROOT / file for file in files() if f"/{file}".endswith(f"/{path}")]
+            if not any(re.search(rf"\b{symbol}\b", file.read_text()) for file in candidates):
+                wrong.append(f"{name}: {symbol} in {path}")
     _check(wrong)
 
 
