@@ -111,6 +111,9 @@ class ContrastiveObjective(Objective):
             hits = same.gather(1, logits.argmax(1, keepdim=True)).mean()
         return loss, {"accuracy": hits, "scale": scale.detach()}
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.towers.image_tower.layers, *self.towers.text_tower.layers]
+
 
 def _tower(config: TowerConfig) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(

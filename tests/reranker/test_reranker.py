@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from pipeline.config.reranker import TowerConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
@@ -19,6 +20,7 @@ from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.activation_checkpointing import checkpoint_activations
 from tests.conftest import TINY
 from tests.launch import launch
 
@@ -86,6 +88,27 @@ def test_equal_captions_are_both_right() -> None:
     loss, metrics = objective({"images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "text": text}, 0)
     assert float(loss.detach()) == pytest.approx(float(torch.tensor(3.0).log()), rel=1e-4)
     assert float(metrics["accuracy"]) == 1
+
+
+def test_recomputed_activations_change_no_gradient() -> None:
+    text = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]])
+    batch = {"images": torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).byte(), "text": text}
+    gradients = []
+    calls: list[nn.Module] = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        objective = ContrastiveObjective(TwoTowers(SMALL.model_copy(update={"dropout": 0.3}), 8, 4, 30)).train()
+        calls.clear()
+        for block in objective.blocks():
+            block.linear1.register_forward_hook(lambda module, *_: calls.append(module))
+        if recompute:
+            checkpoint_activations(objective)
+        objective(batch, 0)[0].backward()
+        assert len(calls) == (4 if recompute else 2)  # two towers of one layer
+        gradients.append([parameter.grad for parameter in objective.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert kept is not None
+        assert torch.equal(kept, recomputed)
 
 
 def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_path: Path) -> None:

@@ -1,11 +1,69 @@
-"""Learning-rate schedules as functions of the step, and the moving average of weights."""
+"""Which parameters the optimizers train and how, learning-rate schedules, and the moving average of weights."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pipeline.config.training import TrainingConfig
+from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.training.ema import Ema
+from pipeline.training.optimizer import build_adamw, build_optimizer
 from pipeline.training.schedule import learning_rate_factor
+
+
+class TwoBlocks(Objective):
+    """Two blocks, an embedding, and a discriminator that learns against them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.discriminator = nn.Linear(3, 1)
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [
+            ParameterGroup([self.embedding.weight]),
+            ParameterGroup(list(self.layers.parameters()), learning_rate_scale=0.5),
+            ParameterGroup(list(self.discriminator.parameters()), betas=(0.1, 0.2), weight_decay=False, adversary=True),
+        ]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+TRAINING = TrainingConfig(steps=10, batch_size=1, warmup_steps=1, learning_rate=0.4, weight_decay=0.2)
+
+
+def _by_name(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_adamw_takes_rates_betas_and_decay_from_the_groups_and_decays_matrices_alone() -> None:
+    objective = TwoBlocks()
+    found = _by_name(objective, build_adamw(objective.parameter_groups(), TRAINING))
+    assert {name: (group["lr"], group["weight_decay"], group["betas"]) for name, group in found.items()} == {
+        "embedding.weight": (0.4, 0.2, TRAINING.betas),
+        # Decay per step is rate * weight_decay: the same at every scale.
+        **{f"layers.{i}.weight": (0.2, 0.4, TRAINING.betas) for i in (0, 1)},
+        **{f"layers.{i}.bias": (0.2, 0.0, TRAINING.betas) for i in (0, 1)},
+        **{f"discriminator.{kind}": (0.4, 0.0, (0.1, 0.2)) for kind in ("weight", "bias")},
+    }
+
+
+def test_muon_trains_the_matrices_of_blocks_and_adamw_every_other_parameter_once() -> None:
+    objective = TwoBlocks()
+    optimizer = build_optimizer(objective, TRAINING.model_copy(update={"optimizer": "muon"}))
+    found = _by_name(objective, optimizer)
+    assert [name for name, group in found.items() if group["use_muon"]] == ["layers.0.weight", "layers.1.weight"]
+    assert found.keys() == dict(objective.named_parameters()).keys()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
+    assert {group["weight_decay"] for group in found.values() if not group["use_muon"]} == {0.0}
 
 
 def _schedule(kind: str, **settings: float) -> list[float]:

@@ -8,8 +8,10 @@ import torch
 
 from benchmarks.plan_memory import MODELS, measured, planned
 from pipeline.config.pipeline import load_pipeline
-from pipeline.training.resource_plan import count, duration
+from pipeline.training.optimizer import muon_matrices
+from pipeline.training.resource_plan import checkpoint_bytes, count, duration
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.objective import JointObjective
 from tests.conftest import TINY
 from tests.launch import ROOT, launch
 
@@ -62,6 +64,17 @@ def test_flops_a_token_are_six_a_weight_and_attention() -> None:
     head = width * (text * model.layout.text_vocab_size + image * model.layout.levels[0].codebook_size)
     expected = 6 * (blocks + head) + 12 * layers * width * length
     assert model.flops_per_token == pytest.approx(expected, rel=0.01)
+
+
+def test_with_muon_a_checkpoint_has_one_state_of_each_matrix_that_muon_trains() -> None:
+    config = load_pipeline(TINY, ["transformer.width=64", "transformer.heads=4", "transformer.layers=2"])
+    model, training = count(config, gpus=1), config.transformer.training
+    with torch.device("meta"):
+        objective = JointObjective(Transformer(model.layout, config.transformer), config.transformer)
+    matrices = sum(matrix.numel() for matrix in muon_matrices(objective))
+    assert 0 < matrices < model.parameters
+    muon = training.model_copy(update={"optimizer": "muon"})
+    assert checkpoint_bytes(model, training) - checkpoint_bytes(model, muon) == 4 * matrices
 
 
 def test_requeues_are_those_of_jobs_that_stop_before_their_limit() -> None:
