@@ -20,7 +20,6 @@ from pipeline.core.objective import Objective
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 
-_SIZES = ("image_size", "text_length", "text_vocab_size")  # what a model is built from, beside its config
 _INIT_STD = 0.02
 _MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
@@ -68,8 +67,14 @@ class TwoTowers(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        save_model(self, {"kind": "towers", "model": self.config.model_dump(), **sizes}, directory)
+        config = {
+            "kind": "towers",
+            "model": self.config.model_dump(),
+            "image_size": self.image_size,
+            "text_length": self.text_length,
+            "text_vocab_size": self.text_vocab_size,
+        }
+        save_model(self, config, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TwoTowers:
@@ -83,7 +88,7 @@ class TwoTowers(nn.Module):
             shape = parse_config(TowerConfig, config["model"], where)
             return cls(shape, config["image_size"], config["text_length"], config["text_vocab_size"])
 
-        return load_model(directory, "reranker", ("model", *_SIZES), build)
+        return load_model(directory, "reranker", ("model", "image_size", "text_length", "text_vocab_size"), build)
 
 
 class ContrastiveObjective(Objective):

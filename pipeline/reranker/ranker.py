@@ -6,16 +6,17 @@ ranker.scores(images, prompts)      # 100 cos(image, prompt), one per image
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import to_uint8_tensor
+from pipeline.core.iteration import batched
 from pipeline.data.shards import Sample
 from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.metrics.clip_score import own_caption_ranks
@@ -64,7 +65,7 @@ class Ranker:
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeddings of images of any sizes, float32 [n, E] on the CPU, of any length."""
-        return torch.cat([self._embed(batch).float().cpu() for batch in _batches(images)])
+        return torch.cat([self._embed(batch).float().cpu() for batch in batched(images, _BATCH)])
 
     def _embed(self, images: list[Image.Image]) -> Tensor:
         """Embeddings [n, E] of one batch, on the model's device."""
@@ -73,7 +74,7 @@ class Ranker:
             return embeddings
         side = self.model.image_size
         resized = [i if i.size == (side, side) else i.resize((side, side), Image.Resampling.LANCZOS) for i in images]
-        return self.model.embed_images(_pixels(resized).to(self.model.image_position.device))
+        return self.model.embed_images(to_uint8_tensor(resized).to(self.model.image_position.device))
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
@@ -115,13 +116,3 @@ def retrieval(ranker: Ranker, samples: Iterable[Sample], limit: int) -> dict[str
     ):
         metrics |= {f"{direction} R@{k}": float((ranks < k).double().mean()) for k in (1, 5)}
     return metrics | {"samples": float(len(chosen))}
-
-
-def _batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
-    return (list(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH))
-
-
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Images of one size as uint8 [n, 3, H, W]."""
-    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
