@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
 
 _STAND_INS = {
     "pkg_resources": ("get_distribution",),
@@ -28,7 +27,7 @@ def dalle_pytorch() -> ModuleType | None:
     """The module `dalle_pytorch`, or None where it is not installed."""
     added = [name for name in _STAND_INS if name not in sys.modules]
     for name in added:
-        stand_in: Any = ModuleType(name)
+        stand_in = ModuleType(name)
         for attribute in _STAND_INS[name]:
             setattr(stand_in, attribute, object)
         sys.modules[name] = stand_in

@@ -1,4 +1,4 @@
-"""The bars of sampling, as a table: image tokens a second beside other systems, in one run on this machine.
+"""The bars of sampling, as a table: image tokens per second beside other systems, in one run on this machine.
 
     python -m benchmarks.sampling            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
     python -m benchmarks.sampling --no-peers # ours alone
@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from types import ModuleType
+from unittest import mock
 
 import click
 import torch
@@ -24,13 +26,16 @@ from torch import Tensor
 from benchmarks.peers import dalle_pytorch
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
+from pipeline.sampling import decode
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
+from pipeline.sampling.decode_step import ModelStep
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
 LAYERS, WIDTH, HEADS, TEXT, SIDE, TEXT_CODES, CODES = 6, 256, 4, 32, 16, 2048, 8192
 IMAGE = SIDE * SIDE
 _TURN_S = 2.0
+Work = Callable[[], object]
 BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
 
 
@@ -48,10 +53,11 @@ def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: b
     others = _peers(dalle_tokens) if peers else {}
     print(f"{threads} threads; {LAYERS} layers, width {WIDTH}, {HEADS} heads, {TEXT}+{IMAGE} tokens, {CODES} codes")
     for batch in (1, 8):
-        work: dict[str, Callable[[], object]] = {
+        work: dict[str, Work] = {
             "smalti fp32": partial(_ours, model, batch),
             "smalti guided": partial(_ours, model, batch, guidance=3.0),
             "smalti bf16": partial(_ours, half, batch),
+            "smalti reference step": partial(_reference, model, batch),
             **{name: partial(generate, batch) for name, generate in others.items()},
         }
         if compiled and batch == 1:
@@ -62,16 +68,22 @@ def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: b
         seconds = _medians(work, repeats)
         if "dalle-pytorch" in seconds:
             seconds["dalle-pytorch"] *= IMAGE / dalle_tokens
-        ours = seconds["smalti fp32"]
-        for name, own in seconds.items():
-            against, holds = "", None
-            if name in BARS:
-                against, holds = f"smalti {own / ours:.1f} x (bar {BARS[name][batch]})", own / ours >= BARS[name][batch]
-            elif name == "smalti guided":
-                against, holds = _bar(own / ours, 1.9), own <= 1.9 * ours
-            _row(f"{name}, batch {batch}", batch * IMAGE / own, against, holds)
+        _print_rates(seconds, batch)
         first, last = _quarters(model, batch, repeats)
         _row(f"smalti last quarter, batch {batch}", batch / last, _bar(last / first, 1.3), last <= 1.3 * first)
+
+
+def _print_rates(seconds: dict[str, float], batch: int) -> None:
+    ours = seconds["smalti fp32"]
+    for name, own in seconds.items():
+        against, holds = "", None
+        if name in BARS:
+            against, holds = f"smalti {own / ours:.1f} x (bar {BARS[name][batch]})", own / ours >= BARS[name][batch]
+        elif name == "smalti guided":
+            against, holds = _bar(own / ours, 1.9), own <= 1.9 * ours
+        elif name == "smalti reference step":
+            against = f"smalti {own / ours:.1f} x"
+        _row(f"{name}, batch {batch}", batch * IMAGE / own, against, holds)
 
 
 def _model() -> Transformer:
@@ -94,8 +106,14 @@ def _ours(
     return draw_codes(model, text, torch.arange(batch), uniforms, sampling, on_code=on_code, compiled=compiled)
 
 
+def _reference(model: Transformer, batch: int) -> Tensor:
+    """`_ours` through the step that devices other than CPUs take."""
+    with mock.patch.object(decode, "build_step", lambda model, cache, _compiled: ModelStep(model, cache)):
+        return _ours(model, batch)
+
+
 def _quarters(model: Transformer, batch: int, repeats: int) -> tuple[float, float]:
-    """Median seconds a code in the first and in the last quarter of the image."""
+    """Median seconds per code in the first and in the last quarter of the image."""
     first: list[float] = []
     last: list[float] = []
     for _ in range(repeats):
@@ -116,45 +134,49 @@ def _differences(times: list[float]) -> list[float]:
 
 
 def _peers(dalle_tokens: int) -> dict[str, Callable[[int], object]]:
-    found: dict[str, Callable[[int], object]] = {}
+    """The other systems: each draws the images of a batch of the size that it is called with."""
+    found: dict[str, Callable[[int], object]] = {"transformers": _llama()}
     if (module := dalle_pytorch()) is not None:
-        vae = module.DiscreteVAE(image_size=4 * SIDE, num_layers=2, num_tokens=CODES, codebook_dim=16, hidden_dim=8)
-        dalle = module.DALLE(
-            dim=WIDTH, vae=vae, num_text_tokens=TEXT_CODES, text_seq_len=TEXT, depth=LAYERS, heads=HEADS,
-            dim_head=WIDTH // HEADS, attn_types=("full",),
-        ).eval()  # fmt: skip
+        found["dalle-pytorch"] = _dalle(module, dalle_tokens)
+    return found
 
-        def generate(batch: int) -> object:
-            text, given = torch.randint(1, TEXT_CODES, (batch, TEXT)), IMAGE - dalle_tokens
-            image = torch.rand(batch, 3, 4 * SIDE, 4 * SIDE) if given else None
-            return dalle.generate_images(text, img=image, num_init_img_tokens=given or None, use_cache=True)
 
-        found["dalle-pytorch"] = generate
+def _dalle(module: ModuleType, dalle_tokens: int) -> Callable[[int], object]:
+    vae = module.DiscreteVAE(image_size=4 * SIDE, num_layers=2, num_tokens=CODES, codebook_dim=16, hidden_dim=8)
+    dalle = module.DALLE(
+        dim=WIDTH, vae=vae, num_text_tokens=TEXT_CODES, text_seq_len=TEXT, depth=LAYERS, heads=HEADS,
+        dim_head=WIDTH // HEADS, attn_types=("full",),
+    ).eval()  # fmt: skip
+
+    def generate(batch: int) -> object:
+        text, given = torch.randint(1, TEXT_CODES, (batch, TEXT)), IMAGE - dalle_tokens
+        image = torch.rand(batch, 3, 4 * SIDE, 4 * SIDE) if given else None
+        return dalle.generate_images(text, img=image, num_init_img_tokens=given or None, use_cache=True)
+
+    return generate
+
+
+def _llama() -> Callable[[int], object]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = model_hidden()
+    hidden = TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS).hidden
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=TEXT_CODES + CODES, hidden_size=WIDTH, intermediate_size=shape, num_hidden_layers=LAYERS,
+            vocab_size=TEXT_CODES + CODES, hidden_size=WIDTH, intermediate_size=hidden, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, max_position_embeddings=TEXT + IMAGE, bos_token_id=0, eos_token_id=None,
         )
     ).eval()  # fmt: skip
 
     @torch.inference_mode()
-    def write(batch: int) -> object:
+    def generate(batch: int) -> object:
         text = torch.randint(1, TEXT_CODES, (batch, TEXT))
         mask = torch.ones_like(text)
         return llama.generate(text, attention_mask=mask, max_new_tokens=IMAGE, do_sample=True, top_k=0, pad_token_id=0)
 
-    found["transformers"] = write
-    return found
+    return generate
 
 
-def model_hidden() -> int:
-    return TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS).hidden
-
-
-def _medians(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def _medians(work: dict[str, Work], repeats: int) -> dict[str, float]:
     """Median seconds of each, in turns, so that a slow minute of the machine is everybody's.
 
     In its turn each works for `_TURN_S` or longer, so that no median hangs on a few short runs.
