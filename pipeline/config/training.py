@@ -77,7 +77,8 @@ def samples_per_process(batch_size: int, processes: int, micro_batch_size: int |
         by += f" × micro_batch_size {micro_batch_size}" if micro_batch_size else ""
         keys = "batch_size, micro_batch_size" if micro_batch_size else "batch_size"
         raise UserError(
-            f"expected batch_size to be a multiple of {by}, found {batch_size}: change {keys} or the number of processes"
+            f"expected batch_size to be a multiple of {by}, found {batch_size}:"
+            f" change {keys} or the number of processes"
         )
     return batch_size // processes
 
