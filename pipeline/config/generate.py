@@ -50,7 +50,7 @@ class SamplingConfig(Config):
         begin, end = self.guidance_interval
         if not begin <= progress <= end:
             return 1.0
-        ramp = {
+        ramp: dict[str, float] = {
             "constant": 1.0,
             "linear": progress,
             "cosine": (1 - math.cos(math.pi * progress)) / 2,

@@ -44,7 +44,7 @@ class ArchitectureConfig(Config):
     @property
     def factor(self) -> int:
         """Pixels along the side of the square that one code of the coarsest level stands for."""
-        return self.patch_size * 2 ** (len(self.widths) - 1)
+        return self.patch_size << (len(self.widths) - 1)
 
     @model_validator(mode="after")
     def _check_architecture(self) -> ArchitectureConfig:

@@ -83,7 +83,7 @@ class LFQConfig(Config):
 
     @property
     def codebook_size(self) -> int:
-        return 2**self.bits
+        return 1 << self.bits
 
 
 class GumbelSettings(Config):

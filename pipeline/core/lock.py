@@ -158,7 +158,8 @@ def _is_gone(owner: dict[str, Any], path: Path) -> bool:
         try:
             process = psutil.Process(owner["pid"])
             # A process id may have been given to another process since; a zombie only waits to be buried.
-            reused = abs(process.create_time() - owner["started"]) > 1.0
+            started: float = owner["started"]
+            reused = abs(process.create_time() - started) > 1.0
             return reused or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True

@@ -24,7 +24,7 @@ def checked(values: Array, name: str, at_least: int = 1, reason: str = "one samp
         raise UserError(f"{name}: expected an array [samples, dimensions], found shape {tuple(tensor.shape)}")
     if len(tensor) < at_least:
         raise UserError(f"{name}: expected at least {at_least} samples ({reason}), found {len(tensor)}; add images")
-    finite = torch.cat([torch.isfinite(block).all(dim=1) for block in tensor.split(BLOCK)])
+    finite = torch.cat([torch.isfinite(block).all(dim=1) for block in torch.split(tensor, BLOCK)])
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise UserError(

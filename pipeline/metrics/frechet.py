@@ -58,10 +58,10 @@ class Gaussian:
         apart = (self.mean - other.mean).square().sum() + self.trace + other.trace
         if m.shape[0] == m.shape[1]:
             values = torch.linalg.eigvalsh(m.T @ m).clamp(min=0)  # five times as fast as svdvals
-            distance = (apart - 2 * values.sqrt().sum()).item()
+            distance = float(apart - 2 * values.sqrt().sum())
             if 2 * _lost_by_squaring(values) <= _TOLERANCE * distance:
                 return distance
-        return max((apart - 2 * torch.linalg.svdvals(m).sum()).item(), 0.0)
+        return max(float(apart - 2 * torch.linalg.svdvals(m).sum()), 0.0)
 
 
 def _lost_by_squaring(values: Tensor) -> float:
@@ -73,7 +73,7 @@ def _lost_by_squaring(values: Tensor) -> float:
     noise = 4 * torch.finfo(values.dtype).eps * values.max()
     lost = values < noise
     others = (noise / (2 * values[~lost].sqrt())).norm()
-    return (lost.sum() * noise.sqrt() + 3 * others).item()
+    return float(lost.sum() * noise.sqrt() + 3 * others)
 
 
 def frechet_distance(real: Array, generated: Array, reference: Gaussian | None = None) -> float:
@@ -89,11 +89,11 @@ def frechet_distance(real: Array, generated: Array, reference: Gaussian | None =
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `[d]` and covariance `[d, d]` of features `[n, d]`, in float64 and a block of rows at a time."""
     mean = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for block in features.split(BLOCK):
+    for block in torch.split(features, BLOCK):
         mean += block.double().sum(dim=0)
     mean /= len(features)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
-    for block in features.split(BLOCK):
+    for block in torch.split(features, BLOCK):
         centred = block.double() - mean
         covariance.addmm_(centred.T, centred)
     return mean, covariance.div_(len(features) - 1)

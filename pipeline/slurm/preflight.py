@@ -1,11 +1,11 @@
-"""A few seconds before a training on several processes that can spare hours: is every host fit for it?
+"""The preflight: seconds of checks before a training on several processes, which can save hours.
 
     python -m pipeline.cli.preflight runs/x --stage transformer --hosts a,b --bad-hosts FILE     on every rank
 
-Each host looks at itself: free disk in the run directory, the stage's inputs readable, its clock against
-the file system's (the heartbeat of locks rests on that), its device. Then all ranks meet and all-reduce.
-Rank 0 tells which host is bad and why, and writes the names to FILE. Exit 0: all well; 3: bad hosts; 4:
-the all-reduce failed on all of them, so no single host is to blame.
+Each host checks itself: free disk in the run directory, the stage's inputs readable, its clock against the file
+system's (locks depend on it), its device. Then all ranks meet and all-reduce. Rank 0 prints which host is bad and why,
+and appends the names to FILE. Exit 0: passed; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be
+singled out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core import distributed
@@ -23,14 +24,17 @@ from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 CLOCK_TOLERANCE_S = 10.0
-_FILES_LOOKED_AT = 64
-_FAREWELL_S = 5.0
+_FILES_PER_INPUT = 64
+_LAST_READS_S = 5.0
 BAD_HOSTS, NO_HOST_TO_BLAME = 3, 4
 
 
 def check_host(run_directory: Path, stage: str, min_free_gb: float) -> str | None:
-    """What is wrong on this host, or None."""
+    """What is wrong with this host, or None."""
     try:
         directory = run_directory / stage
         free_gb = shutil.disk_usage(directory if directory.is_dir() else run_directory).free / 1e9
@@ -48,7 +52,7 @@ def _unreadable_input(run_directory: Path, stage: str) -> str | None:
         manifest = runs.manifest(name)
         if manifest is None:
             return f"cannot read a finished {name} in {runs.stage(name)}"
-        for relative in list(manifest["outputs"])[:_FILES_LOOKED_AT]:
+        for relative in list(manifest["outputs"])[:_FILES_PER_INPUT]:
             with open(runs.stage(name) / relative, "rb") as file:
                 file.read(1)
     return None
@@ -67,14 +71,13 @@ def _clock_skew(run_directory: Path) -> str | None:
 
 def meet(rank: int, processes: int, hosts: list[str], problem: str | None, timeout_s: float) -> dict[str, str]:
     """Bad hosts and what is wrong with them, on rank 0; on the others only that rank 0 cannot be reached."""
-    import torch
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     try:
         store = dist.TCPStore(
-            address, port, processes, is_master=rank == 0, timeout=patience, wait_for_workers=False
+            address, port, processes, is_master=rank == 0, timeout=timeout, wait_for_workers=False
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         return {hosts[0]: f"rank {rank} cannot reach {address}:{port} there ({str(error).splitlines()[0]})"}
@@ -87,26 +90,26 @@ def meet(rank: int, processes: int, hosts: list[str], problem: str | None, timeo
     except RuntimeError:
         return {}
     if go:
-        store.set(f"reduced/{rank}", _all_reduce(torch, dist, store, rank, processes, patience))
+        store.set(f"reduced/{rank}", _all_reduce(store, rank, processes, timeout))
     if rank:
         store.set(f"done/{rank}", "")
         return {}
-    # The store ends with this process, and the others are still reading: wait for those that were seen.
-    _collect(store, "done", processes, hosts, _FAREWELL_S, "", first=1)
+    # The store ends with this process while the others may still be reading: wait for those that answered.
+    _collect(store, "done", processes, hosts, _LAST_READS_S, "", first=1)
     if not go:
         return found
     failures = _collect(store, "reduced", processes, hosts, timeout_s, "rank {} did not end the all-reduce in {:.0f} s")
-    if len(failures) == len(hosts) > 1:  # one of them drags the others down, and nothing tells which
+    if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing tells which
         return {
             "(any of " + ",".join(hosts) + ")": f"the all-reduce failed everywhere: {next(iter(failures.values()))}"
         }
     return failures
 
 
-def _collect(  # type: ignore[no-untyped-def]
-    store, prefix: str, processes: int, hosts: list[str], timeout_s: float, missing: str, first: int = 0
+def _collect(
+    store: Store, prefix: str, processes: int, hosts: list[str], timeout_s: float, missing: str, first: int = 0
 ) -> dict[str, str]:
-    """What the ranks said of themselves, by host; silence counts as bad. An empty word is a good one."""
+    """The problems that ranks reported, by host; `missing` where a rank did not answer. An empty report: none."""
     deadline = time.monotonic() + timeout_s
     found: dict[str, str] = {}
     for rank in range(first, processes):
@@ -114,22 +117,25 @@ def _collect(  # type: ignore[no-untyped-def]
         left_s = max(deadline - time.monotonic(), 0.1)
         try:
             store.wait([f"{prefix}/{rank}"], timedelta(seconds=left_s))
-            word = store.get(f"{prefix}/{rank}").decode()
+            problem = store.get(f"{prefix}/{rank}").decode()
         except RuntimeError:
-            word = missing.format(rank, timeout_s)
-        if word:
-            found.setdefault(host, word)
+            problem = missing.format(rank, timeout_s)
+        if problem:
+            found.setdefault(host, problem)
     return found
 
 
-def _all_reduce(torch, dist, store, rank: int, processes: int, patience: timedelta) -> str:  # type: ignore[no-untyped-def]
-    """An empty word if every rank's number came through."""
+def _all_reduce(store: Store, rank: int, processes: int, timeout: timedelta) -> str:
+    """What went wrong in an all-reduce of 1 MB; empty if every rank's number arrived."""
+    import torch
+    import torch.distributed as dist
+
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(distributed.local_rank())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=processes, timeout=patience)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=processes, timeout=timeout)
         numbers = torch.full((1 << 18,), float(rank + 1), device=distributed.device())  # 1 MB
         dist.all_reduce(numbers)
         total = float(numbers.double().mean())
