@@ -50,10 +50,11 @@ class JointObjective(Objective):
         text, *levels = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
         text_total, text_losses = cross_entropy(text[0], text[1], text_BT, smoothing, z_loss)
         targets = codes_BN.split([hidden.shape[1] for hidden, _ in levels], dim=1)
-        totals, losses = zip(  # float32 [B, n] of each level: what is minimised, and the cross-entropy alone
-            *(cross_entropy(h, w, target, smoothing, z_loss) for (h, w), target in zip(levels, targets, strict=True)),
-            strict=True,
-        )
+        totals, losses = [], []  # float32 [B, n] for each level: what is minimised, and the cross-entropy alone
+        for (hidden, weight), target in zip(levels, targets, strict=True):
+            total, plain = cross_entropy(hidden, weight, target, smoothing, z_loss)
+            totals.append(total)
+            losses.append(plain)
         image_total = torch.cat(totals, dim=1)
         loss = config.text_loss_weight * text_total.mean() + config.image_loss_weight * image_total.mean()
         with torch.no_grad():
@@ -66,7 +67,7 @@ class JointObjective(Objective):
         return loss, metrics
 
 
-def _loss_metrics(text_losses: Tensor, level_losses: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _loss_metrics(text_losses: Tensor, level_losses: list[Tensor]) -> dict[str, Tensor]:
     """Mean cross-entropy of text [B, T], of all codes, and of each level [B, n] where there are several."""
     metrics = {"loss/text": text_losses.mean(), "loss/image": torch.cat(level_losses, dim=1).mean()}
     if len(level_losses) > 1:

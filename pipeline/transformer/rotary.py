@@ -55,7 +55,7 @@ class RotaryTable:
 
     @classmethod
     def from_angles(cls, angles: Tensor, dtype: torch.dtype) -> RotaryTable:
-        """Of `rotary_angles`."""
+        """The table of all positions from their `rotary_angles`, in `dtype`."""
         cosine, sine = angles.cos(), angles.sin()
         return cls(torch.cat([cosine, cosine], 1).to(dtype), torch.cat([-sine, sine], 1).to(dtype))
 

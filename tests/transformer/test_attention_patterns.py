@@ -77,7 +77,7 @@ def drawn(pattern: str) -> Tensor:
 
 
 def expected_mask(pattern: str, layout: Layout) -> Tensor:
-    """The image in its place: causal text and coarser levels, all of which later parts see; without the last code."""
+    """Causal text and coarser levels, all of which later parts see, then the paper's image; without the last code."""
     mask = torch.ones(layout.length + 1, layout.length + 1, dtype=torch.bool).tril()
     if pattern != "full":
         mask[-16:, -16:] = drawn(pattern)
