@@ -1,7 +1,7 @@
-"""Stage 8, report: everything worth showing, as one HTML file that opens without a server.
+"""Stage report: everything worth showing, as one HTML file that opens without a server.
 
-Reads the directories of all stages before it; measures nothing itself. Writes index.html, and
-what it shows as files of their own for the tracking. See pipeline/report/build.py.
+Reads the directories of all stages of this pipeline before it; measures nothing itself. Writes index.html, and what
+it shows as files of their own for the tracking. See pipeline/report/build.py.
 """
 
 from __future__ import annotations

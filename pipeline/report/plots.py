@@ -1,4 +1,4 @@
-"""Curves of training and of sweeps as inline SVG that takes the page's own colours, light or dark."""
+"""Plots of trainings and of sweeps as inline SVG that takes the page's own colours, light or dark."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ Series = tuple[str, list[float], list[float]]  # label, steps, values
 
 @dataclass(frozen=True)
 class Panel:
+    """A plot, as an `<svg>` element, and the title above it."""
+
     title: str
     svg: str
 
 
 def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
-    """A plot for each kind of figure in a stage's metrics: losses, PSNR, the learning rate."""
+    """A plot for each kind of metric in a stage's history: losses, PSNR, the learning rate."""
     keys = sorted({key for line in history for key in line})
     kinds = (
         ("Loss", [key for key in keys if "loss" in key.split("/") or key.split("/")[-1] == "reconstruction"]),
         ("PSNR, dB", [key for key in keys if "psnr" in key]),
-        ("Accuracy of the next token", [key for key in keys if "accuracy" in key.split("/")]),
+        ("Accuracy", [key for key in keys if "accuracy" in key.split("/")]),
+        ("Retrieval on the validation split", [key for key in keys if key.startswith("val/") and " R@" in key]),
         ("Share of codes in use", [key for key in keys if "usage" in key]),
         ("Perplexity of the codebook", [key for key in keys if "perplexity" in key]),
         ("Learning rate", [key for key in keys if key == "learning_rate"]),
@@ -106,7 +109,7 @@ def curve_plot(
 
 
 def standalone(svg: str) -> str:
-    """An inline plot as a file of its own: in the colours of the light page."""
+    """An inline plot as a whole SVG file, in the colours of the light page."""
     colours = "--ink-soft:#6c6860;--rule:#e4e0d7;--line-0:#a8431f;--line-1:#1f6f8b;--line-2:#6b7f2a;--line-3:#8a4f9e"
     head, rest = svg.split(">", 1)
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -117,7 +120,7 @@ def standalone(svg: str) -> str:
 @contextmanager
 def _drawn(salt: str, height: float = 2.5) -> Iterator[tuple[Figure, io.StringIO]]:
     """A figure to draw on; when the block ends, its SVG is in the buffer."""
-    style: Any = {
+    style: Any = {  # matplotlib's own type of it lists three hundred names
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.family": "sans-serif",
@@ -154,7 +157,7 @@ def _smoothed(values: list[float], memory: float = 0.85) -> list[float]:
 
 
 def _inline(svg: str) -> str:
-    """Without prologue, metadata and fixed size; colours and fonts of the page."""
+    """The SVG without prologue, metadata and fixed size, in the colours and fonts of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)

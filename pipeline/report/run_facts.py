@@ -1,4 +1,4 @@
-"""What the report tells of a run, read from its stage directories. A missing detail is left out, never made up."""
+"""Facts of a run for the report, read from its stage directories. A missing detail is left out, never made up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pipeline.core.atomic_io import read_json
+from pipeline.orchestration.graph import STAGES
 
 _PACKAGES = (
     "torch",
@@ -28,16 +29,17 @@ _PACKAGES = (
     "numpy",
     "pillow",
 )
-TRAINED = ("image-tokenizer", "transformer")
 
 
 @dataclass(frozen=True)
 class StageFacts:
+    """What is known of one stage. `history` is metrics.jsonl, a dict per step."""
+
     name: str
     wall_time_s: float | None
     parameters: int | None
     output_bytes: int
-    history: list[dict[str, float]] = field(repr=False)  # metrics.jsonl, a dict a line
+    history: list[dict[str, float]] = field(repr=False)
 
     @property
     def steps(self) -> int | None:
@@ -49,13 +51,11 @@ class StageFacts:
         found = [line["samples_per_s"] for line in self.history if "samples_per_s" in line]
         return median(found) if found else None
 
-    def last(self, name: str) -> float | None:
-        """The last value of a metric."""
-        return next((line[name] for line in reversed(self.history) if name in line), None)
-
 
 @dataclass(frozen=True)
 class RunFacts:
+    """What is known of the whole run; stages in the order that data flowed."""
+
     stages: dict[str, StageFacts]
     code: dict[str, Any]  # version, commit, changed
     finished: str | None
@@ -66,6 +66,11 @@ class RunFacts:
     def wall_time_s(self) -> float:
         return sum(stage.wall_time_s or 0.0 for stage in self.stages.values())
 
+    @property
+    def trained(self) -> list[StageFacts]:
+        """The stages of this run that train a model, as the graph has it."""
+        return [self.stages[stage.name] for stage in STAGES if stage.trains and stage.name in self.stages]
+
 
 def read_facts(directories: Mapping[str, Path]) -> RunFacts:
     """Facts of the stages in `directories`, by stage name, in the order that data flowed."""
@@ -75,25 +80,6 @@ def read_facts(directories: Mapping[str, Path]) -> RunFacts:
     code: dict[str, Any] = next((manifest["code"] for manifest in reversed(manifests) if manifest.get("code")), {})
     finished = datetime.fromtimestamp(max(times), UTC).strftime("%-d %B %Y, %H:%M UTC") if times else None
     return RunFacts(stages, code, finished, _json(directories["prepare"] / "index.json"), _versions())
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 20 s`, `1 h 05 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(number: int) -> str:
-    """`512 kB`, `3.1 MB`, `12 GB`."""
-    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.1f} {units[0]}" if 0 < value < 10 and units[0] != "B" else f"{value:.0f} {units[0]}"
 
 
 def _stage(name: str, directory: Path) -> StageFacts:
@@ -115,7 +101,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _history(path: Path) -> list[dict[str, float]]:
-    """Lines by step. A killed stage may have left half a line, and lines of steps that it then did again."""
+    """metrics.jsonl, one dict per step. A killed stage may have left half a line, and lines of steps that it then did
+    again."""
     lines: dict[int, dict[str, float]] = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:

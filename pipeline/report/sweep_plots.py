@@ -1,10 +1,10 @@
-"""What a sweep of sampling's settings found: its curves, and its table."""
+"""The results of a sweep over settings of sampling: its plots and its table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from pipeline.evaluation.results import SweepResult, SweepSetting
 from pipeline.report.plots import Panel, Series, curve_plot
 
 _NAMES = {"guidance": "guidance", "temperature": "temperature", "top_k": "top-k"}
@@ -13,61 +13,77 @@ _DISTANCES = ("FD (", "FID (")
 
 @dataclass(frozen=True)
 class SweepFacts:
+    """What the page shows of a sweep."""
+
     panels: list[Panel]
     columns: list[str]  # names of the settings and of the metrics
-    rows: list[
-        tuple[bool, list[str], list[float | None]]
-    ]  # nearest first: whether it is the best one, its setting, its metrics
+    rows: list[tuple[bool, list[str], list[float | None]]]  # lowest distance first: is it the best, setting, metrics
     best: str
     compares: str
     samples: int
 
 
-def sweep_facts(sweep: dict[str, Any]) -> SweepFacts:
-    """From the entry `sweep` of evaluate/metrics.json."""
+def sweep_facts(sweep: SweepResult) -> SweepFacts:
+    """The plots and the table of a sweep's results."""
     settings = sweep["settings"]
-    varied = [name for name in _NAMES if len({setting[name] for setting in settings}) > 1] or ["temperature"]
+    varied = [name for name in _NAMES if len({_values(setting)[name] for setting in settings}) > 1] or ["temperature"]
     metrics = list(settings[0]["metrics"])
     shown = [name for name in metrics if name.startswith((*_DISTANCES, "KID", "IS", "precision", "recall"))]
     distance = next(name for name in shown if name.startswith(_DISTANCES))
     rows = [
-        (i == sweep["best"], [_text(s[name]) for name in _NAMES], [s["metrics"][name] for name in shown])
-        for i, s in sorted(enumerate(settings), key=lambda pair: pair[1]["metrics"][distance])
+        (i == sweep["best"], [_text(value) for value in _values(s).values()], [s["metrics"][name] for name in shown])
+        for i, s in sorted(enumerate(settings), key=lambda pair: _or_infinite(pair[1]["metrics"][distance]))
     ]
     best = settings[sweep["best"]]
-    told = ", ".join(f"{_NAMES[name]} {_text(best[name])}" for name in _NAMES)
+    told = ", ".join(f"{_NAMES[name]} {_text(value)}" for name, value in _values(best).items())
     columns = [*_NAMES.values(), *shown]
     return SweepFacts(_panels(settings, best, varied, shown), columns, rows, told, sweep["compares"], sweep["samples"])
 
 
-def _panels(settings: list[dict[str, Any]], best: dict[str, Any], varied: list[str], metrics: list[str]) -> list[Panel]:
+def _panels(settings: list[SweepSetting], best: SweepSetting, varied: list[str], metrics: list[str]) -> list[Panel]:
     """Fréchet distance against Inception Score and precision against recall, along the setting with most values."""
     distance = next(name for name in metrics if name.startswith(_DISTANCES))
-    pairs = [(_with("IS", metrics), distance), (_with("recall", metrics), _with("precision", metrics))]
-    along = max(varied, key=lambda name: len({setting[name] for setting in settings}))
+    along = max(varied, key=lambda name: len({_values(setting)[name] for setting in settings}))
     panels = []
-    for x, y in pairs:
-        lines: dict[str, list[dict[str, Any]]] = {}
+    for x, y in ((_with("IS", metrics), distance), (_with("recall", metrics), _with("precision", metrics))):
+        if x is None or y is None:
+            continue
+        lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}  # mark and point of each setting, by line
         for setting in settings:
-            if x and y and setting["metrics"][x] is not None and setting["metrics"][y] is not None:
-                label = ", ".join(f"{_NAMES[name]} {_text(setting[name])}" for name in varied if name != along)
-                lines.setdefault(label, []).append(setting)
-        if not (x and y and lines):
+            point = _point(setting, x, y)
+            if point is not None:
+                values = _values(setting)
+                label = ", ".join(f"{_NAMES[name]} {_text(values[name])}" for name in varied if name != along)
+                lines.setdefault(label, []).append((_text(values[along]), point))
+        if not lines:
             continue
         series: list[Series] = [
-            (label, [s["metrics"][x] for s in line], [s["metrics"][y] for s in line]) for label, line in lines.items()
+            (label, [point[0] for _, point in line], [point[1] for _, point in line]) for label, line in lines.items()
         ]
-        marks = [[_text(s[along]) for s in line] for line in lines.values()]
-        ring = (
-            (best["metrics"][x], best["metrics"][y]) if None not in (best["metrics"][x], best["metrics"][y]) else None
-        )
+        marks = [[mark for mark, _ in line] for line in lines.values()]
         title = f"{y.split(' (')[0]} against {x.split(' (')[0]}, along {_NAMES[along]}"
-        panels.append(Panel(title, curve_plot(series, marks, ring, x, y, salt=f"sweep {title}")))
+        plot = curve_plot(series, marks, _point(best, x, y), x, y, salt=f"sweep {title}")
+        panels.append(Panel(title, plot))
     return panels
+
+
+def _values(setting: SweepSetting) -> dict[str, float | None]:
+    """The varied settings by name, in the order of `_NAMES`."""
+    return {"guidance": setting["guidance"], "temperature": setting["temperature"], "top_k": setting["top_k"]}
+
+
+def _point(setting: SweepSetting, x: str, y: str) -> tuple[float, float] | None:
+    """Where the setting lies in the plot of two metrics; None if one of them was not measured."""
+    at_x, at_y = setting["metrics"][x], setting["metrics"][y]
+    return None if at_x is None or at_y is None else (at_x, at_y)
 
 
 def _with(start: str, metrics: list[str]) -> str | None:
     return next((name for name in metrics if name.startswith(start)), None)
+
+
+def _or_infinite(value: float | None) -> float:
+    return float("inf") if value is None else value
 
 
 def _text(value: float | None) -> str:

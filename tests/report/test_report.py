@@ -20,7 +20,8 @@ from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.evaluation import feature_store
-from pipeline.orchestration.graph import stage_named
+from pipeline.evaluation.results import read_results
+from pipeline.orchestration.graph import STAGES, inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
@@ -32,7 +33,7 @@ from tests.launch import launch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the tiny run's processes: another number of threads sums in another order."""
+    """The thread count of the tiny run's processes: another number sums in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,11 +67,15 @@ def again(
     """The stage `name` of the tiny run once more, in a run directory of its own; inputs in `but` are left out."""
     run = RunDirectory(tmp_path / "again")
     run.path.mkdir(exist_ok=True)
-    for other in ("config.yaml", *stage_named(name).inputs):
+    for other in ("config.yaml", *inputs_of(config, stage_named(name))):
         if other not in but and not (run.path / other).exists():
             (run.path / other).symlink_to(tiny_run / other)
     run.stage(name).mkdir(exist_ok=True)
     return StageRun(config, stage_named(name), run, Tracker(run.stage(name), None), array_task)
+
+
+def inputs_of_report(run: Path, config: PipelineConfig) -> dict[str, Path]:
+    return {name: run / name for name in inputs_of(config, stage_named("report"))}
 
 
 def generated(directory: Path, samples: list[Sample]) -> None:
@@ -155,6 +160,7 @@ def test_copies_of_training_images_show_as_copies(tiny_run: Path, tmp_path: Path
 
 def test_page_loads_nothing_from_anywhere(page: str) -> None:
     references = References(page)
+    assert {"figure", "figcaption", "table"} <= references.tags
     assert len(references.loaded) > 20
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in references.loaded)
     assert references.tags.isdisjoint({"script", "link", "iframe", "object"})
@@ -189,6 +195,44 @@ def test_page_is_a_function_of_its_inputs(
     manifest = json.loads((tiny_run / "report" / "manifest.json").read_text())
     shown = {str(path.relative_to(run.directory)) for path in (*plots, *grids)}
     assert shown | {"index.html", "metrics.csv", "costs.json"} == set(manifest["outputs"])
+
+
+def test_every_stage_that_trains_has_its_curves_the_reranker_too(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig
+) -> None:
+    with_reranker = config.model_copy(update={"reranker": config.reranker.model_copy(update={"enabled": True})})
+    reranker = tmp_path / "reranker"
+    reranker.mkdir()
+    logged = [{"step": step, "time": 0.0, "loss": 2.8 / step, "accuracy": 0.1 * step} for step in (1, 2, 3)]
+    logged.append({"step": 3, "val/image to text R@1": 0.5, "val/text to image R@1": 0.25, "val/samples": 8.0})
+    (reranker / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    report = build_report(inputs_of_report(tiny_run, with_reranker) | {"reranker": reranker}, with_reranker)
+    for stage in STAGES:
+        assert (f"plots/{stage.name}-loss.svg" in report.files) == stage.trains
+    assert "plots/reranker-retrieval-on-the-validation-split.svg" in report.files
+    assert "<h3>Reranker</h3>" in report.page
+    assert "reranker" in json.loads(report.files["costs.json"])["stages"]
+
+
+def test_a_stage_that_is_not_part_of_the_pipeline_is_not_on_the_page(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig, page: str
+) -> None:
+    """Even where its directory is left over from another config."""
+    run = again(tiny_run, tmp_path, config, "report")
+    (tmp_path / "again" / "reranker").mkdir()
+    (tmp_path / "again" / "reranker" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    report.main(run)
+    assert (run.directory / "index.html").read_text() == page
+    assert "<h3>Reranker</h3>" not in page
+
+
+def test_results_that_an_earlier_version_wrote_are_shown(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig
+) -> None:
+    results = json.loads((tiny_run / "evaluate" / "metrics.json").read_text())
+    del results["scored_by"]
+    (tmp_path / "metrics.json").write_text(json.dumps(results | {"judge": "CLIP score"}))
+    assert read_results(tmp_path)["scored_by"] == "CLIP score"
 
 
 def test_ids_of_plots_do_not_clash(page: str) -> None:
@@ -239,8 +283,7 @@ def test_best_and_worst_by_clip_are_shown(tiny_run: Path, tmp_path: Path, config
     scores = {group: [e["score"] for e in measured["samples"] if e["group"] == group] for group in ("best", "worst")}
     assert min(scores["best"]) >= max(scores["worst"])
     assert {"CLIP score (CLIP)", "R@5 (CLIP)"} <= {row["metric"] for row in measured["rows"]}
-    directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
-    report = build_report(directories, scored)
+    report = build_report(inputs_of_report(tiny_run, scored) | {"evaluate": run.directory}, scored)
     text = " ".join("".join(References(report.page).text).split())
     assert "the best and the worst of those by CLIP score" in text
     assert "Lite0: features of efficientnet-lite0" in text
@@ -311,9 +354,8 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     assert len(tars) == 4
     evaluate.main(run)
     assert {path: path.stat().st_mtime_ns for path in tars} == tars  # generated once
-    directories = {name: tiny_run / name for name in stage_named("report").inputs} | {"evaluate": run.directory}
-    report = build_report(directories, swept)
-    assert "Settings of sampling" in report.page
+    report = build_report(inputs_of_report(tiny_run, swept) | {"evaluate": run.directory}, swept)
+    assert "Sampling settings" in report.page
     assert [name for name in report.files if name.startswith("plots/sweep-fd-against-is")]
 
 
