@@ -43,7 +43,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.data.tokenize_shards import Encoders, all_shards, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, tokenize_shards
 from pipeline.image_tokenizer.base import build
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
@@ -312,7 +312,7 @@ def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float,
         alone.append(len(images) / (time.perf_counter() - started))
         started = time.perf_counter()
         out = folder / f"tokens{number}"
-        list(tokenize_shards(out, prepared, train, encoders, TokenizeConfig(batch_size=BATCH), 0))
+        list(tokenize_shards(TokenizeJob(out, prepared, encoders, TokenizeConfig(batch_size=BATCH), seed=0), train))
         whole.append(len(images) / (time.perf_counter() - started))
     return statistics.median(alone[1:]), statistics.median(whole[1:])
 

@@ -14,16 +14,16 @@ from contextlib import closing
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed, signals
 from pipeline.core.progress import progress
-from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards, tokenizer_hashes
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.text_tokenizer.bpe import TextTokenizer
 
 log = logging.getLogger(__name__)
-_COUNTS = ("samples", "captions_cut")
 
 
 def load_encoders(run: StageRun) -> Encoders:
+    """The run's two tokenizers."""
     image_dir, text_dir = run.input("image-tokenizer") / "model", run.input("text-tokenizer")
     image_tokenizer = ImageTokenizer.from_pretrained(image_dir).to(distributed.device()).eval()
     text_tokenizer = TextTokenizer.from_pretrained(text_dir)
@@ -40,27 +40,35 @@ def load_encoders(run: StageRun) -> Encoders:
 
 
 def main(run: StageRun) -> None:
-    config, prepare_dir = run.config.tokenize, run.input("prepare")
-    encoders = load_encoders(run)
-    mine = run.my_share(all_shards(prepare_dir))
-    with closing(tokenize_shards(run.directory, prepare_dir, mine, encoders, config, run.seed)) as made:
+    job = TokenizeJob(run.directory, run.input("prepare"), load_encoders(run), run.config.tokenize, run.seed)
+    mine = run.my_share(all_shards(job.prepare_dir))
+    with closing(tokenize_shards(job, mine)) as made:
         for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
             signals.check()
     if run.array_task is None:
-        index = join(run.directory, prepare_dir, encoders, config, run.seed)
-        for split_index in index["splits"].values():
-            for entry in split_index["shards"]:
-                for name, sha256 in entry["sha256"].items():
-                    run.add_output(name, sha256=sha256)
-        run.add_output("index.json")
-        splits = index["splits"].items()
-        metrics = {f"{split}_{name}": float(found[name]) for split, found in splits for name in _COUNTS}
-        run.tracker.log(metrics, step=0)
-        for split, found in splits:
-            log.info(
-                "%s: %d of %d captions are longer than the window of %d tokens and were cut",
-                *(split, found["captions_cut"], found["samples"], encoders.text_length),
-            )
+        _join(run, job)
+
+
+def _join(run: StageRun, job: TokenizeJob) -> None:
+    """Write the index, list the outputs, and log how many captions the window cut."""
+    index = join(job)
+    for split, found in index["splits"].items():
+        for shard in found["shards"]:
+            for name, sha256 in shard["sha256"].items():
+                run.add_output(name, sha256=sha256)
+        log.info(
+            "%s: %d of %d captions are longer than the window of %d tokens and were cut",
+            split,
+            found["captions_cut"],
+            found["samples"],
+            job.encoders.text_length,
+        )
+    run.add_output("index.json")
+    metrics: dict[str, float] = {}
+    for split, found in index["splits"].items():
+        metrics[f"{split}_samples"] = float(found["samples"])
+        metrics[f"{split}_captions_cut"] = float(found["captions_cut"])
+    run.tracker.log(metrics, step=0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes, to_pil
 from pipeline.data.images import grid
 from pipeline.data.tokenize_shards import hash_of_files
 from pipeline.data.tokens import TokenArrays
@@ -29,7 +29,8 @@ def export_tokens(
         path: a run, or its tokenize directory.
         image_tokenizer, text_tokenizer: directories; by default those of the same run.
 
-    Returns how many images were written.
+    Returns:
+        How many images were written.
 
     Raises:
         UserError: there are no token arrays, they are damaged, or they were made by other tokenizers.
@@ -53,11 +54,11 @@ def export_tokens(
         for row, (number, crop) in enumerate(zip(numbers[here].tolist(), crops[here].tolist(), strict=True)):
             key = _key(arrays, number)
             name = f"{key}.crop-{crop}.png" if crop else f"{key}.png"
-            write_atomic(out / name, _png(images[row]))
+            write_atomic(out / name, png_bytes(images[row]))
             if not crop:
                 write_atomic(out / f"{key}.txt", captions_of.decode(text[row]) + "\n")
             shown.append(images[row])
-    write_atomic(out / "sheet.png", _png(grid(shown, max(arrays.crops, round(len(shown) ** 0.5)))))
+    write_atomic(out / "sheet.png", png_bytes(grid(shown, max(arrays.crops, round(len(shown) ** 0.5)))))
     return len(shown)
 
 
@@ -68,18 +69,11 @@ def _check(tokenize_dir: Path, name: str, directory: Path, files: list[str]) -> 
 
 
 def _decoded(tokenizer: ImageTokenizer, codes: torch.Tensor, arrays: TokenArrays) -> list[Image.Image]:
-    levels = torch.split(codes, [level.height * level.width for level in arrays.levels], dim=1)
+    levels = torch.split(codes, [level.positions for level in arrays.levels], dim=1)
     with torch.no_grad():
-        images = tokenizer.decode(list(levels)).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+        return to_pil(tokenizer.decode(list(levels)))
 
 
 def _key(arrays: TokenArrays, number: int) -> str:
     shard = int(arrays.shard_of(np.array(number)))
     return arrays.keys(shard)[number - int(arrays.counts[:shard].sum())]
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,12 +117,6 @@ def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5
     if (width, height) == (size, size):
         return image
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-
-
-def random_of(*parts: object) -> random.Random:
-    """Random numbers that are a pure function of `parts`, in every process and Python version."""
-    name = "/".join(map(str, parts))
-    return random.Random(int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
 
 
 def perceptual_hash(image: Image.Image) -> int:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data.images import grid
-from pipeline.data.shards import SPLITS, Shard, ShardFile, check_shard, read_samples, read_shard
-from pipeline.data.tokens import check_arrays
+from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard, read_samples, read_shard
+from pipeline.data.splits import SPLITS
+from pipeline.data.tokens import TokenIndex, TokenShard, check_arrays
 
 _CAPTIONS = 100_000  # read for the statistics of captions
-_SHEET = (12, 12)  # images a row, rows
+_SHEET_COLUMNS = _SHEET_ROWS = 12  # images of the contact sheet
+_USAGE_SHARDS = 16  # read for the statistics of codes
 
 
 def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[str]:
@@ -31,16 +34,24 @@ def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[
     if not found:
         raise UserError(f"{path}: expected a run, or its prepare or tokenize directory, found no index.json")
     for folder in found:
-        index = read_json(folder / "index.json")
-        if "image_size" in index:
+        index: object = read_json(folder / "index.json")
+        if _is_of_images(index):
             yield from _images(folder, index, sheet, verify)
-        elif "levels" in index:
+        elif _is_of_tokens(index):
             yield from _tokens(folder, index, verify)
         else:
             raise UserError(f"{folder / 'index.json'} is an index of neither image shards nor token arrays")
 
 
-def _images(folder: Path, index: dict[str, Any], sheet: Path | None, verify: bool) -> Iterator[str]:
+def _is_of_images(index: object) -> TypeGuard[PrepareIndex]:
+    return isinstance(index, dict) and "image_size" in index
+
+
+def _is_of_tokens(index: object) -> TypeGuard[TokenIndex]:
+    return isinstance(index, dict) and "levels" in index
+
+
+def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool) -> Iterator[str]:
     yield f"{folder}: images of {index['image_size']}x{index['image_size']}"
     for split in SPLITS:
         entry = index["splits"][split]
@@ -56,25 +67,22 @@ def _images(folder: Path, index: dict[str, Any], sheet: Path | None, verify: boo
     if verify:
         yield "  every shard is, byte for byte, as prepare wrote it"
     if sheet is not None:
-        columns, rows = _SHEET
-        images = [sample.image for sample in islice(_spread(folder, index), columns * rows)]
-        content = io.BytesIO()
-        grid(images, columns).save(content, "PNG")
-        write_atomic(sheet, content.getvalue())
+        images = [sample.image for sample in islice(_spread(folder, index), _SHEET_COLUMNS * _SHEET_ROWS)]
+        write_atomic(sheet, png_bytes(grid(images, _SHEET_COLUMNS)))
         yield f"  {len(images)} images: {sheet}"
 
 
 def _check_all(folder: Path, shards: list[Shard]) -> None:
     for shard in progress(shards, description="verify", unit="shard", shown=len(shards) > 1):
-        check_shard(folder / shard.name, shard)
+        check_shard(folder, shard)
         ShardFile(folder / shard.name, shard).read(shard.samples - 1)
 
 
-def _spread(folder: Path, index: dict[str, Any]) -> Iterator[Any]:
-    """Samples of a few shards from everywhere."""
+def _spread(folder: Path, index: PrepareIndex) -> Iterator[Sample]:
+    """The first samples of a few shards from everywhere."""
     shards = [Shard(**shard) for split in SPLITS for shard in index["splits"][split]["shards"]]
-    chosen = sorted(set(np.linspace(0, len(shards) - 1, min(len(shards), _SHEET[1])).astype(int).tolist()))
-    share = -(-_SHEET[0] * _SHEET[1] // len(chosen))
+    chosen = sorted(set(np.linspace(0, len(shards) - 1, min(len(shards), _SHEET_ROWS)).astype(int).tolist()))
+    share = -(-_SHEET_COLUMNS * _SHEET_ROWS // len(chosen))
     for number in chosen:
         yield from islice(read_shard(folder, shards[number]), share)
 
@@ -89,7 +97,7 @@ def _captions(folder: Path, split: str) -> str:
     )
 
 
-def _tokens(folder: Path, index: dict[str, Any], verify: bool) -> Iterator[str]:
+def _tokens(folder: Path, index: TokenIndex, verify: bool) -> Iterator[str]:
     grids = ", ".join(f"{v['height']}x{v['width']} of {v['codebook_size']:,}" for v in index["levels"])
     yield f"{folder}: codes {grids}; captions of {index['text_length']} tokens of {index['text_vocab_size']:,}"
     for split in SPLITS:
@@ -102,7 +110,7 @@ def _tokens(folder: Path, index: dict[str, Any], verify: bool) -> Iterator[str]:
             f"{crops} crop{'s' if crops != 1 else ''} each, {_size(size)}"
         )
         if entry["shards"]:
-            yield from _usage(folder, split, index, entry["shards"])
+            yield from _usage(folder, index, entry["shards"])
         if verify:
             for shard in progress(entry["shards"], description="verify", unit="shard", shown=len(names) > 20):
                 check_arrays(folder, shard)
@@ -110,9 +118,9 @@ def _tokens(folder: Path, index: dict[str, Any], verify: bool) -> Iterator[str]:
         yield "  every array is what its checksum says"
 
 
-def _usage(folder: Path, split: str, index: dict[str, Any], shards: list[dict[str, Any]]) -> Iterator[str]:
+def _usage(folder: Path, index: TokenIndex, shards: list[TokenShard]) -> Iterator[str]:
     """How much of each codebook, and of the caption's window, the first shards use."""
-    first = shards[:16]
+    first = shards[:_USAGE_SHARDS]
     for level, grid_of_level in enumerate(index["levels"]):
         used = np.unique(np.concatenate([np.unique(_array(folder / s["codes"][level])) for s in first]))
         yield f"        level {level}: {len(used):,} of {grid_of_level['codebook_size']:,} codes are used"
@@ -121,9 +129,10 @@ def _usage(folder: Path, split: str, index: dict[str, Any], shards: list[dict[st
     yield f"        captions: {lengths.min()} to {lengths.max()} tokens; {full:.1%} fill the window"
 
 
-def _array(path: Path) -> Any:
+def _array(path: Path) -> NDArray[np.uint16 | np.uint32]:
     try:
-        return np.load(path, mmap_mode="r")
+        array: NDArray[np.uint16 | np.uint32] = np.load(path, mmap_mode="r")
+        return array
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
 

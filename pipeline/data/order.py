@@ -1,16 +1,19 @@
-"""The order of samples: a pure function of (seed, epoch, position), with no state and next to no memory.
+"""The orders of samples: pure functions of (seed, position), with no state and next to no memory.
 
-`permute` is a bijection of range(n) that is computed, not stored: a Feistel network over the smallest power of four
-that holds n, walked until it falls below n again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains",
-section 3). `ShardOrder` makes of it an order that is kind to storage: see there.
+    ShardOrder([1000, 1000, 731], seed=0).locate(positions)     # images: (shard, row); stays close together on disk
+    GlobalOrder(2731, seed=0).locate(positions)                 # tokens: (sample, epoch); shuffled over the whole split
+
+Both count positions from the start of training, go through every sample once per epoch, and are built of `permute`: a
+bijection of range(n) that is computed, not stored. It is a Feistel network over the smallest power of four that holds
+n, walked until it falls below n again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.core.seeds import hash64
 
 Ints = NDArray[np.int64]
 
@@ -19,17 +22,12 @@ _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: its multiples are far apart
 _ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN
 
-# Of one epoch: shards in order, where each of them ends in the row, the key that permutes its samples.
-_Epoch = tuple[Ints, Ints, NDArray[np.uint64]]
-
-
-def key_of(*parts: object) -> int:
-    """64 bits that are a pure function of `parts`."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
+# The layout of one epoch: shards in order, where each of them ends in the row, the key that permutes its samples.
+_Layout = tuple[Ints, Ints, NDArray[np.uint64]]
 
 
 def permute(index: Ints, size: int | Ints, key: int | NDArray[np.uint64]) -> Ints:
-    """The image of each `index` under a pseudo-random bijection of range(size), chosen by `key`.
+    """Where a pseudo-random bijection of range(size), chosen by `key`, sends each `index`: int64 [n].
 
     Args:
         index: int64 [n], 0 <= index < size.
@@ -65,14 +63,33 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
+class GlobalOrder:
+    """The sample at a position, when any sample costs the same to reach (token arrays).
+
+    Each epoch permutes the whole split with a key of its own.
+    """
+
+    def __init__(self, samples: int, seed: int) -> None:
+        """`samples`: of the split."""
+        self.samples = samples
+        self.seed = seed
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """(sample, epoch), int64 [n] each, at positions counted from the start of training."""
+        epochs, within = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
+        keys = np.empty(len(within), np.uint64)
+        for epoch in np.unique(epochs).tolist():
+            keys[epochs == epoch] = hash64("tokens", self.seed, epoch)
+        return permute(within, self.samples, keys), epochs
+
+
 class ShardOrder:
-    """Which sample of which shard stands at a position, when reading should stay close together.
+    """The shard and the row in it at a position, when reading should stay close together (image shards).
 
     In each epoch the shards are permuted and laid end to end, the samples of each permuted within it. That row of N
     samples is cut into `streams` equal runs, the canonical streams (they differ by one sample at most, however
     uneven the shards are), and the epoch takes one sample of each stream in turn. So a batch mixes `streams` shards,
-    each stream has one shard open at a time, every sample comes once an epoch, and nothing of it depends on how
-    many ranks or workers read.
+    each stream has one shard open at a time, and nothing of the order depends on how many ranks or workers read.
     """
 
     def __init__(self, counts: list[int], seed: int, streams: int = CANONICAL_STREAMS) -> None:
@@ -81,10 +98,10 @@ class ShardOrder:
         self.samples = int(self.counts.sum())
         self.seed = seed
         self.streams = streams
-        self._latest: tuple[int, _Epoch] | None = None
+        self._latest: tuple[int, _Layout] | None = None
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
-        """(shard, row in the shard), int64 [n] each, of positions counted from the start of training."""
+        """(shard, row in the shard), int64 [n] each, at positions counted from the start of training."""
         epochs, within = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         shards, rows = np.empty_like(within), np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
@@ -93,23 +110,23 @@ class ShardOrder:
         return shards, rows
 
     def _locate_in_epoch(self, epoch: int, within: Ints) -> tuple[Ints, Ints]:
-        shards, ends, keys = self._lay_out(epoch)
+        shards, ends, keys = self._layout(epoch)
         turn, stream = np.divmod(within, self.streams)
         length, longer = divmod(self.samples, self.streams)
-        place = stream * length + np.minimum(stream, longer) + turn
-        slot = np.searchsorted(ends, place, side="right")
+        position = stream * length + np.minimum(stream, longer) + turn
+        slot = np.searchsorted(ends, position, side="right")
         shard = shards[slot]
-        offset = place - (ends[slot] - self.counts[shard])
+        offset = position - (ends[slot] - self.counts[shard])
         return shard, permute(offset, self.counts[shard], keys[slot])
 
-    def _lay_out(self, epoch: int) -> _Epoch:
+    def _layout(self, epoch: int) -> _Layout:
         latest = self._latest
         if latest is not None and latest[0] == epoch:
             return latest[1]
-        key = key_of("shards", self.seed, epoch)
+        key = hash64("shards", self.seed, epoch)
         slots = np.arange(len(self.counts))
         shards = permute(slots, len(self.counts), key)
-        row: _Epoch = (shards, np.cumsum(self.counts[shards]), _mix(np.uint64(key) ^ slots.astype(np.uint64)))
-        # One assignment: threads that read different epochs at once each keep a consistent row.
-        self._latest = (epoch, row)
-        return row
+        layout: _Layout = (shards, np.cumsum(self.counts[shards]), _mix(np.uint64(key) ^ slots.astype(np.uint64)))
+        # One assignment: threads that read different epochs at once each keep a consistent layout.
+        self._latest = (epoch, layout)
+        return layout

@@ -4,8 +4,8 @@
     for batch in sampler.batches(consumed=0, batch_size=64):
         batch["text"], batch["codes"]     # int64 [64 / ranks, T], [64 / ranks, N]
 
-The sample at global position p is `permute(p mod n)` with a key of (seed, epoch): computed, not stored. So a start at
-any position, at any number of ranks, with any number of samples, costs nothing and takes no memory.
+The order is `order.GlobalOrder`: computed, not stored. So a start at any position, at any number of ranks, with any
+number of samples, costs nothing and takes no memory.
 """
 
 from __future__ import annotations
@@ -16,27 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
-from pipeline.data.images import random_of
-from pipeline.data.order import key_of, permute
-from pipeline.data.stream import rank_share
+from pipeline.core.seeds import random_of
+from pipeline.data.order import GlobalOrder
 from pipeline.data.tokens import TokenArrays
 
 
-def shuffled(positions: NDArray[np.int64], samples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(sample number, epoch), int64 [n] each, at positions counted from the start of training."""
-    epochs, within = np.divmod(positions, samples)
-    keys = np.empty(len(positions), np.uint64)
-    for epoch in np.unique(epochs).tolist():
-        keys[epochs == epoch] = key_of("tokens", seed, epoch)
-    return permute(within, samples, keys), epochs
-
-
 class TokenSampler:
+    """Endless shuffled batches of text ids and codes of one split, this rank's share of each."""
+
     def __init__(
         self,
         tokenize_dir: Path,
@@ -53,6 +45,7 @@ class TokenSampler:
         (seed, epoch, sample) (BPE dropout); None: the stored ids.
         """
         self.arrays = TokenArrays(tokenize_dir, split)
+        self.order = GlobalOrder(len(self.arrays), seed)
         self.seed = seed
         self._encode_caption = encode_caption
         self.rank = distributed.rank() if rank is None else rank
@@ -85,12 +78,12 @@ class TokenSampler:
         Raises:
             UserError: the number of ranks does not divide `batch_size`.
         """
-        share = rank_share(batch_size, self.world_size)
+        share = samples_per_process(batch_size, self.world_size)
         return self._batches(consumed + self.rank * share, batch_size, share)
 
     def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
         while True:
-            samples, epochs = shuffled(np.arange(start, start + share), len(self), self.seed)
+            samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.
             text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops)
             if self._encode_caption is not None:

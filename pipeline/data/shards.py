@@ -1,7 +1,7 @@
 """Image shards: WebDataset tars of one size of image, with an index.
 
     prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
-    prepare/train/000000.tar       members KEY.json KEY.png KEY.txt (caption), a sample after the other
+    prepare/train/000000.tar       members KEY.json, KEY.png and KEY.txt (caption), one sample after the other
     prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
 
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
@@ -21,19 +21,53 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file
 from pipeline.core.errors import UserError
+from pipeline.core.manifest import first_fault
 
-SPLITS = ("train", "val")
 _BLOCK = 512  # tar pads every member to whole blocks
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
-_PLACE = struct.Struct("<3q")  # a row of .index.npy
+_INDEX_ROW = struct.Struct("<3q")  # first byte, bytes, CRC-32: a row of .index.npy
+
+
+class ShardEntry(TypedDict):
+    """An image shard in index.json; `Shard` is the same as an object."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class SplitIndex(TypedDict):
+    """A split in index.json."""
+
+    samples: int
+    bytes: int
+    shards: list[ShardEntry]
+
+
+class Rejected(TypedDict):
+    """How many samples were rejected, and how many for each reason."""
+
+    samples: int
+    reasons: dict[str, int]
+
+
+class PrepareIndex(TypedDict):
+    """index.json of `prepare`."""
+
+    image_size: int
+    splits: dict[str, SplitIndex]
+    rejected: Rejected
+    conversions: dict[str, int]
+    credit: str | None  # where the images come from, for pages that show them
 
 
 @dataclass(frozen=True)
@@ -62,7 +96,13 @@ class Shard:
 
     @property
     def stem(self) -> str:
+        """The name without its extension, which token arrays begin with, too."""
         return self.name.removesuffix(".tar")
+
+
+def index_path(tar: Path) -> Path:
+    """The `.index.npy` beside a tar."""
+    return tar.with_suffix(".index.npy")
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
@@ -70,18 +110,18 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
 
     The same samples give the same bytes: no times, no owners, fixed order of members.
     """
-    places: list[tuple[int, int, int]] = []
+    index: list[tuple[int, int, int]] = []
     with atomic_path(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
             for sample in samples:
                 _add(tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
                 begin = _add(tar, f"{sample.key}.png", sample.png)
-                places.append((begin, len(sample.png), zlib.crc32(sample.png)))
+                index.append((begin, len(sample.png), zlib.crc32(sample.png)))
                 _add(tar, f"{sample.key}.txt", sample.caption.encode())
         size, sha256 = temporary.stat().st_size, sha256_file(temporary)
-        with atomic_path(path.with_suffix(".index.npy")) as index, open(index, "wb") as file:
-            np.save(file, np.array(places, dtype=np.int64).reshape(-1, 3))
-    return len(places), size, sha256
+        with atomic_path(index_path(path)) as temporary_index, open(temporary_index, "wb") as file:
+            np.save(file, np.array(index, dtype=np.int64).reshape(-1, 3))
+    return len(index), size, sha256
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -101,7 +141,7 @@ class ShardFile:
         self.path = path
         try:
             self._file = io.FileIO(path)
-            self._index = io.FileIO(path.with_suffix(".index.npy"))
+            self._index = io.FileIO(index_path(path))
         except OSError as error:
             raise UserError(f"{path} is missing or damaged: {error}: run the stage prepare again") from error
         # Not by np.load: a resume opens as many shards as there are streams, and this is a tenth of the time.
@@ -109,43 +149,43 @@ class ShardFile:
         kind, length = _NPY_HEADER.unpack(header) if len(header) == _NPY_HEADER.size else (b"", 0)
         self._begin = _NPY_HEADER.size + length
         size, index_size = (os.fstat(file.fileno()).st_size for file in (self._file, self._index))
-        places = (index_size - self._begin) / _PLACE.size if kind == _NPY_1_0 else 0
-        if size != shard.bytes or places != shard.samples:
+        rows = (index_size - self._begin) / _INDEX_ROW.size if kind == _NPY_1_0 else 0
+        if size != shard.bytes or rows != shard.samples:
             raise UserError(
                 f"{path} is another file than prepare wrote: expected {shard.bytes} bytes and {shard.samples} samples, "
-                f"found {size} and {places:g}: run the stage prepare again"
+                f"found {size} and {rows:g}: run the stage prepare again"
             )
 
     def read(self, row: int) -> bytes:
         """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
-        place = os.pread(self._index.fileno(), _PLACE.size, self._begin + row * _PLACE.size)
-        begin, size, checksum = _PLACE.unpack(place)
+        entry = os.pread(self._index.fileno(), _INDEX_ROW.size, self._begin + row * _INDEX_ROW.size)
+        begin, size, checksum = _INDEX_ROW.unpack(entry)
         content = os.pread(self._file.fileno(), size, begin) if begin >= 0 and 0 <= size < 1 << 31 else b""
         if zlib.crc32(content) != checksum:
             raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")
         return content
 
 
-def check_shard(path: Path, shard: Shard) -> None:
+def check_shard(prepare_dir: Path, shard: Shard) -> None:
     """Raises UserError when the tar is not, byte for byte, the one that prepare wrote."""
-    found = sha256_file(path) if path.is_file() else "no file"
-    if found != shard.sha256:
+    fault = first_fault(prepare_dir, {shard.name: {"sha256": shard.sha256}})
+    if fault:
         raise UserError(
-            f"{path} is not the shard that prepare wrote: expected sha256 {shard.sha256[:12]}, found {found[:12]}: "
+            f"{fault.path} is not the shard that prepare wrote: expected {fault.expected}, found {fault.found}: "
             "run the stage prepare again"
         )
 
 
-def read_index(prepare_dir: Path) -> dict[str, Any]:
-    """index.json of a finished `prepare`. Raises UserError when there is none."""
+def read_index(prepare_dir: Path) -> PrepareIndex:
+    """The index.json of a finished `prepare`. Raises UserError when there is none."""
     path = Path(prepare_dir) / "index.json"
     if not path.is_file():
         raise UserError(f"expected image shards with an index at {path}, found none: run the stage prepare first")
-    index: dict[str, Any] = read_json(path)
+    index: PrepareIndex = read_json(path)
     return index
 
 
-def read_shards(prepare_dir: Path, split: str, index: dict[str, Any] | None = None) -> list[Shard]:
+def read_shards(prepare_dir: Path, split: str, index: PrepareIndex | None = None) -> list[Shard]:
     """The shards of a split in their fixed order. Raises UserError when the split holds no samples.
 
     `index`: what `read_index` returned, to save reading it again.
@@ -162,7 +202,7 @@ def read_shards(prepare_dir: Path, split: str, index: dict[str, Any] | None = No
 
 
 def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
-    """Samples of one shard in their fixed order. Raises UserError when the tar is damaged or incomplete."""
+    """The samples of one shard in their fixed order. Raises UserError when the tar is damaged or incomplete."""
     path = Path(prepare_dir) / shard.name
     count, reason = 0, ""
     try:

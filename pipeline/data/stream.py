@@ -91,7 +91,7 @@ class ImageStream:
         Raises:
             UserError: the number of ranks does not divide `batch_size`, or a shard is damaged.
         """
-        share = rank_share(batch_size, self.world_size)
+        share = samples_per_process(batch_size, self.world_size)
         return ahead(self._batches(consumed + self.rank * share, batch_size, share), _BATCHES_AHEAD)
 
     def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
@@ -148,8 +148,3 @@ class ImageStream:
                 entry = self.shards[shard]
                 self._files[shard] = ShardFile(self.directory / entry.name, entry)
             return self._files[shard]
-
-
-def rank_share(batch_size: int, world_size: int) -> int:
-    """Samples of a global batch for each rank. Raises UserError when they do not come out even."""
-    return samples_per_process(batch_size, world_size)

@@ -1,10 +1,10 @@
-"""Token arrays: what the transformer trains on, memory-mapped, a set of files for each image shard.
+"""Token arrays: what the transformer trains on, memory-mapped, one set of files for each image shard.
 
     tokenize/index.json                levels, text length, hashes of the tokenizers, checksums of every file
     tokenize/train/000000.codes.0.npy  [samples, crops, positions] of level 0 (coarsest), uint16 when they fit
     tokenize/train/000000.text.npy     [samples, text length]
-    tokenize/train/000000.keys.txt     a key a line
-    tokenize/train/000000.captions.txt a caption a line, for BPE dropout
+    tokenize/train/000000.keys.txt     one key per line
+    tokenize/train/000000.captions.txt one caption per line, for BPE dropout
 
 Records are tiny and of fixed length, so they lie in arrays and not in tars: any sample is an address, which makes an
 exact global shuffle, and a start at any sample at any number of ranks, one integer (see `sampler.py`).
@@ -19,14 +19,57 @@ import resource
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.core.atomic_io import read_json, sha256_file
+from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
+from pipeline.core.manifest import FileRecord, first_fault
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+Vocabulary = tuple[int, int, list[Level]]  # text length, text ids, levels
+
+
+class TokenShard(TypedDict):
+    """The arrays of an image shard in index.json; names are relative to the stage's directory."""
+
+    text: str
+    keys: str
+    captions: NotRequired[str]  # missing in arrays of early versions
+    codes: list[str]  # of each level
+    samples: int
+    crops: int
+    captions_cut: NotRequired[int]
+    sha256: dict[str, str]  # by name, of every file
+
+
+class TokenSplit(TypedDict):
+    """A split in index.json."""
+
+    samples: int
+    captions_cut: int  # captions longer than the text length
+    shards: list[TokenShard]
+
+
+class LevelEntry(TypedDict):
+    """A `Level` in index.json."""
+
+    height: int
+    width: int
+    codebook_size: int
+
+
+class TokenIndex(TypedDict):
+    """index.json of `tokenize`."""
+
+    levels: list[LevelEntry]
+    text_length: int
+    text_vocab_size: int
+    tokenizers: dict[str, str]  # name -> hash of its files
+    splits: dict[str, TokenSplit]
 
 
 def token_dtype(vocabulary: int) -> DTypeLike:
@@ -34,15 +77,19 @@ def token_dtype(vocabulary: int) -> DTypeLike:
     return np.uint16 if vocabulary <= 2**16 else np.uint32
 
 
-def check_arrays(directory: Path, shard: dict[str, Any]) -> None:
-    """Read every file of an entry of index.json. Raises UserError that names the first that is not as recorded."""
-    for name, sha256 in shard["sha256"].items():
-        found = sha256_file(directory / name) if (directory / name).is_file() else "no file"
-        if found != sha256:
-            raise UserError(
-                f"{directory / name} is damaged: expected sha256 {sha256[:12]}, found {found[:12]}: "
-                "remove it and run the stage tokenize again (its other shards stay)"
-            )
+def array_records(shard: TokenShard) -> dict[str, FileRecord]:
+    """What is recorded of each file of a shard, by name."""
+    return {name: {"sha256": sha256} for name, sha256 in shard["sha256"].items()}
+
+
+def check_arrays(directory: Path, shard: TokenShard) -> None:
+    """Read every file of a shard. Raises UserError that names the first that is not as recorded."""
+    fault = first_fault(directory, array_records(shard))
+    if fault:
+        raise UserError(
+            f"{fault.path} is damaged: expected {fault.expected}, found {fault.found}: "
+            "remove it and run the stage tokenize again (its other shards stay)"
+        )
 
 
 class TokenArrays:
@@ -61,15 +108,15 @@ class TokenArrays:
         path = self.directory / "index.json"
         if not path.is_file():
             raise UserError(f"expected token arrays with an index at {path}, found none: run the stage tokenize first")
-        index: dict[str, Any] = read_json(path)
+        index: TokenIndex = read_json(path)
         self.levels = [Level(**level) for level in index["levels"]]
-        self.text_length: int = index["text_length"]
-        self.text_vocab_size: int = index["text_vocab_size"]
-        self.tokenizers: dict[str, str] = index.get("tokenizers", {})
-        self.shards: list[dict[str, Any]] = index["splits"].get(split, {"shards": []})["shards"]
+        self.text_length = index["text_length"]
+        self.text_vocab_size = index["text_vocab_size"]
+        self.tokenizers = index.get("tokenizers", {})
+        self.shards = index["splits"][split]["shards"] if split in index["splits"] else []
         if not self.shards:
             raise UserError(f"{path}: the split '{split}' holds no samples: raise prepare.validation_fraction")
-        self.crops: int = self.shards[0]["crops"]
+        self.crops = self.shards[0]["crops"]
         self.counts = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
         # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms a sample.
@@ -77,8 +124,8 @@ class TokenArrays:
         self._mapped = lru_cache(maxsize=min(descriptors // 4, 16_384) // (1 + len(self.levels)))(self._map)
         self._lines = lru_cache(maxsize=min(descriptors // 4, 16_384))(self._map_lines)
 
-    def check_made_by(self, hashes: dict[str, str], vocabulary: tuple[Any, ...]) -> None:
-        """Raise UserError unless the arrays are these tokenizers' work and fit (text length, text ids, levels)."""
+    def check_made_by(self, hashes: dict[str, str], vocabulary: Vocabulary) -> None:
+        """Raises UserError unless the arrays are these tokenizers' work and of this vocabulary."""
         for name, expected in hashes.items():
             if (found := self.tokenizers.get(name)) != expected:
                 raise UserError(
@@ -100,7 +147,7 @@ class TokenArrays:
         self, samples: NDArray[np.int64], crops: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(text int64 [n, T], codes int64 [n, N]) of these samples and crops; N: all levels, coarse to fine."""
-        positions = [level.height * level.width for level in self.levels]
+        positions = [level.positions for level in self.levels]
         text = np.empty((len(samples), self.text_length), np.int64)
         codes = np.empty((len(samples), sum(positions)), np.int64)
         shards = self.shard_of(samples)
@@ -120,12 +167,12 @@ class TokenArrays:
         return np.searchsorted(self._ends, samples, side="right")
 
     def keys(self, shard: int) -> list[str]:
-        """Keys of the samples of a shard, in their order."""
-        path = self.directory / str(self.shards[shard]["keys"])
+        """The keys of a shard's samples, in their order."""
+        path = self.directory / self.shards[shard]["keys"]
         return path.read_text().splitlines()
 
     def captions(self, samples: NDArray[np.int64]) -> list[str]:
-        """Captions as they were, but for line breaks, which are spaces. Maps 4 bytes a sample of the shards it meets.
+        """The captions of these samples, with spaces for line breaks. Maps 4 bytes per sample of the shards it meets.
 
         Raises:
             UserError: the arrays were made by a version that kept none.
@@ -138,7 +185,7 @@ class TokenArrays:
             found.append(text[ends[row - 1] + 1 if row else 0 : ends[row]].decode())
         return found
 
-    def _map_lines(self, shard: int) -> tuple[bytes | mmap.mmap, NDArray[Any]]:
+    def _map_lines(self, shard: int) -> tuple[mmap.mmap, NDArray[np.uint32]]:
         """All captions of a shard, and where each ends."""
         entry = self.shards[shard]
         if "captions" not in entry:
@@ -160,25 +207,32 @@ class TokenArrays:
         return text, ends
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
-        """Read every file of these shards (None: of all) and compare its checksum. Raises UserError: check_arrays."""
+        """Read every file of these shards (None: of all) and compare its checksum.
+
+        Raises:
+            UserError: a file is not as recorded; it names the first.
+        """
         for shard in range(len(self.shards)) if shards is None else shards:
             check_arrays(self.directory, self.shards[shard])
 
-    def _map(self, shard: int) -> list[NDArray[Any]]:
-        """Text ids, then the codes of each level."""
+    def _map(self, shard: int) -> list[Tokens]:
+        """The text ids of a shard, then the codes of each level."""
         entry = self.shards[shard]
         samples, crops = entry["samples"], entry["crops"]
         found = [_mapped(self.directory / entry["text"], (samples, self.text_length), self.text_vocab_size)]
         for name, level in zip(entry["codes"], self.levels, strict=True):
-            shape = (samples, crops, level.height * level.width)
+            shape = (samples, crops, level.positions)
             found.append(_mapped(self.directory / name, shape, level.codebook_size))
         return found
 
 
-def _mapped(path: Path, shape: tuple[int, ...], vocabulary: int) -> NDArray[Any]:
-    """As np.load(path, mmap_mode="r") in a fifth of the time, which the first batches of many shards feel.
+def _mapped(path: Path, shape: tuple[int, ...], vocabulary: int) -> Tokens:
+    """The array of a .npy file, as np.load(path, mmap_mode="r") gives it, but in a fifth of the time.
 
-    Raises UserError when the file is missing, cut, or holds something else.
+    The first batches of many shards feel that.
+
+    Raises:
+        UserError: the file is missing, cut, or holds something else.
     """
     dtype = np.dtype(token_dtype(vocabulary))
     expected = f"'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}"

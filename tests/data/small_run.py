@@ -15,7 +15,7 @@ from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenize_shards import Encoders, all_shards, hash_of_files, join, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from tests.data.sample_images import folder_config, write_folder
@@ -44,11 +44,15 @@ def make_small_run(
     text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))
     text_tokenizer.save_pretrained(directory / "text-tokenizer")
     if config is not None:
-        encoders = load_encoders(directory)
-        shards = all_shards(directory / "prepare")
-        list(tokenize_shards(directory / "tokenize", directory / "prepare", shards, encoders, config, 0))
-        join(directory / "tokenize", directory / "prepare", encoders, config, 0)
+        job = tokenize_job(directory, directory / "tokenize", config)
+        list(tokenize_shards(job, all_shards(job.prepare_dir)))
+        join(job)
     return directory
+
+
+def tokenize_job(directory: Path, out: Path, config: TokenizeConfig) -> TokenizeJob:
+    """The run's shards to token arrays in `out`."""
+    return TokenizeJob(out, directory / "prepare", load_encoders(directory), config, seed=0)
 
 
 def load_encoders(directory: Path) -> Encoders:
@@ -60,19 +64,15 @@ def load_encoders(directory: Path) -> Encoders:
         levels=images.levels,
         text_length=text.text_length,
         text_vocab_size=text.vocab_size,
-        hashes={
-            "image-tokenizer": hash_of_files(image_dir, ["config.json", "model.safetensors"]),
-            "text-tokenizer": hash_of_files(text_dir, ["config.json", "tokenizer.json"]),
-        },
+        hashes=tokenizer_hashes(image_dir, text_dir),
     )
 
 
 def run_task(directory: Path, out: Path, task: int, tasks: int, crops: int) -> None:
     """The share of one array task, written to `out`."""
     torch.set_num_threads(1)
-    encoders, config = load_encoders(directory), TokenizeConfig(crops=crops, batch_size=8)
-    mine = all_shards(directory / "prepare")[task::tasks]
-    for _ in tokenize_shards(out, directory / "prepare", mine, encoders, config, 0):
+    job = tokenize_job(directory, out, TokenizeConfig(crops=crops, batch_size=8))
+    for _ in tokenize_shards(job, all_shards(job.prepare_dir)[task::tasks]):
         print("done", flush=True)
 
 

@@ -38,7 +38,7 @@ def test_inspect_tells_counts_captions_and_checksums_of_a_run_and_draws_a_sheet(
     output = _smalti("inspect", run, "-o", tmp_path / "sheet.png")
     arrays = TokenArrays(run / "tokenize", "train")
     assert f"{len(arrays):>12,} samples in 3 shards" in output
-    assert "captions: 16 to 17 characters, median 17" in output
+    assert "captions: 14 to 15 characters, median 15" in output
     assert "every shard is, byte for byte, as prepare wrote it" in output
     assert "codes 8x8 of 32" in output
     assert "2 crops each" in output

@@ -16,11 +16,11 @@ import pytest
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
-from pipeline.data.tokenize_shards import all_shards, join, tokenize_shards
+from pipeline.data.tokenize_shards import TokenizeJob, all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from tests.conftest import STAGE_NAMES, TINY
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
-from tests.data.small_run import load_encoders, make_small_run
+from tests.data.small_run import make_small_run, tokenize_job
 from tests.launch import command, environment, launch
 
 PREPARE = """
@@ -131,12 +131,15 @@ def _task(run: Path, out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
 
 
 def _finish(run: Path, out: Path) -> int:
-    """As the stage does: what is missing, then the join. Returns how many shards were missing."""
-    encoders, config = load_encoders(run), TokenizeConfig(crops=4, batch_size=8)
-    shards = all_shards(run / "prepare")
-    made = list(tokenize_shards(out, run / "prepare", shards, encoders, config, 0))
-    join(out, run / "prepare", encoders, config, 0)
+    """What the stage does: what is missing, then the join. Returns how many shards were missing."""
+    job = _job(run, out)
+    made = list(tokenize_shards(job, all_shards(job.prepare_dir)))
+    join(job)
     return sum(made)
+
+
+def _job(run: Path, out: Path) -> TokenizeJob:
+    return tokenize_job(run, out, TokenizeConfig(crops=4, batch_size=8))
 
 
 def _without_leftovers(out: Path) -> dict[str, bytes]:
@@ -256,6 +259,6 @@ def test_one_flipped_byte_in_an_array_is_found_by_its_checksum_and_only_that_sha
     with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy is damaged"):
         TokenArrays(out, "train").verify()
     with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy is damaged"):
-        join(out, own_run / "prepare", load_encoders(own_run), TokenizeConfig(crops=4, batch_size=8), 0)
+        join(_job(own_run, out))
     assert _finish(own_run, out) == 1
     assert tree_bytes(out) == before

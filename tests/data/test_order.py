@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.order import ShardOrder, permute
+from pipeline.data.order import GlobalOrder, ShardOrder, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 64, 65, 255, 1_000, 4_096, 4_097])
@@ -22,14 +22,14 @@ def test_permutations_of_many_sizes_and_keys_at_once_equal_those_of_each_alone()
     assert (together < sizes).all()
 
 
-def test_permutation_moves_every_sample_to_every_place_about_equally_often() -> None:
+def test_permutation_moves_every_sample_to_every_position_about_equally_often() -> None:
     size, keys = 10, 4_000
     index = np.tile(np.arange(size), keys)
-    places = permute(index, size, np.repeat(np.arange(keys, dtype=np.uint64), size))
-    where = np.zeros((size, size))
-    np.add.at(where, (index, places), 1)
+    positions = permute(index, size, np.repeat(np.arange(keys, dtype=np.uint64), size))
+    counts = np.zeros((size, size))
+    np.add.at(counts, (index, positions), 1)
     expected = keys / size
-    chi_squared = ((where - expected) ** 2 / expected).sum()
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
     # (size - 1)^2 = 81 degrees of freedom; 140 is beyond the 99.99th percentile.
     assert chi_squared < 140
 
@@ -48,6 +48,9 @@ def test_order_is_pinned() -> None:
         (1, 1),
         (1, 2),
     ]
+    samples, epochs = GlobalOrder(5, seed=0).locate(np.arange(12))
+    assert samples.tolist() == [0, 4, 1, 2, 3, 4, 3, 1, 0, 2, 0, 3]
+    assert epochs.tolist() == [0] * 5 + [1] * 5 + [2] * 2
 
 
 @pytest.mark.parametrize("counts", [[1], [3, 1, 1], [100, 1, 57, 23], [7] * 40, [64], [200]])

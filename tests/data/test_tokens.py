@@ -7,6 +7,7 @@ import random
 import resource
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import torch
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
+from pipeline.data.order import GlobalOrder
 from pipeline.data.prepare import prepare
-from pipeline.data.sampler import TokenSampler, shuffled
+from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenize_shards import Encoders, all_shards, join, tokenize_shards
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
 
@@ -50,8 +52,9 @@ ENCODERS = Encoders(
 
 
 def _tokenize(prepared: Path, out: Path, config: TokenizeConfig, encoders: Encoders = ENCODERS) -> list[bool]:
-    made = list(tokenize_shards(out, prepared, all_shards(prepared), encoders, config, 0))
-    join(out, prepared, encoders, config, 0)
+    job = TokenizeJob(out, prepared, encoders, config, seed=0)
+    made = list(tokenize_shards(job, all_shards(prepared)))
+    join(job)
     return made
 
 
@@ -114,14 +117,14 @@ def test_finished_shards_are_never_computed_twice_and_damaged_ones_are(prepared:
 
 def test_another_tokenizer_makes_all_shards_again(prepared: Path, tmp_path: Path) -> None:
     _tokenize(prepared, tmp_path, TokenizeConfig())
-    other = Encoders(**{**ENCODERS.__dict__, "hashes": {"image-tokenizer": "c", "text-tokenizer": "b"}})
+    other = replace(ENCODERS, hashes={"image-tokenizer": "c", "text-tokenizer": "b"})
     with pytest.raises(UserError, match=r"expected the tokens of train/000000\.tar"):
-        join(tmp_path, prepared, other, TokenizeConfig(), 0)
+        join(TokenizeJob(tmp_path, prepared, other, TokenizeConfig(), seed=0))
     assert all(_tokenize(prepared, tmp_path, TokenizeConfig(), other))
 
 
 def test_a_code_out_of_range_is_an_error(prepared: Path, tmp_path: Path) -> None:
-    small = Encoders(**{**ENCODERS.__dict__, "levels": [Level(2, 2, 4), Level(4, 4, 70_000)]})
+    small = replace(ENCODERS, levels=[Level(2, 2, 4), Level(4, 4, 70_000)])
     with pytest.raises(UserError, match=r"expected codes in \[0, 4\)"):
         _tokenize(prepared, tmp_path, TokenizeConfig(), small)
 
@@ -169,7 +172,7 @@ def test_sampler_resumes_at_any_sample(tokenized: Path) -> None:
 def test_a_billion_samples_start_anywhere_at_once() -> None:
     started = time.perf_counter()
     for consumed in (0, 10**9 - 32, 10**12):
-        samples, _ = shuffled(np.arange(consumed, consumed + 64), 10**9, seed=0)
+        samples, _ = GlobalOrder(10**9, seed=0).locate(np.arange(consumed, consumed + 64))
         assert len(np.unique(samples)) == 64
     assert time.perf_counter() - started < 1
 
@@ -238,7 +241,7 @@ def test_captions_encoded_in_training_depend_on_epoch_and_sample_and_on_nothing_
 
 
 def test_captions_are_kept_and_cut_ones_counted(prepared: Path, tmp_path: Path) -> None:
-    encoders = Encoders(**{**ENCODERS.__dict__, "count_text": lambda captions: [4 for _ in captions]})
+    encoders = replace(ENCODERS, count_text=lambda captions: [4 for _ in captions])
     _tokenize(prepared, tmp_path, TokenizeConfig(), encoders)
     arrays = TokenArrays(tmp_path, "train")
     assert arrays.captions(np.arange(len(arrays))) == [sample.caption for sample in read_samples(prepared, "train")]

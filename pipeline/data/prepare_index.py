@@ -1,0 +1,103 @@
+"""The records of all parts -> rejected.jsonl, contact-sheet.png and index.json, which is written last."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config.prepare import PrepareConfig
+from pipeline.core.atomic_io import atomic_path, write_atomic, write_json
+from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes
+from pipeline.data import png
+from pipeline.data.images import grid
+from pipeline.data.order import ShardOrder
+from pipeline.data.prepare_part import PartTask, opened_source
+from pipeline.data.shards import PrepareIndex, Rejected, Shard, ShardFile, SplitIndex, index_path
+from pipeline.data.splits import SPLITS
+
+_SHEET_SIDE = 12  # images in each row and column of the contact sheet
+
+
+def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]) -> PrepareIndex:
+    """Put the records of all parts together; what else lies there, of an earlier config or source, is removed.
+
+    Raises:
+        UserError: more samples than allowed were rejected, or no training sample is left.
+    """
+    splits: dict[str, SplitIndex] = {split: {"samples": 0, "bytes": 0, "shards": []} for split in SPLITS}
+    conversions: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    with atomic_path(directory / "rejected.jsonl") as temporary, open(temporary, "w") as file:
+        for task in tasks:
+            record = task.record()
+            for split, shard in record["shards"].items():
+                splits[split]["shards"].append(shard)
+                splits[split]["samples"] += shard["samples"]
+                splits[split]["bytes"] += shard["bytes"]
+            conversions.update(record["conversions"])
+            for entry in record["rejected"] + record["left_out"]:
+                reason = _current_name(entry["reason"])
+                reasons[reason] += 1
+                file.write(json.dumps(entry | {"reason": reason}) + "\n")
+    rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
+    _check_rejected(directory, config, splits["train"]["samples"] + splits["val"]["samples"], rejected)
+    _remove_others(directory, splits, tasks)
+    if splits["train"]["samples"] == 0:
+        raise UserError(f"prepare: expected training samples, found none; {directory / 'rejected.jsonl'} says why")
+    _write_contact_sheet(directory, [Shard(**shard) for shard in splits["train"]["shards"]])
+    index: PrepareIndex = {
+        "image_size": config.image_size,
+        "splits": splits,
+        "rejected": rejected,
+        "conversions": dict(sorted(conversions.items())),
+        "credit": opened_source(config.source, config.image_size).credit,
+    }
+    write_json(directory / "index.json", index)
+    return index
+
+
+def _current_name(reason: str) -> str:
+    """The reason in today's words: parts that an earlier version made say "not a picture"."""
+    return reason.replace("a picture", "an image").replace("picture", "image")
+
+
+def _check_rejected(directory: Path, config: PrepareConfig, kept: int, rejected: Rejected) -> None:
+    count = rejected["samples"]
+    if count > config.max_rejected_fraction * (kept + count):
+        counted = ", ".join(f"{number} {reason}" for reason, number in rejected["reasons"].items())
+        raise UserError(
+            f"prepare: {count} of {kept + count} samples rejected ({counted}), at most "
+            f"{config.max_rejected_fraction:.0%} allowed: see {directory / 'rejected.jsonl'}, mend the source or raise "
+            "prepare.max_rejected_fraction"
+        )
+
+
+def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequence[PartTask]) -> None:
+    """Remove shards and records that are no part of the result."""
+    wanted = {path for task in tasks for path in (task.record_path, task.hashes_path)}
+    for split in SPLITS:
+        for shard in splits[split]["shards"]:
+            path = directory / shard["name"]
+            wanted |= {path, index_path(path)}
+    for folder in ("parts", *SPLITS):
+        for path in sorted((directory / folder).glob("*")):
+            if path not in wanted:
+                path.unlink()
+
+
+def _write_contact_sheet(directory: Path, shards: Sequence[Shard]) -> None:
+    """Training images from everywhere in the source, for a look."""
+    order = ShardOrder([shard.samples for shard in shards], seed=0)
+    located = zip(*order.locate(np.arange(min(_SHEET_SIDE**2, order.samples))), strict=True)
+    images = [_image(directory, shards[shard], row) for shard, row in located]
+    write_atomic(directory / "contact-sheet.png", png_bytes(grid(images, _SHEET_SIDE)))
+
+
+def _image(directory: Path, shard: Shard, row: int) -> Image.Image:
+    return Image.fromarray(png.decode(ShardFile(directory / shard.name, shard).read(row)).transpose(1, 2, 0))

@@ -1,0 +1,249 @@
+"""One part of a source -> at most one image shard of each split, and the record that vouches for them.
+
+The record, `parts/000000.json`, is written last and says what became of every sample. A part whose record belongs to
+today's config and source, and whose files are as recorded, is finished and not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from pipeline.config.base import digest, identity
+from pipeline.config.prepare import PrepareConfig
+from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
+from pipeline.core.manifest import FileRecord, first_fault
+from pipeline.core.seeds import hash64, random_of
+from pipeline.data import png
+from pipeline.data.images import BadSample, decode, perceptual_hash, square
+from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard, write_shard
+from pipeline.data.sources import open_source
+from pipeline.data.sources.base import Part, Record, Unreadable
+from pipeline.data.splits import SPLITS, split_of
+
+_FORMAT = 2  # of the shards and records: parts of another format are made again
+_EARLIER = {  # reasons to leave a sample out that only the other samples tell
+    "duplicate key": "an earlier sample has the same key",
+    "near-duplicate": "an earlier image looks the same (filters.near_duplicate_bits)",
+}
+
+# A worker process opens the source once, not once per part.
+opened_source = lru_cache(maxsize=1)(open_source)
+
+
+class Rejection(TypedDict):
+    """A line of rejected.jsonl."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+class HashFile(TypedDict):
+    """What is recorded of a part's file of hashes."""
+
+    samples: int
+    sha256: str
+
+
+class PartRecord(TypedDict):
+    """What became of a part."""
+
+    fingerprint: str
+    without: dict[str, str]  # hash of a key (hexadecimal) -> reason: samples that were left out
+    hashes: HashFile
+    conversions: dict[str, int]
+    rejected: list[Rejection]
+    shards: dict[str, ShardEntry]  # by split
+    indexes: dict[str, str]  # split -> SHA-256 of the shard's .index.npy
+    left_out: list[Rejection]
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """What a worker needs to make the shards of a part."""
+
+    directory: Path
+    config: PrepareConfig
+    seed: int
+    part: Part
+    # Hash of a key (hexadecimal) -> why that sample is left out; None: not known yet, whatever is there will do.
+    without: dict[str, str] | None = None
+
+    @property
+    def record_path(self) -> Path:
+        """The file of the part's `PartRecord`."""
+        return self.directory / "parts" / f"{self.part.number:06d}.json"
+
+    @property
+    def hashes_path(self) -> Path:
+        """uint64 [samples, 2] in the part's own order: of the key, of the image; also of samples left out."""
+        return self.directory / "parts" / f"{self.part.number:06d}.hashes.npy"
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of all that decides the part's files, but for `without`."""
+        return digest([_FORMAT, self.part.fingerprint, identity(self.config), self.seed])
+
+    def record(self) -> PartRecord:
+        """The record of a part that was made."""
+        record: PartRecord = read_json(self.record_path)
+        return record
+
+
+def make_part(task: PartTask) -> int:
+    """Make the shards of one part and its record, unless they are there. Returns how many samples the part holds."""
+    record = _finished_record(task)
+    if record is None:
+        return _make_from_source(task, task.without or {})
+    if task.without is not None and task.without != record["without"]:
+        if not record["without"].items() <= task.without.items():  # a sample that was left out is wanted again
+            return _make_from_source(task, task.without)
+        _leave_out(task, record, task.without)
+    return record["hashes"]["samples"]
+
+
+def safe_key(key: str) -> str:
+    """`key` as a member name of a tar that any WebDataset reader takes for one key: no folders, no dots."""
+    printable = "".join(c if c.isprintable() and not 0xD800 <= ord(c) < 0xE000 else f"%{ord(c):02X}" for c in key)
+    escaped = printable.replace("/", "%2F").replace(".", "%2E")
+    # Readers skip members that begin with two underscores.
+    return "%5F" + escaped[1:] if escaped.startswith("_") else escaped
+
+
+def _finished_record(task: PartTask) -> PartRecord | None:
+    """The record of the part if it is of today's config and source, and its files are as it says; else None."""
+    if not task.record_path.is_file():
+        return None
+    record = task.record()
+    if record["fingerprint"] != task.fingerprint:
+        return None
+    files: dict[str, FileRecord] = {f"parts/{task.hashes_path.name}": {"sha256": record["hashes"]["sha256"]}}
+    for split, entry in record["shards"].items():
+        files[entry["name"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+        files[index_path(Path(entry["name"])).as_posix()] = {"sha256": record["indexes"][split]}
+    return record if first_fault(task.directory, files) is None else None
+
+
+def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
+    kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    rejected: list[Rejection] = []
+    left_out: list[Rejection] = []
+    conversions: Counter[str] = Counter()
+    hashes: dict[int, int] = {}  # of keys -> of images
+    for record in opened_source(task.config.source, task.config.image_size).records(task.part):
+        try:
+            made = _sample(record, task)
+            key_hash = hash64("key", made.sample.key)
+            if key_hash in hashes:
+                raise BadSample("duplicate key", _EARLIER["duplicate key"])
+        except BadSample as bad:
+            rejected.append({"key": record.key, "reason": bad.reason, "detail": bad.detail})
+            continue
+        hashes[key_hash] = made.image_hash
+        if reason := without.get(f"{key_hash:016x}"):
+            left_out.append(_left_out(made.sample, reason))
+            continue
+        conversions.update(made.conversions)
+        kept[made.split].append(made.sample)
+    with atomic_path(task.hashes_path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.array([*hashes.items()], dtype=np.uint64).reshape(-1, 2))
+    part_record: PartRecord = {
+        "fingerprint": task.fingerprint,
+        "without": without,
+        "hashes": {"samples": len(hashes), "sha256": sha256_file(task.hashes_path)},
+        "conversions": dict(sorted(conversions.items())),
+        "rejected": rejected,
+        "shards": {},
+        "indexes": {},
+        "left_out": left_out,
+    }
+    _write(task, kept, part_record)
+    return len(hashes)
+
+
+def _leave_out(task: PartTask, record: PartRecord, without: dict[str, str]) -> None:
+    """Write the shards of a finished part again without some of their samples."""
+    kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    left_out = list(record["left_out"])
+    for split, entry in record["shards"].items():
+        for sample in read_shard(task.directory, Shard(**entry)):
+            if reason := without.get(f"{hash64('key', sample.key):016x}"):
+                left_out.append(_left_out(sample, reason))
+            else:
+                kept[split].append(sample)
+    _write(task, kept, {**record, "without": without, "left_out": left_out})
+
+
+def _write(task: PartTask, kept: dict[str, list[Sample]], record: PartRecord) -> None:
+    """Write the shards, and then `record` with what they are."""
+    shards: dict[str, ShardEntry] = {}
+    indexes: dict[str, str] = {}
+    for split, samples in kept.items():
+        path = task.directory / split / f"{task.part.number:06d}.tar"
+        if samples:
+            count, size, sha256 = write_shard(path, samples)
+            shards[split] = {"name": f"{split}/{path.name}", "samples": count, "bytes": size, "sha256": sha256}
+            indexes[split] = sha256_file(index_path(path))
+    left_out = sorted(record["left_out"], key=lambda entry: entry["key"])
+    write_json(task.record_path, {**record, "shards": shards, "indexes": indexes, "left_out": left_out})
+
+
+def _left_out(sample: Sample, reason: str) -> Rejection:
+    return {"key": sample.key, "reason": reason, "detail": _EARLIER[reason]}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A sample that is good enough to keep."""
+
+    sample: Sample
+    split: str
+    conversions: tuple[str, ...]  # what was changed to make it an RGB image
+    image_hash: int  # 0: nobody asked for it
+
+
+def _sample(record: Record | Unreadable, task: PartTask) -> _Made:
+    """Decode, check, crop and resize. Raises BadSample."""
+    if isinstance(record, Unreadable):
+        raise BadSample(record.reason, record.detail)
+    config = task.config
+    caption = _caption(record.caption, config)
+    decoded = decode(record.image, record.extension, config.filters)
+    where = (0.5, 0.5)
+    if config.crop == "random":
+        rng = random_of("crop", task.seed, record.key)
+        where = (rng.random(), rng.random())
+    image = square(decoded.image, config.image_size, where)
+    try:
+        json.dumps(record.meta)
+    except (TypeError, ValueError) as error:
+        raise BadSample("metadata is not JSON", str(error)) from error
+    sample = Sample(safe_key(record.key), png.encode(image), caption, record.meta)
+    split = split_of(sample.key, record.group, config.validation_fraction)
+    image_hash = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
+    return _Made(sample, split, decoded.conversions, image_hash)
+
+
+def _caption(raw: bytes | str | None, config: PrepareConfig) -> str:
+    """The caption as text, with single spaces. Raises BadSample."""
+    if raw is None:
+        raise BadSample("missing caption")
+    try:
+        # Surrogates stand for bytes that were not UTF-8 in a table.
+        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw.encode().decode()
+    except UnicodeError as error:
+        raise BadSample("caption is not UTF-8", str(error)) from error
+    text = " ".join(text.split())
+    if not text:
+        raise BadSample("empty caption")
+    shortest, longest = config.filters.min_caption_length, config.filters.max_caption_length
+    if not shortest <= len(text) <= longest:
+        raise BadSample("caption length", f"{len(text)} characters, expected {shortest} to {longest}")
+    return text
