@@ -14,11 +14,12 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from pipeline.config.renamed import with_current_names
 from pipeline.core.errors import UserError
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Config(BaseModel):
-    """Base of every config class: frozen, and an unknown key is an error."""
+    """The base of every config class: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,9 +49,9 @@ def is_operational(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("operational"))
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, object]:
     """The part of a config that decides a stage's result: everything but operational fields."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
         if is_operational(field):
             continue
@@ -59,13 +60,13 @@ def identity(config: Config) -> dict[str, Any]:
     return kept
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 of a JSON-able value in its canonical form (sorted keys, no spaces)."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> object:
     if isinstance(value, Config):
         return identity(value)
     if isinstance(value, dict):
@@ -75,22 +76,22 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
     """Nested dicts and lists as one level of dotted keys, e.g. `{"transformer.layers": 8}`."""
     if isinstance(value, dict):
-        items: Iterable[tuple[Any, Any]] = value.items()
+        items: Iterable[tuple[object, object]] = value.items()
     elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         items = enumerate(value)
     else:
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, item in items:
         flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """What changed between two nested configs, a line a key: `layers: 4 -> 8`."""
+def differences(old: object, new: object) -> list[str]:
+    """What changed between two nested configs, a line per key: `layers: 4 -> 8`."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
@@ -119,7 +120,7 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
     return parse_config(cls, values, where=str(path))
 
 
-def parse_config(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> ConfigT:
     """Validate plain values against `cls`; `where` names their origin in errors."""
     renamed: dict[str, str] = {}
     values = with_current_names(values, renamed)
@@ -135,7 +136,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, object], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -146,17 +147,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': the value is not valid YAML") from error
     if isinstance(value, str):
         value = _number(value)
-    node: Any = values
+    node: object = values
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):
             node = node[_list_index(node, key, override)]
-        else:
+        elif isinstance(node, dict):
             node = node.setdefault(key, {})
         if not isinstance(node, (dict, list)):
             raise UserError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a section")
     if isinstance(node, list):
         node[_list_index(node, keys[-1], override)] = value
-    else:
+    elif isinstance(node, dict):
         node[keys[-1]] = value
 
 
@@ -168,13 +169,13 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _list_index(items: list[Any], key: str, override: str) -> int:
+def _list_index(items: Sequence[object], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
         raise UserError(f"override '{override}': expected an index below {len(items)}, found '{key}'")
     return int(key)
 
 
-def _explain(cls: type[Config], error: Any) -> str:
+def _explain(cls: type[Config], error: ErrorDetails) -> str:
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
@@ -194,18 +195,19 @@ def _explain(cls: type[Config], error: Any) -> str:
 
 def _keys_beside(cls: type[Config], location: list[str]) -> set[str]:
     """Names that are known where the last part of `location` was found."""
-    candidates: list[Any] = [cls]
+    candidates = [cls]
     for part in location[:-1]:
-        following: list[Any] = []
+        following: list[type[Config]] = []
         for candidate in candidates:
             if part in candidate.model_fields:
-                following += _config_classes(candidate.model_fields[part].annotation)
+                following += nested_classes(candidate.model_fields[part].annotation)
         # Discriminated unions put the tag into the location; it names no field.
         candidates = following or candidates
     return {name for candidate in candidates for name in candidate.model_fields}
 
 
-def _config_classes(annotation: Any) -> list[Any]:
+def nested_classes(annotation: object) -> list[type[Config]]:
+    """The config classes that a type mentions: `A | B | None` gives A and B."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
-    return [found for arg in getattr(annotation, "__args__", ()) for found in _config_classes(arg)]
+    return [found for argument in get_args(annotation) for found in nested_classes(argument)]

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import annotated_types
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.config.base import Config, is_operational
+from pipeline.config.base import Config, is_operational, nested_classes
 
 _BOUNDS: dict[type, tuple[str, str]] = {  # constraint -> its symbol and attribute
     annotated_types.Ge: ("≥", "ge"),
@@ -107,14 +107,7 @@ def _first_paragraph(cls: type[Config]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def nested_classes(annotation: Any) -> list[type[Config]]:
-    """The config classes that a type mentions: `A | B | None` gives A and B."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in nested_classes(argument)]
-
-
-def _type(annotation: Any, metadata: list[Any], sections: dict[type[Config], Section]) -> str:
+def _type(annotation: object, metadata: Sequence[object], sections: dict[type[Config], Section]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0], [*_flat(arguments[1:]), *metadata], sections)
@@ -131,19 +124,19 @@ def _type(annotation: Any, metadata: list[Any], sections: dict[type[Config], Sec
         return f"list of {several}{items[0]}"
     if origin is dict:
         return f"{_type(arguments[1], [], sections)}, by name"
-    if annotation in sections:
+    if isinstance(annotation, type) and annotation in sections:
         section = sections[annotation]
         return f"[{section.heading}](#{section.anchor})"
-    plain = {bool: "true or false", str: "text", Path: "path", int: "integer", float: "number"}
+    plain: dict[object, str] = {bool: "true or false", str: "text", Path: "path", int: "integer", float: "number"}
     return plain.get(annotation, str(annotation)) + bounds
 
 
-def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
+def _flat(metadata: Sequence[object]) -> Iterator[object]:
     for entry in metadata:
         yield from entry.metadata if isinstance(entry, FieldInfo) else [entry]
 
 
-def _bounds(metadata: list[Any]) -> Iterator[str]:
+def _bounds(metadata: Sequence[object]) -> Iterator[str]:
     for constraint in metadata:
         if type(constraint) in _BOUNDS:
             symbol, attribute = _BOUNDS[type(constraint)]
@@ -160,7 +153,7 @@ def _default(info: FieldInfo) -> str:
     return f"`{_yaml(_plain(info.default))}`"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A default as plain values; of a section only what differs from the section's own defaults."""
     if isinstance(value, Config):
         own = {name: info.default for name, info in type(value).model_fields.items()}
@@ -171,6 +164,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=1000, sort_keys=False, allow_unicode=True)
     return text.removesuffix("...\n").strip()

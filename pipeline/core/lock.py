@@ -160,7 +160,7 @@ def _is_gone(owner: dict[str, Any], path: Path) -> bool:
             # A process id may have been given to another process since; a zombie only waits to be buried.
             started: float = owner["started"]
             reused = abs(process.create_time() - started) > 1.0
-            return reused or process.status() == psutil.STATUS_ZOMBIE
+            return reused or bool(process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
     # Slurm runs one life of a job at a time, but a node that it has lost sight of may go on for a while.

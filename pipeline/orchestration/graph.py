@@ -8,7 +8,6 @@ code `stages/my_stage.py`. Imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.base import identity
 from pipeline.config.pipeline import PipelineConfig
@@ -65,7 +64,7 @@ def inputs_of(config: PipelineConfig, stage: Stage) -> tuple[str, ...]:
     return tuple(name for name in stage.inputs if name in names)
 
 
-def stage_identity(config: PipelineConfig, stage: str) -> dict[str, Any]:
+def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:
     """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
     section = stage_named(stage).section
     return {"seed": config.seed, section: identity(config.section(section))}

@@ -15,18 +15,29 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from pipeline.config.base import differences, digest, to_yaml
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, remove_leftovers, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
-from pipeline.core.manifest import first_fault, record
+from pipeline.core.manifest import FileRecord, first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named
 
 log = logging.getLogger(__name__)
+
+
+class Manifest(TypedDict):
+    """manifest.json of a finished stage."""
+
+    stage: str
+    config: dict[str, object]  # `graph.stage_identity`
+    inputs: dict[str, str]  # the hash of each input's manifest
+    outputs: dict[str, FileRecord]
+    hash: str  # of all above: what was made from what, and no times, paths or versions
+    code: NotRequired[dict[str, object] | None]  # version.json of the run's code
 
 
 class RunDirectory:
@@ -71,15 +82,15 @@ class RunDirectory:
         write_atomic(self.path / "config.yaml", to_yaml(config))
         record_version(self.path / "code")
 
-    def manifest(self, name: str) -> dict[str, Any] | None:
+    def manifest(self, name: str) -> Manifest | None:
         """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
         success, path = self.stage(name) / "_SUCCESS", self.stage(name) / "manifest.json"
         if not (success.exists() and path.exists() and success.read_text().strip() == sha256_file(path)):
             return None
-        manifest: dict[str, Any] = read_json(path)
-        return manifest | {"config": with_current_names(manifest["config"])}
+        manifest: Manifest = read_json(path)
+        return {**manifest, "config": with_current_names(manifest["config"])}
 
-    def identity(self, config: PipelineConfig, stage: Stage) -> dict[str, Any]:
+    def identity(self, config: PipelineConfig, stage: Stage) -> dict[str, object]:
         """What decides this stage's result: its config and the hashes of its finished inputs.
 
         Raises:
@@ -176,7 +187,7 @@ class RunDirectory:
         write_json(directory / "manifest.json", manifest)
         write_atomic(directory / "_SUCCESS", sha256_file(directory / "manifest.json") + "\n")
 
-    def _check_outputs(self, name: str, manifest: dict[str, Any], reader: str) -> None:
+    def _check_outputs(self, name: str, manifest: Manifest, reader: str) -> None:
         # Sizes alone: hashing gigabytes would take longer than many a stage.
         if fault := first_fault(self.stage(name), manifest["outputs"], hashed=False):
             raise UserError(

@@ -13,8 +13,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -101,9 +102,9 @@ def _system_metrics() -> dict[str, float]:
     }
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parsed(line: str) -> dict[str, float]:
     try:
-        values: dict[str, Any] = json.loads(line)
+        values: dict[str, float] = json.loads(line)
     except ValueError:  # the line that a killed process did not finish
         return {}
     return values
@@ -119,7 +120,7 @@ class Mirror:
         pipeline: str,
         stage: str,
         *,
-        parameters: dict[str, Any],
+        parameters: Mapping[str, object],
         last_stage: bool,
     ) -> None:
         self.config = config
@@ -201,7 +202,7 @@ class Mirror:
         self._client = client
 
     def _resume_or_create(
-        self, client: MlflowClient, directory: Path, name: str, parent: str | None, parameters: dict[str, Any]
+        self, client: MlflowClient, directory: Path, name: str, parent: str | None, parameters: Mapping[str, object]
     ) -> str:
         """The MLflow run whose id is in `directory`/mlflow.json; a new one if there is none."""
         from mlflow.entities import Param, RunStatus
@@ -246,11 +247,11 @@ class Mirror:
                 self._client.log_artifact(self._run_id, str(path), artifact_path=folder)
             self.artifacts.pop(0)
 
-    def _fresh(self, values: dict[str, Any]) -> list[Metric]:
+    def _fresh(self, values: dict[str, float]) -> list[Metric]:
         """The metrics of a line that MLflow does not have yet."""
         from mlflow.entities import Metric
 
-        step, at_ms = values.pop("step"), int(values.pop("time") * 1000)
+        step, at_ms = int(values.pop("step")), int(values.pop("time") * 1000)
         return [
             Metric(name, float(value), at_ms, step)
             for name, value in values.items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
@@ -157,7 +156,7 @@ def _add_progress(status: StageStatus, stage: Stage, config: PipelineConfig, run
             break
 
 
-def _metric_lines(path: Path) -> list[dict[str, Any]]:
+def _metric_lines(path: Path) -> list[dict[str, float]]:
     """The last lines of a metrics.jsonl that may be megabytes long and end in the middle of a line."""
     if not path.exists():
         return []

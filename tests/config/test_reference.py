@@ -8,9 +8,9 @@ import pytest
 from pydantic import Field
 
 from pipeline.cli.config_reference import page
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, nested_classes, operational
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.config.reference import meaning, nested_classes, reference
+from pipeline.config.reference import meaning, reference
 from pipeline.slurm.cluster import ClusterConfig
 from tests.launch import ROOT
 
