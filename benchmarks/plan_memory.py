@@ -1,10 +1,10 @@
-"""`smalti plan`'s memory against a real training's, on this machine's CPU.
+"""The memory that `smalti plan` says, beside that of a real training on this machine's CPU.
 
     python -m benchmarks.plan_memory [STAGE ...]
 
-Each model trains two steps on DeepSpeed's engine, one process a model and stage. Measured is the highest sum of all
-live tensors, from torch's record of every allocation, model and engine included: what a GPU's allocator would count.
-Beside it stands by how much the process's resident memory rose, which has what the C library did not give back.
+Each model trains two steps on DeepSpeed's engine, in one process per model and stage. Measured is the highest sum of
+all live tensors, from torch's record of every allocation, with model and engine: what a GPU's allocator would count.
+The last column is the rise of the process's resident memory, which includes what the C library did not give back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.config.transformer import TransformerConfig
 from pipeline.training.resource_plan import Memory, count, memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,7 @@ MODELS = {
 
 
 def config_of(model: str) -> PipelineConfig:
+    """The tiny pipeline with the transformer of `MODELS[model]`."""
     codes = 8192 if "8,192 codes" in model else 64
     overrides = [*_DATA, "transformer.heads=8", f"image_tokenizer.model.codebook_size={codes}"]
     overrides += [f"transformer.{override}" for override in MODELS[model].split()]
@@ -44,6 +46,7 @@ def config_of(model: str) -> PipelineConfig:
 
 
 def planned(model: str, stage: int) -> Memory:
+    """The plan for one process, with attention that keeps its scores, as on a CPU."""
     config = config_of(model)
     counted = count(config, gpus=1)
     transformer = config.transformer
@@ -51,7 +54,7 @@ def planned(model: str, stage: int) -> Memory:
 
 
 def measured(model: str, stage: int) -> tuple[int, int]:
-    """Bytes of tensors and of resident memory at their highest, from a process of its own."""
+    """Bytes of tensors and of resident memory at their peak, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.plan_memory", "--worker", model, str(stage)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -78,8 +81,8 @@ def _worker(model: str, stage: int) -> None:
     distributed.leave(0)
 
 
-def _train(config: PipelineConfig, stage: int, metric: Callable[[], int] = lambda: 0) -> int:
-    """`metric()` while all of the training is still there."""
+def _train(config: PipelineConfig, stage: int, at_end: Callable[[], int] = lambda: 0) -> int:
+    """Train two steps; returns `at_end()`, which is called while model, engine and average still exist."""
     import torch
 
     from pipeline.config.training import DeepSpeedConfig
@@ -108,10 +111,11 @@ def _train(config: PipelineConfig, stage: int, metric: Callable[[], int] = lambd
         engine.update(1.0)
         if average:
             average.update()
-    return metric()
+    return at_end()
 
 
-def _toy(config: PipelineConfig) -> object:
+def _toy(config: PipelineConfig) -> TransformerConfig:
+    """The config's transformer, as small as it gets: a first training, which imports and sets up everything."""
     return config.transformer.model_copy(update={"layers": 1, "width": 32, "heads": 8})
 
 
@@ -126,8 +130,8 @@ def main(stages: list[int]) -> None:
     for model in MODELS:
         for stage in stages:
             plan, (tensors, resident) = planned(model, stage).total, measured(model, stage)
-            metrics = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
-            print(f"{model:50}{stage:4}{metrics}", flush=True)
+            columns = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
+            print(f"{model:50}{stage:4}{columns}", flush=True)
 
 
 if __name__ == "__main__":
