@@ -1,9 +1,12 @@
-"""One writer a stage: a lock file that names its owner and is kept alive by a heartbeat.
+"""One writer per stage: a lock file that names its owner and is kept alive by a heartbeat.
 
-A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine,
-else when its heartbeat is older than `STALE_AFTER_S`; for an earlier life of the same Slurm job on another
-node two missed beats are enough. A process that finds its lock taken over ends itself at once: it was
-asleep for that long, and another one writes now.
+    with Lock(path, "stage transformer"):
+        …
+
+A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine, else when its
+heartbeat is older than `STALE_AFTER_S`. When the owner is an earlier start of the same Slurm job, on another node,
+two missed beats are enough. A process that finds its lock taken over ends itself at once: it was asleep for that
+long, and another one writes now.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
@@ -30,13 +33,29 @@ STALE_AFTER_S = 90.0
 SAME_JOB_STALE_AFTER_S = 25.0
 
 
+class Owner(TypedDict):
+    """The content of a lock file: the process that holds it."""
+
+    host: str
+    pid: int
+    started: float  # seconds since the epoch; tells processes of the same id apart
+    slurm_job: str | None
+    token: str  # of the `Lock` object
+
+
 class Lock:
-    """`with Lock(path, "stage transformer"):` - raises UserError if somebody else holds it."""
+    """A lock file, held inside of `with`. Raises UserError on entry if another process holds it."""
 
     def __init__(self, path: Path, what: str, wait_s: float = 0.0) -> None:
+        """
+        Args:
+            path: the lock file.
+            what: what is locked, for messages: "stage transformer".
+            wait_s: how long to wait for another owner to release it.
+        """
         self.path = path
         self.what = what
-        self.wait_s = wait_s  # for another owner to release it
+        self.wait_s = wait_s
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
 
@@ -48,14 +67,14 @@ class Lock:
             if owner is None:
                 continue  # released between our two looks
             if _is_gone(owner, self.path):
-                self._break(owner)
+                self._remove_stale(owner)
                 continue
-            # A process may just be dying; and the next beats tell whether an earlier life of this job is.
+            # A process may just be dying; and the next beats tell whether an earlier start of this job is alive.
             patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else 0.5)
             if time.monotonic() - started >= patience_s:
                 raise _refusal(self.what, owner, self.path)
             time.sleep(0.1)
-        threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+        threading.Thread(target=self._keep_alive, name="lock heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -67,7 +86,7 @@ class Lock:
     def _create(self) -> bool:
         """Make the lock file whole in one step: a link to a finished file, which fails if the name is taken."""
         draft = self.path.with_name(f".{self.path.name}.{self._token}")
-        draft.write_text(json.dumps(_this_process() | {"token": self._token}))
+        draft.write_text(json.dumps(_this_process(self._token)))
         try:
             os.link(draft, self.path)
         except FileExistsError:
@@ -76,19 +95,19 @@ class Lock:
             draft.unlink()
         return True
 
-    def _break(self, owner: dict[str, Any]) -> None:
+    def _remove_stale(self, owner: Owner) -> None:
         """Move a dead owner's lock away. Of two processes that try, the rename lets one win."""
-        grave = self.path.with_name(f".{self.path.name}.{self._token}.stale")
+        stale = self.path.with_name(f".{self.path.name}.{self._token}.stale")
         try:
-            self.path.rename(grave)
+            self.path.rename(stale)
         except FileNotFoundError:
             return
-        moved = json.loads(grave.read_text())
-        if moved["token"] != owner["token"]:  # somebody was quicker and holds it now: give it back
-            os.link(grave, self.path)
-        grave.unlink()
+        moved = json.loads(stale.read_text())
+        if moved["token"] != owner["token"]:  # another process was quicker and holds it now: give it back
+            os.link(stale, self.path)
+        stale.unlink()
 
-    def _beat(self) -> None:
+    def _keep_alive(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
             owner = _read(self.path)
             if owner and owner["token"] != self._token and not self._released.is_set():
@@ -96,37 +115,37 @@ class Lock:
                 os._exit(1)
             try:
                 os.utime(self.path)
-            except FileNotFoundError:  # somebody is just moving it
+            except FileNotFoundError:  # another process is just moving it
                 continue
 
 
-def owner_of(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock at `path` and lives; None if nobody does."""
+def owner_of(path: Path) -> Owner | None:
+    """The living process that holds the lock at `path`; None if there is none."""
     owner = _read(path)
     return None if owner is None or _is_gone(owner, path) else owner
 
 
 def refuse_if_held(path: Path, what: str) -> None:
-    """Raises UserError if somebody else holds the lock at `path`."""
+    """Raises UserError if another process holds the lock at `path`. `what` is locked, for the message."""
     if owner := owner_of(path):
         raise _refusal(what, owner, path)
 
 
-def _refusal(what: str, owner: dict[str, Any], path: Path) -> UserError:
+def _refusal(what: str, owner: Owner, path: Path) -> UserError:
     return UserError(
         f"{what} is already being written by {_named(owner)}"
         f" (last heartbeat {_heartbeat_age_s(path):.0f} s ago, {path}): wait for it, or stop it and run again"
     )
 
 
-def _named(owner: dict[str, Any]) -> str:
+def _named(owner: Owner) -> str:
     job = f" (Slurm job {owner['slurm_job']})" if owner["slurm_job"] else ""
     return f"process {owner['pid']} on {owner['host']}{job}"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Owner | None:
     try:
-        owner: dict[str, Any] = json.loads(path.read_text())
+        owner: Owner = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     return owner
@@ -139,29 +158,29 @@ def _heartbeat_age_s(path: Path) -> float:
         return 0.0
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process(token: str) -> Owner:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "token": token,
     }
 
 
-def _is_same_job(owner: dict[str, Any]) -> bool:
+def _is_same_job(owner: Owner) -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     return job is not None and owner["slurm_job"] == job
 
 
-def _is_gone(owner: dict[str, Any], path: Path) -> bool:
+def _is_gone(owner: Owner, path: Path) -> bool:
     if owner["host"] == socket.gethostname():
         try:
             process = psutil.Process(owner["pid"])
-            # A process id may have been given to another process since; a zombie only waits to be buried.
-            started: float = owner["started"]
-            reused = abs(process.create_time() - started) > 1.0
+            # A process id may have been given to another process since; a zombie only waits to be reaped.
+            reused = abs(process.create_time() - owner["started"]) > 1.0
             return reused or bool(process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
-    # Slurm runs one life of a job at a time, but a node that it has lost sight of may go on for a while.
+    # Slurm runs a job once at a time, but a node that it has lost sight of may keep running for a while.
     return _heartbeat_age_s(path) > (SAME_JOB_STALE_AFTER_S if _is_same_job(owner) else STALE_AFTER_S)

@@ -94,7 +94,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none is usable.
         """
-        found = distributed.broadcast_object(self._complete() if distributed.is_main() else None)
+        found = distributed.broadcast_object(self._complete() if distributed.is_main() else [])
         problems: list[str] = []
         for path in found:
             everywhere = [damage for damage in distributed.all_gather_objects(_damage(path)) if damage]

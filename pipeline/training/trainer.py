@@ -224,7 +224,7 @@ class Trainer:
         """Save and end: all ranks at the same step, whichever of them got the signal."""
         if not self._asked_to_stop:
             return
-        asked = signals.asked(distributed.all_gather_objects(signals.requested()))
+        asked = signals.describe(distributed.all_gather_objects(signals.requested()))
         self._save()
         raise StoppedOnRequest(f"{self.stage.name}: stopped at step {self.state.step}/{self.training.steps}: {asked}")
 

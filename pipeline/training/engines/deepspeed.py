@@ -60,7 +60,7 @@ class DeepSpeedEngine:
 
         # DeepSpeed calls collectives by names that torch has deprecated since: a line in the log for each of them.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        distributed.init(alone=True)
+        distributed.init(without_launcher=True)
         _spare_the_shared_memory_build()
         _check(training, config)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
