@@ -3,7 +3,7 @@
     python benchmarks/metrics.py parity      # metrics against torchmetrics, prdc and scipy, at 2,000 to 10,000 × 2,048
     python benchmarks/metrics.py frechet     # seconds: ours and scipy.linalg.sqrtm's way, 2,048 dimensions
     python benchmarks/metrics.py memory      # precision/recall of 20,000 × 20,000 × 2,048: peak memory, seconds
-    python benchmarks/metrics.py extractor   # images a second: extractor and bare network
+    python benchmarks/metrics.py extractor   # images per second: extractor and bare network
 
 Each needs minutes on two cores. Sizes by option: `--samples`, `--dimensions`.
 """
@@ -125,7 +125,7 @@ def memory(samples: int, dimensions: int) -> None:
 @click.option("--weights")
 @click.option("--rounds", default=21)
 def extractor(samples: int, name: str, weights: str | None, rounds: int) -> None:
-    """Images a second with resizing, scaling and collecting, and of the network alone, in turns."""
+    """Images per second with resizing, scaling and collecting, and of the network alone, in turns."""
     it = load_extractor(name, torch.device("cpu"), weights=weights)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(samples)]

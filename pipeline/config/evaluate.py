@@ -22,7 +22,7 @@ class SweepConfig(Config):
         [1.0], min_length=1, description="temperatures; 0: always the most likely code"
     )
     top_k: list[Annotated[int, Field(ge=1)] | None] = Field([None], min_length=1, description="null: all codes")
-    samples: int = Field(256, ge=2, description="images a setting")
+    samples: int = Field(256, ge=2, description="images per setting")
 
     @field_validator("guidance", "temperature", "top_k")
     @classmethod
@@ -41,10 +41,10 @@ class EvaluateConfig(Config):
     weights: str | None = Field(
         None, description="inception-v3: its weights file; clip, dinov2: the folder that transformers saved, or a name"
     )
-    clip: str | None = Field(None, description="folder or name of a CLIP model that judges images by their captions")
+    clip: str | None = Field(None, description="folder or name of a CLIP model that scores images by their captions")
     lpips: Path | None = Field(None, description="folder with vgg16-397923af.pth and LPIPS's vgg.pth")
     sweep: SweepConfig | None = Field(None, description="settings of sampling to try; the best one is written down")
-    samples: int | None = Field(None, ge=2, description="images a set; None: all that `generate` made")
+    samples: int | None = Field(None, ge=2, description="images per set; None: all that `generate` made")
     training_images: int = Field(20_000, ge=2, description="at most so many are searched for the nearest one")
     reconstructions: int = Field(250, ge=2, description="images of each split that the tokenizer reconstructs, at most")
     reconstructions_shown: int = Field(12, ge=0, description="of the validation images, for the report")
@@ -54,7 +54,7 @@ class EvaluateConfig(Config):
     kid_subsets: int = Field(50, ge=1, description="random subsets that the kernel distance is averaged over")
     kid_subset_size: int = Field(1000, ge=2, description="at most half of the samples are used for one subset")
     bootstraps: int = Field(20, ge=0, description="resamples for the interval of the Fréchet distance; 0: none")
-    batch_size: int = operational(64, ge=1, description="images a pass through the extractor")
+    batch_size: int = operational(64, ge=1, description="images per pass through the extractor")
     feature_cache: Path | None = operational(
         None, description="folder of features by content hash, shared by runs; None: .cache/features beside the runs"
     )

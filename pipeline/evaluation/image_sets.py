@@ -146,4 +146,4 @@ def _in_tar(path: Path) -> list[StoredImage]:
             f"{path}: expected an uncompressed tar of images, found something else or a damaged one ({error});"
             " write it again"
         ) from error
-    return [StoredImage(key, place, captions.get(key), abouts.get(key)) for key, place in images.items()]
+    return [StoredImage(key, png, captions.get(key), abouts.get(key)) for key, png in images.items()]

@@ -1,4 +1,4 @@
-"""Mean and covariance of reference sets on disk, so that a set which much is compared with is summed up once.
+"""Statistics of reference sets on disk: mean and root of the covariance of a set that is compared with often.
 
     <folder>/statistics/<hash>.npz        under the hash of the features themselves, whatever file they came from
 
@@ -36,14 +36,14 @@ def reference_gaussian(features: Tensor, folder: Path | None) -> Gaussian:
     path = folder / "statistics" / f"{_hash(features)}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
-            found = Gaussian(*(torch.from_numpy(kept[name]).to(features.device) for name in ("mean", "root", "trace")))
-        os.utime(path)  # for FeatureStore.trim
-        return found
+            mean, root, trace = (torch.from_numpy(kept[name]).to(features.device) for name in ("mean", "root", "trace"))
+        os.utime(path)  # for `feature_store.trim`
+        return Gaussian(mean, root, trace)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged: it is made anew
         pass
     made = Gaussian.of(features)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{name: value.cpu().numpy() for name, value in vars(made).items()})
+        np.savez(file, mean=made.mean.cpu().numpy(), root=made.root.cpu().numpy(), trace=made.trace.cpu().numpy())
     return made
 
 

@@ -77,7 +77,7 @@ class Results(TypedDict):
 def read_results(directory: Path) -> Results:
     """The results in the directory of a finished stage evaluate. Raises UserError when they are damaged."""
     found = read_json(directory / FILE)
-    if "judge" in found:  # its first name
+    if "judge" in found:  # its name in files of before
         found["scored_by"] = found.pop("judge")
     results: Results = found
     return results

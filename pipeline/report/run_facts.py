@@ -101,8 +101,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _history(path: Path) -> list[dict[str, float]]:
-    """metrics.jsonl, one dict per step. A killed stage may have left half a line, and lines of steps that it then did
-    again."""
+    """metrics.jsonl, one dict per step. A killed stage may have left half a line, and lines of steps that were
+    then repeated."""
     lines: dict[int, dict[str, float]] = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
