@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary name, fsync, rename, fsync of the folder."""
+"""Atomic files, which are either whole or not there: temporary name, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from pipeline.core.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` when the block ends without error."""
+    """A temporary path beside `path`, which is renamed to `path` when the block ends without error.
+
+    Raises:
+        UserError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Process ids repeat from host to host, and two may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -45,7 +49,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def is_full(directory: Path, error: BaseException) -> bool:
-    """Is `error` that of a full disk? Libraries that write through C++ hide the reason, so the disk is asked too."""
+    """Whether `error` is that of a full disk. Libraries in C++ hide the reason, so the disk is asked, too."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in full:
         return True
@@ -55,22 +59,25 @@ def is_full(directory: Path, error: BaseException) -> bool:
 
 
 def no_space(path: Path) -> UserError:
+    """The error of a full disk, to be raised for `path`."""
     return UserError(
         f"no space left for {path}: free some, then run the same command again (nothing that was there is lost)"
     )
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file atomically; text as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError when the file is not whole JSON."""
+    """The value in a JSON file. Raises UserError when the file is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -85,11 +92,13 @@ def expect_files(directory: Path, stage: str, *names: str) -> None:
 
 
 def fsync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_directory(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,5 +107,6 @@ def fsync_directory(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ model = load_model("runs/openmoji/transformer/model", "transformer", ("layout", 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,8 @@ from pipeline.core.errors import UserError
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_model(model: nn.Module, config: dict[str, Any], directory: str | Path) -> None:
-    """Writes both files. Weights of any precision are written in float32, other buffers as they are."""
+def save_model(model: nn.Module, config: Mapping[str, object], directory: str | Path) -> None:
+    """Write both files. Weights of any precision are written in float32, other buffers as they are."""
     directory = Path(directory)
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     state = {name: (v.float() if v.is_floating_point() else v).contiguous() for name, v in state.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import NoReturn, TypedDict, TypeVar, overload
+from typing import NoReturn, TypeVar, overload
 
 from tqdm import tqdm
 

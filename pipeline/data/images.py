@@ -1,4 +1,4 @@
-"""Bytes that claim to be an image -> an RGB image of one size, or the reason why not."""
+"""Bytes that claim to be an image -> an RGB image of one size, or the reason why not; and a hash of its looks."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
+    """An image, and how it came to be RGB."""
+
     image: Image.Image  # mode RGB
     conversions: tuple[str, ...]  # what had to be changed to get there
 
@@ -81,8 +83,9 @@ def _check_header(image: Image.Image, filters: FilterConfig) -> None:
     width, height = image.size
     if width * height > filters.max_pixels:
         raise BadSample("decompression bomb", f"{width}x{height} pixels, at most {filters.max_pixels} (max_pixels)")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise BadSample("animated image", f"{image.n_frames} frames")  # type: ignore[attr-defined]
+    frames = getattr(image, "n_frames", 1)  # formats without animation do not have it
+    if frames > 1 and image.format != "MPO":
+        raise BadSample("animated image", f"{frames} frames")
     if min(width, height) < filters.min_side:
         raise BadSample("too small", f"{width}x{height}, at least {filters.min_side} (min_side)")
     if max(width, height) > filters.max_aspect_ratio * min(width, height):
@@ -107,9 +110,12 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The largest square of `image` at (x, y) of the room it has (0.5: centre), at `size` pixels a side.
+    """The largest square of `image`, `size` x `size` pixels.
 
-    Resized with an antialiasing filter (Lanczos over the whole source area of each pixel), once.
+    Resized once, with an antialiasing filter (Lanczos over the whole source area of each pixel).
+
+    Args:
+        where: x and y of the square within what the image leaves it, 0 to 1; 0.5: in the centre.
     """
     width, height = image.size
     side = min(width, height)

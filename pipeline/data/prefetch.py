@@ -1,17 +1,17 @@
-"""Reading and decoding beside computing: an iterator whose items a thread makes in advance."""
+"""An iterator whose items a thread makes in advance, so that reading and decoding go on beside computing."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
-    """`items`, made by a thread up to `count` ahead of their use. What it raises, StopIteration included, ends this."""
+def ahead(items: Generator[T, None, None], count: int) -> Generator[T, None, None]:
+    """`items`, made by a thread up to `count` ahead of their use; closed when this is. Raises what `items` raises."""
     ready: queue.Queue[T | BaseException] = queue.Queue(count)
     stopped = threading.Event()
 
@@ -44,4 +44,4 @@ def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
     finally:
         stopped.set()
         thread.join()
-        items.close()  # type: ignore[attr-defined]
+        items.close()

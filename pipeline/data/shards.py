@@ -17,11 +17,11 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
@@ -77,7 +77,7 @@ class Sample:
     key: str
     png: bytes
     caption: str
-    meta: dict[str, Any]
+    meta: Mapping[str, object]
 
     @cached_property
     def image(self) -> Image.Image:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +40,8 @@ _DECODE_TOGETHER = 16  # images a task of the thread pool: small ones would cost
 
 
 class ImageStream:
+    """Endless shuffled batches of the images of one split, this rank's share of each."""
+
     def __init__(
         self,
         prepare_dir: Path,
@@ -55,9 +57,9 @@ class ImageStream:
         Args:
             prepare_dir: the directory of a finished `prepare`.
             split: "train" or "val".
-            rank, world_size: this process's place; by default that of `pipeline.core.distributed`.
+            rank, world_size: this process among all; by default those of `pipeline.core.distributed`.
             cache_bytes: decoded images are kept in memory when the whole split fits into this.
-            threads: decoding threads. Of 32x32 images one decodes 11,000/s, two fewer: they wait for each other.
+            threads: decoding threads. Small images want one: two wait for each other.
 
         Raises:
             UserError: there are no shards, or the split is empty.
@@ -94,7 +96,7 @@ class ImageStream:
         share = samples_per_process(batch_size, self.world_size)
         return ahead(self._batches(consumed + self.rank * share, batch_size, share), _BATCHES_AHEAD)
 
-    def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
                 shards, rows = self.order.locate(np.arange(start, start + share))
@@ -104,7 +106,7 @@ class ImageStream:
     def _images(
         self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
     ) -> NDArray[np.uint8]:
-        """uint8 [n, 3, H, W]"""
+        """The images of these rows of these shards, uint8 [n, 3, H, W], decoded or from the cache."""
         if self._cache is None:
             return self._decode_all(shards, rows, pool)
         numbers = self._first[shards] + rows
@@ -139,7 +141,7 @@ class ImageStream:
         return image
 
     def _open(self, shard: int) -> ShardFile:
-        """The shard, kept open; of too many, the one that was opened first is let go."""
+        """The file of a shard, kept open; of too many, the one that was opened first is let go."""
         with self._lock:
             if shard not in self._files:
                 if len(self._files) >= _OPEN_SHARDS:

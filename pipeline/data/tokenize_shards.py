@@ -287,7 +287,7 @@ def crop_of(image: Image.Image, crop: int, min_scale: float, *name: object) -> I
 
 def _steps(
     job: TokenizeJob, shards: Sequence[tuple[str, Shard]], pool: ThreadPoolExecutor
-) -> Iterator[Future[_Batch] | _End]:
+) -> Generator[Future[_Batch] | _End, None, None]:
     """For each shard, unless it is finished, its batches, which `pool` is making; then its end."""
     for split, shard in shards:
         if job.is_finished(shard):

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import errno
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fsspec import AbstractFileSystem
+
 from pipeline.core.errors import UserError
+
+Stamp = list[object]  # size and version of a file: changes when the file is replaced
 
 _OF_THIS_FILE_ALONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
@@ -38,7 +42,7 @@ class Record:
     image: bytes | None
     caption: bytes | str | None
     extension: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None  # decides the split; None: the key does
 
 
@@ -56,6 +60,8 @@ class UnreadableFile(Exception):
 
 
 class Source(Protocol):
+    """What a user has, as raw records in a fixed order."""
+
     @property
     def credit(self) -> str | None:
         """What a page that shows these images has to say about their origin; None: nothing is known."""
@@ -68,11 +74,12 @@ class Source(Protocol):
 
 
 def missing_package(package: str, extra: str, purpose: str) -> UserError:
+    """The error of a source whose package is not installed; `extra` is the one of ours that brings it."""
     return UserError(f"{purpose} needs the package '{package}': pip install 'smalti[{extra}]'")
 
 
-def read_file(files: Any, path: str) -> bytes:
-    """The content of a file of the source. `files`: an fsspec file system.
+def read_file(files: AbstractFileSystem, path: str) -> bytes:
+    """The content of a file of the source.
 
     Raises:
         UnreadableFile: it is not there, or not ours to read.
@@ -89,8 +96,8 @@ def read_file(files: Any, path: str) -> bytes:
     return content
 
 
-def is_listed(files: Any, path: str) -> bool:
-    """Whether the folder of `path` still lists it: then something is wrong with this file, else with the source."""
+def is_listed(files: AbstractFileSystem, path: str) -> bool:
+    """Whether the folder of `path` still lists it: if so, this file is at fault, else the source."""
     files.invalidate_cache()
     try:
         return path in files.ls(posixpath.dirname(path), detail=False)
@@ -98,13 +105,14 @@ def is_listed(files: Any, path: str) -> bool:
         return False
 
 
-def stamp(info: dict[str, Any]) -> list[Any]:
-    """What changes when a file is replaced, from fsspec's `info` about it, listed or asked for alone."""
+def stamp(info: Mapping[str, object]) -> Stamp:
+    """The stamp of a file, from fsspec's `info` about it, listed or asked for alone."""
     when = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified") if name in info), "")
     return [info.get("size"), str(when)]
 
 
 def interrupted(path: str, error: object) -> UserError:
+    """The error of a source that failed at `path`: the stage stops, and a restart reads the part again."""
     return UserError(
         f"prepare: the source failed at {path}: {error}; finished shards are kept: see that it is there, and run the "
         "same command again"
@@ -112,11 +120,12 @@ def interrupted(path: str, error: object) -> UserError:
 
 
 def changed(path: str) -> UserError:
+    """The error of a source whose file is another one than when the part was described."""
     return UserError(
         f"prepare: {path} changed while it was being read; finished shards are kept: run the same command again"
     )
 
 
-def group_of(value: Any) -> str | None:
+def group_of(value: object) -> str | None:
     """The group of a sample as text; a missing one leaves the sample alone in its own."""
     return None if value is None else str(value)

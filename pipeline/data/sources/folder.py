@@ -1,13 +1,12 @@
 """A folder of images with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
 
-The listing is kept in memory, about 300 bytes an image: for more than some ten million, pack tars.
+The listing is kept in memory, about 300 bytes per image: for more than some ten million, pack tars.
 """
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from typing import Any
 
 from fsspec.core import url_to_fs
 
@@ -17,6 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.sources.base import (
     Part,
     Record,
+    Stamp,
     Unreadable,
     UnreadableFile,
     interrupted,
@@ -27,6 +27,8 @@ from pipeline.data.sources.base import (
 
 
 class Folder:
+    """The source `kind: folder`."""
+
     credit = None
 
     def __init__(self, config: FolderSource, image_size: int) -> None:
@@ -62,9 +64,9 @@ class Folder:
                 continue
             yield Record(stem, image, caption, extension.lower())
 
-    def _listing(self) -> dict[str, list[Any]]:
-        """Path below the root -> stamp, of every file."""
-        found: dict[str, list[Any]] = {}
+    def _listing(self) -> dict[str, Stamp]:
+        """The stamp of every file, by its path below the root."""
+        found: dict[str, Stamp] = {}
         for folder, _, entries in self.files.walk(self.root, detail=True):
             below = folder[len(self.root) + 1 :]
             for name, info in entries.items():

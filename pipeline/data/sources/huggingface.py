@@ -1,13 +1,12 @@
 """A data set of the Hugging Face `datasets` library, saved with `save_to_disk`, local or by fsspec URL.
 
-By URL, `datasets` copies it to a temporary folder first, once a process.
+By URL, `datasets` copies it to a temporary folder first, once per process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fsspec.core import url_to_fs
 
@@ -18,6 +17,8 @@ from pipeline.data.sources.base import Part, Record, Unreadable, UnreadableFile,
 
 
 class HuggingFace:
+    """The source `kind: huggingface`."""
+
     credit = None
 
     def __init__(self, config: HuggingFaceSource, image_size: int) -> None:
@@ -29,7 +30,7 @@ class HuggingFace:
         if not files.isdir(path):
             raise UserError(f"prepare.source.path: expected a folder of `datasets`, found none at {config.path}")
         try:
-            rows: Any = datasets.load_from_disk(config.path)
+            rows = datasets.load_from_disk(config.path)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"prepare.source.path: expected what `save_to_disk` writes at {config.path}: {error}"

@@ -24,6 +24,8 @@ _VARIATION_SELECTOR = "\ufe0f"
 
 
 class OpenMoji:
+    """The source `kind: openmoji`."""
+
     credit = CREDIT
 
     def __init__(self, config: OpenMojiSource, image_size: int) -> None:

@@ -1,4 +1,4 @@
-"""A CSV, JSONL or Parquet table with a caption and an image (path, or bytes in Parquet) a row.
+"""A CSV, JSONL or Parquet table: each row holds a caption and an image (path, or bytes in Parquet).
 
 Parts are runs of bytes (CSV, JSONL) or of rows of a row group (Parquet), so a table of any length is never in memory.
 A worker reads a whole Parquet row group: write those at about `shard_size` rows.
@@ -11,8 +11,8 @@ import hashlib
 import io
 import json
 import posixpath
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from fsspec.core import url_to_fs
 
@@ -32,8 +32,13 @@ from pipeline.data.sources.base import (
     stamp,
 )
 
+Row = dict[str, object]  # by column
+_DAMAGED = "_damaged"  # stands for the columns of a row that cannot be read, and says why
+
 
 class Table:
+    """The source `kind: table`."""
+
     credit = None
 
     def __init__(self, config: TableSource, image_size: int) -> None:
@@ -55,17 +60,20 @@ class Table:
     def records(self, part: Part) -> Iterator[Record | Unreadable]:
         for number, row in self._parquet_rows(part) if self.parquet else self._text_rows(part):
             key = f"{number:09d}" if self.config.key_column is None else str(row.get(self.config.key_column))
-            if "_damaged" in row:
-                yield Unreadable(key, "damaged row", row["_damaged"])
+            if _DAMAGED in row:
+                yield Unreadable(key, "damaged row", str(row[_DAMAGED]))
                 continue
             yield self._record(key, row)
 
-    def _record(self, key: str, row: dict[str, Any]) -> Record | Unreadable:
+    def _record(self, key: str, row: Row) -> Record | Unreadable:
         caption = row.get(self.config.caption_column)
         caption = caption if isinstance(caption, (str, bytes)) else None
         group = group_of(row.get(self.config.group_column)) if self.config.group_column else None
         if self.config.bytes_column is not None:
-            return Record(key, row.get(self.config.bytes_column), caption, group=group)
+            image = row.get(self.config.bytes_column)
+            if image is not None and not isinstance(image, bytes):
+                return Unreadable(key, "not an image", f"expected bytes, found {type(image).__name__}")
+            return Record(key, image, caption, group=group)
         path = str(row.get(self.config.path_column or "") or "")
         files, full = (self.files, posixpath.join(posixpath.dirname(self.path), path))
         if "://" in path:
@@ -77,12 +85,12 @@ class Table:
                 raise interrupted(self.config.path, "it was there a moment ago and is gone") from error
             return Unreadable(key, "unreadable file", f"{path}: {error}")
 
-    def _check_columns(self, names: Any) -> None:
+    def _check_columns(self, names: Iterable[str]) -> None:
         config = self.config
         image = config.path_column or config.bytes_column
         for wanted in (config.caption_column, image, config.key_column, config.group_column):
             if wanted is not None and wanted not in names:
-                raise UserError(f"{config.path}: expected a column '{wanted}', found {', '.join(map(str, names))}")
+                raise UserError(f"{config.path}: expected a column '{wanted}', found {', '.join(names)}")
 
     # --- CSV and JSONL: a part is (first byte, byte after the last, number of the first row, names of the columns)
 
@@ -100,7 +108,7 @@ class Table:
                 yield Part(number, digest([row, names, lines.digest]), (first, lines.position, row, names))
                 number, row = number + 1, row + rows
 
-    def _text_rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _text_rows(self, part: Part) -> Iterator[tuple[int, Row]]:
         first, stop, row, names = part.items
         try:
             content = self.files.cat_file(self.path, start=first, end=stop)
@@ -113,18 +121,18 @@ class Table:
         yield from rows
 
     def _header(self, lines: _Lines) -> tuple[str, ...]:
-        """Check that the columns are there; of a CSV table their names."""
+        """The names of the columns of a CSV table (of others none), once it is clear that the wanted ones are there."""
         if self.csv:
             names = next(csv.reader(_decoded(lines)), [])
             self._check_columns(names)
             return tuple(names)
         with self.files.open(self.path, "rb") as raw:
-            first = next(self._json_rows(_Lines(raw)), {"_damaged": ""})
-        if "_damaged" not in first:
+            first = next(self._json_rows(_Lines(raw)), {_DAMAGED: ""})
+        if _DAMAGED not in first:
             self._check_columns(first)
         return ()
 
-    def _rows(self, lines: _Lines, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    def _rows(self, lines: _Lines, names: tuple[str, ...]) -> Iterator[Row]:
         if not self.csv:
             yield from self._json_rows(lines)
             return
@@ -135,14 +143,14 @@ class Table:
                 f"{self.config.path} is no CSV table before byte {lines.position}: {error}: mend that row"
             ) from error
 
-    def _json_rows(self, lines: _Lines) -> Iterator[dict[str, Any]]:
+    def _json_rows(self, lines: _Lines) -> Iterator[Row]:
         for line in lines:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except ValueError as error:
-                yield {"_damaged": f"{error}: {line[:80]!r}"}
+                yield {_DAMAGED: f"{error}: {line[:80]!r}"}
                 continue
             yield row
 
@@ -167,7 +175,7 @@ class Table:
                 number += 1
             before += count
 
-    def _parquet_rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _parquet_rows(self, part: Part) -> Iterator[tuple[int, Row]]:
         import pyarrow.parquet as pq
 
         group, start, stop, number, mark = part.items
@@ -186,9 +194,9 @@ class Table:
 
 
 class _Lines:
-    """The lines of a file, with the position after the latest and a digest of those since `restart`."""
+    """The lines of a file, with the position in bytes after the latest, and a digest of those since `restart`."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: BinaryIO) -> None:
         self.position = 0
         self._raw = raw
         self.restart()
@@ -213,13 +221,13 @@ class _Lines:
 
 
 def _decoded(lines: _Lines) -> Iterator[str]:
-    """Bytes that are not UTF-8 stay recognisable as such (surrogates) and are rejected row by row."""
+    """The lines as text; bytes that are not UTF-8 become surrogates, so that each such row is rejected by itself."""
     for line in lines:
         text = line.decode("utf-8", "surrogateescape")
         yield text.removeprefix("\ufeff") if lines.position == len(line) else text
 
 
-def _take(rows: Iterator[dict[str, Any]], count: int) -> int:
+def _take(rows: Iterator[Row], count: int) -> int:
     """Read `count` rows, or those that there are; returns how many."""
     taken = 0
     while taken < count and next(rows, None) is not None:

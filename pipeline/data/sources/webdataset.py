@@ -8,21 +8,25 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import braceexpand
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from webdataset import tariterators
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
 from pipeline.core.errors import UserError
-from pipeline.data.sources.base import Part, Record, Unreadable, changed, group_of, interrupted, stamp
+from pipeline.data.sources.base import Part, Record, Stamp, Unreadable, changed, group_of, interrupted, stamp
 
+_Info = dict[str, object]  # fsspec's, about a file
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class WebDataset:
+    """The source `kind: webdataset`."""
+
     credit = None
 
     def __init__(self, config: WebDatasetSource, image_size: int) -> None:
@@ -52,10 +56,10 @@ class WebDataset:
             reason = "duplicate key" if duplicate else "damaged tar"
             yield Unreadable(posixpath.basename(url), reason, str(damage.args[0]))
 
-    def _tars(self) -> Iterator[tuple[str, list[Any]]]:
-        """(URL, stamp) of every tar, in the order of the patterns."""
+    def _tars(self) -> Iterator[tuple[str, Stamp]]:
+        """URL and stamp of every tar, in the order of the patterns."""
         patterns = [self.config.urls] if isinstance(self.config.urls, str) else list(self.config.urls)
-        listed: dict[str, dict[str, Any]] = {}  # folder -> its files: thousands of tars cost one request, not one each
+        listed: dict[str, dict[str, _Info]] = {}  # by folder: thousands of tars cost one request, not one each
         for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
             files, path = url_to_fs(pattern)
             if set(path) & set("*?["):
@@ -84,8 +88,8 @@ class WebDataset:
         return Record(key, sample.get(extension), caption, f".{extension}" if extension else "", meta, group)
 
 
-def _samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
-    """Samples of one WebDataset tar, as {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
+def _samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, bytes]]:
+    """The samples of one WebDataset tar, {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
 
     Damage ends up in `errors`; what could be read before it is yielded.
     """
@@ -98,7 +102,8 @@ def _samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[d
     yield from tariterators.group_by_keys(files, handler=note)
 
 
-def _entries(files: Any, folder: str) -> dict[str, Any]:
+def _entries(files: AbstractFileSystem, folder: str) -> dict[str, _Info]:
+    """What fsspec knows of each file of a folder, by path; nothing where the folder cannot be listed."""
     try:
         return {entry["name"]: entry for entry in files.ls(folder, detail=True)}
     except OSError:
