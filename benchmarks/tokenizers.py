@@ -6,10 +6,10 @@
     python -m benchmarks.tokenizers --table                        the table of what the results hold
 
 DIR holds train/ and val/, folders of WebDataset tars or of images; without it, OpenMoji, every 16th image for
-validation. Each (kind, seed) is a process of its own whose line is appended to `--results`: a broken run goes on there.
+validation. Each (kind, seed) is a process of its own whose line is appended to `--results`: a broken run resumes there.
 Schedules (learning rate, temperature, weights) run on the clock: a faster kind takes more steps in the same time.
 32×32 images to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16, metrics on the validation split.
-docs/tokenizers.md says what they mean. The peers: benchmarks/peers.py.
+docs/tokenizers.md says what they mean. What is trained: `OURS` here and the peers in benchmarks/contestants.py.
 """
 
 from __future__ import annotations
@@ -22,28 +22,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.contestants import NOMINAL_STEPS, PEERS, SIZE, Contestant, K, Ours
 from pipeline.config.training import TrainingConfig
-from pipeline.core.objective import ParameterGroup
 from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.quantizers import Quantizer
 from pipeline.metrics.psnr_ssim import psnr, ssim
 from pipeline.training.ema import Ema
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
-
-SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000
 
 ARCHITECTURE = {"patch_size": 4, "widths": [128], "blocks": 2, "block_kernels": [3, 1], "bottleneck": 1}
 ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
@@ -82,125 +80,11 @@ OURS: dict[str, dict[str, Any]] = {
 TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.0, "warmup_steps": 300}
 
 
-class Contestant(ABC):
-    """A tokenizer in training: a loss to minimise; then codes of images, and images of codes."""
-
-    module: Any  # the nn.Module that is trained
-    sizes: list[int]  # of each level's codebook
-
-    @abstractmethod
-    def loss(self, images: Tensor, progress: float) -> Tensor:
-        """Of uint8 images [B,3,H,W], at `progress` in [0,1] of the training."""
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> list[Tensor]: ...
-
-    @abstractmethod
-    def decode(self, codes: list[Tensor]) -> Tensor: ...
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup(list(self.module.parameters()))]
-
-    def after_update(self, applied: bool) -> None:
-        return
-
-
-class Ours(Contestant):
-    def __init__(self, model: dict[str, Any]) -> None:
-        self.tokenizer = build(model, SIZE)
-        self.module = self.objective = self.tokenizer.objective()
-        self.sizes = [level.codebook_size for level in self.tokenizer.levels]
-
-    def loss(self, images: Tensor, progress: float) -> Tensor:
-        loss, _ = self.module({"images": images}, int(progress * NOMINAL_STEPS))
-        return loss
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        return self.tokenizer.encode(images)
-
-    def decode(self, codes: list[Tensor]) -> Tensor:
-        return self.tokenizer.decode(codes)
-
-    def after_update(self, applied: bool) -> None:
-        self.objective.after_update(applied)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return self.objective.parameter_groups()
-
-
-class DallePytorch(Contestant):
-    """`DiscreteVAE` of dalle-pytorch, its defaults but for sizes; temperature falls as in its training script."""
-
-    def __init__(self) -> None:
-        from benchmarks.peers import dalle_pytorch
-
-        found = dalle_pytorch()
-        if found is None:
-            raise ModuleNotFoundError("dalle-pytorch")
-        self.module = found.DiscreteVAE(
-            image_size=SIZE, num_tokens=K, codebook_dim=96, num_layers=2, num_resnet_blocks=2, hidden_dim=96
-        )
-        self.sizes = [K]
-
-    def loss(self, images: Tensor, progress: float) -> Tensor:
-        return self.module(images.float() / 255, return_loss=True, temp=max(0.5, 1.0 - 0.5 * progress))
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        return [self.module.get_codebook_indices(images)]
-
-    def decode(self, codes: list[Tensor]) -> Tensor:
-        return (self.module.decode(codes[0]).float() * 0.5 + 0.5).clamp(0, 1)
-
-
-class PlainVectorQuantize(Contestant):
-    """A convolutional auto-encoder around vector-quantize-pytorch's `VectorQuantize`, as in its examples."""
-
-    def __init__(self) -> None:
-        from vector_quantize_pytorch import VectorQuantize
-
-        self.encoder = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2), nn.GELU(),
-            nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(64, 32, 3, padding=1),
-        )  # fmt: skip
-        self.quantizer = VectorQuantize(
-            dim=32, codebook_size=K, accept_image_fmap=True, kmeans_init=True, threshold_ema_dead_code=2
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(32, 64, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, padding=1), nn.GELU(),
-            nn.Upsample(scale_factor=2), nn.Conv2d(32, 3, 3, padding=1),
-        )  # fmt: skip
-        self.module = nn.ModuleList([self.encoder, self.quantizer, self.decoder])
-        self.sizes = [K]
-
-    def loss(self, images: Tensor, progress: float) -> Tensor:
-        scaled = images.float() / 127.5 - 1
-        z, _, commitment = self.quantizer(self.encoder(scaled))
-        return F.mse_loss(self.decoder(z).float(), scaled) + commitment
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return [self.quantizer(self.encoder(2 * images - 1))[1].flatten(1)]
-
-    def decode(self, codes: list[Tensor]) -> Tensor:
-        side = math.isqrt(codes[0].shape[1])
-        with torch.no_grad():
-            z = self.quantizer.get_output_from_indices(codes[0].view(-1, side, side))
-            z = z if z.shape[1] == 32 else z.permute(0, 3, 1, 2)
-            return (self.decoder(z).float() * 0.5 + 0.5).clamp(0, 1)
-
-
-PEERS: dict[str, Callable[[], Contestant]] = {
-    "dalle-pytorch DiscreteVAE": DallePytorch,
-    "vector-quantize-pytorch": PlainVectorQuantize,
-}
 PEER_TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 300}
 
 
 def contestant(kind: str) -> Contestant:
     return PEERS[kind]() if kind in PEERS else Ours(OURS[kind])
-
-
-# --- images ----------------------------------------------------------------------------------------------------
 
 
 def images_of(folder: Path) -> Tensor:
@@ -232,9 +116,6 @@ def openmoji() -> Tensor:
         prepared = shards(Path(folder), SIZE)
         arrays = [np.asarray(sample.image) for split in ("train", "val") for sample in read_samples(prepared, split)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-# --- training ----------------------------------------------------------------------------------------------------
 
 
 def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -295,7 +176,7 @@ def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
         for count, level in zip(counts, codes, strict=True):
             count += torch.bincount(level.flatten(), minlength=len(count))
         reconstructions = made.decode(codes)
-        decibels.append(psnr(images, reconstructions))
+        decibels.append(psnr(images, reconstructions).clamp(max=100))
         similarity.append(ssim(images, reconstructions))
     perplexity = []
     for count in counts:
@@ -310,9 +191,6 @@ def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
         "perplexity": perplexity,
         "bits_per_pixel": bits,
     }
-
-
-# --- encode ------------------------------------------------------------------------------------------------------
 
 
 def encode_speed() -> None:
@@ -353,25 +231,23 @@ def _encode_table(models: dict[str, dict[str, Any]], images: Tensor) -> None:
         print(f"| {kind} | {fast[0]:,.1f} | {fast[1]:,.1f} | {fast[1] / fast[0]:.2f} |", flush=True)
 
 
-def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], Any]:
+def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], list[Tensor]]:
     """`encode` with every code 0 for nothing: the encoder alone, and what finer grids need of the decoder."""
-    bare: Any = deepcopy(tokenizer)
-    if not hasattr(bare, "quantizers"):
-        encoder: Callable[[Tensor], Any] = bare.encoder
-        return encoder
-    for quantizer in bare.quantizers:
-        levels = len(quantizer.codebook_sizes)
-        quantizer.encode = lambda features, n=levels: [features.new_zeros(features.shape[:2], dtype=torch.int64)] * n
-    encode: Callable[[Tensor], Any] = bare.encode
-    return encode
+    bare = deepcopy(tokenizer)
+    for quantizer in bare.get_submodule("quantizers").children():
+        assert isinstance(quantizer, Quantizer)
+        codes = [0] * len(quantizer.codebook_sizes)
+        quantizer.encode = partial(_zeros, codes)  # type: ignore[method-assign]
+    return bare.encode
 
 
-# --- table -------------------------------------------------------------------------------------------------------
+def _zeros(codes: list[int], features_BNC: Tensor) -> list[Tensor]:
+    return [features_BNC.new_full(features_BNC.shape[:2], code, dtype=torch.int64) for code in codes]
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row a kind, medians over seeds; usage is the lowest of all seeds and levels."""
-    rows = ["| kind | PSNR, dB | SSIM | lowest usage | perplexity | bits a pixel | images/s | parameters | seeds |"]
+    """Markdown: a row per kind, medians over seeds; usage is the lowest of all seeds and levels."""
+    rows = ["| kind | PSNR, dB | SSIM | lowest usage | perplexity | bits per pixel | images/s | parameters | seeds |"]
     rows.append("|---|---|---|---|---|---|---|---|---|")
     for kind in dict.fromkeys(line["kind"] for line in lines):
         mine = [line for line in lines if line["kind"] == kind]
