@@ -106,4 +106,4 @@ def _load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> N
         module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"the checkpoint {where} is of another model: {first}") from error
+        raise UserError(f"the checkpoint {where} is of another model or version ({first}): remove the folder to start over") from error
