@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--only", multiple=True, help="of the variants; default: all")
 def main(prepare: Path, steps: int, batch_size: int, only: tuple[str, ...]) -> None:
-    row("blocks", "parameters", "kept, MB", "ms a step", "PSNR, dB", "codes used")
+    row("blocks", "parameters", "kept, MB", "ms per step", "PSNR, dB", "codes used")
     row(*["---"] * 6)
     for name in only or VARIANTS:
         settings = VARIANTS[name]

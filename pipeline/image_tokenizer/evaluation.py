@@ -1,4 +1,4 @@
-"""How good a tokenizer is, measured on hard codes (what the transformer will see), and images for a look."""
+"""How good a tokenizer is, measured on hard codes (what the transformer will see), and images to look at."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.core import distributed
+from pipeline.core.image_io import to_pil
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
 
@@ -109,7 +110,7 @@ def reconstruction_grid(tokenizer: ImageTokenizer, images: Tensor, columns: int 
     canvas = torch.ones(3, len(rows) * rows[0].shape[1], rows[0].shape[2])
     for i, row in enumerate(rows):
         canvas[:, i * row.shape[1] : (i + 1) * row.shape[1], : row.shape[2]] = row
-    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy())
+    return to_pil(canvas[None])[0]
 
 
 def _to_device(images: Tensor, tokenizer: ImageTokenizer) -> Tensor:
