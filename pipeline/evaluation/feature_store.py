@@ -180,6 +180,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def is_feature_file(path: Path) -> bool:
+    """Whether `read_features` reads it: an .npz, or a finished folder of a store."""
     return path.suffix == ".npz" or (path / "about.json").is_file()
 
 

@@ -30,6 +30,7 @@ class FileSlice:
     size: int | None = None
 
     def read(self) -> bytes:
+        """The bytes, from disk."""
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
@@ -45,6 +46,7 @@ class StoredImage:
     about_slice: FileSlice | None = None
 
     def content(self) -> bytes:
+        """The image file's bytes."""
         return self.slice.read()
 
     @property
@@ -54,6 +56,7 @@ class StoredImage:
 
     @property
     def caption(self) -> str | None:
+        """The content of the .txt beside it; None if there is none."""
         return self.caption_slice.read().decode().strip() if self.caption_slice else None
 
     @property

@@ -69,6 +69,7 @@ class Reconstructed:
 
     @property
     def means(self) -> dict[str, float]:
+        """The mean of each metric over all images, of which there must be one."""
         first = next(iter(self.metrics.values()))
         return {key: sum(one[key] for one in self.metrics.values()) / len(self.metrics) for key in first}
 

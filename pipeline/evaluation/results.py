@@ -57,6 +57,8 @@ class SweepSetting(TypedDict):
 
 
 class SweepResult(TypedDict):
+    """What a sweep measured: every setting, on `samples` images each."""
+
     settings: list[SweepSetting]
     best: int  # index of the setting with the lowest Fréchet distance
     compares: str
@@ -84,4 +86,5 @@ def read_results(directory: Path) -> Results:
 
 
 def rows_in(results: Results) -> list[Row]:
+    """The measured metrics."""
     return [Row.from_json(entry) for entry in results["rows"]]

@@ -27,6 +27,7 @@ class Row:
     warning: str | None = None
 
     def as_json(self) -> dict[str, object]:
+        """The entry of metrics.json."""
         return asdict(self)
 
     @classmethod

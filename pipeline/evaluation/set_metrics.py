@@ -37,7 +37,7 @@ from pipeline.metrics.precision_recall import Membership, membership
 
 @dataclass(frozen=True)
 class OneSet:
-    """The images to measure, and the settings that metrics look at."""
+    """The images to measure, and the settings that metrics look at; `n_real` is the number of real ones beside them."""
 
     images: FeatureSet
     config: EvaluateConfig
@@ -48,6 +48,7 @@ class OneSet:
         return 0
 
     def generator(self) -> torch.Generator:
+        """A new generator of random numbers, from the seed."""
         return torch.Generator().manual_seed(self.seed)
 
 
@@ -75,6 +76,7 @@ class TwoSets(OneSet):
 
     @property
     def dimensions(self) -> int:
+        """Dimensions of a feature vector."""
         return self.real.features.shape[1]
 
     @cached_property

@@ -43,6 +43,7 @@ class StageFacts:
 
     @property
     def steps(self) -> int | None:
+        """Steps that were trained."""
         return int(self.history[-1]["step"]) if self.history else None
 
     @property
@@ -64,6 +65,7 @@ class RunFacts:
 
     @property
     def wall_time_s(self) -> float:
+        """The wall time of all stages together."""
         return sum(stage.wall_time_s or 0.0 for stage in self.stages.values())
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.metrics.precision_recall import precision_recall_density_coverage
 from pipeline.metrics.psnr_ssim import psnr, ssim
 
 GENERATOR = torch.Generator()
+SetMetric = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def kid(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float]:
@@ -30,21 +32,21 @@ def manifold(real: torch.Tensor, generated: torch.Tensor) -> object:
 
 @pytest.mark.parametrize("metric", [frechet_distance, kid, manifold])
 class TestMetricsOfSets:
-    def test_nan_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
+    def test_nan_is_found(self, metric: SetMetric) -> None:
         bad = torch.rand(10, 8)
         bad[7, 3] = torch.nan
         with pytest.raises(UserError, match=r"generated: .*NaN or infinity in 1 of 10 samples .*sample 7"):
             metric(torch.rand(10, 8), bad)
 
-    def test_empty_set_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
+    def test_empty_set_is_found(self, metric: SetMetric) -> None:
         with pytest.raises(UserError, match=r"real: expected at least . samples .*found 0"):
             metric(torch.rand(0, 8), torch.rand(10, 8))
 
-    def test_features_of_another_extractor_are_found(self, metric) -> None:  # type: ignore[no-untyped-def]
+    def test_features_of_another_extractor_are_found(self, metric: SetMetric) -> None:
         with pytest.raises(UserError, match="equal dimensions, found 8 and 9"):
             metric(torch.rand(10, 8), torch.rand(10, 9))
 
-    def test_wrong_shape_is_found(self, metric) -> None:  # type: ignore[no-untyped-def]
+    def test_wrong_shape_is_found(self, metric: SetMetric) -> None:
         with pytest.raises(
             UserError, match=r"real: expected an array \[samples, dimensions\], found shape \(10, 8, 2\)"
         ):
