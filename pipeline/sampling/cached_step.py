@@ -6,7 +6,7 @@ the general form takes five, and writes into a `_Workspace` whose views are made
 `tests/sampling/test_cached_step.py` holds it to the full pass at every position of every shape, and to the reference.
 
 Shapes: B rows, C = max(B, 2) rows of which the second may be a copy, D width, M hidden width of the MLP, H heads,
-G heads of keys and values, K = D / H, E = (H + 2 G) K. Names that end in CD are stored row by row, in DC column by column.
+G heads of keys and values, K = D / H, E = (H + 2 G) K. Names ending in CD are stored row by row, in DC by column.
 
 A matrix product is W x^T with x row by row and the result column by column. For that MKL has kernels that keep up
 with memory, and none for a single row, which is therefore taken twice. The 25 matrices (28 MB) of a model of 6 layers

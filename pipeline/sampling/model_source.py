@@ -74,7 +74,8 @@ def _in_run(directory: Path) -> ModelSource:
             raise UserError(
                 f"{directory}: the stage {stage} has not finished training: run `smalti run` to its end first"
             )
-        hashes[stage] = {file: manifest["outputs"].get(file, {}).get("sha256") for file in files}
+        outputs = manifest["outputs"]
+        hashes[stage] = {file: outputs[file]["sha256"] if file in outputs else None for file in files}
     ranker = directory / "reranker" / "model"
     return ModelSource(
         text_tokenizer=directory / "text-tokenizer",
