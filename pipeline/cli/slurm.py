@@ -20,6 +20,8 @@ from pipeline.slurm.submit import submit_pipeline
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _run = click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 _stages = click.Choice(STAGE_NAMES)
+_first = click.option("--from", "first", type=_stages, help="this stage and what comes after it")
+_only = click.option("--only", type=_stages, help="this stage alone")
 _POLL_S = 2.0
 
 
@@ -27,8 +29,8 @@ _POLL_S = 2.0
 @click.argument("config_path", metavar="CONFIG")
 @_overrides
 @click.option("--cluster", "cluster_path", required=True, help="cluster file, e.g. configs/cluster/example.yaml")
-@click.option("--from", "first", type=_stages, help="this stage and what comes after it")
-@click.option("--only", type=_stages, help="this stage alone")
+@_first
+@_only
 @click.option("--dry-run", is_flag=True, help="write the job files and print the table; submit nothing")
 @click.option("--take-over", is_flag=True, help="use a run directory that was made from a config file of another name")
 def submit(
@@ -52,8 +54,8 @@ def submit(
 @click.command()
 @_run
 @click.option("--cluster", "cluster_path", help="another cluster file than at the last submission")
-@click.option("--from", "first", type=_stages, help="this stage and what comes after it")
-@click.option("--only", type=_stages, help="this stage alone")
+@_first
+@_only
 def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, only: str | None) -> None:
     """Submit again what failed or was cancelled, and what waited for it, with the run's own config."""
     known = run_directory / "slurm" / "cluster.yaml"
@@ -114,7 +116,7 @@ def _newest_log(run_directory: Path, stage: str, task: int | None) -> Path:
     if not found and task is None:
         found = [path for path in [folder / f"{stage}.log"] if path.exists()]
     if not found:
-        raise UserError(f"expected a log of {stage} in {folder}, found none: it has not started (smalti status tells)")
+        raise UserError(f"expected a log of {stage} in {folder}, found none: it has not started (see smalti status)")
     return found[-1]
 
 

@@ -4,8 +4,8 @@
 
 The contract of a stage process:
     exit 0 with `_SUCCESS`       finished, now or before
-    exit 0 without `_SUCCESS`    stopped on request; run it again and it resumes
-    exit 2                       a user's mistake, told in one line
+    exit 0 without `_SUCCESS`    stopped on request; rerun it, it resumes
+    exit 2                       a user's mistake; stderr says in one line what to do
     anything else                a crash; the traceback is on stderr
 """
 

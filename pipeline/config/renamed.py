@@ -1,10 +1,10 @@
-"""Keys that had another name in the version before. They work for one version more, and a line says so."""
+"""Keys that had another name in the previous version. They work for one more version, with a warning."""
 
 from __future__ import annotations
 
 from typing import Any
 
-RENAMED = {  # wherever the key stands
+RENAMED = {  # at any depth
     "picture_every": "log_images_every",
     "revive_below": "dead_code_threshold",
     "usage_weight": "batch_entropy_weight",
@@ -13,7 +13,7 @@ RENAMED = {  # wherever the key stands
 
 
 def with_current_names(values: Any, found: dict[str, str] | None = None) -> Any:
-    """`values`, nested dicts and lists, with today's keys. What was renamed is put into `found`, old name to new."""
+    """`values`, nested dicts and lists, with today's keys. Each renamed key is added to `found`, old name to new."""
     if isinstance(values, list):
         return [with_current_names(item, found) for item in values]
     if not isinstance(values, dict):

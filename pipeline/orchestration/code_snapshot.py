@@ -1,4 +1,4 @@
-"""The code of a run: which version it is, and a copy of it for jobs that wait in a queue.
+"""The code of a run: its version, and a copy of it for queued jobs.
 
     runs/<name>/code/version.json        package version, git commit, whether anything was uncommitted
     runs/<name>/code/uncommitted.patch   the uncommitted changes

@@ -26,7 +26,7 @@ _MEMORY = re.compile(r"^\d+[KMGT]?$")
 
 
 class Resources(Config):
-    """What the jobs of a stage ask for. Every field may stand in `default` and be replaced in `stages`."""
+    """What the jobs of a stage request. Every key can be set in `default` and replaced in `stages`."""
 
     partition: str | None = Field(None, description="several by commas; None: the cluster's default")
     account: str | None = Field(None, description="account that the jobs are charged to")
@@ -94,9 +94,7 @@ class ClusterConfig(Config):
     srun_flags: tuple[str, ...] = Field((), description="more options of srun, e.g. --container-image=smalti.sqsh")
 
     stop_ahead_s: int = Field(300, ge=10, le=65535, description="seconds before the time limit at which a stage saves")
-    max_time_limits: int = Field(
-        20, ge=0, description="restart budget of a job: only running into its time limit counts"
-    )
+    max_time_limits: int = Field(20, ge=0, description="how often a job may run into its time limit before it fails")
     max_bad_hosts: int = Field(3, ge=0, description="how often a job moves away from a bad host before it fails")
     max_task_retries: int = Field(2, ge=0, description="how often an array task that crashed runs again by itself")
     preflight: Literal["several", "always", "never"] = Field(

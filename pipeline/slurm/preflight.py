@@ -99,7 +99,7 @@ def meet(rank: int, processes: int, hosts: list[str], problem: str | None, timeo
     if not go:
         return found
     failures = _collect(store, "reduced", processes, hosts, timeout_s, "rank {} did not end the all-reduce in {:.0f} s")
-    if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing tells which
+    if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing shows which
         return {
             "(any of " + ",".join(hosts) + ")": f"the all-reduce failed everywhere: {next(iter(failures.values()))}"
         }

@@ -1,4 +1,4 @@
-"""One job file a stage from the one template, `stage.sbatch`."""
+"""One job file per stage, from the template `stage.sbatch`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("stage.sbatch")
 
 @dataclass(frozen=True)
 class JobFile:
-    """What one job file is about. `array_tasks`: the tasks of an array; None for a whole stage (or an array's join)."""
+    """One job file. `array_tasks`: how many tasks its array has; None for a stage as one job, or the join of an array."""
 
     stage: Stage
     resources: Resources
@@ -59,7 +59,7 @@ def script_path(job: JobFile, run_directory: Path) -> Path:
 
 
 def comment(job: JobFile, run_directory: Path) -> str:
-    """What marks a job as this run's, in Slurm itself: no file of ours can get out of step with it."""
+    """The mark of this run's jobs, kept by Slurm itself, so that no file of ours can disagree with it."""
     return f"smalti:{job.name}:{run_directory}"
 
 
@@ -84,7 +84,7 @@ def _wants_preflight(job: JobFile, cluster: ClusterConfig) -> bool:
 
 
 def _directive(value: object) -> str:
-    """A value in an #SBATCH line: sbatch understands double quotes there, and no escapes that we could use."""
+    """A value for an #SBATCH line, where sbatch understands double quotes and no escapes that we could use."""
     text = str(value)
     if any(character in text for character in '"\n\\'):
         raise UserError(f"expected a path that an #SBATCH line can hold, found {text!r}: rename the folder")

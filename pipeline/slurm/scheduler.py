@@ -1,4 +1,4 @@
-"""Slurm's commands, and their answers as text: the shapes of its JSON differ between versions."""
+"""Slurm's commands, and their output as text, since its JSON differs between versions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def ended_states(ids: Sequence[int]) -> dict[str, str]:
 
 
 def submit(script: Path, after: Sequence[int], array: str | None = None) -> int:
-    """Returns the job's id. `after`: jobs that must end well first."""
+    """Submit a job file and return the job's id. `after`: jobs that must end with success first."""
     command = ["sbatch", "--parsable"]
     if after:
         command.append("--dependency=afterok:" + ":".join(map(str, after)))

@@ -1,11 +1,11 @@
 """The stage graph as Slurm jobs, chained by `afterok`.
 
     runs/<name>/slurm/   <stage>.sbatch  the job files           cluster.yaml  the cluster file, resolved
-                         jobs.json       what was submitted      <stage>.history, .failure: what became of it
+                         jobs.json       what was submitted      <stage>.history, .failure: how it went
     runs/<name>/code/src/                this run's copy of the code
 
 Submitting again is safe: what is finished is skipped, what is queued or running is not doubled, and the
-new jobs wait for it. Which jobs are active is asked of Slurm (their comment names the run), never of a file.
+new jobs wait for it. Slurm itself says which jobs are active (their comment names the run), never a file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENDING_PATIENCE_S = 60.0
 
 @dataclass
 class Planned:
-    """One job of the plan, or why there is none."""
+    """A job to submit, or why a stage needs none."""
 
     stage: Stage
     file: JobFile | None = None  # None: nothing to submit
@@ -181,7 +181,7 @@ def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
     except UserError as error:
         if not dry_run:
             raise
-        click.echo(f"not asked whether jobs are active: {error}", err=True)
+        click.echo(f"could not ask Slurm for active jobs: {error}", err=True)
         return []
 
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Slurm:
-    """A testbed, and the commands of a user who sits at it."""
+    """A testbed, and the commands of a user on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Slurm:
         return launch(module, *arguments, check=check, SLURM_CONF=self.environment["SLURM_CONF"])
 
     def follow(self, *arguments: str) -> subprocess.Popen[str]:
-        """A command of smalti that goes on until it is interrupted or has seen enough."""
+        """A command of smalti that runs until it is interrupted or ends by itself."""
         variables = environment(SLURM_CONF=self.environment["SLURM_CONF"])
         return subprocess.Popen(
             command("pipeline", arguments, 1), env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -164,7 +164,7 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("local")
     overrides = [f"runs={folder}", STEPS, "tracking.enabled=false"]  # MLflow would take seconds more
     for stage in stages_of(load_pipeline(TINY)):
-        if stage.name not in ("evaluate", "report"):  # nobody looks at them
+        if stage.name not in ("evaluate", "report"):  # no test reads them
             launch(stage.module, "--config", str(TINY), *overrides, processes=4 if stage.trains else 1)
     return folder / "tiny"
 
@@ -182,7 +182,7 @@ def run_copy(local_run: Path, tmp_path: Path) -> Path:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed test shows what Slurm and the jobs wrote; one that gets a second try does so in the summary."""
+    """A failed test shows what Slurm and the jobs wrote; one that is tried again shows it in the summary."""
     report = yield
     arguments: dict[str, object] = getattr(item, "funcargs", {})
     testbed = next((value for value in arguments.values() if isinstance(value, Slurm)), None)
