@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("stage.sbatch")
 
 @dataclass(frozen=True)
 class JobFile:
-    """One job file. `array_tasks`: how many tasks its array has; None for a stage as one job, or the join of an array."""
+    """One job file. `array_tasks`: the size of its array; None for a stage as one job, or the join of an array."""
 
     stage: Stage
     resources: Resources
