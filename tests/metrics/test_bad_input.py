@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config.evaluate import EXTRACTORS
 from pipeline.core.errors import UserError
 from pipeline.evaluation.image_sets import named_images
 from pipeline.extractors.registry import load_extractor
@@ -76,9 +77,7 @@ def test_reconstructions_of_another_size() -> None:
 
 
 def test_unknown_extractor_names_the_known() -> None:
-    with pytest.raises(
-        UserError, match="expected one of efficientnet-lite0, inception-v3, clip, dinov2, found 'inception'"
-    ):
+    with pytest.raises(UserError, match=f"expected one of {', '.join(EXTRACTORS)}, found 'inception'"):
         load_extractor("inception", torch.device("cpu"))
 
 
