@@ -45,7 +45,7 @@ from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, tokenize_shards
 from pipeline.image_tokenizer.base import build
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
@@ -123,7 +123,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def rates_of(prepared: Path, make: Callable[[Path], Iterator[Any]], epoch: int) -> tuple[float, float, float]:
-    """Seconds of the first epoch (cold files, start-up included); then images a second, and a processor second."""
+    """Seconds of the first epoch (cold files, start-up included); then images per second, and per processor second."""
     drop_from_page_cache(prepared / "train")
     started = time.perf_counter()
     batches = make(prepared)
@@ -153,7 +153,7 @@ def stream(given: list[str]) -> None:
                 for name, values in found.items()
             }
             rows = [[name, f"{v[0]:.2f} s", f"{v[1]:,.0f}", f"{v[2]:,.0f}"] for name, v in medians.items()]
-            table(["", "first epoch, cold", "then images/s", "a processor second"], rows)
+            table(["", "first epoch, cold", "then images/s", "images per processor second"], rows)
             rate = {name: values[1] for name, values in medians.items()}
             ours, theirs = ([name for name in rate if name.startswith(s)] for s in ("stream", "webdataset"))
             mine, plain = max(rate[name] for name in ours[:2]), max(rate[name] for name in theirs[:3])

@@ -1,4 +1,4 @@
-"""Stage 1, prepare: captioned images from any source -> image shards.
+"""Stage prepare: captioned images from any source -> image shards.
 
 Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every image once; splits by a
 hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png.
@@ -15,7 +15,8 @@ from pipeline.orchestration.stage_run import StageRun
 
 
 def main(run: StageRun) -> None:
-    # Imported here: worker processes import this file too, and need no torch.
+    """Run the stage in `run`; rank 0 does the work."""
+    # Imported here: worker processes import this file, too, and need no torch.
     from pipeline.core import distributed
 
     if distributed.is_main():

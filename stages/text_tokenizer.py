@@ -1,7 +1,7 @@
 """Stage text-tokenizer: learn a byte-pair encoding from the captions of the training split.
 
 Reads prepare/train. Writes tokenizer.json and config.json (`TextTokenizer.from_pretrained` loads
-them) and stats.json: captions, vocabulary, tokens a caption, share of captions that the window cuts.
+them) and stats.json: captions, vocabulary, tokens per caption, share of captions that the window cuts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pipeline.core.distributed import is_main
 from pipeline.core.progress import progress
 from pipeline.data.shards import read_samples
 from pipeline.orchestration.stage_run import StageRun
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
 
 def main(run: StageRun) -> None:
+    """Run the stage in `run`; rank 0 does the work."""
     if not is_main():
         return
     samples = read_samples(run.input("prepare"), "train")
@@ -35,6 +36,7 @@ def main(run: StageRun) -> None:
 
 
 def _statistics(tokenizer: TextTokenizer, captions: list[str]) -> dict[str, float]:
+    """The metrics in stats.json, by name."""
     counts = sorted(tokenizer.token_counts(captions))
     cut = sum(count > tokenizer.text_length for count in counts)
     return {

@@ -1,8 +1,8 @@
-"""Stage 4, tokenize: image shards -> token arrays.
+"""Stage tokenize: image shards -> token arrays.
 
 Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
 (train/, val/), and index.json with checksums. Array tasks share the shards; a finished one is verified, not made
-again. The index is made by the stage itself, after the tasks.
+again. The stage itself, after the tasks, makes the index.
 See pipeline/data/tokenize_shards.py.
 """
 
@@ -17,7 +17,7 @@ from pipeline.core.progress import progress
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def load_encoders(run: StageRun) -> Encoders:
 
 
 def main(run: StageRun) -> None:
+    """Run the stage, or an array task of it, in `run`."""
     job = TokenizeJob(run.directory, run.input("prepare"), load_encoders(run), run.config.tokenize, run.seed)
     mine = run.my_share(all_shards(job.prepare_dir))
     with closing(tokenize_shards(job, mine)) as made:

@@ -1,4 +1,4 @@
-"""Config of the data stages: sections `prepare` and `tokenize`. Knows no torch."""
+"""Config of the stage prepare: the sources by their `kind`, the filters. Knows no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FolderSource(Config):
 
 
 class TableSource(Config):
-    """A CSV, JSONL or Parquet table: a row an image, by path or (Parquet) by bytes.
+    """A CSV, JSONL or Parquet table: one image per row, by path or (Parquet) by bytes.
 
     Relative image paths start at the table's own folder.
     """
@@ -122,8 +122,8 @@ class PrepareConfig(Config):
     crop: Literal["center", "random"] = Field(
         "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
     )
-    shard_size: int = Field(1_000, ge=1, description="source samples a shard; an input tar always becomes one shard")
+    shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
-    workers: int | None = operational(None, ge=1, description="processes; None: one a core")
+    workers: int | None = operational(None, ge=1, description="processes; None: one per core")

@@ -1,4 +1,4 @@
-"""Config of the text tokenizer; apart from it so that reading a config imports neither tokenizers nor torch."""
+"""Config of the stage text-tokenizer. Knows neither tokenizers nor torch."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ class TextTokenizerConfig(Config):
     """Section `text_tokenizer`: byte-level BPE over the captions of the training split."""
 
     vocab_size: int = Field(1024, ge=257, le=65_536, description="pad + 256 bytes + merges")
-    text_length: int = Field(16, ge=1, le=1024, description="tokens a caption: longer ones are cut, shorter padded")
+    text_length: int = Field(16, ge=1, le=1024, description="tokens per caption: longer ones are cut, shorter padded")
     lowercase: bool = Field(True, description="'Red Heart' and 'red heart' become the same tokens")

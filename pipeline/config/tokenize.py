@@ -1,4 +1,4 @@
-"""Section `tokenize`: from image shards to token arrays."""
+"""Config of the stage tokenize. Knows no torch."""
 
 from __future__ import annotations
 

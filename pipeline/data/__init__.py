@@ -1,16 +1,13 @@
 """From any captioned images to exact, resumable streams of images and tokens.
 
-sources/      what a user has (folder, table, tars, `datasets`, OpenMoji) as raw records, cut into parts
-images.py     bytes -> an RGB image of one size, or the reason why not
-prepare.py    parts -> image shards (tars), rejected.jsonl, index.json
-duplicates.py which samples repeat an earlier key or image
-png.py        PNG files that decode fast
-shards.py     the format of image shards: writing, reading, index
-order.py      the order of samples: a pure function of (seed, epoch, position)
-stream.py     image shards -> batches of images, in that order
-tokenizing.py image shards -> token arrays
-tokens.py     the format of token arrays: reading, verifying
-ahead.py      an iterator whose items a thread makes in advance
-commands.py   `smalti data inspect` and `smalti data export` (inspect.py, export.py)
-sampler.py    token arrays -> batches of tokens, exactly shuffled
+prepare             a source -> image shards: prepare_part one part in a worker, prepare_index what joins the parts
+sources/            what a user has (folder, table, tars, `datasets`, OpenMoji) as raw records, cut into parts
+images, png         bytes -> an RGB image of one size, or the reason why not; PNG files that decode fast
+splits, duplicates  which split a sample belongs to; which samples repeat an earlier key or image
+shards              the format of image shards: writing, reading, index
+tokenize_shards     image shards -> token arrays; tokens: their format, reading, verifying
+order               the orders of samples: pure functions of (seed, position)
+stream, sampler     image shards -> batches of images, token arrays -> batches of tokens, in those orders
+inspect, export     `smalti data inspect` and `smalti data export`
+worker_pool         work in processes; prefetch: an iterator whose items a thread makes in advance
 """

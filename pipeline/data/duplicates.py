@@ -1,13 +1,13 @@
 """Which samples to leave out because an earlier one has the same key, or shows the same image.
 
-Every part leaves two 64-bit hashes a sample in a file: of the key, and of what the image looks like. "Earlier" is by
-part, then by place in it, so the answer is a function of the source.
+Every part leaves two 64-bit hashes per sample in a file: of the key, and of what the image looks like. "Earlier" is by
+part, then by position in it, so the answer is a function of the source.
 
 Keys: memory stays below 2 GB at any number of samples, since the hashes are compared a slice of their range at a time
-(2^26 samples a slice; each slice reads all files once). Two different keys share a hash with a probability of
+(2^26 samples per slice; each slice reads all files once). Two different keys share a hash with a probability of
 n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
 
-Images: about 50 bytes of memory a sample, which is the limit of the near-duplicate filter: 5 GB for 10^8 samples.
+Images: about 50 bytes of memory per sample, which is the limit of the near-duplicate filter: 5 GB for 10^8 samples.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 KEY, IMAGE = 0, 1  # columns of the files
-_SAMPLES_A_SLICE = 1 << 26
+_SAMPLES_PER_SLICE = 1 << 26
 
 
-def same_key(files: Sequence[Path], counts: Sequence[int], samples_a_slice: int = _SAMPLES_A_SLICE) -> Ints:
+def same_key(files: Sequence[Path], counts: Sequence[int], samples_per_slice: int = _SAMPLES_PER_SLICE) -> Ints:
     """Numbers (from 0, over all files) of the samples whose key an earlier sample has, ascending.
 
     Args:
-        files: `.npy`, uint64 [samples, 2], a part each, in their order.
-        counts: samples of each.
+        files: `.npy`, uint64 [samples, 2], one per part, in their order.
+        counts: samples of each part.
     """
     starts = np.cumsum([0, *counts])
     slices = 1
-    while starts[-1] > slices * samples_a_slice:
+    while starts[-1] > slices * samples_per_slice:
         slices *= 2
     found = [np.empty(0, np.int64)]
     for number in range(slices):
@@ -71,14 +71,14 @@ def _leading_bits(hashes: Hashes, slices: int) -> Hashes:
 
 
 def _repeated(hashes: Hashes, samples: Ints) -> Ints:
-    """Of samples in their order, those whose hash came before."""
+    """The samples whose hash came before; `samples` are in their order, with a hash each."""
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
     return samples[order[again]]
 
 
 def _near_an_earlier(hashes: Hashes, bits: int) -> NDArray[np.bool_]:
-    """Of different hashes in their order, which differ in at most `bits` bits from one before them.
+    """Which hashes differ in at most `bits` bits from one before them; no two are equal.
 
     Cut into 2 * bits blocks, two such hashes agree in at least half of the blocks; so sorting by each choice of half
     the blocks brings every pair together (Manku, Jain & Das Sarma 2007, "Detecting near-duplicates for web crawling").

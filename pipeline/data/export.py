@@ -15,7 +15,7 @@ from pipeline.data.images import grid
 from pipeline.data.tokenize_shards import hash_of_files
 from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer import TextTokenizer
 
 _BATCH = 64
 

@@ -67,8 +67,9 @@ def decode(content: bytes | None, extension: str, filters: FilterConfig) -> Deco
     except UnidentifiedImageError as error:
         raise BadSample("not an image", f"{len(content)} bytes of no known format") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        truncated = "truncat" in str(error).lower() or isinstance(error, (EOFError, SyntaxError))
-        raise BadSample("truncated image" if truncated else "undecodable image", str(error)) from error
+        if "truncat" in str(error).lower() or isinstance(error, (EOFError, SyntaxError)):
+            raise BadSample("truncated image", str(error)) from error
+        raise BadSample("undecodable image", str(error)) from error
     conversions = []
     if extension and image.format in _EXTENSIONS and extension not in _EXTENSIONS[image.format]:
         conversions.append(f"extension {extension} holds {image.format}")

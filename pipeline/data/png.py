@@ -1,6 +1,6 @@
 """PNG files that decode three times as fast: all rows of an image are filtered alike.
 
-A PNG row is stored as differences to its left ("Sub") or upper ("Up") neighbours, a filter chosen a row (PNG
+A PNG row is stored as differences to its left ("Sub") or upper ("Up") neighbours, a filter chosen per row (PNG
 specification, third edition, section 9). With one filter for the whole image, undoing it is one cumulative sum
 instead of a loop over rows, and the rest is zlib. Any reader reads these files, and `decode` reads any PNG.
 """
@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 
 
 def encode(image: Image.Image) -> bytes:
-    """`image` (RGB) as a PNG file, with the filter that makes it smaller."""
+    """The PNG file of an RGB image, with the filter that makes it smaller."""
     pixels = np.asarray(image)
     height, width, _ = pixels.shape
     left, up = pixels.copy(), pixels.copy()
@@ -59,6 +59,7 @@ def decode(png: bytes) -> Pixels:
 
 
 def _deflated(kind: int, rows: Pixels) -> bytes:
+    """Filtered rows [height, width, 3] as the content of an IDAT chunk."""
     height = rows.shape[0]
     filters = np.full((height, 1), kind, np.uint8)
     return zlib.compress(np.concatenate([filters, rows.reshape(height, -1)], axis=1).tobytes(), _LEVEL)

@@ -119,7 +119,7 @@ class TokenArrays:
         self.crops = self.shards[0]["crops"]
         self.counts = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
-        # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms a sample.
+        # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms per sample.
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._mapped = lru_cache(maxsize=min(descriptors // 4, 16_384) // (1 + len(self.levels)))(self._map)
         self._lines = lru_cache(maxsize=min(descriptors // 4, 16_384))(self._map_lines)

@@ -36,7 +36,7 @@ _PAD = "[PAD]"
 
 
 class TextTokenizer:
-    """Captions <-> ids in a fixed window of `text_length`; id 0 is the pad and nothing else."""
+    """Captions to ids in a fixed window of `text_length`, and back; id 0 is the pad and nothing else."""
 
     def __init__(self, tokenizer: Tokenizer, config: TextTokenizerConfig) -> None:
         # A caption that spells "[PAD]" is text like any other.
@@ -51,6 +51,7 @@ class TextTokenizer:
 
     @property
     def text_length(self) -> int:
+        """How many ids a caption's window has."""
         return self.config.text_length
 
     @classmethod
@@ -83,8 +84,10 @@ class TextTokenizer:
         return torch.tensor(rows, dtype=torch.int64).view(len(captions), self.text_length)
 
     def encode_with_dropout(self, caption: str, dropout: float, rng: random.Random) -> list[int]:
-        """One caption's window of `text_length` ids, each merge left out with probability `dropout`, a pure function
-        of its arguments; at 0 the same as `encode`."""
+        """The window of one caption, `text_length` ids, with each merge left out with probability `dropout`.
+
+        A pure function of its arguments; at 0 the same as `encode`.
+        """
         normalized = self._tokenizer.normalizer.normalize_str(caption)
         words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
         ids = [self._ids[part] for word in words for part in _merged(word, self._ranks, dropout, rng)]
@@ -96,12 +99,12 @@ class TextTokenizer:
 
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
-        """Merges in the order in which they were learnt."""
+        """The rank of each merge: merges in the order in which they were learnt."""
         merges = json.loads(self._tokenizer.to_str())["model"]["merges"]
         return {(left, right): rank for rank, (left, right) in enumerate(merges)}
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""
+        """The tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
@@ -110,14 +113,14 @@ class TextTokenizer:
         return str(self._tokenizer.decode(kept)).removeprefix(" ")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes tokenizer.json (Hugging Face format) and config.json."""
+        """Write tokenizer.json (Hugging Face format) and config.json."""
         directory = Path(directory)
         write_atomic(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))
         write_json(directory / "config.json", self.config.model_dump(mode="json"))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TextTokenizer:
-        """Raises UserError when the two files are not there or not whole."""
+        """The tokenizer of a folder. Raises UserError when one of its two files is missing or damaged."""
         directory = Path(directory)
         expect_files(directory, "text-tokenizer", "tokenizer.json", "config.json")
         config_path = directory / "config.json"
@@ -132,12 +135,15 @@ class TextTokenizer:
 
 
 def _merged(word: str, ranks: dict[tuple[str, str], int], dropout: float, rng: random.Random) -> list[str]:
-    """Provilkov et al. 2020, algorithm 1: the earliest of the merges that are left, until none is left."""
+    """The parts of a word (Provilkov et al. 2020, algorithm 1).
+
+    Again and again the earliest of the merges that dropout leaves, until it leaves none.
+    """
     parts = list(word)
     while True:
-        known = [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]
+        known = [(ranks[pair], position) for position, pair in enumerate(pairwise(parts)) if pair in ranks]
         left = [merge for merge in known if rng.random() >= dropout] if dropout else known
         if not left:
             return parts
-        _, place = min(left)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        _, position = min(left)
+        parts[position : position + 2] = [parts[position] + parts[position + 1]]

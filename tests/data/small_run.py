@@ -17,7 +17,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer import TextTokenizer
 from tests.data.sample_images import folder_config, write_folder
 
 MODEL = {

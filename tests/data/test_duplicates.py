@@ -26,13 +26,13 @@ def _random(count: int, seed: int) -> NDArray[np.uint64]:
     return np.random.default_rng(seed).integers(0, 2**64, (count, 2), dtype=np.uint64)
 
 
-@pytest.mark.parametrize("samples_a_slice", [10, 100, 10_000])
-def test_repeated_keys_are_found_at_any_number_of_slices(tmp_path: Path, samples_a_slice: int) -> None:
+@pytest.mark.parametrize("samples_per_slice", [10, 100, 10_000])
+def test_repeated_keys_are_found_at_any_number_of_slices(tmp_path: Path, samples_per_slice: int) -> None:
     hashes = _random(500, 0)
     again = np.random.default_rng(1).choice(np.arange(250, 500), 40, replace=False)
     hashes[again, 0] = hashes[again - 250, 0]
     files, counts = _files(tmp_path, hashes, 70)
-    assert same_key(files, counts, samples_a_slice).tolist() == sorted(again.tolist())
+    assert same_key(files, counts, samples_per_slice).tolist() == sorted(again.tolist())
 
 
 def test_the_first_of_several_equal_keys_is_kept(tmp_path: Path) -> None:

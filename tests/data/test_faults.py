@@ -146,7 +146,7 @@ def _without_leftovers(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in tree_bytes(out).items() if not name.endswith(".tmp")}
 
 
-def test_killed_tokenize_task_goes_on_and_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
+def test_killed_tokenize_task_resumes_and_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     shards = len(all_shards(run / "prepare"))
     for finished in (1, 4):
         process = _task(run, tmp_path, 0, 1)
@@ -172,7 +172,7 @@ def test_two_tasks_share_the_shards_and_two_that_are_given_the_same_ones_do_no_h
     assert tree_bytes(tmp_path) == tree_bytes(run / "tokenize")
 
 
-def test_tokenize_in_two_processes_one_of_them_killed_goes_on_and_ends_with_the_same_bytes(
+def test_tokenize_in_two_processes_one_of_them_killed_resumes_and_ends_with_the_same_bytes(
     tiny_run: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))

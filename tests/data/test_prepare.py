@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from PIL import Image
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
+from pipeline.data.prepare_part import _EARLIER
 from pipeline.data.shards import read_samples
 from tests.data.sample_images import (
     encoded,
@@ -26,7 +29,7 @@ from tests.data.sample_images import (
     write_folder,
     write_tar,
 )
-from tests.launch import wait_for_end
+from tests.launch import ROOT, wait_for_end
 
 
 def test_folder_becomes_shards_that_hold_every_sample_once(tmp_path: Path) -> None:
@@ -55,10 +58,10 @@ def test_the_index_beside_a_tar_points_at_the_images(tmp_path: Path) -> None:
     (folder / f"{long}.txt").write_text("long")
     prepare(tmp_path / "out", folder_config(folder, validation_fraction=0), seed=0)
     tar = (tmp_path / "out/train/000000.tar").read_bytes()
-    places = np.load(tmp_path / "out/train/000000.index.npy").tolist()
+    rows = np.load(tmp_path / "out/train/000000.index.npy").tolist()
     samples = list(read_samples(tmp_path / "out", "train"))
     assert len(samples) == 5
-    assert [tar[begin : begin + size] for begin, size, _ in places] == [s.png for s in samples]
+    assert [tar[begin : begin + size] for begin, size, _ in rows] == [s.png for s in samples]
 
 
 def test_same_input_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
@@ -117,6 +120,36 @@ def test_bad_samples_are_counted_by_reason_listed_and_skipped(tmp_path: Path) ->
     listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert len(listed) == index["rejected"]["samples"] == sum(counts.values())
     assert sum(split["samples"] for split in index["splits"].values()) == 10
+
+
+def test_parts_of_an_earlier_version_are_counted_by_todays_reasons(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 4)
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(b"" if name == "a" else b"this is no image")
+        (folder / f"{name}.txt").write_text("a caption")
+    config = folder_config(folder, max_rejected_fraction=0.9)
+    index = prepare(tmp_path / "out", config, seed=0)
+    listed = (tmp_path / "out/rejected.jsonl").read_text()
+    record = tmp_path / "out/parts/000000.json"
+    old = record.read_text().replace("not an image", "not a picture").replace("missing image", "missing picture")
+    record.write_text(old)
+    assert prepare(tmp_path / "out", config, seed=0) == index
+    assert record.read_text() == old  # not made again
+    assert (tmp_path / "out/rejected.jsonl").read_text() == listed
+
+
+def test_the_docs_list_every_reason_to_reject_a_sample() -> None:
+    made = set(_EARLIER)
+    for path in (ROOT / "pipeline/data").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                position = {"BadSample": 0, "Unreadable": 1}.get(node.func.id)
+                reason = None if position is None else node.args[position]
+                made |= {str(reason.value)} if isinstance(reason, ast.Constant) else set()
+    section = (ROOT / "docs/data.md").read_text().partition("| reason | |")[2].partition("\n\n")[0]
+    listed = {name for line in section.splitlines() for name in re.findall("`([^`]+)`", line.partition(" |")[0])}
+    assert listed == made
+    assert "missing image" in made
 
 
 def test_too_many_bad_samples_fail_the_stage_and_say_why(tmp_path: Path) -> None:
@@ -264,7 +297,7 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_prepare_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 400)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -317,9 +350,9 @@ def test_a_damaged_shard_read_front_to_back_is_an_error_that_names_it(tmp_path: 
     prepare(tmp_path / "out", folder_config(write_folder(tmp_path / "in", 5), validation_fraction=0), seed=0)
     tar = tmp_path / "out/train/000000.tar"
     content = tar.read_bytes()
-    places = np.load(tar.with_suffix(".index.npy"))
+    rows = np.load(tar.with_suffix(".index.npy"))
     beyond = {"cut in an image": 100, "cut between samples": -1_536, "another header": -512}
-    cut = int(places[2, 0]) + beyond.get(damage, 0)
+    cut = int(rows[2, 0]) + beyond.get(damage, 0)
     damaged = {"another header": content[:cut] + b"x" * 512 + content[cut + 512 :], "nothing": b""}
     tar.write_bytes(damaged.get(damage, content[:cut]))
     with pytest.raises(UserError, match=r"000000\.tar is damaged: expected 5 samples, found .*run prepare again"):

@@ -228,6 +228,18 @@ def test_a_table_that_changes_or_disappears_halfway_stops(tmp_path: Path, kind: 
         list(source.records(parts[1]))
 
 
+def test_a_column_of_images_that_holds_no_bytes_is_rejected_by_name(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    rows = [{"image": encoded(image(n)).hex(), "caption": f"number {n}"} for n in range(3)]
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    source = {"kind": "table", "path": str(tmp_path / "t.parquet"), "bytes_column": "image"}
+    with pytest.raises(UserError, match=r"3 of 3 samples rejected \(3 not an image\)"):
+        prepare(tmp_path / "out", prepare_config(source), seed=0)
+    assert "expected bytes, found str" in (tmp_path / "out/rejected.jsonl").read_text()
+
+
 def test_thousands_of_tars_are_listed_without_opening_one(tmp_path: Path) -> None:
     for number in range(3_000):
         (tmp_path / f"{number:05d}.tar").touch()

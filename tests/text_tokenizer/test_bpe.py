@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.core.errors import UserError
-from pipeline.text_tokenizer.bpe import PAD_ID, TextTokenizer
+from pipeline.text_tokenizer import PAD_ID, TextTokenizer
 
 CAPTIONS = ["red heart", "blue heart", "grinning face", "grinning cat", "flag: Åland Islands", "red apple"] * 3
 
@@ -69,8 +69,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
 
 def test_training_gives_the_same_bytes_in_every_process_and_order(tmp_path: Path) -> None:
     script = (
-        "import sys; from pipeline.text_tokenizer.bpe import TextTokenizer;"
-        "from pipeline.config.base.text_tokenizer import TextTokenizerConfig as C;"
+        "import sys; from pipeline.text_tokenizer import TextTokenizer;"
+        "from pipeline.config.text_tokenizer import TextTokenizerConfig as C;"
         "words = [f'{a}{b} {b}{c}' for a in 'abcdef' for b in 'ghijkl' for c in 'mnopqr'];"
         "words = words[::-1] if sys.argv[2] == '1' else words;"
         "TextTokenizer.train(words, C(vocab_size=400)).save_pretrained(sys.argv[1])"
@@ -78,6 +78,11 @@ def test_training_gives_the_same_bytes_in_every_process_and_order(tmp_path: Path
     for number in range(3):
         subprocess.run([sys.executable, "-c", script, str(tmp_path / str(number)), str(number % 2)], check=True)
     assert len({(tmp_path / str(number) / "tokenizer.json").read_bytes() for number in range(3)}) == 1
+
+
+def test_importing_the_text_tokenizer_loads_no_torch() -> None:
+    code = "import sys, pipeline.text_tokenizer; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_or_damaged_files_are_a_users_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A folder of images with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
 
-The listing is kept in memory, about 300 bytes per image: for more than some ten million, pack tars.
+The listing is in memory, about 450 bytes per image with its caption file, and 1.8 kB at the peak for images of one
+folder: for more than some ten million, pack tars.
 """
 
 from __future__ import annotations

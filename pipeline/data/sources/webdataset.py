@@ -52,9 +52,11 @@ class WebDataset:
         for damage in errors:
             if isinstance(damage, OSError):
                 raise interrupted(url, damage) from damage
-            duplicate = isinstance(damage, ValueError) and "duplicate file name" in str(damage)
-            reason = "duplicate key" if duplicate else "damaged tar"
-            yield Unreadable(posixpath.basename(url), reason, str(damage.args[0]))
+            key, detail = posixpath.basename(url), str(damage.args[0])
+            if isinstance(damage, ValueError) and "duplicate file name" in str(damage):
+                yield Unreadable(key, "duplicate key", detail)
+            else:
+                yield Unreadable(key, "damaged tar", detail)
 
     def _tars(self) -> Iterator[tuple[str, Stamp]]:
         """URL and stamp of every tar, in the order of the patterns."""
