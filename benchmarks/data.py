@@ -65,6 +65,7 @@ def table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def shards(folder: Path, image_size: int) -> Path:
+    """OpenMoji as image shards of `image_size` pixels, made in `folder`."""
     values = {"source": {"kind": "openmoji"}, "image_size": image_size, "shard_size": 256, "validation_fraction": 0.02}
     prepare(folder, PrepareConfig.model_validate(values), seed=0)
     return folder
@@ -84,7 +85,7 @@ def to_pixels_fast(sample: dict[str, Any]) -> torch.Tensor:
 
 
 def plain_webdataset(prepared: Path, workers: int, fast: bool = False) -> Iterator[torch.Tensor]:
-    """As its documentation has it: shuffle shards, shuffle samples, decode, batch in the worker."""
+    """The pipeline of its documentation: shuffle shards, shuffle samples, decode, batch in the worker."""
     urls = sorted(str(path) for path in (prepared / "train").glob("*.tar"))
     data = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=webdataset.split_by_node).shuffle(1000)
     data = data.map(to_pixels_fast) if fast else data.decode("rgb8").map(to_pixels)
@@ -93,6 +94,7 @@ def plain_webdataset(prepared: Path, workers: int, fast: bool = False) -> Iterat
 
 
 def our_stream(prepared: Path, threads: int, cache_bytes: int) -> Iterator[Any]:
+    """The image stream of this package."""
     return ImageStream(prepared, "train", 0, threads=threads, cache_bytes=cache_bytes).batches(0, BATCH)
 
 
@@ -115,6 +117,7 @@ def cpu_seconds() -> float:
 
 
 def drop_from_page_cache(folder: Path) -> None:
+    """Make the next read of every file of the folder come from the disk."""
     os.sync()
     for path in folder.rglob("*.*"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -139,6 +142,7 @@ def rates_of(prepared: Path, make: Callable[[Path], Iterator[Any]], epoch: int) 
 
 
 def stream(given: list[str]) -> None:
+    """The tables of `stream`; `given`: directories of finished `prepare` stages."""
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of webdataset's decoder
     with tempfile.TemporaryDirectory() as folder:
         for prepared in [Path(path) for path in given] or [shards(Path(folder), 64)]:
@@ -214,6 +218,7 @@ def hollow_arrays(folder: Path, shard_count: int, samples: int, text: int, side:
 
 
 def sampler() -> None:
+    """The tables of `sampler`."""
     config = load_config(PipelineConfig, DEMO)
     demo = config.transformer
     models = {"the demo's, 2 layers of 256, 8 + 64 positions": (demo, 8, 8)}
@@ -232,6 +237,7 @@ def sampler() -> None:
 
 
 def sampled_s(arrays: Path, batch: int) -> float:
+    """Samples/s of the token sampler."""
     rates = []
     batches = TokenSampler(arrays, "train", 0).batches(0, batch)
     for _ in islice(batches, 100):  # opens all shards
@@ -285,6 +291,7 @@ def billion(arrays: Path) -> None:
 
 
 def tokenize() -> None:
+    """The table of `tokenize`."""
     config = load_config(PipelineConfig, DEMO)
     rows = []
     for size in (config.prepare.image_size, 64):
@@ -321,6 +328,7 @@ def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float,
 
 
 def duplicates() -> None:
+    """The lines of `duplicates`."""
     count, files = 1 << 24, 1 << 10
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

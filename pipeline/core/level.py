@@ -1,4 +1,4 @@
-"""One grid of codes, the word that image tokenizer, token arrays and transformer share."""
+"""One grid of codes, as image tokenizer, token arrays and transformer share it."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ class Level(NamedTuple):
 
     @property
     def positions(self) -> int:
+        """How many codes the grid holds."""
         return self.height * self.width

@@ -288,7 +288,7 @@ def crop_of(image: Image.Image, crop: int, min_scale: float, *name: object) -> I
 def _steps(
     job: TokenizeJob, shards: Sequence[tuple[str, Shard]], pool: ThreadPoolExecutor
 ) -> Generator[Future[_Batch] | _End, None, None]:
-    """For each shard, unless it is finished, its batches, which `pool` is making; then its end."""
+    """The batches of each shard that is not finished, which `pool` is making, and after them the shard's end."""
     for split, shard in shards:
         if job.is_finished(shard):
             yield _End(shard, crops=0, is_new=False)

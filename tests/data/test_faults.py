@@ -146,6 +146,7 @@ def _without_leftovers(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in tree_bytes(out).items() if not name.endswith(".tmp")}
 
 
+@pytest.mark.slow
 def test_killed_tokenize_task_resumes_and_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     shards = len(all_shards(run / "prepare"))
     for finished in (1, 4):
@@ -162,6 +163,7 @@ def test_killed_tokenize_task_resumes_and_ends_with_the_same_bytes(run: Path, tm
     assert _without_leftovers(tmp_path) == tree_bytes(run / "tokenize")
 
 
+@pytest.mark.slow
 def test_two_tasks_share_the_shards_and_two_that_are_given_the_same_ones_do_no_harm(run: Path, tmp_path: Path) -> None:
     # Tasks 0 and 1 of 2 split the work; the third was given task 0's shards again.
     tasks = [_task(run, tmp_path, task, 2) for task in (0, 1, 0)]
@@ -222,6 +224,7 @@ def test_a_flipped_byte_stops_the_transformer_before_it_trains_and_is_made_good(
     assert array.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, tmp_path: Path) -> None:
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()

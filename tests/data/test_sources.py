@@ -336,6 +336,7 @@ prepare(Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[1]), seed=
 """
 
 
+@pytest.mark.slow
 def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(bucket: Any, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet as pq

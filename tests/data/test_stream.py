@@ -60,10 +60,7 @@ def test_global_order_is_the_same_at_any_number_of_ranks_and_threads(
 ) -> None:
     alone = _take(ImageStream(prepared, "train", seed=1), 36, 12, 10)
     options = {"world_size": world_size, "threads": threads, "cache_bytes": cache_bytes}
-    ranks = [
-        ImageStream(prepared, "train", seed=1, rank=rank, **options).batches(36, 12)  # type: ignore[arg-type]
-        for rank in range(world_size)
-    ]
+    ranks = [ImageStream(prepared, "train", seed=1, rank=rank, **options).batches(36, 12) for rank in range(world_size)]
     together = [image.numpy().tobytes() for _ in range(10) for rank in ranks for image in next(rank)["images"]]
     assert together == alone
 

@@ -202,10 +202,12 @@ class _Lines:
         self.restart()
 
     def restart(self) -> None:
+        """Begin a new digest."""
         self._hash = hashlib.sha256()
 
     @property
     def digest(self) -> str:
+        """The SHA-256 of the lines since `restart`."""
         return self._hash.hexdigest()
 
     def __iter__(self) -> _Lines:
