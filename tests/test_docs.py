@@ -337,6 +337,7 @@ def test_every_dotted_name_is_a_config_key_or_a_symbol() -> None:
     """A symbol is `module.name`, `Class.name`, or, for an instance, the end of the class's name: `source.sampling`."""
     wrong = []
     for name, quote in quoted():
+        quote = re.sub(r"s\.\d+(?=\.)|\.\d+$", "", quote)  # of `resolutions.1.blocks.0`: `resolution.blocks`
         match = re.match(r"([A-Za-z]\w*(?:\.\w+)+)(?=$|[=:(\[ ])", quote)
         words = match[1].split(".") if match else ["torch"]
         if words[0] in FOREIGN_ROOTS or words[-1] in FILES:
