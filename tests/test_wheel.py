@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, environment
 
+pytestmark = pytest.mark.slow
 PACKAGES = ("pipeline", "stages")
 
 

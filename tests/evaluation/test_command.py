@@ -57,6 +57,7 @@ def rows(path: Path) -> dict[str, Any]:
     return {row["metric"]: row for row in json.loads(path.read_text())["rows"]}
 
 
+@pytest.mark.slow
 def test_folder_against_folder_then_feature_files(sets: Path, tmp_path: Path) -> None:
     cache = f"--cache={tmp_path / 'cache'}"
     saved = [f"--save-real={tmp_path / 'real.npz'}", f"--save-fake={tmp_path / 'fake.npz'}"]
@@ -79,6 +80,7 @@ def test_folder_against_folder_then_feature_files(sets: Path, tmp_path: Path) ->
     assert {name: row["value"] for name, row in again.items()} == {n: row["value"] for n, row in measured.items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_features(sets: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         launch(

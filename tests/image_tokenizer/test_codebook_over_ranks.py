@@ -19,6 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
+@pytest.mark.slow
 def test_all_ranks_hold_the_same_codebook_to_the_last_bit(results: dict[str, Any]) -> None:
     first, second = results["2-0"]["state"], results["2-1"]["state"]
     assert all(torch.equal(first[name], second[name]) for name in first)

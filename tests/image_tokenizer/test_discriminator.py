@@ -238,6 +238,7 @@ def validation_error(tokenizer: ImageTokenizer) -> float:
 
 
 @pytest.mark.parametrize("guard", [0.25, None])
+@pytest.mark.slow
 def test_a_far_too_strong_discriminator_does_not_wreck_a_good_reconstruction(
     trained: ImageTokenizer, guard: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:

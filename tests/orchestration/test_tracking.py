@@ -81,6 +81,7 @@ def _answers(url: str) -> bool:
 
 
 @pytest.mark.parametrize("store", ["sqlite", "server"])
+@pytest.mark.slow
 def test_a_resumed_stage_continues_its_own_run_and_doubles_nothing(
     store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_resumed_stage_continues_its_own_run_and_doubles_nothing(
     assert [line["step"] for line in lines] == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_had_not_sent_is_sent_by_the_next(tmp_path: Path) -> None:
     stage = tmp_path / "transformer"
     stage.mkdir()
@@ -125,6 +127,7 @@ def test_what_a_killed_process_had_not_sent_is_sent_by_the_next(tmp_path: Path) 
     assert _history(MlflowClient(default_uri(tmp_path)), child, "loss") == [(10, 0.5), (20, 0.25)]
 
 
+@pytest.mark.slow
 def test_an_absent_server_delays_nothing_and_gets_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="pipeline.orchestration.tracking"):
         tracker = _tracker(tmp_path, uri="http://127.0.0.1:9", flush_s=10)  # the discard port: nobody listens

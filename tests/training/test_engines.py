@@ -100,6 +100,7 @@ def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
+@pytest.mark.slow
 def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dict[int, Results]) -> None:
     found = trained[processes][case.name]
     weights, norms = _plain_pytorch()
@@ -110,6 +111,7 @@ def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dic
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("case", MUON, ids=lambda case: case.name)
+@pytest.mark.slow
 def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, trained: dict[int, Results]) -> None:
     config = training(case, 1)
     torch.manual_seed(0)
@@ -139,6 +141,7 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("case", POISON + BF16, ids=lambda case: case.name)
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_process_is_applied_on_none(
     case: Case, processes: int, trained: dict[int, Results]
 ) -> None:
@@ -151,6 +154,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_applied_on_none(
 
 
 @pytest.mark.parametrize("case", RECOMPUTED, ids=lambda case: case.name)
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_bit(case: Case, trained: dict[int, Results]) -> None:
     kept = dataclasses.replace(case, recompute=False, dropout=True)
     assert all(trained[1][case.name]["applied"])
@@ -169,6 +173,7 @@ def test_activation_checkpointing_changes_no_bit(case: Case, trained: dict[int, 
     ],
     ids=lambda value: value.name if isinstance(value, Case) else f"{value} processes",
 )
+@pytest.mark.slow
 def test_a_training_resumes_at_another_number_of_processes_and_another_stage(
     case: Case, processes: int, trained: dict[int, Results]
 ) -> None:

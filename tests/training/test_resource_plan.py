@@ -107,6 +107,7 @@ def test_a_mistake_gets_one_line(arguments: tuple[str, str], line: str) -> None:
     assert line in str(result.exception)
 
 
+@pytest.mark.slow
 def test_planned_memory_is_that_of_a_real_training_within_a_tenth() -> None:
     model = next(iter(MODELS))  # all of them at all stages: python -m benchmarks.plan_memory
     tensors, _ = measured(model, stage=1)

@@ -177,6 +177,7 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
     assert len(list((directory / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_run_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     first = _start(tmp_path)
     try:
