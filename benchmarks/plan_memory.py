@@ -93,7 +93,7 @@ def _train(config: PipelineConfig, stage: int, at_end: Callable[[], int] = lambd
     from pipeline.transformer.model import Transformer
     from pipeline.transformer.objective import JointObjective
 
-    distributed.init(alone=True)
+    distributed.init(without_launcher=True)
     section, text = config.transformer, config.text_tokenizer
     layout = Layout.of(text.text_length, text.vocab_size, [(16, 16, config.image_tokenizer.model.codebook_size)])
     objective = JointObjective(Transformer(layout, section), section)
