@@ -105,5 +105,8 @@ def _load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> N
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"the checkpoint {where} is of another model or version ({first}): remove the folder to start over") from error
+        difference = str(error).splitlines()[1:] or [str(error)]
+        first = difference[0].strip().partition(",")[0]  # torch lists every name
+        raise UserError(
+            f"the checkpoint {where} is of another model or version ({first}): remove {where.parent} to start over"
+        ) from error
