@@ -1,34 +1,21 @@
 """Every path, command, config key and symbol that the docs, docstrings and comments name exists.
 
 The rules are regular expressions over words in `backticks` (and, for paths and commands, over whole lines). What they
-cannot decide is in three short lists of foreign names. A stale name is put right where it is written.
+cannot decide is in two short lists of foreign names. A stale name is put right where it is written.
 """
 
 from __future__ import annotations
 
-import ast
-import io
 import re
-import tokenize
-import tomllib
-import types
-import typing
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import click
 import pytest
-import yaml
-from pydantic import BaseModel
 
 from pipeline.cli.main import cli
-from pipeline.config.pipeline import PipelineConfig
-from pipeline.core.version import VERSION
 from tests.launch import ROOT
-
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "slurm/README.md"]
-FOLDERS = ("pipeline", "stages", "docs", "tests", "configs", "slurm", "benchmarks")
+from tests.prose_and_tree import FOLDERS, files, identifiers, is_config_key, members, quoted, sources, texts
 
 # Names with `my_` are the reader's, in a recipe.
 MINE = re.compile(r"\bmy_")
@@ -45,149 +32,6 @@ FILES = {
     *("py", "md", "json", "jsonl", "yaml", "html", "png", "jpg", "txt", "npy", "npz", "tar", "pt", "pth", "csv"),
     *("safetensors", "sbatch", "sif", "toml", "cff", "db", "patch"),
 }
-
-
-# What is read
-
-
-@cache
-def sources() -> list[Path]:
-    """Every Python file of ours."""
-    return sorted(path for top in ("pipeline", "stages", "benchmarks", "tests") for path in (ROOT / top).rglob("*.py"))
-
-
-@cache
-def texts() -> dict[str, str]:
-    """By file: a page's text, or the docstrings and comments of a module."""
-    pages = [ROOT / name for name in PAGES if (ROOT / name).exists()] + sorted((ROOT / "docs").glob("*.md"))
-    prose = {str(page.relative_to(ROOT)): page.read_text() for page in pages}
-    for path in sources():
-        if path.relative_to(ROOT).parts[0] in ("pipeline", "stages", "benchmarks"):
-            prose[str(path.relative_to(ROOT))] = "\n".join([*docstrings(path), *comments(path)])
-    return prose
-
-
-def docstrings(path: Path) -> list[str]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
-    return [text for text in map(ast.get_docstring, nodes) if text]
-
-
-def comments(path: Path) -> list[str]:
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return [token.string for token in tokens if token.type == tokenize.COMMENT]
-
-
-@cache
-def quoted() -> list[tuple[str, str]]:
-    """Everything in single backticks, on one line or broken over two, with its file."""
-    found = []
-    for name, text in texts().items():
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-        found += [(name, " ".join(words.split())) for words in re.findall(r"`([^`]+)`", prose)]
-    return found
-
-
-# What exists
-
-
-@cache
-def files() -> set[str]:
-    """Paths of the tree, folders with a slash at the end."""
-    found = set()
-    for top in (*FOLDERS, ".github"):
-        for path in (ROOT / top).rglob("*"):
-            if "__pycache__" not in path.parts:
-                found.add(str(path.relative_to(ROOT)) + ("/" if path.is_dir() else ""))
-    return found | {f"{top}/" for top in FOLDERS} | {path.name for path in ROOT.iterdir() if path.is_file()}
-
-
-@cache
-def identifiers() -> set[str]:
-    """Every name in the code, and every word of its strings that could be one; no comments, no docstrings."""
-    found: set[str] = set()
-    for path in sources():
-        if path.name in (Path(__file__).name, "renamed.py"):  # the latter holds the names of before
-            continue
-        tree = ast.parse(path.read_text())
-        told = set(docstrings(path))
-        for node in ast.walk(tree):
-            for attribute in ("id", "attr", "name", "arg", "asname"):
-                if isinstance(value := getattr(node, attribute, None), str):
-                    found.update(value.split("."))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip() not in told:
-                found.update(re.findall(r"\w+", node.value))
-    return found
-
-
-@cache
-def members() -> dict[str, set[str]]:
-    """By module (its last name) and by class, with its bases: the names that are defined in it, or set on self."""
-    found: dict[str, set[str]] = {}
-    bases: dict[str, list[str]] = {}
-    for path in sources():
-        tree = ast.parse(path.read_text())
-        stem = path.parent.name if path.name == "__init__.py" else path.stem
-        found.setdefault(stem, set()).update(_defined(tree))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                own = found.setdefault(node.name, set())
-                own.update(_defined(node))
-                own.update(n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute))
-                bases.setdefault(node.name, []).extend(base.id for base in node.bases if isinstance(base, ast.Name))
-    for path in ROOT.glob("pipeline/**/"):
-        found.setdefault(path.name, set()).update(child.stem for child in path.iterdir())
-    for name in bases:
-        above, waiting = {name}, list(bases[name])
-        while waiting:
-            above.add(base := waiting.pop())
-            found[name] |= found.get(base, set())
-            waiting += set(bases.get(base, [])) - above
-    return found
-
-
-def _defined(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from (alias.asname or alias.name for alias in node.names)
-
-
-@cache
-def sections() -> list[type[BaseModel]]:
-    """PipelineConfig and every config class below it."""
-    found: list[type[BaseModel]] = []
-    waiting: list[type[BaseModel]] = [PipelineConfig]
-    while waiting:
-        cls = waiting.pop(0)
-        if cls not in found:
-            found.append(cls)
-            waiting += [inner for field in cls.model_fields.values() for inner in _models(field.annotation)]
-    return found
-
-
-def _models(annotation: object) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else types.NoneType):
-        return _models(annotation.__value__)
-    return [model for inner in typing.get_args(annotation) for model in _models(inner)]
-
-
-def is_config_key(words: list[str]) -> bool:
-    """Whether the dotted key leads somewhere from PipelineConfig, or from any section of it."""
-    return any(_leads_on(cls, words) for cls in sections())
-
-
-def _leads_on(cls: type[BaseModel], words: list[str]) -> bool:
-    field = cls.model_fields.get(words[0])
-    if field is None:
-        return False
-    return len(words) == 1 or any(_leads_on(inner, words[1:]) for inner in _models(field.annotation))
 
 
 # The promises
@@ -381,38 +225,6 @@ def test_every_identifier_in_backticks_is_one() -> None:
     known = identifiers() | FOREIGN_NAMES
     named = [(name, match[1]) for name, quote in quoted() if (match := identifier.fullmatch(quote))]
     _check([f"{name}: {symbol}" for name, symbol in named if symbol not in known and not is_config_key([symbol])])
-
-
-# The workflows and the citation
-
-
-def test_the_workflows_run_targets_and_markers_that_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
-    markers = [line.partition(":")[0] for line in _pyproject()["tool"]["pytest"]["ini_options"]["markers"]]
-    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
-        jobs = yaml.safe_load(path.read_text())["jobs"]
-        commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-        for target in re.findall(r"^make (\S+)$", "\n".join(commands), flags=re.MULTILINE):
-            assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE), f"no target {target}"
-        for expression in re.findall(r'-m "([^"]+)"|-m (\w+)', "\n".join(commands)):
-            assert set(" ".join(expression).split()) - {"and", "not", "or"} <= set(markers)
-
-
-def test_the_hooks_before_a_commit_are_the_tools_of_the_project() -> None:
-    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    tools = [Path(hook["entry"].split()[0]).name for repo in repos for hook in repo["hooks"] if "entry" in hook]
-    makefile = (ROOT / "Makefile").read_text()
-    assert [tool for tool in tools if f"$(BIN)/{tool}" not in makefile] == []
-
-
-def test_the_citation_is_of_this_package() -> None:
-    citation, project = yaml.safe_load((ROOT / "CITATION.cff").read_text()), _pyproject()["project"]
-    assert citation["version"] == VERSION
-    assert citation["license"] == project["license"]
-
-
-def _pyproject() -> dict[str, typing.Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 # The listing at the top of ARCHITECTURE.md
