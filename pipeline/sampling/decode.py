@@ -2,11 +2,12 @@
 
     codes = draw_codes(model, text, prompt_of, uniforms, SamplingConfig())      # int64 [B, N]
 
-The prompts are read once and their cache is copied to their candidates; guidance (`logits.guide`) runs the
-prompted and the unprompted half in one batch. Codes that are known already (an image prompt) are
-not drawn: those at the start are read in one go, with the prompt. Every candidate owns its random numbers
-(`candidate_uniforms`), drawn up front, so its codes do not depend on who shares the batch. (Matrix
-products of another batch size may round the last bit of a logit differently: in float32 that moves a
+The prompts are read once and their cache is copied to their candidates. Guidance, unprompted + scale * (prompted -
+unprompted) in `logits.guide`, runs the prompted and the unprompted half in one batch. Codes that are known already (an
+image prompt) are not drawn: those at the start are read in one go, with the prompt.
+
+Every candidate owns its random numbers (`candidate_uniforms`), drawn up front, so its codes do not depend on who shares
+the batch. (Matrix products of another batch size may round the last bit of a logit differently: in float32 that moves a
 draw with a probability of about 1e-6, in bfloat16 of about 1e-2, hence float32 by default.)
 
 Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels.
