@@ -2,7 +2,7 @@
 
 This is the only place that knows the order: the local runner, the Slurm submitter, the command line, the report and the
 tests derive what they need from it. Of a stage `my-stage`, the config section is `PipelineConfig.my_stage` and the
-code `stages/my_stage.py`. Imports no torch.
+code `stages/my_stage.py`; CONTRIBUTING.md has the steps of adding one. Imports no torch.
 """
 
 from __future__ import annotations
