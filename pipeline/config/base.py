@@ -44,18 +44,32 @@ def operational(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def added(default: Any, **kwargs: Any) -> Any:
+    """A field that came after runs were made without it: at its default, it is left out of `identity`.
+
+    So those runs stay up to date. The default must do what was done before.
+    """
+    return Field(default, json_schema_extra={"added": True}, **kwargs)
+
+
+def _is_added(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("added"))
+
+
 def is_operational(field: FieldInfo) -> bool:
     """Whether `operational` made this field."""
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("operational"))
 
 
 def identity(config: Config) -> dict[str, object]:
-    """The part of a config that decides a stage's result: everything but operational fields."""
+    """The part of a config that decides a stage's result: all but operational fields and `added` ones at their default."""
     kept: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
         if is_operational(field):
             continue
         value = getattr(config, name)
+        if _is_added(field) and value == field.default:
+            continue
         kept[name] = identity(value) if isinstance(value, Config) else _jsonable(value)
     return kept
 
