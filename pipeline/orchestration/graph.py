@@ -1,8 +1,8 @@
 """THE stage graph: which stages there are, in which order, what each reads.
 
 This is the only place that knows the order: the local runner, the Slurm submitter, the command line, the report and the
-tests derive what they need from it. Of a stage `my-stage`, the config section is `PipelineConfig.my_stage` and the
-code `stages/my_stage.py`; CONTRIBUTING.md has the steps of adding one. Imports no torch.
+tests derive what they need from it. To add a stage `my-stage`: a line in `_WORK` below, its name in the `inputs` of what reads it,
+its config section `PipelineConfig.my_stage`, its code `stages/my_stage.py` (CONTRIBUTING.md). Imports no torch.
 """
 
 from __future__ import annotations
