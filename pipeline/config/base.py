@@ -62,7 +62,7 @@ def is_operational(field: FieldInfo) -> bool:
 
 
 def identity(config: Config) -> dict[str, object]:
-    """The part of a config that decides a stage's result: all but operational fields and `added` ones at their default."""
+    """The part of a config that decides a stage's result: all but operational and, at their default, `added` fields."""
     kept: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
         if is_operational(field):
@@ -121,12 +121,14 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
         UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         raise UserError(f"no config at {path}: expected a YAML file (see configs/ for examples)")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        text = decode_text(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: expected text in UTF-8 ({error})") from error
+    values = read_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
     for override in overrides:
@@ -143,7 +145,7 @@ def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> C
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(cls, e) for e in error.errors())) from error
+        raise UserError(f"{where}: " + "; ".join(explain(cls, e) for e in error.errors())) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -155,12 +157,7 @@ def _apply_override(values: dict[str, object], override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise UserError(f"override '{override}': expected key=value, e.g. transformer.layers=8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML") from error
-    if isinstance(value, str):
-        value = _number(value)
+    value = read_value(text, f"override '{override}': the value")
     node: object = values
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):
@@ -175,49 +172,10 @@ def _apply_override(values: dict[str, object], override: str) -> None:
         node[keys[-1]] = value
 
 
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-3 as a string (it wants 1.0e-3); people write 1e-3.
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def _list_index(items: Sequence[object], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
         raise UserError(f"override '{override}': expected an index below {len(items)}, found '{key}'")
     return int(key)
-
-
-def _explain(cls: type[Config], error: ErrorDetails) -> str:
-    location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = sorted(_keys_beside(cls, location))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        parent = ".".join(location[:-1])
-        if near:
-            hint = f"did you mean '{parent + '.' if parent else ''}{near[0]}'?"
-        else:
-            hint = f"known here: {', '.join(known)}"
-        return f"unknown key '{dotted}'; {hint}"
-    if error["type"] == "missing":
-        return f"key '{dotted}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"'{dotted}': {message}, found {error['input']!r}" if dotted else message
-
-
-def _keys_beside(cls: type[Config], location: list[str]) -> set[str]:
-    """Names that are known where the last part of `location` was found."""
-    candidates = [cls]
-    for part in location[:-1]:
-        following: list[type[Config]] = []
-        for candidate in candidates:
-            if part in candidate.model_fields:
-                following += nested_classes(candidate.model_fields[part].annotation)
-        # Discriminated unions put the tag into the location; it names no field.
-        candidates = following or candidates
-    return {name for candidate in candidates for name in candidate.model_fields}
 
 
 def nested_classes(annotation: object) -> list[type[Config]]:
