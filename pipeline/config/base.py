@@ -8,29 +8,31 @@ for each section; `pipeline.py` puts them together. Nothing here imports torch.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
+from pipeline.config.mistakes import LARGEST_INTEGER, explain, nested_models
 from pipeline.config.renamed import with_current_names
+from pipeline.config.yaml_text import read_value, read_yaml
 from pipeline.core.errors import UserError
+from pipeline.core.text import decode_text
 
 log = logging.getLogger(__name__)
 
 
 class Config(BaseModel):
-    """The base of every config class: frozen, and an unknown key is an error."""
+    """The base of every config class: frozen, an unknown key is an error, and so is an infinite number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -114,8 +116,13 @@ def differences(old: object, new: object) -> list[str]:
     ]
 
 
-def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, apply dotted overrides, validate.
+def load_config(
+    cls: type[ConfigT],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    clean: Callable[[dict[str, object]], dict[str, object]] | None = None,
+) -> ConfigT:
+    """Read a YAML file, apply dotted overrides, validate. `clean` changes the file's values before the overrides do.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
@@ -131,6 +138,8 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    if clean is not None:
+        values = clean(values)
     for override in overrides:
         _apply_override(values, override)
     return parse_config(cls, values, where=str(path))
@@ -143,9 +152,18 @@ def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> C
     for old, new in renamed.items():
         log.warning("%s: key '%s' is now '%s'; the old name still works in this version: rename it", where, old, new)
     try:
-        return cls.model_validate(values)
+        config = cls.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(explain(cls, e) for e in error.errors())) from error
+    for key, value in flatten(config.model_dump(warnings=False)).items():
+        if any(abs(number) > LARGEST_INTEGER for number in _integers(value)):
+            raise UserError(f"{where}: '{key}': expected integers below 2**63, found a larger one")
+    return config
+
+
+def _integers(value: object) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [number for number in values if isinstance(number, int)]
 
 
 def to_yaml(config: Config) -> str:
@@ -180,6 +198,4 @@ def _list_index(items: Sequence[object], key: str, override: str) -> int:
 
 def nested_classes(annotation: object) -> list[type[Config]]:
     """The config classes that a type mentions: `A | B | None` gives A and B."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in nested_classes(argument)]
+    return [model for model in nested_models(annotation) if issubclass(model, Config)]

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config
+from pipeline.config.training import Decay
 
 
 class PerceptualConfig(Config):
@@ -50,4 +51,4 @@ class AdversarialConfig(Config):
     layers: int = Field(3, ge=1, le=6, description="layers that halve; a patch has 16, 34, 70 pixels with 1, 2, 3")
     lecam_weight: float = Field(0.001, ge=0, description="of LeCam's regularisation (Tseng et al. 2021); 0: off")
     learning_rate_ratio: float = Field(1.0, gt=0, description="discriminator's learning rate / training.learning_rate")
-    betas: tuple[float, float] = Field((0.5, 0.9), description="of the discriminator's AdamW")
+    betas: tuple[Decay, Decay] = Field((0.5, 0.9), description="of the discriminator's AdamW")

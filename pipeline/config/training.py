@@ -5,12 +5,14 @@ Knows no torch, so that the command line and the Slurm layer can read configs in
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, operational
 from pipeline.core.errors import UserError
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(Config):
@@ -22,7 +24,7 @@ class TrainingConfig(Config):
     steps: int = Field(gt=0, description="optimizer updates")
     batch_size: int = Field(gt=0, description="samples per step, over all processes")
     micro_batch_size: int | None = operational(
-        None, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
+        None, ge=1, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
     activation_checkpointing: bool = operational(
@@ -41,7 +43,7 @@ class TrainingConfig(Config):
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
     final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
     weight_decay: float = Field(0.05, ge=0, description="on matrices and kernels only")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW: decay of both moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="of AdamW: decay of both moments")
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
 

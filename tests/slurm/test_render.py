@@ -37,7 +37,7 @@ def test_a_dry_run_writes_clean_scripts_and_submits_nothing(cluster: Path, tmp_p
     ("text", "complaint"),
     [
         ("default: {tiem: '1'}", "unknown key 'default.tiem'; did you mean 'default.time'?"),
-        ("default: {time: 4:00:00}", "in quotes"),
+        ("default: {time: 40}", "in quotes"),
         ("default: {memory: 32 GB}", "expected a number with K, M, G or T"),
         ("default: {flags: ['exclusive']}", "expected options of sbatch such as --exclusive"),
         ("stages: {transfomer: {nodes: 2}}", "unknown stage 'transfomer'"),
