@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, added, operational
 
 
-class OpenMojiSource(Config):
+class _Source(Config):
+    frozen: bool = operational(
+        False, description="true: a finished prepare counts, whatever becomes of the source; nobody looks at it again"
+    )
+
+
+class OpenMojiSource(_Source):
     """The demo's corpus: 1,918 OpenMoji images (CC BY-SA 4.0) with their names, from pip packages."""
 
     kind: Literal["openmoji"]
     limit: int | None = Field(None, ge=1, description="only the first so many, in the order of their code points")
 
 
-class FolderSource(Config):
+class FolderSource(_Source):
     """Images in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
 
     kind: Literal["folder"]
@@ -34,7 +41,7 @@ class FolderSource(Config):
         return extensions
 
 
-class TableSource(Config):
+class TableSource(_Source):
     """A CSV, JSONL or Parquet table: one image per row, by path or (Parquet) by bytes.
 
     Relative image paths start at the table's own folder.
@@ -45,7 +52,12 @@ class TableSource(Config):
     caption_column: str = Field("caption", description="column with the caption")
     path_column: str | None = Field(None, description="column with the path of the image")
     bytes_column: str | None = Field(None, description="column with the encoded image itself (Parquet only)")
-    key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    image_column: str | None = added(
+        None,
+        description="column with the image as it may be: bytes, a path, or {bytes, path} as the Hugging Face hub has "
+        "it; a Parquet table with one column of that last kind finds it by itself",
+    )
+    key_column: str | None = Field(None, description="column with a unique key; None: made of image and caption")
     group_column: str | None = Field(None, description="rows with the same value here are never split")
 
     @field_validator("path")
@@ -57,14 +69,16 @@ class TableSource(Config):
 
     @model_validator(mode="after")
     def _one_image_column(self) -> TableSource:
-        if (self.path_column is None) == (self.bytes_column is None):
-            raise ValueError("set exactly one of path_column and bytes_column")
-        if self.bytes_column and not self.path.lower().endswith(".parquet"):
+        given = [name for name in (self.path_column, self.bytes_column, self.image_column) if name is not None]
+        parquet = self.path.lower().endswith(".parquet")
+        if len(given) > 1 or not (given or parquet):
+            raise ValueError("set exactly one of path_column, bytes_column and image_column")
+        if self.bytes_column and not parquet:
             raise ValueError("bytes_column needs a .parquet table; CSV and JSONL hold paths (path_column)")
         return self
 
 
-class WebDatasetSource(Config):
+class WebDatasetSource(_Source):
     """Tars as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json, beside each other."""
 
     kind: Literal["webdataset"]
@@ -72,9 +86,31 @@ class WebDatasetSource(Config):
         description="paths or fsspec URLs; globs and braces, e.g. data/{00000..00099}.tar"
     )
     group_field: str | None = Field(None, description="samples with the same value of it in KEY.json are never split")
+    key_pattern: str | None = added(
+        None,
+        description="regular expression whose first group is the key in a file's name, e.g. '(.*)_(?:image|text)[.]'; "
+        "null: up to the first dot, or up to the last where that tells images apart",
+    )
+    group: Literal["adjacent", "buffered"] = added(
+        "adjacent",
+        description="whether the files of a sample lie side by side, as they should; buffered: a tar at a time is held "
+        "in memory, and they may lie anywhere",
+    )
+
+    @field_validator("key_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                groups = re.compile(pattern).groups
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+            if not groups:
+                raise ValueError("expected a regular expression with a group (in parentheses) that is the key")
+        return pattern
 
 
-class HuggingFaceSource(Config):
+class HuggingFaceSource(_Source):
     """A data set that the `datasets` library saved to disk (`save_to_disk`)."""
 
     kind: Literal["huggingface"]
@@ -82,7 +118,7 @@ class HuggingFaceSource(Config):
     split: str | None = Field(None, description="needed when the folder holds several splits")
     image_column: str = Field("image", description="column with the image")
     caption_column: str = Field("caption", description="column with the caption")
-    key_column: str | None = Field(None, description="column with a unique key; None: the row's number")
+    key_column: str | None = Field(None, description="column with a unique key; None: made of image and caption")
     group_column: str | None = Field(None, description="rows with the same value here are never split")
 
 
@@ -122,8 +158,20 @@ class PrepareConfig(Config):
     crop: Literal["center", "random"] = Field(
         "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
     )
+    caption: Literal["first", "all"] = added(
+        "first", description="of several captions of an image: the first one, or all, a sample each (in the same split)"
+    )
     shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
     workers: int | None = operational(None, ge=1, description="processes; None: one per core")
+
+    @model_validator(mode="after")
+    def _captions_of_one_image(self) -> PrepareConfig:
+        if self.caption == "all" and self.filters.near_duplicate_bits is not None:
+            raise ValueError(
+                "caption: all makes several samples of one image, of which filters.near_duplicate_bits would keep one: "
+                "set near_duplicate_bits to null, or caption to first"
+            )
+        return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from pipeline.config.prepare import PrepareConfig
 from pipeline.core.atomic_io import atomic_path, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
+from pipeline.core.text import visible
 from pipeline.data import png
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, opened_source
 from pipeline.data.shards import PrepareIndex, Rejected, Shard, ShardFile, SplitIndex, index_path
 from pipeline.data.splits import SPLITS
+
+log = logging.getLogger(__name__)
 
 _SHEET_SIDE = 12  # images in each row and column of the contact sheet
 
@@ -33,6 +37,10 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
     splits: dict[str, SplitIndex] = {split: {"samples": 0, "bytes": 0, "shards": []} for split in SPLITS}
     conversions: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    source = opened_source(config.source, config.image_size)
+    passed_over = Counter(source.left_out())
+    found = passed_over.total()
+    typical = _typical_part(tasks)
     with atomic_path(directory / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for task in tasks:
             record = task.record()
@@ -41,12 +49,23 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
                 splits[split]["samples"] += shard["samples"]
                 splits[split]["bytes"] += shard["bytes"]
             conversions.update(record["conversions"])
+            passed_over.update(record["passed_over"])
+            found += record["found"]
             for entry in record["rejected"] + record["left_out"]:
-                reason = _current_name(entry["reason"])
-                reasons[reason] += 1
-                file.write(json.dumps(entry | {"reason": reason}) + "\n")
+                samples = entry.get("samples", 1)
+                if entry.pop("rest", False):
+                    lost = max(1, typical - record["found"])
+                    what = visible(f"{entry['key']}: {entry['reason']} ({entry['detail']})")
+                    log.warning("prepare: %s: counted as %d samples, by what the others hold", what, lost)
+                    samples += lost
+                    found += lost
+                    entry["samples"] = samples
+                reasons[entry["reason"]] += samples
+                file.write(json.dumps(entry) + "\n")
     rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
-    _check_rejected(directory, config, splits["train"]["samples"] + splits["val"]["samples"], rejected)
+    kept = splits["train"]["samples"] + splits["val"]["samples"]
+    _check_complete(found, kept, rejected["samples"], passed_over.total())
+    _check_rejected(directory, config, kept, rejected)
     _remove_others(directory, splits, tasks)
     if splits["train"]["samples"] == 0:
         raise UserError(f"prepare: expected training samples, found none; {directory / 'rejected.jsonl'} says why")
@@ -55,16 +74,42 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
         "image_size": config.image_size,
         "splits": splits,
         "rejected": rejected,
+        "left_out": dict(sorted(passed_over.items())),
+        "source_samples": found,
         "conversions": dict(sorted(conversions.items())),
-        "credit": opened_source(config.source, config.image_size).credit,
+        "credit": source.credit,
     }
     write_json(directory / "index.json", index)
+    _say(kept, rejected, passed_over)
     return index
 
 
-def _current_name(reason: str) -> str:
-    """The reason in today's words: parts that an earlier version made say "not a picture"."""
-    return reason.replace("a picture", "an image").replace("picture", "image")
+def _typical_part(tasks: Sequence[PartTask]) -> int:
+    """How many samples a part holds that could be read to its end: the median, at least one."""
+    records = (task.record() for task in tasks)
+    whole = [r["found"] for r in records if not any(entry.get("rest") for entry in r["rejected"])]
+    return int(np.median(whole)) if whole else 1
+
+
+def _check_complete(found: int, kept: int, rejected: int, left_out: int) -> None:
+    """Raises UserError when a sample of the source is neither kept nor rejected nor left out."""
+    if found != kept + rejected + left_out:
+        raise UserError(
+            f"prepare: the source holds {found} samples, but {kept} were kept, {rejected} rejected and {left_out} left "
+            "out: please report this"
+        )
+
+
+def _say(kept: int, rejected: Rejected, passed_over: Counter[str]) -> None:
+    """One line for what was not kept."""
+    if rejected["samples"] or passed_over:
+        lost = [f"{rejected['samples']:,} rejected{_counted(rejected['reasons'])}"] if rejected["samples"] else []
+        lost += [f"{passed_over.total():,} left out{_counted(passed_over)}"] if passed_over else []
+        log.info("prepare: %s samples kept, %s", f"{kept:,}", ", ".join(lost))
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{count:,} {name}' for name, count in sorted(counts.items()))})"
 
 
 def _check_rejected(directory: Path, config: PrepareConfig, kept: int, rejected: Rejected) -> None:

@@ -11,23 +11,25 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from pipeline.config.base import digest, identity
 from pipeline.config.prepare import PrepareConfig
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
+from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.core.seeds import hash64, random_of
 from pipeline.data import png
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
+from pipeline.data.prepare_caption import caption_text, captions_of
 from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard, write_shard
 from pipeline.data.sources import open_source
-from pipeline.data.sources.base import Part, Record, Unreadable
+from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Unreadable, fault
 from pipeline.data.splits import SPLITS, split_of
 
-_FORMAT = 2  # of the shards and records: parts of another format are made again
+_FORMAT = 3  # of the shards and records: parts of another format are made again
 _EARLIER = {  # reasons to leave a sample out that only the other samples tell
     "duplicate key": "an earlier sample has the same key",
     "near-duplicate": "an earlier image looks the same (filters.near_duplicate_bits)",
@@ -43,6 +45,8 @@ class Rejection(TypedDict):
     key: str
     reason: str
     detail: str
+    samples: NotRequired[int]  # how many it holds, where that is not one
+    rest: NotRequired[bool]  # holds, besides, what the part lacks of what a part of this source holds
 
 
 class HashFile(TypedDict):
@@ -63,6 +67,8 @@ class PartRecord(TypedDict):
     shards: dict[str, ShardEntry]  # by split
     indexes: dict[str, str]  # split -> SHA-256 of the shard's .index.npy
     left_out: list[Rejection]
+    found: int  # samples, as the source counts them, and further captions
+    passed_over: dict[str, int]  # reason -> samples that the source's rules leave out
 
 
 @dataclass(frozen=True)
@@ -132,40 +138,115 @@ def _finished_record(task: PartTask) -> PartRecord | None:
 
 
 def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
-    kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    rejected: list[Rejection] = []
-    left_out: list[Rejection] = []
-    conversions: Counter[str] = Counter()
-    hashes: dict[int, int] = {}  # of keys -> of images
-    for record in opened_source(task.config.source, task.config.image_size).records(task.part):
-        try:
-            made = _sample(record, task)
-            key_hash = hash64("key", made.sample.key)
-            if key_hash in hashes:
-                raise BadSample("duplicate key", _EARLIER["duplicate key"])
-        except BadSample as bad:
-            rejected.append({"key": record.key, "reason": bad.reason, "detail": bad.detail})
-            continue
-        hashes[key_hash] = made.image_hash
-        if reason := without.get(f"{key_hash:016x}"):
-            left_out.append(_left_out(made.sample, reason))
-            continue
-        conversions.update(made.conversions)
-        kept[made.split].append(made.sample)
+    making = _Making(task, without)
+    counted = 0
+    for item in opened_source(task.config.source, task.config.image_size).records(task.part):
+        if isinstance(item, Counted):
+            counted += item.samples
+        else:
+            making.take(item)
+    making.check(counted)
     with atomic_path(task.hashes_path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.array([*hashes.items()], dtype=np.uint64).reshape(-1, 2))
+        np.save(file, np.array([*making.hashes.items()], dtype=np.uint64).reshape(-1, 2))
     part_record: PartRecord = {
         "fingerprint": task.fingerprint,
         "without": without,
-        "hashes": {"samples": len(hashes), "sha256": sha256_file(task.hashes_path)},
-        "conversions": dict(sorted(conversions.items())),
-        "rejected": rejected,
+        "hashes": {"samples": len(making.hashes), "sha256": sha256_file(task.hashes_path)},
+        "conversions": dict(sorted(making.conversions.items())),
+        "rejected": making.rejected,
         "shards": {},
         "indexes": {},
-        "left_out": left_out,
+        "left_out": making.left_out,
+        "found": making.found,
+        "passed_over": dict(sorted(making.passed_over.items())),
     }
-    _write(task, kept, part_record)
-    return len(hashes)
+    _write(task, making.kept, part_record)
+    return len(making.hashes)
+
+
+class _Making:
+    """What becomes of the records of a part: each is kept, rejected, or left out."""
+
+    def __init__(self, task: PartTask, without: dict[str, str]) -> None:
+        self.task, self.without = task, without
+        self.kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+        self.rejected: list[Rejection] = []
+        self.left_out: list[Rejection] = []
+        self.passed_over: Counter[str] = Counter()
+        self.conversions: Counter[str] = Counter()
+        self.hashes: dict[int, int] = {}  # of keys -> of images
+        self.found = 0
+
+    def take(self, item: Record | Unreadable | LeftOut) -> None:
+        """Decide about one record."""
+        if isinstance(item, LeftOut):
+            self.found += item.samples
+            self.passed_over[item.reason] += item.samples
+        elif isinstance(item, Unreadable):
+            self.found += item.samples
+            entry: Rejection = {"key": item.key, "reason": item.reason, "detail": item.detail}
+            if item.samples != 1:
+                entry["samples"] = item.samples
+            if item.rest:
+                entry["rest"] = True
+            self.rejected.append(entry)
+        else:
+            self._take_record(item)
+
+    def check(self, counted: int) -> None:
+        """Compare with what the source counts by itself.
+
+        Raises:
+            UserError: a sample was lost without a word, which is a mistake of ours.
+        """
+        further = self.found - counted - self._further_captions
+        if further:
+            raise UserError(
+                f"prepare: part {self.task.part.number} of the source holds {counted} samples, and "
+                f"{counted + further} are accounted for: please report this, with a file that does it"
+            )
+
+    _further_captions = 0
+
+    def _take_record(self, record: Record) -> None:
+        found = 1
+        try:
+            captions = captions_of(record.caption, self.task.config.caption)
+            found = len(captions)
+            decoded = decode_record(record, self.task)
+        except BadSample as bad:
+            self._reject(record, record.key, bad, found)
+            captions = []
+        self.found += found
+        self._further_captions += found - 1
+        for number, raw in enumerate(captions):
+            key = record.key if not number else f"{record.key}-caption-{number + 1}"
+            try:
+                self._keep(record, key, raw, decoded)
+            except BadSample as bad:
+                self._reject(record, key, bad)
+
+    def _keep(self, record: Record, key: str, raw: object, decoded: _Square) -> None:
+        caption = caption_text(raw, self.task.config.filters)
+        sample = Sample(safe_key(key), decoded.png, caption, record.meta)
+        key_hash = hash64("key", sample.key)
+        if key_hash in self.hashes:
+            raise BadSample("duplicate key", _EARLIER["duplicate key"])
+        self.hashes[key_hash] = decoded.hash
+        if reason := self.without.get(f"{key_hash:016x}"):
+            self.left_out.append(_left_out(sample, reason))
+            return
+        self.conversions.update(decoded.conversions)
+        # All captions of an image are in its split, which the key of the first one decides.
+        group = safe_key(record.key) if record.group is None else record.group
+        self.kept[split_of(sample.key, group, self.task.config.validation_fraction)].append(sample)
+
+    def _reject(self, record: Record, key: str, bad: BadSample, samples: int = 1) -> None:
+        detail = "; ".join(text for text in (record.where, bad.detail) if text)
+        entry: Rejection = {"key": key, "reason": bad.reason, "detail": detail}
+        if samples != 1:
+            entry["samples"] = samples
+        self.rejected.append(entry)
 
 
 def _leave_out(task: PartTask, record: PartRecord, without: dict[str, str]) -> None:
@@ -200,21 +281,30 @@ def _left_out(sample: Sample, reason: str) -> Rejection:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A sample that is good enough to keep."""
+class _Square:
+    """An image that is good enough to keep, as it is stored."""
 
-    sample: Sample
-    split: str
+    png: bytes
     conversions: tuple[str, ...]  # what was changed to make it an RGB image
-    image_hash: int  # 0: nobody asked for it
+    hash: int  # 0: nobody asked for it
 
 
-def _sample(record: Record | Unreadable, task: PartTask) -> _Made:
-    """Decode, check, crop and resize. Raises BadSample."""
-    if isinstance(record, Unreadable):
-        raise BadSample(record.reason, record.detail)
+def decode_record(record: Record, task: PartTask) -> _Square:
+    """Decode, check, crop and resize the image of a record.
+
+    Raises:
+        BadSample: it cannot be used. Whatever a decoder raises is this image's fault, and not the end of the stage.
+    """
+    try:
+        return _decoded(record, task)
+    except (BadSample, UserError, StoppedOnRequest, MemoryError):
+        raise
+    except Exception as error:
+        raise BadSample("unusable sample", fault(error)) from error
+
+
+def _decoded(record: Record, task: PartTask) -> _Square:
     config = task.config
-    caption = _caption(record.caption, config)
     decoded = decode(record.image, record.extension, config.filters)
     where = (0.5, 0.5)
     if config.crop == "random":
@@ -223,27 +313,7 @@ def _sample(record: Record | Unreadable, task: PartTask) -> _Made:
     image = square(decoded.image, config.image_size, where)
     try:
         json.dumps(record.meta)
-    except (TypeError, ValueError) as error:
-        raise BadSample("metadata is not JSON", str(error)) from error
-    sample = Sample(safe_key(record.key), png.encode(image), caption, record.meta)
-    split = split_of(sample.key, record.group, config.validation_fraction)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadSample("metadata is not JSON", fault(error)) from error
     image_hash = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
-    return _Made(sample, split, decoded.conversions, image_hash)
-
-
-def _caption(raw: bytes | str | None, config: PrepareConfig) -> str:
-    """The caption as text, with single spaces. Raises BadSample."""
-    if raw is None:
-        raise BadSample("missing caption")
-    try:
-        # Surrogates stand for bytes that were not UTF-8 in a table.
-        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw.encode().decode()
-    except UnicodeError as error:
-        raise BadSample("caption is not UTF-8", str(error)) from error
-    text = " ".join(text.split())
-    if not text:
-        raise BadSample("empty caption")
-    shortest, longest = config.filters.min_caption_length, config.filters.max_caption_length
-    if not shortest <= len(text) <= longest:
-        raise BadSample("caption length", f"{len(text)} characters, expected {shortest} to {longest}")
-    return text
+    return _Square(png.encode(image), decoded.conversions, image_hash)

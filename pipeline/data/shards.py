@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -66,6 +66,8 @@ class PrepareIndex(TypedDict):
     image_size: int
     splits: dict[str, SplitIndex]
     rejected: Rejected
+    left_out: NotRequired[dict[str, int]]  # by reason: what the rules of the source leave out
+    source_samples: NotRequired[int]  # kept, rejected and left out
     conversions: dict[str, int]
     credit: str | None  # where the images come from, for pages that show them
 

@@ -6,21 +6,32 @@ is read by one worker process, becomes one image shard, and is what a restart re
 What is wrong with one file is that record's fault, and it is rejected. What is wrong with the source (it went away,
 the network failed, a file changed while it was read) stops the stage: nothing of that part is recorded, and a
 restart reads it again.
+
+Nothing is lost without a count: each part ends with `Counted`, what the source itself says it holds, and `prepare`
+compares that with what became of the records.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.text import visible
 
 Stamp = list[object]  # size and version of a file: changes when the file is replaced
+
+LARGEST_IMAGE = 256 << 20  # bytes of an encoded image; what is larger is not read
+LARGEST_TEXT = 16 << 20  # bytes of a caption or its metadata
+# Names that systems and editors leave behind. Whatever begins with a dot is one, too.
+LEFTOVERS = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 
 _OF_THIS_FILE_ALONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
@@ -40,10 +51,11 @@ class Record:
 
     key: str
     image: bytes | None
-    caption: bytes | str | None
+    caption: object  # text, bytes, a number, or a list of them; anything else is rejected
     extension: str = ""
     meta: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None  # decides the split; None: the key does
+    where: str = ""  # e.g. "row 17": how to find it again when the key does not say
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,26 @@ class Unreadable:
     key: str
     reason: str
     detail: str
+    samples: int = 1  # how many it holds
+    rest: bool = False  # holds, besides, what this part lacks of what a part of this source holds
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Samples that are not meant to be read, by the rules of the source; counted, and no reason to fail."""
+
+    reason: str
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many samples a part holds, counted apart from its records. Comes last."""
+
+    samples: int
+
+
+Item = Record | Unreadable | LeftOut | Counted
 
 
 class UnreadableFile(Exception):
@@ -69,8 +101,11 @@ class Source(Protocol):
     def parts(self, size: int) -> Iterator[Part]:
         """The whole source in its fixed order, cut into parts of at most `size` records where it is not cut yet."""
 
-    def records(self, part: Part) -> Iterator[Record | Unreadable]:
-        """The records of one part, in their fixed order. Called in worker processes."""
+    def records(self, part: Part) -> Iterator[Item]:
+        """The records of one part, in their fixed order, and last their count. Called in worker processes."""
+
+    def left_out(self) -> Mapping[str, int]:
+        """What belongs to no part, by reason: files that the source's rules leave out. Call `parts` first."""
 
 
 def missing_package(package: str, extra: str, purpose: str) -> UserError:
@@ -78,21 +113,71 @@ def missing_package(package: str, extra: str, purpose: str) -> UserError:
     return UserError(f"{purpose} needs the package '{package}': pip install 'smalti[{extra}]'")
 
 
-def read_file(files: AbstractFileSystem, path: str) -> bytes:
+def guarded(key: str, make: Callable[[], Record | Unreadable]) -> Record | Unreadable:
+    """What `make` returns; whatever it raises is that record's fault, and not the end of the stage.
+
+    A source makes each record through this, so that no parser's or user's surprise stops the others.
+
+    Raises:
+        UserError, StoppedOnRequest, MemoryError: the source failed, or the machine.
+    """
+    try:
+        return make()
+    except (UserError, StoppedOnRequest, MemoryError):
+        raise
+    except Exception as error:
+        return Unreadable(key, "unusable sample", fault(error))
+
+
+def fault(error: BaseException) -> str:
+    """What a surprise of a parser says, in a line of bounded length."""
+    return visible(f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def content_key(image: object, caption: object) -> str:
+    """A key that the sample's own content gives: it stays when rows come and go around it."""
+    content = image if isinstance(image, bytes) else repr(image).encode("utf-8", "surrogatepass")
+    text = caption if isinstance(caption, bytes) else repr(caption).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(hashlib.sha256(content).digest() + text).hexdigest()[:20]
+
+
+def is_leftover(path: str) -> bool:
+    """Whether a path below the source's root is hidden, or what systems and editors leave behind."""
+    return any(part.startswith(".") or part in LEFTOVERS for part in path.split("/") if part not in ("", ".", ".."))
+
+
+def read_file(files: AbstractFileSystem, path: str, largest: int = LARGEST_IMAGE) -> bytes:
     """The content of a file of the source.
 
     Raises:
-        UnreadableFile: it is not there, or not ours to read.
+        UnreadableFile: it is not there, not ours to read, or larger than `largest` bytes.
         UserError: the storage failed.
     """
     try:
-        content: bytes = files.cat_file(path)
+        content = _content(files, path, largest)
+    except UnreadableFile:
+        raise
     except _OF_THIS_FILE_ALONE as error:
         raise UnreadableFile(str(error)) from error
     except Exception as error:  # each kind of storage has its own
         if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             raise UnreadableFile(str(error)) from error
         raise interrupted(path, error) from error
+    return content
+
+
+def _content(files: AbstractFileSystem, path: str, largest: int) -> bytes:
+    content: bytes
+    if isinstance(files, LocalFileSystem):
+        with files.open(path, "rb") as file:
+            content = file.read(largest + 1)
+    else:
+        size = files.size(path)
+        content = files.cat_file(path) if size is None or size <= largest else b""
+        if size is not None and size > largest:
+            raise UnreadableFile(f"{size} bytes, at most {largest} are read")
+    if len(content) > largest:
+        raise UnreadableFile(f"more than {largest} bytes, which is the most that is read")
     return content
 
 

@@ -7,7 +7,8 @@ folder: for more than some ten million, pack tars.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from fsspec.core import url_to_fs
 
@@ -15,16 +16,21 @@ from pipeline.config.base import digest
 from pipeline.config.prepare import FolderSource
 from pipeline.core.errors import UserError
 from pipeline.data.sources.base import (
+    LARGEST_IMAGE,
+    LARGEST_TEXT,
+    Counted,
+    Item,
     Part,
     Record,
-    Stamp,
     Unreadable,
     UnreadableFile,
+    guarded,
     interrupted,
+    is_leftover,
     is_listed,
     read_file,
-    stamp,
 )
+from pipeline.data.sources.listing import list_files
 
 
 class Folder:
@@ -36,12 +42,16 @@ class Folder:
         self.config = config
         self.files, root = url_to_fs(config.path)
         self.root = root.rstrip("/")
+        self._left_out: dict[str, int] = {}
 
     def parts(self, size: int) -> Iterator[Part]:
         if not self.files.isdir(self.root):
             raise UserError(f"prepare.source.path: expected a folder of images, found none at {self.config.path}")
-        found = self._listing()
-        images = sorted(path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions)
+        found = list_files(self.files, self.root)
+        everywhere = [path for path in found if posixpath.splitext(path)[1].lower() in self.config.extensions]
+        images = sorted(path for path in everywhere if not is_leftover(path))
+        hidden = len(everywhere) - len(images)
+        self._left_out = {"hidden or system file": hidden} if hidden else {}
         if not images:
             raise UserError(
                 f"{self.config.path}: expected images ({' '.join(self.config.extensions)}), "
@@ -54,31 +64,27 @@ class Folder:
             stamps = [(found[path], found.get(caption)) for path, caption in zip(paths, captions, strict=True)]
             yield Part(number, digest([items, stamps]), items)
 
-    def records(self, part: Part) -> Iterator[Record | Unreadable]:
+    def left_out(self) -> Mapping[str, int]:
+        return self._left_out
+
+    def records(self, part: Part) -> Iterator[Item]:
         for path, has_caption in part.items:
-            stem, extension = posixpath.splitext(path)
-            try:
-                image = self._read(path)
-                caption = self._read(_caption_of(path)) if has_caption else None
-            except UnreadableFile as error:
-                yield Unreadable(stem, "unreadable file", str(error))
-                continue
-            yield Record(stem, image, caption, extension.lower())
+            yield guarded(posixpath.splitext(path)[0], partial(self._record, path, has_caption))
+        yield Counted(len(part.items))
 
-    def _listing(self) -> dict[str, Stamp]:
-        """The stamp of every file, by its path below the root."""
-        found: dict[str, Stamp] = {}
-        for folder, _, entries in self.files.walk(self.root, detail=True):
-            below = folder[len(self.root) + 1 :]
-            for name, info in entries.items():
-                if name:
-                    found[posixpath.join(below, name)] = stamp(info)
-        return found
+    def _record(self, path: str, has_caption: bool) -> Record | Unreadable:
+        stem, extension = posixpath.splitext(path)
+        try:
+            image = self._read(path, LARGEST_IMAGE)
+            caption = self._read(_caption_of(path), LARGEST_TEXT) if has_caption else None
+        except UnreadableFile as error:
+            return Unreadable(stem, "unreadable file", str(error))
+        return Record(stem, image, caption, extension.lower())
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, path: str, largest: int) -> bytes:
         full = f"{self.root}/{path}"
         try:
-            return read_file(self.files, full)
+            return read_file(self.files, full, largest)
         except UnreadableFile as error:
             if not is_listed(self.files, full):
                 raise interrupted(full, "it was listed a moment ago and is gone") from error

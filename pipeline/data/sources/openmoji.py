@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import OpenMojiSource
-from pipeline.data.sources.base import Part, Record, Unreadable, missing_package
+from pipeline.data.sources.base import Counted, Item, Part, Record, guarded, missing_package
 
 LICENSE = {"license": "CC BY-SA 4.0", "credit": "OpenMoji", "url": "https://openmoji.org"}
 CREDIT = (
@@ -46,19 +47,26 @@ class OpenMoji:
             items = tuple(self.named[start : start + size])
             yield Part(number, digest([self.version, items]), items)
 
-    def records(self, part: Part) -> Iterator[Record | Unreadable]:
+    def left_out(self) -> Mapping[str, int]:
+        return {}
+
+    def records(self, part: Part) -> Iterator[Item]:
+        for stem, name in part.items:
+            yield guarded(stem, partial(self._rendered, stem, name))
+        yield Counted(len(part.items))
+
+    def _rendered(self, stem: str, name: str) -> Record:
         import resvg_py
 
-        for stem, name in part.items:
-            # resvg antialiases exactly by coverage: rendering larger and shrinking looks the same and costs more.
-            png = resvg_py.svg_to_bytes(
-                svg_string=(self.folder / f"{stem}.svg").read_text(encoding="utf-8"),
-                width=self.image_size,
-                height=self.image_size,
-                background="#ffffff",
-                skip_system_fonts=True,
-            )
-            yield Record(stem, bytes(png), name, ".png", {**LICENSE, "codepoints": stem})
+        # resvg antialiases exactly by coverage: rendering larger and shrinking looks the same and costs more.
+        png = resvg_py.svg_to_bytes(
+            svg_string=(self.folder / f"{stem}.svg").read_text(encoding="utf-8"),
+            width=self.image_size,
+            height=self.image_size,
+            background="#ffffff",
+            skip_system_fonts=True,
+        )
+        return Record(stem, bytes(png), name, ".png", {**LICENSE, "codepoints": stem})
 
 
 def _named_images(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,27 +1,46 @@
 """WebDataset tars, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt + KEY.json. A tar is a part.
 
-`webdataset` reads them, front to back, so any URL that fsspec opens will do.
+They are read front to back, so any URL that fsspec opens will do. `tar_members.py` reads the files,
+`tar_samples.py` puts those of one sample together, and here they become records.
 """
 
 from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 import braceexpand
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
-from webdataset import tariterators
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
 from pipeline.core.errors import UserError
-from pipeline.data.sources.base import Part, Record, Stamp, Unreadable, changed, group_of, interrupted, stamp
+from pipeline.data.sources.base import (
+    LARGEST_IMAGE,
+    LARGEST_TEXT,
+    Counted,
+    Item,
+    LeftOut,
+    Part,
+    Record,
+    Stamp,
+    Unreadable,
+    changed,
+    group_of,
+    guarded,
+    interrupted,
+    is_leftover,
+    stamp,
+)
+from pipeline.data.sources.tar_members import DamagedTar, read_members
+from pipeline.data.sources.tar_samples import IMAGES, File, FurtherImages, Grouping, SeveralImages, TarSample
 
 _Info = dict[str, object]  # fsspec's, about a file
-_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+_REMEDY = "sort the tar by name, or set prepare.source.group: buffered"
 
 
 class WebDataset:
@@ -33,75 +52,144 @@ class WebDataset:
         self.config = config
 
     def parts(self, size: int) -> Iterator[Part]:
-        for number, (url, mark) in enumerate(self._tars()):
+        for number, (url, mark) in enumerate(tars(self.config)):
             yield Part(number, digest([url, mark]), (url, mark))
 
-    def records(self, part: Part) -> Iterator[Record | Unreadable]:
+    def left_out(self) -> Mapping[str, int]:
+        return {}
+
+    def records(self, part: Part) -> Iterator[Item]:
         url, mark = part.items
         files, path = url_to_fs(url)
-        errors: list[Exception] = []
         try:
             with files.open(path, "rb") as stream:
-                for sample in _samples(stream, url, errors):
-                    yield self._record(sample)
+                yield from _Reading(self.config, url).items(stream)
             files.invalidate_cache()
             if stamp(files.info(path)) != mark:
                 raise changed(url)
         except OSError as error:
             raise interrupted(url, error) from error
-        for damage in errors:
-            if isinstance(damage, OSError):
-                raise interrupted(url, damage) from damage
-            key, detail = posixpath.basename(url), str(damage.args[0])
-            if isinstance(damage, ValueError) and "duplicate file name" in str(damage):
-                yield Unreadable(key, "duplicate key", detail)
-            else:
-                yield Unreadable(key, "damaged tar", detail)
 
-    def _tars(self) -> Iterator[tuple[str, Stamp]]:
-        """URL and stamp of every tar, in the order of the patterns."""
-        patterns = [self.config.urls] if isinstance(self.config.urls, str) else list(self.config.urls)
-        listed: dict[str, dict[str, _Info]] = {}  # by folder: thousands of tars cost one request, not one each
-        for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
-            files, path = url_to_fs(pattern)
-            if set(path) & set("*?["):
-                found = files.glob(path, detail=True)
-            else:
-                folder = posixpath.dirname(path)
-                if folder not in listed:
-                    listed[folder] = _entries(files, folder)
-                found = {path: listed[folder][path]} if path in listed[folder] else {}
-            if not found:
-                raise UserError(f"prepare.source.urls: expected tars at {pattern}, found none")
-            for name in sorted(found):
-                yield files.unstrip_protocol(name), stamp(found[name])
 
-    def _record(self, sample: dict[str, bytes]) -> Record | Unreadable:
-        key = str(sample["__key__"])
-        extension = next((e for e in _IMAGES if e in sample), "")
+class _Reading:
+    """One tar on its way to records, and what is known of it so far."""
+
+    def __init__(self, config: WebDatasetSource, url: str) -> None:
+        self.config, self.url = config, url
+        self.images = self.orphans = 0
+        self.complete: set[str] = set()
+        # Of keys that lack an image or a caption: how many images, and whether a caption came.
+        self.pieces: dict[str, tuple[int, bool]] = {}
+
+    def items(self, stream: BinaryIO) -> Iterator[Item]:
+        """All that the tar holds, and last how many images that is."""
+        pattern = re.compile(self.config.key_pattern) if self.config.key_pattern else None
+        grouping = Grouping(pattern, keep_open=self.config.group == "buffered")
+        damage = ""
         try:
-            meta = json.loads(sample.get("json", b"{}"))
+            for member in read_members(stream, self.url, _largest):
+                file = File.of(member)
+                self.images += file.kind == "image"
+                if file.hidden:
+                    if file.kind == "image":
+                        yield LeftOut("hidden or system file")
+                elif file.kind != "other":
+                    for found in grouping.add(file):
+                        yield from self._items_of(found)
+        except DamagedTar as error:
+            damage = str(error)
+        for found in grouping.close():
+            yield from self._items_of(found)
+        yield from self._incomplete()
+        if damage:
+            yield Unreadable(posixpath.basename(self.url), "damaged tar", damage, samples=0, rest=True)
+        yield Counted(self.images + self.orphans)
+
+    def _items_of(self, found: TarSample | SeveralImages | FurtherImages) -> Iterator[Item]:
+        if isinstance(found, FurtherImages):
+            yield LeftOut("further image of a sample", found.count)
+            return
+        if isinstance(found, SeveralImages):
+            yield Unreadable(found.key, "several images", found.detail, samples=found.count)
+            return
+        for name in found.repeated_images:
+            yield Unreadable(found.key, "duplicate key", f"{name} beside another image of this key")
+        record = guarded(found.key, lambda: self._record(found))
+        if isinstance(record, Record) and (record.image is None or record.caption is None):
+            images, caption = self.pieces.get(found.key, (0, False))
+            has = (images + (record.image is not None), caption or record.caption is not None)
+            self.pieces[found.key] = has
+            return
+        self.complete.add(found.key)
+        if isinstance(record, Unreadable) and found.image is None:
+            self.orphans += 1
+        yield record
+
+    def _incomplete(self) -> Iterator[Item]:
+        """What lacked something when its files ended: counted once, however many pieces there were."""
+        for key, (images, caption) in self.pieces.items():
+            self.orphans += 0 if images else 1
+            if key in self.complete and not images:
+                yield LeftOut("scattered files")
+            elif (images and caption) or key in self.complete:
+                detail = f"the files of this sample do not lie side by side: {_REMEDY}"
+                yield Unreadable(key, "scattered files", detail, samples=max(images, 1))
+            elif images:
+                yield Unreadable(key, "missing caption", "", samples=images)
+            else:
+                yield Unreadable(key, "missing image", "")
+
+    def _record(self, sample: TarSample) -> Record | Unreadable:
+        key = sample.key
+        problem = next((f for f in (sample.image, sample.text, sample.json) if f is not None and f.problem), None)
+        if problem is not None:
+            return Unreadable(key, "unreadable file", f"{problem.name}: {problem.problem}")
+        if sample.repeated_texts:
+            return Unreadable(
+                key, "several captions", f"{', '.join(sample.repeated_texts)} beside others of their kind"
+            )
+        try:
+            meta = json.loads((sample.json.content if sample.json else None) or b"{}")
             if not isinstance(meta, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Unreadable(key, "metadata is not JSON", str(error))
-        caption = sample.get("txt", meta.get("caption"))
+        caption = sample.text.content if sample.text else meta.get("caption")
         group = group_of(meta.get(self.config.group_field)) if self.config.group_field else None
-        return Record(key, sample.get(extension), caption, f".{extension}" if extension else "", meta, group)
+        if sample.image is None:
+            return Record(key, None, caption, "", meta, group)
+        return Record(key, sample.image.content, caption, f".{sample.image.extension}", meta, group)
 
 
-def _samples(stream: BinaryIO, name: str, errors: list[Exception]) -> Iterator[dict[str, bytes]]:
-    """The samples of one WebDataset tar, {"__key__": key, "png": bytes, ...}, read front to back by `webdataset`.
+def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
+    """URL and stamp of every tar, in the order of the patterns.
 
-    Damage ends up in `errors`; what could be read before it is yielded.
+    Raises:
+        UserError: a pattern names none.
     """
+    patterns = [config.urls] if isinstance(config.urls, str) else list(config.urls)
+    listed: dict[str, dict[str, _Info]] = {}  # by folder: thousands of tars cost one request, not one each
+    for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
+        files, path = url_to_fs(pattern)
+        if set(path) & set("*?["):
+            found = files.glob(path, detail=True)
+        else:
+            folder = posixpath.dirname(path)
+            if folder not in listed:
+                listed[folder] = _entries(files, folder)
+            found = {path: listed[folder][path]} if path in listed[folder] else {}
+        if not found:
+            raise UserError(f"prepare.source.urls: expected tars at {pattern}, found none")
+        for name in sorted(found):
+            yield files.unstrip_protocol(name), stamp(found[name])
 
-    def note(error: Exception) -> bool:
-        errors.append(error)
-        return True
 
-    files = tariterators.tar_file_expander([{"url": name, "stream": stream}], handler=note)
-    yield from tariterators.group_by_keys(files, handler=note)
+def _largest(name: str) -> int:
+    """How many bytes of this member may be read; 0: it is not wanted."""
+    extension = posixpath.splitext(name)[1][1:].lower()
+    if is_leftover(name):
+        return 0
+    return LARGEST_IMAGE if extension in IMAGES else LARGEST_TEXT if extension in ("txt", "json") else 0
 
 
 def _entries(files: AbstractFileSystem, folder: str) -> dict[str, _Info]:
