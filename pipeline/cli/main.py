@@ -27,12 +27,12 @@ from pipeline.cli.generate import generate
 from pipeline.cli.plan import plan
 from pipeline.cli.reconstruct import reconstruct
 from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
-from pipeline.cli.stage import run_stage_here
+from pipeline.cli.stage import TAKE_OVER, run_stage_here
 from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.version import VERSION
-from pipeline.orchestration.graph import STAGES
+from pipeline.orchestration.graph import STAGE_NAMES, STAGES
 from pipeline.orchestration.run_directory import config_of, source_name
 
 EXIT_USER_ERROR = 2
@@ -66,18 +66,30 @@ def cli() -> None:
 @cli.command()
 @click.argument("config_path", metavar="CONFIG")
 @_overrides
+@click.option("--from", "first", type=click.Choice(STAGE_NAMES), help="this stage and what comes after it")
+@click.option("--only", type=click.Choice(STAGE_NAMES), help="this stage alone")
+@click.option("--dry-run", is_flag=True, help="say which stages would run, and why; change nothing")
 @click.option("--print-config", is_flag=True, help="print the resolved config and do nothing")
-@click.option("--take-over", is_flag=True, help="use a run directory that was made from a config file of another name")
-def run(config_path: str, overrides: tuple[str, ...], print_config: bool, take_over: bool) -> None:
-    """Run every stage that is not up to date, on this machine."""
+@click.option("--take-over", is_flag=True, help=TAKE_OVER)
+def run(
+    config_path: str,
+    overrides: tuple[str, ...],
+    first: str | None,
+    only: str | None,
+    dry_run: bool,
+    print_config: bool,
+    take_over: bool,
+) -> None:
+    """Run every stage that is not up to date, on this machine. CONFIG: a config file, or a run directory."""
     config = load_pipeline(config_path, overrides)
     if print_config:
         click.echo(to_yaml(config), nl=False)
         return
     from pipeline.orchestration.local_runner import run_pipeline
 
-    run_pipeline(config, source_name(config_path), take_over)
-    click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
+    run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run)
+    if not dry_run and only in (None, STAGE_NAMES[-1]):
+        click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
 
 
 @cli.command()
@@ -97,12 +109,13 @@ def _stage_command(name: str) -> click.Command:
     @click.command(name, help=f"Run the stage {name} alone; its inputs must be finished.")
     @click.option("--config", "config_path", required=True, help="pipeline config, or a run's config.yaml")
     @click.option("--print-config", is_flag=True, help="print the stage's resolved config and do nothing")
+    @click.option("--take-over", is_flag=True, help=TAKE_OVER)
     @_overrides
-    def command(config_path: str, overrides: tuple[str, ...], print_config: bool) -> None:
+    def command(config_path: str, overrides: tuple[str, ...], print_config: bool, take_over: bool) -> None:
         if print_config:
             click.echo(to_yaml(load_pipeline(config_path, overrides).section(name)), nl=False)
             return
-        run_stage_here(name, ["--config", config_path, *overrides])
+        run_stage_here(name, ["--config", config_path, *(["--take-over"] if take_over else []), *overrides])
 
     return command
 

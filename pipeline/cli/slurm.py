@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cli.stage import TAKE_OVER
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import STAGE_NAMES
@@ -31,8 +32,8 @@ _POLL_S = 2.0
 @click.option("--cluster", "cluster_path", required=True, help="cluster file, e.g. configs/cluster/example.yaml")
 @_first
 @_only
-@click.option("--dry-run", is_flag=True, help="write the job files and print the table; submit nothing")
-@click.option("--take-over", is_flag=True, help="use a run directory that was made from a config file of another name")
+@click.option("--dry-run", is_flag=True, help="write the job files to slurm/dry-run, print the table, change nothing")
+@click.option("--take-over", is_flag=True, help=TAKE_OVER)
 def submit(
     config_path: str,
     overrides: tuple[str, ...],
@@ -79,7 +80,7 @@ def status(run_directory: Path, watch: bool, json_output: bool) -> None:
         click.echo(as_json(statuses) if json_output else as_table(statuses))
         if problem:
             click.echo(f"without Slurm's answer: {problem}", err=True)
-        at_rest = {"FINISHED", "NOT RUN", "LOST", "STOPPED"} | scheduler.ENDED
+        at_rest = {"FINISHED", "STALE", "NOT RUN", "LOST", "STOPPED"} | scheduler.ENDED
         if not watch or all(status.state in at_rest for status in statuses):
             return
         try:

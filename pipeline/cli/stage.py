@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import click
 
-from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipeline
 from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.orchestration.environment import RUNNER_VARIABLE
@@ -33,6 +33,8 @@ from pipeline.orchestration.run_directory import source_name
 from pipeline.orchestration.stage_run import StageRun, execute
 
 log = logging.getLogger(__name__)
+
+TAKE_OVER = "use a run directory that was made from a config file of another name"
 
 
 def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
@@ -43,11 +45,11 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     _die_with_runner()
     stage = stage_named(name)
     try:
-        config, source, array_task = _arguments(stage)
+        config, source, array_task, take_over = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:
             distributed.init()
-        execute(stage, config, source, array_task, body)
+        execute(stage, config, source, array_task, body, take_over)
         status = 0
     except StoppedOnRequest as request:
         log.info("%s; run the same command again to resume", request)
@@ -72,24 +74,25 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     distributed.leave(status)
 
 
-def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None]:
-    """The resolved config of the command line, the name of the config file it came from, and the array task."""
-    parsed: dict[str, tuple[str, str | None, tuple[str, ...]]] = {}
+def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None, bool]:
+    """The resolved config, the name of the config file it came from, the array task, and --take-over."""
+    parsed: dict[str, tuple[str, str | None, bool, tuple[str, ...]]] = {}
 
     @click.command(help=f"Run the stage {stage.name} of a pipeline.")
     @click.option("--config", "path", required=True, help="pipeline config (YAML), or a run's config.yaml")
     @click.option("--array-task", metavar="I/N", help="do the share of task I (from 0) of N; then run the stage itself")
+    @click.option("--take-over", is_flag=True, help=TAKE_OVER)
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    def command(path: str, array_task: str | None, overrides: tuple[str, ...]) -> None:
-        parsed["it"] = (path, array_task, overrides)
+    def command(path: str, array_task: str | None, take_over: bool, overrides: tuple[str, ...]) -> None:
+        parsed["it"] = (path, array_task, take_over, overrides)
 
     try:
         if command.main(prog_name=f"python -m {stage.module}", standalone_mode=False) == 0 and not parsed:
             sys.exit(0)  # --help
     except click.ClickException as error:
         raise UserError(error.format_message()) from error
-    path, array_task, overrides = parsed["it"]
-    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task)
+    path, array_task, take_over, overrides = parsed["it"]
+    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task), take_over
 
 
 def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
@@ -115,7 +118,7 @@ def _configure_logging(path: Path) -> None:
     """Messages go to stderr, and from rank 0 also to logs/<stage>.log, where they stay."""
     main = int(os.environ.get("RANK", 0)) == 0
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if main and path.parent.parent.is_dir():
+    if main and is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
         path.parent.mkdir(exist_ok=True)
         handlers.append(logging.FileHandler(path))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from pipeline.config.base import Config, load_config, operational
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.config.prepare import PrepareConfig
+from pipeline.config.renamed import with_current_names
 from pipeline.config.report import ReportConfig
 from pipeline.config.reranker import RerankerConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
@@ -20,6 +24,10 @@ from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
+
+log = logging.getLogger(__name__)
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 @runtime_checkable
@@ -39,9 +47,7 @@ class Switchable(Protocol):
 class PipelineConfig(Config):
     """A whole pipeline: one section per stage. See `configs/` for complete examples."""
 
-    name: str = operational(
-        ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run directory and of the MLflow run"
-    )
+    name: str = operational(..., pattern=_NAME, description="name of the run directory and of the MLflow run")
     runs: Path = operational(Path("runs"), description="folder of run directories; this one is runs/name")
     seed: int = Field(0, ge=0, description="of the split, the order of samples, initial weights and sampling")
     processes: int | None = operational(
@@ -61,6 +67,9 @@ class PipelineConfig(Config):
     evaluate: EvaluateConfig
     report: ReportConfig
 
+    _directory: Path | None = PrivateAttr(None)
+    _branched_from: Path | None = PrivateAttr(None)
+
     @model_validator(mode="after")
     def _check(self) -> PipelineConfig:
         if self.generate.candidates > 1 and not self.reranker.enabled:
@@ -71,7 +80,13 @@ class PipelineConfig(Config):
 
     @property
     def run_directory(self) -> Path:
-        return self.runs / self.name
+        """Of a run's own config, where that lies: a run may be moved, renamed and copied."""
+        return self._directory or self.runs / self.name
+
+    @property
+    def branched_from(self) -> Path | None:
+        """The run directory whose config this is, under another name."""
+        return self._branched_from
 
     def section(self, name: str) -> Config:
         """The section of a stage; `name` as in the config file or as on the command line (`text-tokenizer`)."""
@@ -90,9 +105,59 @@ class PipelineConfig(Config):
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read a pipeline config. A run directory's own config.yaml means that run, wherever it was moved to."""
-    config = load_config(PipelineConfig, path, overrides)
-    directory = Path(path).parent
-    if Path(path).name == "config.yaml" and (directory / "run.json").exists():
-        config = config.model_copy(update={"runs": directory.parent, "name": directory.resolve().name})
+    """Read a pipeline config, or the one of a run directory, which means that run, wherever it lies now.
+
+    With `name=…` or `runs=…` the config of a run means a new run, which branches off (`branched_from`). Keys of a run
+    that this version does not know are left out, with a warning; those of a user's file and of overrides are errors.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
+    """
+    path = Path(path) / "config.yaml" if os.path.isdir(path) else Path(path)
+    if not is_run_config(path):
+        return load_config(PipelineConfig, path, overrides)
+    own: dict[str, object] = {}
+
+    def clean(values: dict[str, object]) -> dict[str, object]:
+        own.update(_of_this_run(values, path))
+        return dict(own)
+
+    config = load_config(PipelineConfig, path, overrides, clean)
+    if (str(config.runs), config.name) == (own["runs"], own["name"]) or (
+        config.run_directory.resolve() == path.parent.resolve()
+    ):
+        config._directory = path.parent
+    else:
+        config._branched_from = path.parent
     return config
+
+
+def is_run_config(path: str | Path) -> bool:
+    """Whether a file is the config of a run directory: run.json beside it, or what a run without it has."""
+    path = Path(path)
+    beside = (path.parent / name for name in ("run.json", "code/version.json"))
+    return path.name == "config.yaml" and any(os.path.isfile(record) for record in beside)
+
+
+def _of_this_run(values: dict[str, object], path: Path) -> dict[str, object]:
+    """The values of a run's config with where the run lies now, and without keys that this version does not know."""
+    directory = path.parent.resolve()
+    # A folder may be renamed to what no name of a run can be.
+    names = [name for name in (directory.name, str(values.get("name"))) if re.match(_NAME, name)]
+    parent = path.parent.parent if path.parent.name not in ("", "..") else directory.parent
+    values = with_current_names(values) | {"name": [*names, "run"][0], "runs": str(parent)}
+    try:
+        PipelineConfig.model_validate(values)
+        return values
+    except ValidationError as error:
+        unknown: list[Any] = [found["loc"] for found in error.errors() if found["type"] == "extra_forbidden"]
+    for location in unknown:
+        node: Any = values
+        for part in location[:-1]:  # of a union, the tag, too, which is no key
+            if (isinstance(node, dict) and part in node) or isinstance(node, list):
+                node = node[part]
+        node.pop(location[-1], None)
+    if unknown:
+        keys = ", ".join(".".join(map(str, location)) for location in unknown)
+        log.warning("%s: made by another version, with keys that this one does not know: %s; left out", path, keys)
+    return values

@@ -1,16 +1,20 @@
 """THE stage graph: which stages there are, in which order, what each reads.
 
 This is the only place that knows the order: the local runner, the Slurm submitter, the command line, the report and the
-tests derive what they need from it. To add a stage `my-stage`: a line in `_WORK` below, its name in the `inputs` of what reads it,
-its config section `PipelineConfig.my_stage`, its code `stages/my_stage.py` (CONTRIBUTING.md). Imports no torch.
+tests derive what they need from it. To add a stage `my-stage`: a line in `_WORK` below, its name in the `inputs` of
+what reads it, its config section `PipelineConfig.my_stage`, its code `stages/my_stage.py` (CONTRIBUTING.md).
+Imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.config.base import identity
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.training import accumulation_steps
+from pipeline.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,35 @@ def inputs_of(config: PipelineConfig, stage: Stage) -> tuple[str, ...]:
     """The names of the stages that `stage` reads in this pipeline."""
     names = {stage.name for stage in stages_of(config)}
     return tuple(name for name in stage.inputs if name in names)
+
+
+def chosen_stages(config: PipelineConfig, first: str | None = None, only: str | None = None) -> tuple[Stage, ...]:
+    """The stages that a command asks for: all; `first` and those after it; or `only` one.
+
+    Raises:
+        UserError: both are given, or the stage is not part of this pipeline.
+    """
+    if first and only:
+        raise UserError(
+            "expected --from or --only, found both: --from STAGE goes to the end, --only STAGE is one stage"
+        )
+    stages = stages_of(config)
+    if only and stage_named(only) not in stages:
+        raise UserError(f"{only} is not part of this pipeline: set {stage_named(only).section}.enabled=true")
+    if only:
+        return (stage_named(only),)
+    return tuple(stage for stage in stages if not first or STAGES.index(stage) >= STAGE_NAMES.index(first))
+
+
+def check_batches(config: PipelineConfig, processes_of: Callable[[Stage], int], where: str = "") -> None:
+    """Raises UserError if a stage's processes do not divide its batch: better now than hours later."""
+    for stage in stages_of(config):
+        training = config.training(stage.section)
+        if training is not None:
+            try:
+                accumulation_steps(training, processes_of(stage))
+            except UserError as error:
+                raise UserError(f"{stage.name}: {error}{where}") from error
 
 
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:

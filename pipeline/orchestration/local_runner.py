@@ -19,39 +19,65 @@ import click
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.errors import StoppedOnRequest, UserError
-from pipeline.core.lock import Lock
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.graph import Stage, stages_of
+from pipeline.orchestration.graph import Stage, check_batches, chosen_stages
 from pipeline.orchestration.run_directory import RunDirectory
 
-# A stage runs the code that runs this, and no module of the same name in the current folder.
+# A stage runs the code that runs this, and no module of the same name in the current folder, which is where an empty
+# entry of PYTHONPATH points, too.
 IMPORTS_THIS_CODE = {
-    "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]),
     "PYTHONSAFEPATH": "1",
 }
+# Ctrl-C reaches every process of the terminal, and would end a Python that is still importing with a traceback: the
+# runner passes it on as SIGTERM, and the stage installs its own handlers.
+_DEAF_TO_CTRL_C = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh"]
 
 
-def run_pipeline(config: PipelineConfig, source: str, take_over: bool = False) -> None:
-    """Bring every stage of the run up to date.
+def run_pipeline(
+    config: PipelineConfig,
+    source: str,
+    take_over: bool = False,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Bring the stages of the run up to date: all; from `first` to the end; or `only` one. `dry_run`: say what runs.
 
     Raises:
         StoppedOnRequest: a signal came; the running stage has saved what it had.
         UserError: a stage failed (it has said why), or the run directory is not ours.
     """
     runs = RunDirectory(config.run_directory)
+    stages = chosen_stages(config, first, only)
+    check_batches(config, lambda stage: local_processes(config, stage))
     runs.check(source, take_over)
-    with Lock(runs.lock("run"), f"the run in {runs.path}"):
+    if dry_run:
+        _say_what_runs(config, runs, stages)
+        return
+    stop = StopRequest()
+    with runs.lock_run():
         runs.open(config, source)
-        for stage in stages_of(config):
+        for stage in stages:
             reasons = runs.stale_reasons(config, stage)
             if not reasons:
                 _say(stage, "up to date")
                 continue
+            if stop.received:
+                raise StoppedOnRequest(f"stopped by {stop.received} before {stage.name}")
             _say(stage, _shortened(reasons))
-            _run_stage(stage, config, runs)
-            if runs.manifest(stage.name) is None:
+            _run_stage(stage, config, runs, stop)
+            # An old _SUCCESS, of another config, says nothing of this stage.
+            if runs.stale_reasons(config, stage):
                 raise StoppedOnRequest(f"{stage.name} was stopped on request")
+
+
+def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Stage, ...]) -> None:
+    for stage in stages:
+        reasons = runs.stale_reasons(config, stage) or runs.stale_inputs(config, stage)
+        _say(stage, f"would run: {_shortened(reasons)}" if reasons else "up to date")
 
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:
@@ -61,36 +87,40 @@ def local_processes(config: PipelineConfig, stage: Stage) -> int:
     return config.processes or max(len(_gpus()), 1)
 
 
-def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
+def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest) -> None:
     processes = local_processes(config, stage)
     environment = os.environ | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
     arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
     single = [sys.executable, "-m", *arguments]
     if processes == 1:
-        _run_processes(stage, runs, [single], [environment])
+        _run_processes(stage, runs, [single], [environment], stop)
         return
     # Two threads on one busy core are many times slower than one.
     several = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | environment
     if stage.trains:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-        _run_processes(stage, runs, [[sys.executable, "-m", *torchrun, *arguments]], [several])
+        _run_processes(stage, runs, [[sys.executable, "-m", *torchrun, *arguments]], [several], stop)
         return
     tasks = range(processes)
     commands = [[*single, "--array-task", f"{task}/{processes}"] for task in tasks]
-    if _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks]):
-        _run_processes(stage, runs, [single], [environment])
+    _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks], stop)
+    if not stop.received:
+        _run_processes(stage, runs, [single], [environment], stop)
 
 
 def _run_processes(
-    stage: Stage, runs: RunDirectory, commands: list[list[str]], environments: list[dict[str, str]]
-) -> bool:
-    """Run the commands side by side to their end; False if a signal asked to stop. One that fails stops the others.
+    stage: Stage, runs: RunDirectory, commands: list[list[str]], environments: list[dict[str, str]], stop: StopRequest
+) -> None:
+    """Run the commands side by side to their end. One that fails stops the others.
 
     Raises:
-        UserError: one failed.
+        UserError: one failed, and no signal asked to stop.
     """
-    children = [subprocess.Popen(c, env=environment) for c, environment in zip(commands, environments, strict=True)]
-    stopping = _forward_signals_to(children)
+    children = [
+        subprocess.Popen([*_DEAF_TO_CTRL_C, *command], env=environment)
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    stop.pass_on_to(children)
     waiting, failed = list(children), 0
     while waiting:
         with suppress(subprocess.TimeoutExpired):
@@ -101,28 +131,37 @@ def _run_processes(
                 failed = child.returncode
                 for other in waiting:
                     other.terminate()  # it finishes its current piece of work
-    if failed and not stopping:
+    if failed and not stop.received:
         how = f"was killed by {signal.Signals(-failed).name}" if failed < 0 else f"failed (exit {failed})"
         raise UserError(
             f"{stage.name} {how}: its last lines are above and in {runs.path / 'logs' / stage.name}.log;"
             f" fix the cause and rerun; it resumes"
         )
-    return not stopping
 
 
-def _forward_signals_to(children: list[subprocess.Popen[bytes]]) -> list[str]:
-    """On a signal the stage saves and exits, and the runner waits for it. Returns the list that names such signals."""
-    received: list[str] = []
+class StopRequest:
+    """A signal that asked the runner to stop. The running stage gets a SIGTERM, saves and exits; the runner waits."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        for child in children:
+    def __init__(self) -> None:
+        self.received: str | None = None  # the name of the signal
+        self._children: list[subprocess.Popen[bytes]] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+
+    def pass_on_to(self, children: list[subprocess.Popen[bytes]]) -> None:
+        """From now on these processes are the stage; they get a signal that came while they were started, too."""
+        self._children = children
+        if self.received:
+            self._terminate()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._terminate()
+
+    def _terminate(self) -> None:
+        for child in self._children:
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, forward)
-    return received
 
 
 def _gpus() -> list[str]:

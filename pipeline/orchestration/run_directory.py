@@ -12,21 +12,32 @@ moved to `superseded/`, and restored from there if that config returns.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from pipeline.config.base import differences, digest, to_yaml
-from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.pipeline import PipelineConfig, is_run_config
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, remove_leftovers, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.lock import Lock
 from pipeline.core.manifest import FileRecord, first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
-from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named
+from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named, stages_of
 
 log = logging.getLogger(__name__)
+
+FORMAT = 1  # of run.json; a higher one is of a later version, which may mean something else by the same names
+# What may lie in a directory before its run.json does: locks, and the files of `submit --dry-run`.
+_BEFORE_A_RUN = {"locks", "slurm", "logs"}
+# Not part of a finished stage's result, and not taken over by a run that branches off.
+_OF_ONE_RUN_ALONE = shutil.ignore_patterns("mlflow.json", "checkpoints", "tasks", "_SUCCESS", ".*.tmp")
 
 
 class Manifest(TypedDict):
@@ -60,27 +71,75 @@ class RunDirectory:
         Raises:
             UserError: it holds other files, or the run of another config file (allowed with `take_over`).
         """
-        record = self.path / "run.json"
+        try:
+            empty = not self.path.exists() or (self.path.is_dir() and _is_before_a_run(self.path))
+            ours = is_run_config(self.path / "config.yaml")
+        except OSError as error:
+            raise _unusable(self.path, error) from error
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"expected a run directory at {self.path}, found a file: set name=… or runs=…")
-        if record.exists():
-            known = read_json(record)["config_file"]
-            if known != source and not take_over:
-                raise UserError(
-                    f"{self.path} holds the run of {known}, found another config, {source}, with the same name:"
-                    f" give it its own name (name=…), or pass --take-over if the file was only renamed"
-                )
-        elif self.path.is_dir() and any(path.name != "locks" for path in self.path.iterdir()):
+        if not ours and not empty:
             raise UserError(
                 f"expected an empty or a Smalti run directory at {self.path}, found other files: set name=… or runs=…"
             )
+        if not ours or take_over or not source:
+            return
+        known = recorded_source(self.path)
+        if known != source:
+            holds = f"the run of {known}" if known else "a run whose run.json is missing or damaged"
+            raise UserError(
+                f"{self.path} holds {holds}, found another config, {source}, with the same name:"
+                f" give it its own name (name=…), or pass --take-over if the file was only renamed"
+            )
+
+    @contextmanager
+    def lock_run(self) -> Iterator[None]:
+        """Hold the lock "run", whose holder may call `open`.
+
+        Raises:
+            UserError: another process holds it, or the directory cannot be written.
+        """
+        with writing_in(self.path):
+            (self.path / "locks").mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.lock("run"), f"the run in {self.path}")
+            lock.__enter__()
+        with ExitStack() as held:
+            held.push(lock)
+            yield
 
     def open(self, config: PipelineConfig, source: str) -> None:
-        """Create the directory, record the config and the code. Call `check` first, and hold the lock "run"."""
+        """Create the directory, record the config and the code. Call `check` first, inside of `lock_run`.
+
+        A run that branches off another one starts with those of its finished stages that this config makes, too.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", {"name": config.name, "config_file": source})
+        write_json(self.path / "run.json", {"format": FORMAT, "name": config.name, "config_file": source})
         write_atomic(self.path / "config.yaml", to_yaml(config))
         record_version(self.path / "code")
+        if config.branched_from is not None:
+            self._adopt(RunDirectory(config.branched_from), config)
+
+    def _adopt(self, origin: RunDirectory, config: PipelineConfig) -> None:
+        """Take every stage over that `origin` has finished and this run would make again the same, but the report."""
+        for stage in stages_of(config)[:-1]:
+            manifest = origin.manifest(stage.name)
+            if manifest is None or self.stage(stage.name).exists() or origin.stale_reasons(config, stage):
+                continue
+            mine = {name: self.manifest(name) for name in inputs_of(config, stage)}
+            if {name: found and found["hash"] for name, found in mine.items()} != manifest["inputs"]:
+                continue
+            draft, source = self.path / f".{stage.name}.draft", origin.stage(stage.name)
+            shutil.rmtree(draft, ignore_errors=True)
+            outputs = {str(source / name) for name in manifest["outputs"]}
+            shutil.copytree(
+                source,
+                draft,
+                ignore=_OF_ONE_RUN_ALONE,
+                copy_function=lambda old, new: _link(old, new) if old in outputs else shutil.copy2(old, new),  # noqa: B023
+            )
+            shutil.copy2(source / "_SUCCESS", draft / "_SUCCESS")
+            draft.rename(self.stage(stage.name))
+            log.warning("%s: taken over from %s", stage.name, origin.path)
 
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
@@ -123,6 +182,35 @@ class RunDirectory:
             except UserError as error:
                 reasons.append(str(error))
         return reasons
+
+    def usable(self, config: PipelineConfig, stage: Stage) -> Manifest:
+        """The manifest of a stage that is finished for this config, whichever version of Smalti made it.
+
+        Its inputs need not be there any more, but none may have been made anew since.
+
+        Raises:
+            UserError: it is not finished, or it is what another config or other inputs made.
+        """
+        manifest = self.manifest(stage.name)
+        if manifest is None:
+            raise UserError(
+                f"{self.path}: the stage {stage.name} is not finished: run `smalti run {self.path}` to its end first"
+            )
+        # A key that only one of the two versions knows makes no difference.
+        reasons = [
+            reason
+            for reason in differences(manifest["config"], stage_identity(config, stage.name))
+            if "(absent)" not in reason
+        ]
+        for name, made_from in manifest["inputs"].items():
+            if (current := self.manifest(name)) is not None and current["hash"] != made_from:
+                reasons.append(f"input {name} changed")
+        if reasons:
+            raise UserError(
+                f"{self.path}: the stage {stage.name} is not finished for the run's config ({'; '.join(reasons[:4])}):"
+                f" run `smalti run {self.path}` to its end first"
+            )
+        return manifest
 
     def stale_inputs(self, config: PipelineConfig, stage: Stage) -> list[str]:
         """Why inputs of this stage, direct or not, must run first; empty if all are up to date."""
@@ -219,14 +307,62 @@ def config_of(run_directory: Path) -> Path:
         UserError: there is none.
     """
     path = run_directory / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
     return path
 
 
 def source_name(path: str) -> str:
-    """The name under which a run directory records its config file; a run's own copy stands for the original."""
-    record = Path(path).parent / "run.json"
-    if Path(path).name == "config.yaml" and record.exists():
-        return str(read_json(record)["config_file"])
-    return Path(path).name
+    """The name under which a run directory records its config file; a run's own copy stands for the original.
+
+    Empty: a run's own copy, beside a run.json that is missing or damaged.
+    """
+    file = Path(path) / "config.yaml" if os.path.isdir(path) else Path(path)
+    return recorded_source(file.parent) if is_run_config(file) else file.name
+
+
+def recorded_source(run_directory: Path) -> str:
+    """The name of the config file that run.json records; empty if run.json is missing or damaged.
+
+    Raises:
+        UserError: a later version of Smalti made the run.
+    """
+    try:
+        record = json.loads((run_directory / "run.json").read_text())
+        made_by, source = record.get("format", FORMAT), record["config_file"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    if not isinstance(made_by, int) or made_by > FORMAT:
+        raise UserError(
+            f"{run_directory / 'run.json'}: expected format {FORMAT} or lower, found {made_by}:"
+            f" a later version of Smalti made this run; use that one"
+        )
+    return str(source)
+
+
+@contextmanager
+def writing_in(run_directory: Path) -> Iterator[None]:
+    """Raises UserError where the run directory cannot be made or written."""
+    try:
+        yield
+    except OSError as error:
+        raise _unusable(run_directory, error) from error
+
+
+def _is_before_a_run(directory: Path) -> bool:
+    return all(path.name in _BEFORE_A_RUN for path in directory.iterdir())
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"expected a run directory that can be made and written at {path}, found: {error.strerror or error}:"
+        f" set name=… or runs=…"
+    )
+
+
+def _link(old: str, new: str) -> None:
+    """Outputs are replaced and never changed, so that two runs can share them; on another disk, a copy."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)

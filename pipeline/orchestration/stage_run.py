@@ -88,6 +88,7 @@ def execute(
     source: str,
     array_task: tuple[int, int] | None,
     body: Callable[[StageRun], None],
+    take_over: bool = False,
 ) -> None:
     """Run the stage `body` in its run directory, from locks to manifest; nothing if the stage is up to date.
 
@@ -105,7 +106,7 @@ def execute(
         outcome: bool | UserError = False
         if distributed.is_main():
             try:
-                outcome = _begin(stage, config, source, runs, array_task, held)
+                outcome = _begin(stage, config, source, runs, array_task, held, take_over)
             except UserError as error:
                 outcome = error
         outcome = distributed.broadcast_object(outcome)
@@ -129,13 +130,16 @@ def _begin(
     runs: RunDirectory,
     array_task: tuple[int, int] | None,
     held: ExitStack,
+    take_over: bool,
 ) -> bool:
     """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
         raise UserError(f"{stage.name} is not part of this pipeline: set {stage.section}.enabled=true")
     if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # these have opened the run already
-        runs.check(source)
-        with Lock(runs.lock("run"), f"the run in {runs.path}"):
+        runs.check(source, take_over)
+        with runs.lock_run():
+            if config.branched_from is None:  # a refused command changes nothing
+                _refuse_stale_inputs(stage, config, runs)
             runs.open(config, source)
     # The tasks of an array write side by side, but not beside a process that does the whole stage.
     others = (
@@ -145,15 +149,19 @@ def _begin(
     held.enter_context(Lock(runs.lock(name), f"stage {name}"))
     for other in others:
         refuse_if_held(other, f"stage {other.stem}")
+    _refuse_stale_inputs(stage, config, runs)
+    if array_task is None:
+        return runs.begin(config, stage)
+    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=120):
+        return runs.begin_task(config, stage, array_task)
+
+
+def _refuse_stale_inputs(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
     if stale := runs.stale_inputs(config, stage):
         raise UserError(
             f"{stage.name}: its inputs are out of date ({'; '.join(stale)}):"
             f" run those stages first, or everything with `smalti run`"
         )
-    if array_task is None:
-        return runs.begin(config, stage)
-    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=120):
-        return runs.begin_task(config, stage, array_task)
 
 
 def _run_tracked(run: StageRun, body: Callable[[StageRun], None]) -> None:

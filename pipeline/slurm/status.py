@@ -14,7 +14,7 @@ from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.lock import owner_of
 from pipeline.core.metric_names import CLOCK_METRICS, LOOP_METRICS
-from pipeline.orchestration.graph import Stage, stages_of
+from pipeline.orchestration.graph import Stage, inputs_of, stages_of
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm import scheduler
 from pipeline.slurm.scheduler import Job
@@ -31,7 +31,8 @@ class StageStatus:
     """One line of the table. Empty or None: not known, or does not apply."""
 
     stage: str
-    # FINISHED, or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished), or UNKNOWN (no answer)
+    # FINISHED; STALE (finished, but for another config or from other inputs: `smalti run` does it again);
+    # or Slurm's own word, or LOST (Slurm knows nothing of it, and it is not finished), or UNKNOWN (no answer)
     state: str = "NOT RUN"
     job: str = ""
     reason: str = ""
@@ -40,7 +41,8 @@ class StageStatus:
     step: int | None = None
     steps: int | None = None
     rate: str = ""
-    metric: str = ""
+    metric: str | None = None  # its name
+    value: float | None = None  # of the metric
     restarts: int = 0
     job_time_left: str = ""  # until its time limit, by squeue
     stage_time_left_s: float | None = None  # by the rate
@@ -62,6 +64,7 @@ def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
     known = {job.id for job in jobs}
     ended = scheduler.ended_states([number for number in recorded.values() if number not in known]) if recorded else {}
     listed = [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in stages_of(config)]
+    _mark_stale(listed, config, runs)
     for status in listed:
         if problem and status.state == "LOST":
             status.state, status.reason = "UNKNOWN", "Slurm gives no answer"
@@ -82,7 +85,7 @@ def _stage_status(
     status.restarts = sum(max(_notes(path, "started") - 1, 0) for path in records)
     status.failure = "\n".join(_read(path.with_suffix(".failure")) for path in records).strip()
     _add_jobs(status, stage, jobs)
-    if status.state == "NOT RUN" or (not _is_active(status, stage, jobs) and runs.manifest(stage.name) is not None):
+    if status.state == "NOT RUN" or (not _is_active(status, stage, jobs) and _is_done(status, stage, config, runs)):
         _add_what_slurm_forgot(status, stage, runs, recorded, ended)
     if status.state in ("FINISHED", "RUNNING", "PENDING"):
         status.failure = ""
@@ -90,6 +93,20 @@ def _stage_status(
         status.reason = status.failure.splitlines()[0].removeprefix("smalti: ").removeprefix(f"{stage.name} ")
         status.reason = status.reason.removesuffix("; its last lines:")
     return status
+
+
+def _mark_stale(listed: list[StageStatus], config: PipelineConfig, runs: RunDirectory) -> None:
+    """Tell the stages that are finished for the run's config from those that were finished for another one."""
+    stale: list[str] = []
+    for status, stage in zip(listed, stages_of(config), strict=True):
+        if status.state != "FINISHED":
+            continue
+        reasons = runs.stale_reasons(config, stage) or [
+            f"input {name} is stale" for name in inputs_of(config, stage) if name in stale
+        ]
+        if reasons:
+            stale.append(stage.name)
+            status.state, status.reason = "STALE", "; ".join(reasons[:3])
 
 
 def _add_jobs(status: StageStatus, stage: Stage, jobs: list[Job]) -> None:
@@ -113,6 +130,12 @@ def _add_jobs(status: StageStatus, stage: Stage, jobs: list[Job]) -> None:
     status.state, status.reason, status.job = job.state, "" if waiting else job.reason, str(job.id)
     status.nodes = ",".join(dict.fromkeys(j.nodes for j in shown if j.nodes and j.active))
     status.job_time_left = job.time_left if job.state == "RUNNING" else ""
+
+
+def _is_done(status: StageStatus, stage: Stage, config: PipelineConfig, runs: RunDirectory) -> bool:
+    """Whether the stage is finished, whatever its last job says: a failed one did not make what is stale."""
+    manifest = runs.manifest(stage.name)
+    return manifest is not None and (status.state == "COMPLETED" or not runs.stale_reasons(config, stage))
 
 
 def _is_active(status: StageStatus, stage: Stage, jobs: list[Job]) -> bool:
@@ -152,7 +175,7 @@ def _add_progress(status: StageStatus, stage: Stage, config: PipelineConfig, run
         shown = [name for name in line if name not in _NOT_METRICS and not name.startswith("system/")]
         if shown:
             name = "loss" if "loss" in shown else shown[0]
-            status.metric = f"{name} {line[name]:.4g}"
+            status.metric, status.value = name, line[name]
             break
 
 
@@ -211,7 +234,7 @@ def as_table(statuses: list[StageStatus]) -> str:
     ]
     rows = []
     for s in statuses:
-        at_work = s.state not in ("FINISHED", "NOT RUN")
+        at_work = s.state not in ("FINISHED", "STALE", "NOT RUN")
         step = f"{s.step}/{s.steps}" if s.step is not None else ""
         left = _duration(s.stage_time_left_s) if at_work and s.step != s.steps else ""
         rate = s.rate if at_work else ""
@@ -226,7 +249,7 @@ def as_table(statuses: list[StageStatus]) -> str:
                 step,
                 rate,
                 left,
-                s.metric,
+                f"{s.metric} {s.value:.4g}" if s.metric is not None else "",
                 restarts,
                 s.job_time_left,
                 s.reason,

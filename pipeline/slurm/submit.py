@@ -2,6 +2,7 @@
 
     runs/<name>/slurm/   <stage>.sbatch  the job files           cluster.yaml  the cluster file, resolved
                          jobs.json       what was submitted      <stage>.history, .failure: how it went
+                         dry-run/        what a dry run would have written here; it changes nothing else
     runs/<name>/code/src/                this run's copy of the code
 
 Submitting again is safe: what is finished is skipped, what is queued or running is not doubled, and the
@@ -10,6 +11,7 @@ new jobs wait for it. Slurm itself says which jobs are active (their comment nam
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +21,20 @@ import click
 
 from pipeline.config.base import differences, to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
-from pipeline.config.training import accumulation_steps
 from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
-from pipeline.core.lock import Lock
 from pipeline.orchestration.code_snapshot import copy_packages
-from pipeline.orchestration.graph import STAGE_NAMES, STAGES, Stage, inputs_of, stage_identity, stage_named, stages_of
-from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.graph import (
+    STAGES,
+    Stage,
+    check_batches,
+    chosen_stages,
+    inputs_of,
+    stage_identity,
+    stage_named,
+    stages_of,
+)
+from pipeline.orchestration.run_directory import RunDirectory, writing_in
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import ClusterConfig
 from pipeline.slurm.render import JobFile, render, script_path
@@ -63,9 +72,24 @@ def submit_pipeline(
         UserError: the cluster file does not fit, jobs of another config are active, or Slurm refuses.
     """
     runs = RunDirectory(config.run_directory.resolve())
-    check_processes(config, cluster)
+    chosen = {stage.name for stage in chosen_stages(config, first, only)}
+    check_batches(
+        config, lambda stage: cluster.resources(stage).world_size, where=" (nodes × tasks in the cluster file)"
+    )
     runs.check(source, take_over)
-    with Lock(runs.lock("run"), f"the run in {runs.path}"):
+    if dry_run:
+        jobs = _active_jobs(runs.path, dry_run)
+        if jobs:
+            _check_same_config(runs, config, jobs)
+        plan = make_plan(config, runs, cluster, jobs, chosen)
+        folder = runs.path / "slurm" / "dry-run"
+        shutil.rmtree(folder, ignore_errors=True)
+        with writing_in(runs.path):
+            write_atomic(folder / "config.yaml", to_yaml(config))
+            _write_files(plan, cluster, runs, folder)
+        click.echo(_table(plan, runs.path, folder))
+        return
+    with runs.lock_run():
         jobs = _active_jobs(runs.path, dry_run)
         if jobs:
             _check_same_config(runs, config, jobs)
@@ -73,27 +97,14 @@ def submit_pipeline(
         else:
             runs.open(config, source)
             copy_packages(runs.path / "code" / "src")
-        plan = make_plan(config, runs, cluster, jobs, _chosen(config, first, only))
-        _write_files(plan, cluster, runs)
-        if not dry_run:
-            _submit(plan, runs)
-    click.echo(_table(plan, runs.path))
-
-
-def check_processes(config: PipelineConfig, cluster: ClusterConfig) -> None:
-    """Raises UserError if a stage's processes do not divide its batch: better now than hours later, in the queue."""
-    for stage in stages_of(config):
-        processes = cluster.resources(stage).world_size
-        training = config.training(stage.section)
-        if training is not None:
-            try:
-                accumulation_steps(training, processes)
-            except UserError as error:
-                raise UserError(f"{stage.name}: {error} (nodes × tasks in the cluster file)") from error
+        plan = make_plan(config, runs, cluster, jobs, chosen)
+        _write_files(plan, cluster, runs, runs.path / "slurm")
+        _submit(plan, runs)
+    click.echo(_table(plan, runs.path, runs.path / "slurm"))
 
 
 def make_plan(
-    config: PipelineConfig, runs: RunDirectory, cluster: ClusterConfig, jobs: list[Job], chosen: tuple[str, ...]
+    config: PipelineConfig, runs: RunDirectory, cluster: ClusterConfig, jobs: list[Job], chosen: set[str]
 ) -> list[Planned]:
     """Every stage in the order of the graph: the jobs to submit for it, or why there are none."""
     plan: list[Planned] = []
@@ -157,18 +168,6 @@ def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, comi
             )
 
 
-def _chosen(config: PipelineConfig, first: str | None, only: str | None) -> tuple[str, ...]:
-    if first and only:
-        raise UserError(
-            "expected --from or --only, found both: --from STAGE goes to the end, --only STAGE is one stage"
-        )
-    if only and only not in {stage.name for stage in stages_of(config)}:
-        raise UserError(f"{only} is not part of this pipeline: set {stage_named(only).section}.enabled=true")
-    if only:
-        return (only,)
-    return STAGE_NAMES[STAGE_NAMES.index(first) :] if first else STAGE_NAMES
-
-
 def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
     """This run's active jobs. Waits for those that are just ending, e.g. after a cancel: none can depend on them."""
     deadline = time.monotonic() + _ENDING_PATIENCE_S
@@ -200,13 +199,13 @@ def _check_same_config(runs: RunDirectory, config: PipelineConfig, jobs: list[Jo
         )
 
 
-def _write_files(plan: list[Planned], cluster: ClusterConfig, runs: RunDirectory) -> None:
+def _write_files(plan: list[Planned], cluster: ClusterConfig, runs: RunDirectory, folder: Path) -> None:
     (runs.path / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
-    write_atomic(runs.path / "slurm" / "cluster.yaml", to_yaml(cluster))
+    write_atomic(folder / "cluster.yaml", to_yaml(cluster))
     for planned in plan:
         if planned.file:
             text = render(planned.file, cluster, runs.path, runs.path / "code" / "src", Path.cwd())
-            write_atomic(script_path(planned.file, runs.path), text)
+            write_atomic(folder / script_path(planned.file, runs.path).name, text)
 
 
 def _submit(plan: list[Planned], runs: RunDirectory) -> None:
@@ -225,16 +224,17 @@ def _submit(plan: list[Planned], runs: RunDirectory) -> None:
 def record_job(run_directory: Path, script: str, number: int) -> None:
     path = run_directory / "slurm" / "jobs.json"
     known = read_json(path) if path.exists() else []
-    write_json(path, [*known, {"script": script, "id": number}])
+    write_json(path, [*known, {"script": script, "id": number, "run": str(run_directory)}])
 
 
 def recorded_jobs(run_directory: Path) -> dict[str, int]:
-    """The newest job of each job file, from jobs.json."""
+    """The newest job of each job file, from jobs.json. The jobs of the run that this one is a copy of are not its."""
     path = run_directory / "slurm" / "jobs.json"
-    return {entry["script"]: entry["id"] for entry in (read_json(path) if path.exists() else [])}
+    entries = read_json(path) if path.exists() else []
+    return {e["script"]: e["id"] for e in entries if e.get("run", str(run_directory)) == str(run_directory)}
 
 
-def _table(plan: list[Planned], run_directory: Path) -> str:
+def _table(plan: list[Planned], run_directory: Path, folder: Path) -> str:
     header = ["STAGE", "JOB", "AFTER", "ARRAY", "NODES×TASKS", "GPUS", "TIME", "WHAT"]
     name: Callable[[Planned], str] = lambda p: str(p.id or (p.file.name if p.file else p.stage.name))  # noqa: E731
     rows = []
@@ -245,7 +245,7 @@ def _table(plan: list[Planned], run_directory: Path) -> str:
             resources = planned.file.resources
             size = f"{resources.nodes}×{resources.ntasks_per_node}"
             gpus, time = str(resources.gpus or ""), resources.time or ""
-            script = script_path(planned.file, run_directory).relative_to(run_directory)
+            script = (folder / script_path(planned.file, run_directory).name).relative_to(run_directory)
             what = f"{what or 'written'}: {script}"
         label = planned.stage.name + (" (tasks)" if planned.array else "")
         rows.append([label, str(planned.id or ""), after, planned.array or "", size, gpus, time, what])

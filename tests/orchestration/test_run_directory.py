@@ -13,7 +13,7 @@ import pytest
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import stage_named, stages_of
-from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.run_directory import RunDirectory, source_name
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import environment
 
@@ -157,3 +157,99 @@ def test_the_command_line_reads_configs_without_importing_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_is_found_where_it_lies_whatever_it_is_called(runs: RunDirectory, tmp_path: Path) -> None:
+    for name in ("renamed", "no name: (of a run)", "again"):
+        moved = runs.path.rename(tmp_path / name)
+        config = load_pipeline(moved / "config.yaml")
+        assert config.run_directory == moved
+        runs = RunDirectory(config.run_directory)
+        runs.check(source_name(str(moved / "config.yaml")))
+        runs.open(config, "tiny.yaml")
+        assert _outdated(runs, config) == {}
+
+
+def test_a_config_in_the_current_folder_means_this_run(runs: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.path)
+    for path in ("config.yaml", ".", str(runs.path)):
+        assert load_pipeline(path).run_directory.resolve() == runs.path
+
+
+def test_a_new_name_branches_a_run_off_with_what_stays_the_same(runs: RunDirectory, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in runs.path.rglob("*") if path.is_file()}
+    (runs.stage("prepare") / "mlflow.json").write_text("{}")
+    second = load_pipeline(runs.path, ["name=second", "generate.samples=5"])
+    branch = RunDirectory(second.run_directory)
+    branch.check(source_name(str(runs.path)))
+    branch.open(second, "tiny.yaml")
+    assert branch.path == tmp_path / "second"
+    assert list(_outdated(branch, second)) == ["generate", "evaluate", "report"]
+    assert _outdated(branch, second)["generate"] == ["not run yet"]
+    assert not (branch.stage("prepare") / "mlflow.json").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    assert load_pipeline(branch.path).name == "second"
+
+
+def test_other_runs_branches_off_too(runs: RunDirectory, tmp_path: Path) -> None:
+    elsewhere = load_pipeline(runs.path / "config.yaml", [f"runs={tmp_path / 'elsewhere'}"])
+    assert elsewhere.run_directory == tmp_path / "elsewhere" / "tiny"
+    RunDirectory(elsewhere.run_directory).open(elsewhere, "tiny.yaml")
+    assert list(_outdated(RunDirectory(elsewhere.run_directory), elsewhere)) == ["report"]
+
+
+def test_a_run_of_an_older_version_with_a_key_that_is_gone_is_read_with_one_warning(
+    runs: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = runs.path / "config.yaml"
+    text = path.read_text().replace("kind: dvae", "kind: dvae\n    gone: 3")
+    path.write_text(text.replace("transformer:\n", "transformer:\n  also_gone: {a: 1}\n"))
+    config = load_pipeline(path)
+    (warning,) = caplog.records
+    assert "transformer.also_gone" in warning.getMessage()
+    assert "gone; left out" in warning.getMessage()
+    assert runs.usable(config, stage_named("transformer"))
+    with pytest.raises(UserError, match=r"unknown key 'transformer\.also_gone'"):
+        load_pipeline(path, ["transformer.also_gone=1"])
+    own = path.rename(runs.path.parent / "mine.yaml")
+    with pytest.raises(UserError, match="unknown key"):
+        load_pipeline(own)
+
+
+def test_what_another_config_made_is_not_usable(runs: RunDirectory, tmp_path: Path) -> None:
+    changed = _config(tmp_path, "transformer.layers=3")
+    with pytest.raises(UserError, match=r"transformer is not finished for the run's config \(.*layers: 2 -> 3"):
+        runs.usable(changed, stage_named("transformer"))
+    _finish(runs, _config(tmp_path, "seed=1"), "prepare", "other data")
+    with pytest.raises(UserError, match="input prepare changed"):
+        runs.usable(_config(tmp_path), stage_named("image-tokenizer"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": "tiny"}', None])
+def test_a_damaged_run_record_costs_one_line_and_the_advice_works(
+    runs: RunDirectory, config: PipelineConfig, damage: str | None
+) -> None:
+    record = runs.path / "run.json"
+    record.unlink() if damage is None else record.write_text(damage)
+    with pytest.raises(UserError, match=r"whose run\.json is missing or damaged.*--take-over"):
+        runs.check("tiny.yaml")
+    runs.check(source_name(str(runs.path)))  # its own config means itself
+    runs.check("tiny.yaml", take_over=True)
+    runs.open(config, "tiny.yaml")
+    runs.check("tiny.yaml")
+
+
+def test_a_run_of_a_later_version_is_refused(runs: RunDirectory) -> None:
+    (runs.path / "run.json").write_text('{"format": 99, "name": "tiny", "config_file": "tiny.yaml"}')
+    with pytest.raises(UserError, match=r"expected format 1 or lower, found 99"):
+        runs.check("tiny.yaml")
+
+
+@pytest.mark.parametrize("place", ["/proc/here", "/dev/null/x", "/" + "x" * 300])
+def test_a_place_that_cannot_be_written_is_told_in_one_line(place: str) -> None:
+    config = load_pipeline(TINY, [f"runs={place}"])
+    runs = RunDirectory(config.run_directory)
+    with pytest.raises(UserError, match=r"expected a run directory that can be made and written"):  # noqa: PT012
+        runs.check("tiny.yaml")
+        with runs.lock_run():
+            pass
