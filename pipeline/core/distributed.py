@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-import socket
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeline.core import rendezvous
+from pipeline.core.rendezvous import Launched
+
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
+_TELL_S = 2.0  # seconds that a process waits to hear whether another one tells the same error
+_store: dist.Store | None = None  # of the launched processes; it outlives the group
 
 
 def rank() -> int:
@@ -49,15 +56,43 @@ def init(without_launcher: bool = False) -> None:
 
     Args:
         without_launcher: where there is none, form a group of this process alone; DeepSpeed cannot do without.
+
+    Raises:
+        UserError: the processes do not find each other in time, or the launcher's variables are none.
     """
-    if dist.is_initialized() or not (without_launcher or "RANK" in os.environ):
+    global _store
+    if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(variables, MASTER_PORT=str(_free_port()))
+    launch = rendezvous.launched(os.environ)
+    if not (without_launcher or launch):
+        return
+    if launch is None:
+        launch = Launched(rank=0, processes=1, address=rendezvous.LOOPBACK, port=rendezvous.free_port(), all_local=True)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=launch.address)
+        os.environ["MASTER_PORT"] = str(launch.port)
+        _store = dist.HashStore()
+    if launch.all_local:
+        rendezvous.listen_locally(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    _store = _store or rendezvous.meet(launch, agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    _join(launch, _store)
+
+
+def _join(launch: Launched, store: dist.Store) -> None:
+    """Form the process group. Raises UserError when the processes do not reach each other in time."""
+    try:
+        dist.init_process_group(
+            backend="nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=launch.rank,
+            world_size=launch.processes,
+            timeout=timedelta(seconds=rendezvous.MEETING_S),
+        )
+        dist.barrier()  # NCCL connects at its first collective
+    except RuntimeError as error:
+        raise rendezvous.did_not_meet(launch, error) from error
+    dist.distributed_c10d._set_pg_timeout(_TIMEOUT)
 
 
 def barrier() -> None:
@@ -119,6 +154,34 @@ def mean_with_gradient(value: torch.Tensor) -> torch.Tensor:
     return value + (sum_tensor(value.detach()) / world_size() - value.detach())
 
 
+def tells(message: str) -> bool:
+    """Whether this process is to tell an error that ends it: of processes that all have the same one, one does.
+
+    Rank 0 does if it has that error within two seconds.
+    """
+    if world_size() == 1 or _store is None:
+        return int(os.environ.get("RANK", 0)) == 0 if _store is None else True
+    digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        if is_main():
+            _store.set("error of rank 0", digest)
+            _wait_until(lambda: _store.add("other errors", 0) >= world_size() - 1)  # it serves the store
+            return True
+        _wait_until(lambda: _store.check(["error of rank 0"]))
+        told = _store.check(["error of rank 0"]) and _store.get("error of rank 0").decode() == digest
+        mine = _store.compare_set(f"error {digest}", "", str(rank())).decode() == str(rank())
+        _store.add("other errors", 1)
+    except RuntimeError:  # rank 0 is gone
+        return True
+    return mine and not told
+
+
+def _wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TELL_S
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def leave(status: int) -> NoReturn:
     """End this process at once with exit code `status`, with 0 when every rank is here.
 
@@ -133,9 +196,3 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
