@@ -27,6 +27,7 @@ import click
 from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipeline
 from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.progress import ON_SCREEN
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
 from pipeline.orchestration.run_directory import source_name
@@ -45,6 +46,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     _die_with_runner()
     stage = stage_named(name)
     try:
+        distributed.forget_leftovers(os.environ, joins=stage.trains)
         config, source, array_task, take_over = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:
@@ -55,8 +57,8 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         log.info("%s; run the same command again to resume", request)
         status = 0
     except UserError as error:
-        if distributed.is_main():
-            log.error("error: %s", error)
+        if distributed.tells(str(error)):
+            log.error("error%s: %s", f" (rank {distributed.rank()})" if distributed.rank() else "", error)
         status = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -115,16 +117,18 @@ def run_stage_here(name: str, arguments: list[str]) -> NoReturn:
 
 
 def _configure_logging(path: Path) -> None:
-    """Messages go to stderr, and from rank 0 also to logs/<stage>.log, where they stay."""
-    main = int(os.environ.get("RANK", 0)) == 0
+    """What the screen shows stays in logs/<stage>.log: rank 0's messages and progress, other ranks' errors."""
+    main = os.environ.get("RANK", "0") == "0"
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if main and is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
+    handlers[0].addFilter(lambda record: not hasattr(record, ON_SCREEN))
+    if is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
         path.parent.mkdir(exist_ok=True)
         handlers.append(logging.FileHandler(path))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if main else logging.ERROR, handlers=handlers)
-    for noisy in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+    logging.captureWarnings(True)
+    for noisy in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed", "compilers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ from pipeline.core import rendezvous
 from pipeline.core.rendezvous import Launched
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)
 _TELL_S = 2.0  # seconds that a process waits to hear whether another one tells the same error
@@ -47,6 +48,21 @@ def local_rank() -> int:
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def forget_leftovers(environment: MutableMapping[str, str], joins: bool) -> None:
+    """Remove what is left of a launcher that did not start this process, and say so. `joins`: it may be one of several.
+
+    Raises:
+        UserError: a launcher's variable is not the number that it should be.
+    """
+    if joins:
+        if rendezvous.launched(environment) is None:
+            environment.pop("LOCAL_RANK", None)
+    elif "RANK" in environment:
+        log.warning("RANK is set, and this stage is one process: ignored")
+        for name in ("RANK", "WORLD_SIZE"):
+            environment.pop(name, None)
 
 
 def init(without_launcher: bool = False) -> None:
@@ -159,8 +175,10 @@ def tells(message: str) -> bool:
 
     Rank 0 does if it has that error within two seconds.
     """
-    if world_size() == 1 or _store is None:
-        return int(os.environ.get("RANK", 0)) == 0 if _store is None else True
+    if _store is None:  # nobody has met yet, and all read the same command line
+        return os.environ.get("RANK", "0") == "0"
+    if world_size() == 1:
+        return True
     digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
     try:
         if is_main():

@@ -1,14 +1,23 @@
-"""The live progress bar of every stage: done, rate, time left. In a log file, a line every ten seconds."""
+"""The live progress bar of every stage: done, rate, time left. In a log file, a line now and then."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterable
-from typing import NoReturn, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10.0  # at first; the pause doubles up to
+LINE_EVERY_AT_MOST_S = 300.0
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} {unit} [{elapsed}, {rate_fmt}{postfix}]"
+ON_SCREEN = "on_screen"  # set in records of what the screen shows in another form
 
 
 @overload
@@ -38,8 +47,7 @@ def progress(
         unit: what an item is, for the rate.
         shown: False (ranks other than 0) gives a silent one.
     """
-    live = sys.stderr.isatty()
-    return tqdm(
+    return _Bar(
         items,
         total=total,
         initial=initial,
@@ -47,10 +55,47 @@ def progress(
         unit=unit,
         disable=not shown,
         smoothing=0.1,
-        dynamic_ncols=live,
-        mininterval=0.2 if live else 10.0,
-        maxinterval=10.0 if live else 3600.0,
-        ncols=None if live else 110,
-        ascii=None if live else True,
-        bar_format=None if live else "{l_bar}{bar}{r_bar}\n",
+        dynamic_ncols=True,
+        mininterval=0.2,
     )
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
+    """A bar on a terminal; in a file lines, each after a longer pause. The lines are logged in both cases."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._live = sys.stderr.isatty()
+        self._pause_s = LINE_EVERY_S
+        self._next_line = time.monotonic() + self._pause_s
+        self._last_line = ""
+        super().__init__(*arguments, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if time.monotonic() >= self._next_line:
+            self._line()
+        if self._live:
+            super().display(msg, pos)
+
+    def clear(self, nolock: bool = False) -> None:
+        if self._live:
+            super().clear(nolock)
+
+    def close(self) -> None:
+        if not self.disable:
+            self._line()
+            if not self._live:
+                self.disable = True  # tqdm would end the line of a bar that was never drawn
+                self._decr_instances(self)  # type: ignore[attr-defined]
+        super().close()
+
+    def _line(self) -> None:
+        layout = _LINE_WITHOUT_TOTAL if self.total is None else _LINE
+        line = self.format_meter(**{**self.format_dict, "bar_format": layout, "ncols": None, "ascii": True})
+        if line == self._last_line:
+            return
+        self._last_line = line
+        self._next_line = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LINE_EVERY_AT_MOST_S)
+        if not self._live:
+            print(line, file=sys.stderr, flush=True)
+        log.info("%s", line, extra={ON_SCREEN: True})
