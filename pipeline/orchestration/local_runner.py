@@ -61,7 +61,7 @@ def run_pipeline(
     with runs.lock_run():
         runs.open(config, source)
         for stage in stages:
-            reasons = runs.stale_reasons(config, stage)
+            reasons = runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
             if not reasons:
                 _say(stage, "up to date")
                 continue
@@ -77,6 +77,7 @@ def run_pipeline(
 def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Stage, ...]) -> None:
     for stage in stages:
         reasons = runs.stale_reasons(config, stage) or runs.stale_inputs(config, stage)
+        reasons = reasons or runs.outside_changes(config, stage)
         _say(stage, f"would run: {_shortened(reasons)}" if reasons else "up to date")
 
 

@@ -30,6 +30,7 @@ from pipeline.core.lock import Lock
 from pipeline.core.manifest import FileRecord, first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named, stages_of
+from pipeline.orchestration.outside import changes, record_stamp, recorded_stamp
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Manifest(TypedDict):
     outputs: dict[str, FileRecord]
     hash: str  # of all above: what was made from what, and no times, paths or versions
     code: NotRequired[dict[str, object] | None]  # version.json of the run's code
+    outside: NotRequired[str]  # the stamp of what it read from outside of the run
 
 
 class RunDirectory:
@@ -212,6 +214,14 @@ class RunDirectory:
             )
         return manifest
 
+    def outside_changes(self, config: PipelineConfig, stage: Stage) -> list[str]:
+        """Why a finished stage must run again though nothing of the run changed: what it reads from outside did.
+
+        Apart from `stale_reasons`, since it may take a while, and a source that grows must not stop what runs already.
+        """
+        manifest = self.manifest(stage.name)
+        return changes(stage.name, config, manifest.get("outside")) if manifest is not None else []
+
     def stale_inputs(self, config: PipelineConfig, stage: Stage) -> list[str]:
         """Why inputs of this stage, direct or not, must run first; empty if all are up to date."""
         reasons: list[str] = []
@@ -233,12 +243,13 @@ class RunDirectory:
         if not directory.exists() and superseded.is_dir() and _recorded_identity(superseded) == identity:
             superseded.rename(directory)
             log.info("%s: restored from %s", stage.name, superseded)
-        if self.manifest(stage.name) is not None and not self.stale_reasons(config, stage):
+        if not self.stale_reasons(config, stage) and not self.outside_changes(config, stage):
             return False
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "_SUCCESS").unlink(missing_ok=True)
         remove_leftovers(directory)
         write_json(directory / "identity.json", identity)
+        record_stamp(directory, config)
         write_atomic(directory / "config.yaml", to_yaml(config.section(stage.name)))
         return True
 
@@ -271,6 +282,8 @@ class RunDirectory:
         # The hash covers what was made from what, and no times or versions: the same result has the same hash.
         manifest = {"stage": stage.name, **made_from, "outputs": files}
         manifest["hash"] = digest(manifest)
+        if (stamp := recorded_stamp(directory)) is not None:
+            manifest["outside"] = stamp
         manifest["code"] = read_json(self.path / "code" / "version.json") if (self.path / "code").exists() else None
         write_json(directory / "manifest.json", manifest)
         write_atomic(directory / "_SUCCESS", sha256_file(directory / "manifest.json") + "\n")

@@ -101,9 +101,8 @@ def _mark_stale(listed: list[StageStatus], config: PipelineConfig, runs: RunDire
     for status, stage in zip(listed, stages_of(config), strict=True):
         if status.state != "FINISHED":
             continue
-        reasons = runs.stale_reasons(config, stage) or [
-            f"input {name} is stale" for name in inputs_of(config, stage) if name in stale
-        ]
+        reasons = runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
+        reasons = reasons or [f"input {name} is stale" for name in inputs_of(config, stage) if name in stale]
         if reasons:
             stale.append(stage.name)
             status.state, status.reason = "STALE", "; ".join(reasons[:3])

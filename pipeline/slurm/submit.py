@@ -117,7 +117,7 @@ def make_plan(
             coming[stage.name] = last
             continue
         waits_for = [coming[name] for name in inputs_of(config, stage) if name in coming]
-        reasons = [] if waits_for else runs.stale_reasons(config, stage)
+        reasons = [] if waits_for else runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
         if not waits_for and not reasons:
             plan.append(Planned(stage, why="finished"))
         elif stage.name not in chosen:

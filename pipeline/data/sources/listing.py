@@ -15,14 +15,14 @@ from pipeline.data.sources.base import Stamp, interrupted, is_leftover, stamp
 log = logging.getLogger(__name__)
 
 
-def list_files(files: AbstractFileSystem, root: str) -> dict[str, Stamp]:
-    """The stamp of every file below `root`, by its path below it.
+def list_files(files: AbstractFileSystem, root: str, told: bool = True) -> dict[str, Stamp]:
+    """The stamp of every file below `root`, by its path below it. `told`: say which links are not followed.
 
     Raises:
         UserError: a folder cannot be listed.
     """
     if isinstance(files, LocalFileSystem):
-        return _local(root)
+        return _local(root, logging.WARNING if told else logging.DEBUG)
     found: dict[str, Stamp] = {}
     for folder, _, entries in files.walk(root, detail=True, on_error="raise"):
         below = folder[len(root) + 1 :]
@@ -32,23 +32,23 @@ def list_files(files: AbstractFileSystem, root: str) -> dict[str, Stamp]:
     return found
 
 
-def _local(root: str) -> dict[str, Stamp]:
+def _local(root: str, level: int) -> dict[str, Stamp]:
     """Real folders first, so that a folder has its own name and not that of a link to it."""
     found: dict[str, Stamp] = {}
     seen: set[tuple[int, int]] = set()
-    links = _walk(root, "", found, seen)
+    links = _walk(root, "", found, seen, level)
     while links:
         path = links.pop(0)
         full = os.path.join(root, path)
         target, place = os.path.realpath(full), os.path.realpath(os.path.dirname(full))
         if os.path.join(place, "").startswith(os.path.join(target, "")):
-            _tell(full, "leads to a folder that it lies in")
+            _tell(level, full, "leads to a folder that it lies in")
         else:
-            links = sorted(links + _walk(root, path, found, seen))
+            links = sorted(links + _walk(root, path, found, seen, level))
     return found
 
 
-def _walk(root: str, below: str, found: dict[str, Stamp], seen: set[tuple[int, int]]) -> list[str]:
+def _walk(root: str, below: str, found: dict[str, Stamp], seen: set[tuple[int, int]], level: int) -> list[str]:
     """Add the files of a folder and of the real folders in it; returns the links to folders, sorted."""
     links: list[str] = []
     folders = [below]
@@ -58,7 +58,7 @@ def _walk(root: str, below: str, found: dict[str, Stamp], seen: set[tuple[int, i
         try:
             about = os.stat(full)
             if (about.st_dev, about.st_ino) in seen:
-                _tell(full, "is a folder that was read under another name")
+                _tell(level, full, "is a folder that was read under another name")
                 continue
             seen.add((about.st_dev, about.st_ino))
             with os.scandir(full) as entries:
@@ -74,8 +74,8 @@ def _walk(root: str, below: str, found: dict[str, Stamp], seen: set[tuple[int, i
     return sorted(links)
 
 
-def _tell(full: str, what: str) -> None:
-    log.warning("prepare: %s %s: not read again", visible(full), what)
+def _tell(level: int, full: str, what: str) -> None:
+    log.log(level, "prepare: %s %s: not read again", visible(full), what)
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:

