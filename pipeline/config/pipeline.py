@@ -76,7 +76,25 @@ class PipelineConfig(Config):
             raise ValueError(
                 f"generate.candidates={self.generate.candidates} needs a reranker to choose: set reranker.enabled=true"
             )
+        self._check_image_size()
         return self
+
+    def _check_image_size(self) -> None:
+        size, tokenizer = self.prepare.image_size, self.image_tokenizer
+        factors = {"the image tokenizer (patch_size × 2 ** (len(widths) - 1))": tokenizer.model.factor}
+        if self.reranker.enabled and self.reranker.clip is None:
+            factors["reranker.model.patch_size"] = self.reranker.model.patch_size
+        for what, factor in factors.items():
+            if size % factor:
+                raise ValueError(
+                    f"prepare.image_size: expected a multiple of {factor}, as {what} wants, found {size}:"
+                    f" set image_size={max(round(size / factor), 1) * factor}, or change that"
+                )
+        if tokenizer.adversarial is not None and size < (least := 3 * 2**tokenizer.adversarial.layers):
+            raise ValueError(
+                f"image_tokenizer.adversarial.layers={tokenizer.adversarial.layers} needs images of at least"
+                f" {least}×{least} pixels, found prepare.image_size={size}: set layers to less, or leave it out"
+            )
 
     @property
     def run_directory(self) -> Path:

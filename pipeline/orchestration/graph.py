@@ -86,8 +86,18 @@ def chosen_stages(config: PipelineConfig, first: str | None = None, only: str | 
     return tuple(stage for stage in stages if not first or STAGES.index(stage) >= STAGE_NAMES.index(first))
 
 
-def check_batches(config: PipelineConfig, processes_of: Callable[[Stage], int], where: str = "") -> None:
-    """Raises UserError if a stage's processes do not divide its batch: better now than hours later."""
+def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], int], where: str = "") -> None:
+    """Check what a pipeline of all stages needs and its config alone decides: better now than hours later.
+
+    Raises:
+        UserError: a stage's processes do not divide its batch (`where`: what decides their number), or there is no
+            validation split, which every training measures itself on.
+    """
+    if config.prepare.validation_fraction == 0:
+        raise UserError(
+            "prepare.validation_fraction: expected more than 0, since the stages that train evaluate on the validation"
+            " split, found 0: set it to 0.02, say"
+        )
     for stage in stages_of(config):
         training = config.training(stage.section)
         if training is not None:

@@ -21,7 +21,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.graph import Stage, check_batches, chosen_stages
+from pipeline.orchestration.graph import Stage, check_before_start, chosen_stages
 from pipeline.orchestration.run_directory import RunDirectory
 
 # A stage runs the code that runs this, and no module of the same name in the current folder, which is where an empty
@@ -52,7 +52,7 @@ def run_pipeline(
     """
     runs = RunDirectory(config.run_directory)
     stages = chosen_stages(config, first, only)
-    check_batches(config, lambda stage: local_processes(config, stage))
+    check_before_start(config, lambda stage: local_processes(config, stage))
     runs.check(source, take_over)
     if dry_run:
         _say_what_runs(config, runs, stages)

@@ -196,7 +196,7 @@ class RunDirectory:
         manifest = self.manifest(stage.name)
         if manifest is None:
             raise UserError(
-                f"{self.path}: the stage {stage.name} is not finished: run `smalti run {self.path}` to its end first"
+                f"{self.path}: the stage {stage.name} has not finished training: run `smalti run` to its end first"
             )
         # A key that only one of the two versions knows makes no difference.
         reasons = [
@@ -210,7 +210,7 @@ class RunDirectory:
         if reasons:
             raise UserError(
                 f"{self.path}: the stage {stage.name} is not finished for the run's config ({'; '.join(reasons[:4])}):"
-                f" run `smalti run {self.path}` to its end first"
+                f" run `smalti run {self.path}` to its end first, or with the config that made it"
             )
         return manifest
 

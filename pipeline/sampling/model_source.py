@@ -14,6 +14,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 
 EXPORT_RECORD = "pipeline.json"
@@ -69,12 +70,7 @@ def _in_run(directory: Path) -> ModelSource:
     runs = RunDirectory(directory)
     hashes = {}
     for stage, files in _WEIGHTS.items():
-        manifest = runs.manifest(stage)
-        if manifest is None:
-            raise UserError(
-                f"{directory}: the stage {stage} has not finished training: run `smalti run` to its end first"
-            )
-        outputs = manifest["outputs"]
+        outputs = runs.usable(config, stage_named(stage))["outputs"]
         hashes[stage] = {file: outputs[file]["sha256"] if file in outputs else None for file in files}
     ranker = directory / "reranker" / "model"
     return ModelSource(

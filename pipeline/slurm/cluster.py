@@ -20,21 +20,55 @@ from pipeline.config.base import Config, load_config
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import ARRAY_STAGES, STAGE_NAMES, Stage
 
-_TIME = re.compile(r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
+_TIME = re.compile(r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE)$", re.IGNORECASE)
+_WORD = r"^[^\s\x00-\x1f\x7f]+$"  # what an #SBATCH line holds without quotes
+# Options that the job file or the submission sets: a second one would win over it without a word.
+_OURS = {
+    "-J": "--job-name", "-o": "--output", "-e": "--error", "-a": "--array", "-d": "--dependency", "-D": "--chdir",
+    "-p": "--partition", "-A": "--account", "-q": "--qos", "-t": "--time", "-N": "--nodes", "-n": "--ntasks",
+    "-c": "--cpus-per-task",
+}  # fmt: skip
+_KEY_OF = {  # what to set in the cluster file instead; None: what the jobs of a stage need as it is
+    "--job-name": None, "--output": None, "--error": None, "--array": "array", "--dependency": None, "--chdir": None,
+    "--signal": "stop_ahead_s", "--requeue": None, "--no-requeue": None, "--open-mode": None, "--wrap": None,
+    "--kill-on-invalid-dep": None, "--parsable": None, "--wait": None, "--test-only": None,
+    "--partition": "partition", "--account": "account", "--qos": "qos", "--time": "time", "--nodes": "nodes",
+    "--ntasks": "tasks_per_node", "--ntasks-per-node": "tasks_per_node", "--cpus-per-task": "cpus_per_task",
+    "--gres": "gpus", "--mem": "memory",
+}  # fmt: skip
 _ARRAYS = f"{', '.join(ARRAY_STAGES[:-1])} or {ARRAY_STAGES[-1]}"
 _MEMORY = re.compile(r"^\d+[KMGT]?$")
+
+
+def _refuse_ours(flag: str) -> None:
+    """Raises ValueError for an option of sbatch that Smalti sets itself."""
+    name = flag.split("=")[0].split()[0]
+    long = name if name.startswith("--") else _OURS.get(name[:2], name)
+    if long == "--comment" and "=" not in flag:
+        raise ValueError(f"expected a comment as --comment=TEXT, found '{flag}'")
+    if long in _KEY_OF:
+        instead = f"set {key} instead" if (key := _KEY_OF[long]) else "leave it out"
+        raise ValueError(f"{long} is set by Smalti itself: {instead}")
+
+
+def _of_one_line(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """`value`, or the ValueError that it holds a line break, which would begin a line of the job file."""
+    for text in (value,) if isinstance(value, str) else value or ():
+        if any(ord(character) < 32 or ord(character) == 127 for character in text):
+            raise ValueError(f"expected text of one line, found {text!r}")
+    return value
 
 
 class Resources(Config):
     """What the jobs of a stage request. Every key can be set in `default` and replaced in `stages`."""
 
-    partition: str | None = Field(None, description="several by commas; None: the cluster's default")
-    account: str | None = Field(None, description="account that the jobs are charged to")
-    qos: str | None = Field(None, description="quality of service")
+    partition: str | None = Field(None, pattern=_WORD, description="several by commas; None: the cluster's default")
+    account: str | None = Field(None, pattern=_WORD, description="account that the jobs are charged to")
+    qos: str | None = Field(None, pattern=_WORD, description="quality of service")
     time: str | None = Field(None, description="[days-]hours:minutes:seconds; None: the partition's default")
     nodes: int = Field(1, ge=1, description="nodes per job; only stages that train use several")
     gpus: int = Field(0, ge=0, description="GPUs per node")
-    gpu_type: str | None = Field(None, description="as in gres, e.g. a100")
+    gpu_type: str | None = Field(None, pattern=_WORD, description="as in gres, e.g. a100")
     tasks_per_node: int | None = Field(
         None, ge=1, description="processes per node; None: one per GPU, or one without GPUs"
     )
@@ -67,9 +101,22 @@ class Resources(Config):
     @field_validator("flags")
     @classmethod
     def _flags(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [flag for flag in flags if not flag.startswith("-") or "\n" in flag]:
-            raise ValueError(f"expected options of sbatch such as --exclusive, one an entry, found '{wrong[0]}'")
+        for flag in flags:
+            if not flag.startswith("-"):
+                raise ValueError(f"expected options of sbatch such as --exclusive, one an entry, found '{flag}'")
+            _refuse_ours(flag)
         return flags
+
+    @field_validator("flags", "python", "launcher", "srun_flags")
+    @classmethod
+    def _one_line(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return _of_one_line(value)
+
+    @property
+    def comment(self) -> str | None:
+        """The site's own comment, from `flags`; the mark of the run goes behind it."""
+        found = [flag.partition("=")[2].strip("\"'") for flag in self.flags if flag.startswith("--comment=")]
+        return found[-1] if found else None
 
     @property
     def ntasks_per_node(self) -> int:
@@ -102,6 +149,11 @@ class ClusterConfig(Config):
     )
     preflight_timeout_s: int = Field(120, ge=5, description="seconds that ranks may take to meet and to all-reduce")
     min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight expects in the run directory")
+
+    @field_validator("python", "launcher", "srun_flags")
+    @classmethod
+    def _one_line(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
+        return _of_one_line(value)
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:

@@ -59,8 +59,12 @@ def script_path(job: JobFile, run_directory: Path) -> Path:
 
 
 def comment(job: JobFile, run_directory: Path) -> str:
-    """The mark of this run's jobs, kept by Slurm itself, so that no file of ours can disagree with it."""
-    return f"smalti:{job.name}:{run_directory}"
+    """The mark of this run's jobs, kept by Slurm itself, so that no file of ours can disagree with it.
+
+    A site's own comment stands before it: some sites demand one.
+    """
+    own = job.resources.comment
+    return (f"{own}; " if own else "") + f"smalti:{job.name}:{run_directory}"
 
 
 def _options(resources: Resources) -> list[str]:
@@ -76,7 +80,9 @@ def _options(resources: Resources) -> list[str]:
         "--gres": f"{gpu}:{resources.gpus}" if resources.gpus else None,
         "--mem": resources.memory,
     }
-    return [f"{name}={value}" for name, value in chosen.items() if value is not None] + list(resources.flags)
+    return [f"{name}={value}" for name, value in chosen.items() if value is not None] + [
+        flag for flag in resources.flags if not flag.startswith("--comment=")
+    ]
 
 
 def _wants_preflight(job: JobFile, cluster: ClusterConfig) -> bool:

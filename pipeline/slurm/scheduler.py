@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pipeline.core.errors import UserError
 ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 )
+_MARK = re.compile(r"(?:^|; )smalti:(?P<script>[a-z.-]+):(?P<directory>.*)$")  # render.comment
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,10 @@ def jobs_of(run_directory: Path) -> list[Job]:
     jobs = []
     for line in answer.splitlines():
         job, task, state, reason, nodes, time_left, comment = line.split("|", 6)
-        prefix, _, rest = comment.partition(":")
-        script, _, directory = rest.partition(":")
-        if prefix == "smalti" and directory == str(run_directory):
+        mark = _MARK.search(comment)
+        if mark and mark["directory"] == str(run_directory):
             number = int(task) if task.isdigit() else None
-            jobs.append(Job(int(job), number, script, state, _none(reason), _none(nodes), time_left))
+            jobs.append(Job(int(job), number, mark["script"], state, _none(reason), _none(nodes), time_left))
     return sorted(jobs, key=lambda job: (job.id, job.task or 0))
 
 

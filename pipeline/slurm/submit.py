@@ -27,7 +27,7 @@ from pipeline.orchestration.code_snapshot import copy_packages
 from pipeline.orchestration.graph import (
     STAGES,
     Stage,
-    check_batches,
+    check_before_start,
     chosen_stages,
     inputs_of,
     stage_identity,
@@ -73,7 +73,7 @@ def submit_pipeline(
     """
     runs = RunDirectory(config.run_directory.resolve())
     chosen = {stage.name for stage in chosen_stages(config, first, only)}
-    check_batches(
+    check_before_start(
         config, lambda stage: cluster.resources(stage).world_size, where=" (nodes × tasks in the cluster file)"
     )
     runs.check(source, take_over)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,23 @@ def test_status_tells_of_a_finished_run_as_table_and_as_json(slurm: Slurm, submi
     assert listed["tokenize"]["restarts"] == 1
     table = slurm.smalti("status", str(submitted.path))
     assert "100/100" in table
+
+
+def test_a_job_that_dies_before_its_stage_begins_is_failed_whatever_lies_there(
+    slurm: Slurm, submitted: Submitted, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(submitted.path, tmp_path / "a copy"))
+    cluster = cluster_file(tmp_path, python="/nowhere/python")
+    slurm.smalti("submit", str(copy), "report.title=Another", "--cluster", str(cluster))
+    job = json.loads((copy / "slurm" / "jobs.json").read_text())[-1]["id"]
+    assert job not in submitted.jobs.values()
+    wait_until("its end", lambda: slurm.states()[job] not in ("PENDING", "RUNNING", "COMPLETING"))
+    assert (copy / "report" / "_SUCCESS").exists()
+    assert slurm.states()[job] == "FAILED"
+    assert slurm.job(job, "ExitCode") == "127:0"
+    listed = {entry["stage"]: entry for entry in json.loads(slurm.smalti("status", str(copy), "--json"))}
+    assert (listed["report"]["state"], listed["evaluate"]["state"]) == ("FAILED", "FINISHED")
+    assert "/nowhere/python" in listed["report"]["failure"]
 
 
 def test_logs_show_each_rank(slurm: Slurm, submitted: Submitted) -> None:

@@ -1,0 +1,169 @@
+"""`smalti run`: signals before a stage has begun, what runs of what is asked for, and whose code it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.pipeline import load_pipeline
+from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.slurm.status import as_json, run_status
+from tests.conftest import STAGE_NAMES, TINY
+from tests.launch import ROOT, environment, launch
+
+LAYERS = "transformer.layers=3"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDirectory:
+    """A run whose stages are finished, as far as their records say."""
+    config = load_pipeline(TINY, [f"runs={tmp_path}"])
+    runs = RunDirectory(config.run_directory)
+    runs.open(config, "tiny.yaml")
+    for name in STAGE_NAMES:
+        runs.begin(config, stage_named(name))
+        output = runs.stage(name) / "output.txt"
+        output.write_text(f"made by {name}")
+        runs.finish(stage_named(name), {output: None})
+    return runs
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_stage_has_begun_is_a_stop_and_not_the_old_result(
+    finished: RunDirectory, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "pipeline", "run", str(TINY), f"runs={finished.path.parent}", LAYERS]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    output = ""
+    while "transformer     " not in output:
+        line = process.stderr.readline()
+        assert line, output
+        output += line
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches all
+    output += process.stderr.read()
+    assert process.wait() == 75, output
+    assert "transformer was stopped on request; run the same command again to resume" in output
+    assert "done" not in output
+    assert "Traceback" not in output
+
+
+def test_status_tells_finished_from_stale(finished: RunDirectory) -> None:
+    assert {status.state for status in run_status(finished.path)[0]} == {"FINISHED"}
+    finished.open(load_pipeline(TINY, [f"runs={finished.path.parent}", LAYERS]), "tiny.yaml")
+    found = {status.stage: (status.state, status.reason) for status in run_status(finished.path)[0]}
+    assert found["tokenize"] == ("FINISHED", "")
+    assert found["transformer"] == ("STALE", "transformer.layers: 2 -> 3")
+    assert found["generate"] == ("STALE", "input transformer is stale")
+
+
+def test_status_gives_a_metric_as_name_and_number(finished: RunDirectory) -> None:
+    (finished.stage("transformer") / "metrics.jsonl").write_text('{"step": 30, "time": 1.0, "loss": 2.5}\n')
+    (status,) = [status for status in run_status(finished.path)[0] if status.stage == "transformer"]
+    assert (status.metric, status.value) == ("loss", 2.5)
+    assert '"metric": "loss",\n    "value": 2.5' in as_json([status])
+
+
+def test_run_takes_a_run_directory_and_a_dry_run_changes_nothing(finished: RunDirectory) -> None:
+    before = _files(finished.path)
+    output = launch("pipeline", "run", str(finished.path), LAYERS, "--dry-run", "--from", "tokenize")
+    lines = {line.split()[0]: line for line in output.splitlines()}
+    assert list(lines) == ["tokenize", "transformer", "generate", "evaluate", "report"]
+    assert "up to date" in lines["tokenize"]
+    assert "would run: transformer.layers: 2 -> 3" in lines["transformer"]
+    assert "would run: transformer: transformer.layers: 2 -> 3" in lines["generate"]
+    assert _files(finished.path) == before
+
+
+def test_run_does_one_stage_alone(finished: RunDirectory) -> None:
+    output = launch("pipeline", "run", str(finished.path), "--only", "tokenize")
+    assert output.split() == ["tokenize", "up", "to", "date"]
+    refused = launch("pipeline", "run", str(finished.path), "--only", "tokenize", "--from", "tokenize", check=False)
+    assert "expected --from or --only, found both" in refused
+
+
+@pytest.mark.slow
+def test_a_refused_stage_changes_nothing(finished: RunDirectory) -> None:
+    before = _files(finished.path)
+    output = launch("pipeline", "evaluate", "--config", str(finished.path), LAYERS, check=False)
+    assert "evaluate: its inputs are out of date" in output
+    assert {path: text for path, text in _files(finished.path).items() if path.parent.name != "logs"} == before
+
+
+@pytest.mark.slow
+def test_a_stage_takes_over_a_run_whose_config_file_was_renamed(finished: RunDirectory, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(TINY.read_text())
+    command = ["tokenize", "--config", str(mine), f"runs={tmp_path}"]
+    assert "or pass --take-over" in launch("pipeline", *command, check=False)
+    assert "tokenize: up to date" in launch("pipeline", *command, "--take-over")
+
+
+@pytest.mark.slow
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "thesis.tex").write_text("years of work")
+    for command in (["run", str(TINY)], ["prepare", "--config", str(TINY)]):
+        assert "found other files" in launch("pipeline", *command, f"runs={tmp_path}", check=False)
+        assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_a_stage_runs_our_code_and_no_file_of_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    for name in ("stages/__init__.py", "stages/prepare.py", "yaml.py", "click.py", "pipeline.py"):
+        (tmp_path / name).write_text("print('HIJACKED')\n")
+    command = ["run", str(TINY), "prepare.source={kind: folder, path: nowhere}", "--only", "prepare"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pipeline", *command],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "HIJACKED" not in done.stdout + done.stderr
+    assert "nowhere" in done.stderr
+
+
+def test_an_empty_entry_of_pythonpath_is_not_the_current_folder() -> None:
+    code = "from pipeline.orchestration.local_runner import IMPORTS_THIS_CODE as e; print(e['PYTHONPATH'])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment(PYTHONPATH=f":{ROOT}::/elsewhere:"), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "" not in done.stdout.strip().split(":")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("prepare.image_size=15", "prepare.image_size: expected a multiple of 4, as the image tokenizer"),
+        ("transformer.training.micro_batch_size=5", "expected batch_size to be a multiple of 1 process × micro"),
+        ("processes=3", "image-tokenizer: expected batch_size to be a multiple of 3 processes, found 16"),
+        ("prepare.validation_fraction=0", "prepare.validation_fraction: expected more than 0"),
+        (f"seed={2**63}", "seed"),
+        ("runs=/proc/x", "expected a run directory that can be made and written at /proc/x/tiny"),
+    ],
+)
+def test_what_config_alone_decides_is_told_before_the_first_stage(
+    override: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    for command in (["run", str(TINY)], ["submit", str(TINY), "--cluster", str(tmp_path / "c.yaml")]):
+        if override.startswith("processes") and command[0] == "submit":
+            continue  # the cluster file says how many
+        output = launch("pipeline", *command, f"runs={tmp_path}", override, check=False)
+        assert output.startswith("error: ")
+        assert len(output.splitlines()) == 1
+        assert complaint in output
+        assert not (tmp_path / "tiny").exists()
