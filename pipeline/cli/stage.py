@@ -26,6 +26,7 @@ import click
 
 from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipeline
 from pipeline.core import signals
+from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import ON_SCREEN
 from pipeline.orchestration.environment import RUNNER_VARIABLE
@@ -47,6 +48,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     stage = stage_named(name)
     try:
         distributed.forget_leftovers(os.environ, joins=stage.trains)
+        refuse_what_decides_results(os.environ)
         config, source, array_task, take_over = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.activation_checkpointing import checkpoint_activations
@@ -29,9 +31,12 @@ def build_engine(
         directory: the stage's, where the engine may note its settings.
 
     Raises:
-        UserError: the engine has no such precision, optimizer or batch, or the objective no blocks to checkpoint.
+        UserError: the engine has no such precision, optimizer or batch, the objective no blocks to checkpoint, or
+            the environment would change results.
     """
     _check_precision(training)
+    refuse_what_decides_results(os.environ)
+    torch.set_float32_matmul_precision("highest")  # containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
     if training.activation_checkpointing:
         checkpoint_activations(objective)
     if kind == "accelerate":

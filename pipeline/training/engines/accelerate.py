@@ -26,6 +26,7 @@ class AccelerateEngine:
 
     def __init__(self, objective: Objective, training: TrainingConfig) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 
         if training.optimizer != "adamw":
             raise UserError(
@@ -33,7 +34,15 @@ class AccelerateEngine:
                 f" {training.optimizer}: set adamw (muon is the transformer's)"
             )
         precision = "no" if training.precision == "fp32" else training.precision
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=precision,
+            # Otherwise both come from the environment, where `accelerate launch` and shells leave them.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(
+                backend="NO", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+            ),
+        )
         expect_all_processes(self.accelerator.num_processes)
         self.objective = objective
         self.model: nn.Module = objective

@@ -55,7 +55,8 @@ class DeepSpeedEngine:
     def __init__(
         self, objective: Objective, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+        os.environ.pop("DEEPSPEED_TIMEOUT", None)  # of a group that it makes; it gets ours
         import deepspeed
 
         # DeepSpeed calls collectives by names that torch has deprecated since: a line in the log for each of them.
