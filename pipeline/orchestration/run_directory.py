@@ -185,6 +185,15 @@ class RunDirectory:
                 reasons.append(str(error))
         return reasons
 
+    def is_of_these_inputs(self, name: str) -> bool:
+        """Whether a stage is finished, and none of its inputs has been made anew since."""
+        manifest = self.manifest(name)
+        return manifest is not None and not self._changed_inputs(manifest)
+
+    def _changed_inputs(self, manifest: Manifest) -> list[str]:
+        found = {name: self.manifest(name) for name in manifest["inputs"]}
+        return [name for name, now in found.items() if now is not None and now["hash"] != manifest["inputs"][name]]
+
     def usable(self, config: PipelineConfig, stage: Stage) -> Manifest:
         """The manifest of a stage that is finished for this config, whichever version of Smalti made it.
 
@@ -204,9 +213,7 @@ class RunDirectory:
             for reason in differences(manifest["config"], stage_identity(config, stage.name))
             if "(absent)" not in reason
         ]
-        for name, made_from in manifest["inputs"].items():
-            if (current := self.manifest(name)) is not None and current["hash"] != made_from:
-                reasons.append(f"input {name} changed")
+        reasons += [f"input {name} changed" for name in self._changed_inputs(manifest)]
         if reasons:
             raise UserError(
                 f"{self.path}: the stage {stage.name} is not finished for the run's config ({'; '.join(reasons[:4])}):"

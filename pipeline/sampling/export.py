@@ -22,6 +22,7 @@ def export_run(run_directory: Path, target: Path) -> None:
         UserError: the run is not finished, or `target` holds something.
     """
     from pipeline.core.version import VERSION
+    from pipeline.orchestration.run_directory import RunDirectory
     from pipeline.sampling.model_card import model_card
     from pipeline.sampling.model_source import EXPORT_RECORD, find_models
 
@@ -37,7 +38,8 @@ def export_run(run_directory: Path, target: Path) -> None:
     if source.reranker:
         _export_reranker(source.reranker, draft / "reranker")
     grid = run_directory / "generate" / "prompts.png"
-    if grid.is_file():
+    has_grid = grid.is_file() and RunDirectory(run_directory).is_of_these_inputs("generate")
+    if has_grid:
         _copy(grid.parent, draft, grid.name)
     record = {
         "model_hash": source.model_hash,
@@ -46,7 +48,7 @@ def export_run(run_directory: Path, target: Path) -> None:
         "smalti": VERSION,
     }
     write_json(draft / EXPORT_RECORD, record)
-    write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=grid.is_file()))
+    write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=has_grid))
     if target.exists():
         target.rmdir()
     draft.rename(target)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
-from pipeline.orchestration.run_directory import config_of
+from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.sampling.model_source import ModelSource
 
 _LOSSES = {
@@ -23,6 +23,9 @@ _LOSSES = {
 def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
     """The card of a finished run, in Markdown; `has_grid`: prompts.png lies beside it."""
     config = load_pipeline(config_of(run_directory))
+    prepared = RunDirectory(run_directory).manifest("prepare")
+    # The config may have changed since; the data is what was prepared.
+    kind = prepared["config"]["prepare"]["source"]["kind"] if prepared else config.prepare.source.kind  # type: ignore[index]
     index = read_json(run_directory / "prepare" / "index.json")
     splits = index["splits"]
     layout = read_json(source.transformer / "config.json")["layout"]
@@ -35,9 +38,9 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
         "## Use",
         _use(),
         "## Data",
-        f"Source: `{config.prepare.source.kind}`. {splits['train']['samples']:,} captioned images for training,"
+        f"Source: `{kind}`. {splits['train']['samples']:,} captioned images for training,"
         f" {splits['val']['samples']:,} for validation.",
-        _licence(config.prepare.source.kind, index),
+        _licence(kind, index),
         "## Models",
         _table(("model", "parameters", "what it is"), _models(source, config, levels, layout)),
         "## At the end of training",
@@ -120,7 +123,7 @@ def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
 
 def _metrics(run_directory: Path) -> str:
     path = run_directory / "evaluate" / "metrics.json"
-    if not path.is_file():
+    if not path.is_file() or not RunDirectory(run_directory).is_of_these_inputs("evaluate"):
         return "The run has not been evaluated."
     rows = [row for row in read_json(path)["rows"] if row["value"] is not None]
     head = ("metric", "compares", "value", "real", "generated", "note")
