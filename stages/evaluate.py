@@ -78,9 +78,9 @@ def _measure(
     if sweep:
         results["sweep"] = sweep.measure(real)
     write_json(run.directory / FILE, results)
-    run.add_output(FILE)
+    run.add_output(FILE, artifact=True)
     for shown in (*results["samples"], *results["reconstructions"]):
-        run.add_output(shown["file"])
+        run.add_output(shown["file"], artifact=True)
     run.tracker.log({_tracked_name(row): row.value for row in rows if row.value is not None}, step=0)
 
 

@@ -62,7 +62,7 @@ def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
         common = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
         _save(run, one.image, file, common | _origin(pipeline, one))
     write_json(run.directory / "prompts.json", listed)
-    run.add_output("prompts.json")
+    run.add_output("prompts.json", artifact=True)
     sheet = _grid(entries, generated)
     _save(run, sheet, "prompts.png", {})
     run.tracker.log_image("prompts", sheet, 0)
@@ -137,7 +137,7 @@ def _score(one: GeneratedImage) -> dict[str, float]:
 
 def _save(run: StageRun, image: Image.Image, name: str, metadata: Metadata) -> None:
     save_image(image, run.directory / name, metadata)
-    run.add_output(name)
+    run.add_output(name, artifact=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main(run: StageRun) -> None:
     with atomic_path(run.directory / "reconstructions.png") as temporary:
         workload.sample_images(workload.objective.eval())["reconstructions"].save(temporary, format="png")
     for name in ("model/model.safetensors", "model/config.json", "reconstructions.png"):
-        run.add_output(name)
+        run.add_output(name, artifact=True)
 
 
 if __name__ == "__main__":

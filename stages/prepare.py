@@ -26,7 +26,7 @@ def main(run: StageRun) -> None:
                 run.add_output(shard["name"], sha256=shard["sha256"])
                 run.add_output(shard["name"].removesuffix(".tar") + ".index.npy")
         for name in ("index.json", "rejected.jsonl", "contact-sheet.png"):
-            run.add_output(name)
+            run.add_output(name, artifact=True)
         counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}
         run.tracker.log({**counts, "rejected_samples": float(index["rejected"]["samples"])}, step=0)
         with Image.open(run.directory / "contact-sheet.png") as sheet:

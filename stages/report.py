@@ -20,10 +20,10 @@ def main(run: StageRun) -> None:
         with progress(total=1, description="report", unit="page") as bar:
             report = build_report(directories, run.config)
             write_atomic(run.directory / "index.html", report.page)
-            run.add_output("index.html")
+            run.add_output("index.html", artifact=True)
             for name, content in report.files.items():
                 write_atomic(run.directory / name, content)
-                run.add_output(name)
+                run.add_output(name, artifact=True)
             bar.update()
     distributed.barrier()
 

@@ -81,13 +81,13 @@ def main(run: StageRun) -> None:
         ranker = workload.ranker()
         if distributed.is_main():
             workload.towers.save_pretrained(run.directory / "model")
-            run.add_output("model/model.safetensors")
-            run.add_output("model/config.json")
+            run.add_output("model/model.safetensors", artifact=True)
+            run.add_output("model/config.json", artifact=True)
     if not distributed.is_main():
         return
     metrics = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
     write_json(run.directory / "retrieval.json", metrics)
-    run.add_output("retrieval.json")
+    run.add_output("retrieval.json", artifact=True)
     run.tracker.log({f"retrieval/{name}": value for name, value in metrics.items()}, run.config.reranker.training.steps)
 
 
@@ -97,7 +97,7 @@ def _pretrained(run: StageRun, clip: str) -> Ranker:
     )
     if distributed.is_main():
         write_json(run.directory / "model" / "config.json", {"kind": "clip", "path": str(Path(clip).resolve())})
-        run.add_output("model/config.json")
+        run.add_output("model/config.json", artifact=True)
     return ranker
 
 

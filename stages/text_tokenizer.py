@@ -32,7 +32,7 @@ def main(run: StageRun) -> None:
     tokenizer.save_pretrained(run.directory)
     write_json(run.directory / "stats.json", stats)
     for name in ("tokenizer.json", "config.json", "stats.json"):
-        run.add_output(name)
+        run.add_output(name, artifact=True)
 
 
 def _statistics(tokenizer: TextTokenizer, captions: list[str]) -> dict[str, float]:

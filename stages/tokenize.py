@@ -64,7 +64,7 @@ def _join(run: StageRun, job: TokenizeJob) -> None:
             found["samples"],
             job.encoders.text_length,
         )
-    run.add_output("index.json")
+    run.add_output("index.json", artifact=True)
     metrics: dict[str, float] = {}
     for split, found in index["splits"].items():
         metrics[f"{split}_samples"] = float(found["samples"])

@@ -120,7 +120,7 @@ def main(run: StageRun) -> None:
     with torch.no_grad(), atomic_path(run.directory / "samples.png") as temporary:
         workload.sample_images(workload.objective.eval())["samples"].save(temporary, format="png")
     for name in ("model/model.safetensors", "model/config.json", "samples.png"):
-        run.add_output(name)
+        run.add_output(name, artifact=True)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,12 @@ def run(
 @click.option("--port", default=5000, show_default=True)
 def ui(run_directory: Path, port: int) -> None:
     """Open MLflow's page for a run."""
-    from pipeline.orchestration.tracking import default_uri
+    from pipeline.orchestration.mlflow_mirror import catch_up
+    from pipeline.orchestration.mlflow_store import default_uri
 
     config = load_pipeline(config_of(run_directory))
+    if sent := catch_up(config):
+        click.echo(f"sent to MLflow, which lacked something of them: {', '.join(sent)}", err=True)
     uri = config.tracking.uri or default_uri(run_directory)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
     sys.exit(subprocess.call(command))

@@ -93,7 +93,7 @@ class Sweep:
         chosen = self._settings[best].model_dump(mode="json", include=set(VARIED))
         overrides = {"generate": {"sampling": {name: chosen[name] for name in VARIED}}}
         write_atomic(run.directory / BEST, yaml.safe_dump(overrides, sort_keys=False))
-        run.add_output(BEST)
+        run.add_output(BEST, artifact=True)
         return {"settings": measured, "best": best, "compares": GENERATED_OTHER, "samples": len(self._chosen)}
 
     def _generated(self, setting: SamplingConfig) -> list[StoredImage]:

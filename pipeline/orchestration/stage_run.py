@@ -15,9 +15,10 @@ from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
-from pipeline.orchestration.graph import STAGES, Stage, inputs_of, stage_identity, stages_of
+from pipeline.orchestration.graph import Stage, inputs_of, stages_of
+from pipeline.orchestration.mlflow_mirror import Mirror
 from pipeline.orchestration.run_directory import RunDirectory
-from pipeline.orchestration.tracking import Mirror, Tracker
+from pipeline.orchestration.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class StageRun:
         self.inputs = inputs_of(config, stage)
         self.array_task = array_task  # (index, count): does its share and leaves the rest to the join
         self.outputs: dict[Path, str | None] = {}
+        self._artifacts: list[Path] = []
         self._runs = runs
 
     def input(self, name: str) -> Path:
@@ -64,19 +66,26 @@ class StageRun:
         index, count = self.array_task
         return items[index::count]
 
-    def add_output(self, path: Path | str, sha256: str | None = None) -> None:
-        """Add a file of the result to the manifest. `sha256`: its hex digest, if it is known already."""
+    def add_output(self, path: Path | str, sha256: str | None = None, artifact: bool = False) -> None:
+        """Add a file of the result to the manifest.
+
+        Args:
+            sha256: its hex digest, if it is known already.
+            artifact: whether MLflow gets a copy, if it has no more than 50 MB. Not for what grows with the data.
+        """
         full = Path(path) if Path(path).is_relative_to(self.directory) else self.directory / path
         self.outputs[full] = sha256
+        if artifact:
+            self._artifacts.append(full)
 
     def finish(self) -> None:
-        """Write the manifest and _SUCCESS; small files become artifacts of the tracking."""
+        """Write the manifest and _SUCCESS; outputs that were added as such become artifacts of the tracking."""
         if self.array_task is not None:
             self._runs.finish_task(self.stage, self.array_task)
         if not self.tracker.active:
             return
         self._runs.finish(self.stage, self.outputs)
-        small = [p for p in sorted(self.outputs) if p.suffix != ".tar" and p.stat().st_size <= _ARTIFACT_LIMIT_BYTES]
+        small = [path for path in sorted(self._artifacts) if path.stat().st_size <= _ARTIFACT_LIMIT_BYTES]
         for path in (self.directory / "config.yaml", self.directory / "manifest.json", *small):
             folder = path.relative_to(self.directory).parent  # samples/00.png and reconstructions/00.png are two
             self.tracker.artifact(path, str(folder) if folder.parts else None)
@@ -193,14 +202,5 @@ def _add_wall_time(run: StageRun, seconds: float) -> None:
 
 def _make_tracker(stage: Stage, config: PipelineConfig, runs: RunDirectory, active: bool) -> Tracker:
     tracking = config.tracking
-    mirror = None
-    if active and tracking.enabled:
-        mirror = Mirror(
-            tracking,
-            runs.path,
-            config.name,
-            stage.name,
-            parameters=stage_identity(config, stage.name),
-            last_stage=stage is STAGES[-1],
-        )
+    mirror = Mirror(config, stage.name) if active and tracking.enabled else None
     return Tracker(runs.stage(stage.name), mirror, every_s=tracking.system_metrics_every_s, active=active)

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
-from pipeline.orchestration.tracking import default_uri
+from pipeline.orchestration.mlflow_store import default_uri
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
 

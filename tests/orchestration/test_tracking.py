@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,23 +16,33 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from PIL import Image
 
+from pipeline.config.base import to_yaml
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.config.tracking import TrackingConfig
-from pipeline.orchestration.tracking import Mirror, Tracker, default_uri
+from pipeline.core.atomic_io import write_atomic, write_json
+from pipeline.core.urls import put_password_back
+from pipeline.orchestration.graph import stage_identity, stages_of
+from pipeline.orchestration.mlflow_mirror import Mirror, catch_up
+from pipeline.orchestration.mlflow_store import default_uri, legal_name
+from pipeline.orchestration.tracking import Tracker
+from tests.conftest import TINY
 
 
-def _tracker(run: Path, *, uri: str | None = None, last_stage: bool = False, flush_s: float = 30.0) -> Tracker:
-    (run / "transformer").mkdir(parents=True, exist_ok=True)
-    mirror = Mirror(
-        TrackingConfig(uri=uri, flush_timeout_s=flush_s),
-        run,
-        "demo",
-        "transformer",
-        parameters={"transformer": {"layers": 4, "training": {"steps": 30}}},
-        last_stage=last_stage,
-    )
-    tracker = Tracker(run / "transformer", mirror)
+def _config(run: Path, **tracking: object) -> PipelineConfig:
+    config = load_pipeline(TINY, [f"runs={run.parent}", f"name={run.name}"])
+    return config.model_copy(update={"tracking": TrackingConfig.model_validate(tracking)})
+
+
+def _tracker(run: Path, *, stage: str = "transformer", uri: str | None = None, flush_s: float = 30.0) -> Tracker:
+    config = _config(run, uri=uri, flush_timeout_s=flush_s)
+    directory = run / stage
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(run / "config.yaml", to_yaml(config))
+    write_json(directory / "identity.json", {"config": stage_identity(config, stage), "inputs": {}})
+    tracker = Tracker(directory, Mirror(config, stage))
     tracker.start()
     return tracker
 
@@ -92,7 +104,7 @@ def test_a_resumed_stage_continues_its_own_run_and_doubles_nothing(
     first.close("KILLED")
     ids = _run_ids(tmp_path)
 
-    second = _tracker(tmp_path, uri=uri, last_stage=True)
+    second = _tracker(tmp_path, uri=uri)
     second.truncate(10)  # resumed from the checkpoint of step 10: step 20 comes again
     for step in (20, 30):
         second.log({"loss": 1 / step}, step)
@@ -105,7 +117,8 @@ def test_a_resumed_stage_continues_its_own_run_and_doubles_nothing(
     assert _history(client, child, "loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
     assert client.get_run(child).data.tags["mlflow.parentRunId"] == parent
     assert client.get_run(child).data.params["transformer.training.steps"] == "30"
-    assert {client.get_run(run).info.status for run in ids} == {"FINISHED"}
+    assert client.get_run(child).info.status == "FINISHED"
+    assert client.get_run(parent).info.status == "SCHEDULED"  # other stages are to come
     assert "system/cpu_percent" in client.get_run(child).data.metrics
     assert [a.path for a in client.list_artifacts(child, "images")] == ["images/samples-00000030.png"]
     lines = [json.loads(line) for line in (tmp_path / "transformer" / "metrics.jsonl").read_text().splitlines()]
@@ -129,7 +142,7 @@ def test_what_a_killed_process_had_not_sent_is_sent_by_the_next(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_an_absent_server_delays_nothing_and_gets_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="pipeline.orchestration.tracking"):
+    with caplog.at_level(logging.WARNING, logger="pipeline.orchestration"):
         tracker = _tracker(tmp_path, uri="http://127.0.0.1:9", flush_s=10)  # the discard port: nobody listens
         for step in range(1000):
             tracker.log({"loss": 1.0}, step)
@@ -137,3 +150,159 @@ def test_an_absent_server_delays_nothing_and_gets_one_warning(tmp_path: Path, ca
     assert len(caplog.records) == 1
     assert "continuing without it" in caplog.text
     assert len((tmp_path / "transformer" / "metrics.jsonl").read_text().splitlines()) == 1000
+
+
+def _client(run: Path) -> MlflowClient:
+    return MlflowClient(default_uri(run))
+
+
+@pytest.mark.slow
+def test_the_parent_carries_config_commit_report_and_best_metrics(tmp_path: Path) -> None:
+    write_json(tmp_path / "code" / "version.json", {"version": "1.0", "commit": "abc123", "changed": True})
+    write_atomic(tmp_path / "report" / "index.html", "the report")
+    for stage in stages_of(_config(tmp_path)):
+        write_atomic(tmp_path / stage.name / "_SUCCESS", "")
+    tracker = _tracker(tmp_path)
+    for step, loss in enumerate((3.0, 1.5, 2.0)):
+        tracker.log({"loss": 9.0, "val/loss": loss}, step)
+    tracker.close("FINISHED")
+    parent, _ = _run_ids(tmp_path)
+    client = _client(tmp_path)
+    run = client.get_run(parent)
+    assert run.data.params["transformer.layers"] == "2"
+    assert run.data.params["prepare.source.kind"] == "openmoji"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert run.data.metrics["transformer/val/loss"] == 1.5
+    assert {a.path for a in client.list_artifacts(parent)} == {"config.yaml", "report"}
+    assert [a.path for a in client.list_artifacts(parent, "report")] == ["report/index.html"]
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_what_mlflow_could_not_take_is_sent_by_the_next_stage_that_starts(tmp_path: Path) -> None:
+    stage = tmp_path / "image-tokenizer"
+    stage.mkdir()
+    missed = Tracker(stage, mirror=None)  # as when the server was away
+    missed.start()
+    missed.log({"loss": 0.5}, 10)
+    missed.log_image("samples", Image.new("RGB", (8, 8)), 10)
+    missed.close("FAILED")
+    killed = tmp_path / "text-tokenizer"
+    killed.mkdir()
+    Tracker(killed, mirror=None).start()
+    _tracker(tmp_path).close("FINISHED")
+    client = _client(tmp_path)
+    sent = json.loads((stage / "mlflow.json").read_text())["run_id"]
+    assert _history(client, sent, "loss") == [(10, 0.5)]
+    assert [a.path for a in client.list_artifacts(sent, "images")] == ["images/samples-00000010.png"]
+    assert client.get_run(sent).info.status == "FAILED"
+    other = json.loads((killed / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(other).info.status == "KILLED"
+    assert client.get_run(sent).data.tags["mlflow.parentRunId"] == _run_ids(tmp_path)[0]
+    assert catch_up(_config(tmp_path)) == []  # all is there
+
+
+@pytest.mark.slow
+def test_a_name_that_mlflow_does_not_allow_is_made_legal_and_a_refusal_is_told_as_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = _tracker(tmp_path)
+    tracker.log({"retrieval/image to text R@1": 0.25, "loss": 1.0}, 1)
+    tracker.close("FINISHED")
+    _, child = _run_ids(tmp_path)
+    client = _client(tmp_path)
+    assert client.get_run(child).data.metrics["retrieval/image to text R at 1"] == 0.25
+    assert client.get_run(child).info.status == "FINISHED"
+    assert not caplog.records
+
+    monkeypatch.setattr("pipeline.orchestration.mlflow_sender.legal_name", lambda name: name)
+    tracker = _tracker(tmp_path)
+    tracker.log({"R@5": 0.5, "loss": 2.0}, 2)
+    tracker.close("FINISHED")
+    assert _history(client, child, "loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(child).info.status == "FINISHED"
+    assert "MLflow refuses R@5" in caplog.text
+    assert "not usable" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["R@1", "/x", "../../x", "a//b", "", "FD∞", "x" * 400, "a\nb", "k=5 [%]"])
+def test_every_name_can_be_made_one_that_mlflow_takes(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    _validate_metric_name(legal_name(name))
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_database_have_their_artifacts_beside_it_and_not_in_each_others_folder(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/all.db"
+    for name in ("one", "two"):
+        tracker = _tracker(tmp_path / name, uri=uri)
+        tracker.log_image("samples", Image.new("RGB", (8, 8)), 1)
+        tracker.close("FINISHED")
+        assert not (tmp_path / name / "mlartifacts").exists()
+        _, child = _run_ids(tmp_path / name)
+        assert (tmp_path / "mlartifacts" / child / "artifacts" / "images" / "samples-00000001.png").is_file()
+    copied = tmp_path / "copy"
+    shutil.copytree(tmp_path / "one", copied)
+    _tracker(copied, uri=uri).close("FINISHED")
+    assert set(_run_ids(copied)).isdisjoint(_run_ids(tmp_path / "one"))
+    shutil.move(tmp_path / "two", tmp_path / "moved")
+    before = _run_ids(tmp_path / "moved")
+    _tracker(tmp_path / "moved", uri=uri).close("FINISHED")
+    assert _run_ids(tmp_path / "moved") == before
+
+
+@pytest.mark.slow
+def test_a_copied_run_directory_writes_its_artifacts_into_itself(tmp_path: Path) -> None:
+    original, copied = tmp_path / "run", tmp_path / "copy"
+    tracker = _tracker(original)
+    tracker.log_image("first", Image.new("RGB", (8, 8)), 1)
+    tracker.close("KILLED")
+    shutil.copytree(original, copied)
+    _artifact_repos_cache.clear()  # MLflow's, by run id: a process has one run directory
+    before = sorted(original.rglob("*"))
+    tracker = _tracker(copied)
+    tracker.log_image("second", Image.new("RGB", (8, 8)), 2)
+    tracker.close("FINISHED")
+    assert sorted(original.rglob("*")) == before
+    _, child = _run_ids(copied)
+    listed = [a.path for a in _client(copied).list_artifacts(child, "images")]
+    assert listed == ["images/first-00000001.png", "images/second-00000002.png"]
+    assert len(list((copied / "mlartifacts").rglob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_while_the_database_is_made_leaves_none_that_is_half(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.dead.tmp").write_bytes(b"half")
+    with sqlite3.connect(tmp_path / "mlflow.db") as half:  # as versions before left it
+        half.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+    half.close()
+    tracker = _tracker(tmp_path)
+    tracker.log({"loss": 0.5}, 10)
+    tracker.close("FINISHED")
+    _, child = _run_ids(tmp_path)
+    assert _history(_client(tmp_path), child, "loss") == [(10, 0.5)]
+    assert not list(tmp_path.glob(".mlflow.db.*"))
+    assert len(list(tmp_path.glob("mlflow.db.damaged-*"))) == 1
+
+
+@pytest.mark.slow
+def test_another_config_is_another_run_and_finished_stages_move_below_it(tmp_path: Path) -> None:
+    _tracker(tmp_path, stage="text-tokenizer").close("FINISHED")
+    before = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    config = _config(tmp_path).model_copy(update={"seed": 7})
+    assert catch_up(config) == []
+    after = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    client = _client(tmp_path)
+    assert before != after
+    assert client.get_run(after).data.params["seed"] == "7"
+    child = json.loads((tmp_path / "text-tokenizer" / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == after
+
+
+def test_a_password_in_the_uri_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMALTI_CREDENTIALS", "")
+    config = _config(tmp_path, uri="https://me:s3cr3t@example.org/mlflow")
+    assert "s3cr3t" not in to_yaml(config) + repr(config)
+    assert config.tracking.uri == "https://example.org/mlflow"
+    assert put_password_back(config.tracking.uri) == "https://me:s3cr3t@example.org/mlflow"

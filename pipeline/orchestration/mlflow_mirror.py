@@ -1,0 +1,169 @@
+"""MLflow as the mirror of a run directory: a run for the pipeline, and below it one for each stage.
+
+`mlflow.json` beside what was sent says how far that got, so a resume doubles nothing, and what is missing (the server
+was away, a process was killed) is sent by the next stage that starts, or by `smalti ui`. A background thread does it
+while a stage works; a broken server gets one warning and delays nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from pipeline.config.pipeline import PipelineConfig
+from pipeline.core.lock import Lock, owner_of
+from pipeline.core.urls import mask
+from pipeline.orchestration.graph import stages_of
+from pipeline.orchestration.mlflow_parent import Parent
+from pipeline.orchestration.mlflow_sender import Sender, is_refusal, reason_of
+from pipeline.orchestration.mlflow_store import Store
+from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.tracking import EVENTS, Status
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+_RETRY_S = 30.0
+_LOCK_WAIT_S = 300.0
+
+
+class Mirror:
+    """The background thread that copies one stage's metrics and artifacts to MLflow, and first what others left."""
+
+    def __init__(self, config: PipelineConfig, stage: str) -> None:
+        self.config = config.tracking
+        self.store = Store(config)
+        self._pipeline = config
+        self._stage = stage
+        self._sender: Sender | None = None
+        self._parent: Parent | None = None
+        self._status: Status | None = None
+        self._wake = threading.Event()
+        self._warned = False
+        self._done = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def close(self, status: Status) -> None:
+        """Send what is left and end the MLflow run; waits at most `flush_timeout_s`."""
+        self._status = status
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(self.config.flush_timeout_s)
+        if not self._done:
+            self._warn(f"it did not take everything within {self.config.flush_timeout_s:g} s")
+
+    def _work(self) -> None:
+        while True:
+            closing = self._wake.wait(_POLL_S)
+            try:
+                if self._sender is None:
+                    self._connect()
+                assert self._sender is not None
+                assert self._parent is not None
+                if self._status is None:
+                    self._sender.send()
+                else:
+                    self._sender.finish(self._status)
+                    with _lock(self._pipeline):
+                        self._parent.update(_parent_status(self._pipeline, self._stage, self._status))
+                    self._done = True
+                    return
+            except Exception as error:  # whatever a server does, the training continues
+                self._warn(reason_of(error), refused=is_refusal(error))
+                if closing or self._wake.wait(_RETRY_S):
+                    return
+
+    def _connect(self) -> None:
+        # Stages that start at the same time share one parent, and one of them sends what is missing.
+        with _lock(self._pipeline):
+            client = self.store.connect()
+            self._parent = Parent(client, self.store, self._pipeline)
+            self._parent.update("RUNNING")
+            sender = Sender(client, self.store, self._parent, self._stage)
+            for name in _left(self._pipeline, except_for=self._stage):
+                Sender(client, self.store, self._parent, name).finish(_how_it_ended(self._pipeline, name))
+        self._sender = sender
+
+    def _warn(self, problem: str, refused: bool = False) -> None:
+        if not self._warned:
+            log.warning(
+                "MLflow at %s %s (%s): continuing without it; everything is in %s,"
+                " and the next stage or `smalti ui %s` sends what is missing",
+                mask(self.store.uri),
+                "answers, and refuses" if refused else "is not usable",
+                mask(problem),
+                self.store.run_directory / self._stage,
+                self.store.run_directory,
+            )
+        self._warned = True
+
+
+def catch_up(config: PipelineConfig) -> list[str]:
+    """Send what MLflow does not have of this run's stages that nobody works on; the names of those.
+
+    A store that is not usable gets a warning.
+    """
+    if not config.tracking.enabled:
+        return []
+    try:
+        return _send_left(config)
+    except Exception as error:  # MLflow's, SQLAlchemy's, of the network
+        log.warning("MLflow at %s did not take what is missing: %s", mask(Store(config).uri), reason_of(error))
+        return []
+
+
+def _send_left(config: PipelineConfig) -> list[str]:
+    names = _left(config)
+    with _lock(config):
+        store = Store(config)
+        client = store.connect()
+        parent = Parent(client, store, config)
+        for name in names:
+            Sender(client, store, parent, name).finish(_how_it_ended(config, name))
+        if not _at_work(config):
+            parent.update(_parent_status(config))
+    return names
+
+
+def _lock(config: PipelineConfig) -> Lock:
+    return Lock(RunDirectory(config.run_directory).lock("mlflow"), "the run in MLflow", wait_s=_LOCK_WAIT_S)
+
+
+def _left(config: PipelineConfig, except_for: str = "") -> list[str]:
+    """The stages of which MLflow may lack something, and on which no process works."""
+    runs, busy = RunDirectory(config.run_directory), {except_for, *_at_work(config)}
+    directories = {stage.name: runs.stage(stage.name) for stage in stages_of(config) if stage.name not in busy}
+    return [
+        name
+        for name, directory in directories.items()
+        if ((directory / EVENTS).exists() or (directory / "mlflow.json").exists())
+        and not Sender.is_complete(directory, Store(config), runs.path)
+    ]
+
+
+def _at_work(config: PipelineConfig) -> list[str]:
+    runs = RunDirectory(config.run_directory)
+    return [stage.name for stage in stages_of(config) if owner_of(runs.lock(stage.name))]
+
+
+def _how_it_ended(config: PipelineConfig, stage: str) -> Status:
+    """How a stage ended on which no process works."""
+    runs = RunDirectory(config.run_directory)
+    return "FINISHED" if runs.manifest(stage) else Sender.recorded_end(runs.stage(stage)) or "KILLED"
+
+
+def _parent_status(config: PipelineConfig, stage: str = "", status: Status = "FINISHED") -> str:
+    """The pipeline's status when `stage` ended with `status`: SCHEDULED where finished stages have others to come."""
+    if [name for name in _at_work(config) if name != stage]:
+        return "RUNNING"
+    if status != "FINISHED":
+        return status
+    directory: Path = config.run_directory
+    # `_SUCCESS` alone: whether a stage is up to date is asked by the runner.
+    finished = all((directory / other.name / "_SUCCESS").exists() for other in stages_of(config))
+    return "FINISHED" if finished else "SCHEDULED"
