@@ -102,8 +102,8 @@ class Lock:
             self.path.rename(stale)
         except FileNotFoundError:
             return
-        moved = json.loads(stale.read_text())
-        if moved["token"] != owner["token"]:  # another process was quicker and holds it now: give it back
+        moved = _read(stale)
+        if moved and moved["token"] != owner["token"]:  # another process was quicker and holds it now: give it back
             os.link(stale, self.path)
         stale.unlink()
 
@@ -139,16 +139,22 @@ def _refusal(what: str, owner: Owner, path: Path) -> UserError:
 
 
 def _named(owner: Owner) -> str:
+    if not owner["token"]:
+        return "a process that the damaged lock file does not name"
     job = f" (Slurm job {owner['slurm_job']})" if owner["slurm_job"] else ""
     return f"process {owner['pid']} on {owner['host']}{job}"
 
 
 def _read(path: Path) -> Owner | None:
     try:
-        owner: Owner = json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        owner: Owner = {name: found[name] for name in Owner.__annotations__}  # type: ignore[assignment]
+        return owner
     except FileNotFoundError:
         return None
-    return owner
+    except (ValueError, KeyError, TypeError):
+        # Locks are made whole, so a machine went down while it was written, or somebody made it: the heartbeat decides.
+        return {"host": "", "pid": 0, "started": 0.0, "slurm_job": None, "token": ""}
 
 
 def _heartbeat_age_s(path: Path) -> float:

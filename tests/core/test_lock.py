@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core import lock
 from pipeline.core.errors import UserError
-from pipeline.core.lock import Lock
+from pipeline.core.lock import STALE_AFTER_S, Lock, owner_of
 
 HOLDER = """
 import sys, time
@@ -104,3 +104,18 @@ def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
     with Lock(path, "it", wait_s=20):
         pass
     holder.wait()
+
+
+@pytest.mark.parametrize("content", ["", '{"host": "a', "[]", "{}", "null"])
+def test_a_lock_file_that_is_empty_or_cut_holds_as_long_as_its_heartbeat(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "stage.json"
+    path.write_text(content)
+    with pytest.raises(
+        UserError, match=r"stage x is already being written by a process that the damaged lock file does not name"
+    ):
+        Lock(path, "stage x").__enter__()
+    long_ago = time.time() - STALE_AFTER_S - 1
+    os.utime(path, (long_ago, long_ago))
+    with Lock(path, "stage x"):
+        assert owner_of(path) is not None
+    assert not path.exists()
