@@ -62,6 +62,8 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
         if verify:
             _check_all(folder, shards)
     yield f"  rejected {index['rejected']['samples']:,}{_counted(index['rejected']['reasons'])}"
+    if left_out := index.get("left_out"):
+        yield f"  left out {sum(left_out.values()):,}{_counted(left_out)}"
     if index["conversions"]:
         yield f"  converted {sum(index['conversions'].values()):,}{_counted(index['conversions'])}"
     if verify:

@@ -58,7 +58,10 @@ def _listed(source: Source) -> object:
             found = _files(source.path)
             return {p: s for p, s in found.items() if posixpath.splitext(p)[1].lower() in wanted and not is_leftover(p)}
         case HuggingFaceSource():
-            return _files(source.path)
+            found = _files(source.path)
+            return {
+                p: s for p, s in found.items() if not (is_leftover(p) or posixpath.basename(p).startswith("cache-"))
+            }
 
 
 def _files(url: str) -> dict[str, object]:

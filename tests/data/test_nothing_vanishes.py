@@ -256,6 +256,14 @@ def test_linked_folders_are_read_once_and_loops_and_leftovers_are_told(
     assert _total(index) == index["source_samples"] == len(seen)
 
 
+def test_a_pipe_among_the_images_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 3)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pipe.txt").write_text("a pipe")
+    index = prepare(tmp_path / "out", folder_config(folder, **ALL), seed=0)
+    assert index["rejected"]["reasons"] == {"unreadable file": 1}
+
+
 # --- all sources -----------------------------------------------------------------------------------------------------
 
 

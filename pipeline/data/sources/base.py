@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -169,6 +171,8 @@ def read_file(files: AbstractFileSystem, path: str, largest: int = LARGEST_IMAGE
 def _content(files: AbstractFileSystem, path: str, largest: int) -> bytes:
     content: bytes
     if isinstance(files, LocalFileSystem):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe is to wait for its other end
+            raise UnreadableFile(f"{path} is no regular file")
         with files.open(path, "rb") as file:
             content = file.read(largest + 1)
     else:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from pipeline.config.prepare import TableSource
 from pipeline.core.errors import UserError
+from pipeline.core.text import visible
 
 Row = dict[str, object]  # by column
 _MOST_LINES = 20  # of one row: more line breaks than captions have
@@ -32,7 +33,8 @@ def check_columns(config: TableSource, names: Iterable[str], image: str | None) 
     """Raises UserError when a column that the config names, or the images' column, is not there."""
     for wanted in (config.caption_column, image, config.key_column, config.group_column):
         if wanted is not None and wanted not in names:
-            raise UserError(f"{config.path}: expected a column '{wanted}', found {', '.join(names)}")
+            found = visible(", ".join(names))
+            raise UserError(f"{config.path}: expected a column '{wanted}', found {found}")
 
 
 class Lines:
