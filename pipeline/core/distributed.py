@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core import rendezvous
+from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.core.rendezvous import Launched
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ def init(without_launcher: bool = False) -> None:
     if not (without_launcher or launch):
         return
     if launch is None:
-        launch = Launched(rank=0, processes=1, address=rendezvous.LOOPBACK, port=rendezvous.free_port(), all_local=True)
+        launch = Launched(rank=0, processes=1, address=LOOPBACK, port=free_port(), all_local=True)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=launch.address)
         os.environ["MASTER_PORT"] = str(launch.port)
         _store = dist.HashStore()

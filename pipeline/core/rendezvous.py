@@ -15,11 +15,11 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipeline.core.errors import UserError
+from pipeline.core.loopback import LOOPBACK
 
 log = logging.getLogger(__name__)
 
 MEETING_S = 300.0  # seconds that the processes of a stage may take to find each other
-LOOPBACK = "127.0.0.1"
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What MPI's launchers set; accelerate and DeepSpeed would take it for ours.
 _MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
@@ -105,13 +105,6 @@ def did_not_meet(launch: Launched, error: Exception) -> UserError:
         f" found not all ({cause}): look whether each is started, whether each machine's name resolves (`getent hosts"
         " $(hostname)`) and the port is free; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface"
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def _number(environment: MutableMapping[str, str], name: str) -> int:

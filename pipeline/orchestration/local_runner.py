@@ -1,8 +1,8 @@
 """The local runner behind `smalti run`: every stage that is not up to date, one after the other.
 
 Each stage is a process of its own, so a crash or a `kill -9` ends nothing else. With `processes` above 1 (or several
-GPUs) torchrun starts several processes of a stage that trains; a stage that splits runs as many array tasks side by
-side, and then the process that joins them. Imports no torch: a run with nothing to do takes a second.
+GPUs) a stage that trains is as many processes that meet on loopback; a stage that splits runs as many array tasks side
+by side, and then the process that joins them. Imports no torch: a run with nothing to do takes a second.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ import click
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import Stage, check_before_start, chosen_stages
@@ -30,6 +32,9 @@ IMPORTS_THIS_CODE = {
     "PYTHONPATH": os.pathsep.join([str(CODE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]),
     "PYTHONSAFEPATH": "1",
 }
+# What a launcher that started `smalti run` itself left; the stage's processes get their own.
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GRACE_S = 30.0  # seconds in which the other processes of a training may end by themselves after one failed
 # Ctrl-C reaches every process of the terminal, and would end a Python that is still importing with a traceback: the
 # runner passes it on as SIGTERM, and the stage installs its own handlers.
 _DEAF_TO_CTRL_C = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh"]
@@ -90,7 +95,8 @@ def local_processes(config: PipelineConfig, stage: Stage) -> int:
 
 def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest) -> None:
     processes = local_processes(config, stage)
-    environment = os.environ | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
+    outside = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    environment = outside | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
     arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
     single = [sys.executable, "-m", *arguments]
     if processes == 1:
@@ -99,14 +105,20 @@ def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: S
     # Two threads on one busy core are many times slower than one.
     several = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | environment
     if stage.trains:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-        _run_processes(stage, runs, [[sys.executable, "-m", *torchrun, *arguments]], [several], stop)
+        _run_processes(stage, runs, [single] * processes, [several | ranks for ranks in _ranks(processes)], stop)
         return
     tasks = range(processes)
     commands = [[*single, "--array-task", f"{task}/{processes}"] for task in tasks]
     _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks], stop)
     if not stop.received:
         _run_processes(stage, runs, [single], [environment], stop)
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    """What each process of a training must know of the others, in torchrun's words."""
+    place = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+    place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _run_processes(
@@ -122,16 +134,21 @@ def _run_processes(
         for command, environment in zip(commands, environments, strict=True)
     ]
     stop.pass_on_to(children)
-    waiting, failed = list(children), 0
+    waiting, failed, kill_at = list(children), 0, float("inf")
     while waiting:
         with suppress(subprocess.TimeoutExpired):
-            waiting[0].wait(timeout=0.2 if len(waiting) > 1 else None)
+            waiting[0].wait(timeout=0.2 if len(children) > 1 else None)
         for child in [child for child in waiting if child.poll() is not None]:
             waiting.remove(child)
             if child.returncode and not failed:
                 failed = child.returncode
                 for other in waiting:
                     other.terminate()  # it finishes its current piece of work
+                if stage.trains:  # the others may wait for this one in a collective
+                    kill_at = time.monotonic() + _GRACE_S
+        if time.monotonic() > kill_at:
+            for other in waiting:
+                other.kill()
     if failed and not stop.received:
         how = f"was killed by {signal.Signals(-failed).name}" if failed < 0 else f"failed (exit {failed})"
         raise UserError(

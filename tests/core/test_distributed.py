@@ -9,13 +9,14 @@ import pytest
 
 from pipeline.core import rendezvous
 from pipeline.core.errors import UserError
+from pipeline.core.loopback import free_port
 from tests.launch import environment
 
 
 def together(*arguments: str, processes: int = 2, started: int = 2, **extra: str) -> list[tuple[int, str]]:
     """Exit code and output of each process."""
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "no.such.host.invalid"}
-    common |= {"MASTER_PORT": str(rendezvous.free_port())} | extra
+    common |= {"MASTER_PORT": str(free_port())} | extra
     command = [sys.executable, "-m", "tests.core.distributed_worker", *arguments]
     children = [
         subprocess.Popen(

@@ -1,0 +1,45 @@
+"""Processes of a training on this machine: they meet on loopback, and one that fails ends the others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.orchestration import local_runner
+from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.local_runner import StopRequest
+
+
+def test_each_process_knows_its_rank_and_a_place_on_loopback() -> None:
+    first, second = local_runner._ranks(2)
+    assert (first["RANK"], second["RANK"]) == ("0", "1")
+    assert first["MASTER_ADDR"] == "127.0.0.1"
+    assert first["LOCAL_WORLD_SIZE"] == first["WORLD_SIZE"] == "2"
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+
+
+def test_a_process_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local_runner, "_GRACE_S", 0.5)
+    monkeypatch.setattr(local_runner.signal, "signal", lambda *_: None)
+    runs: Any = SimpleNamespace(path=tmp_path)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    commands = [[sys.executable, "-c", deaf], [sys.executable, "-c", "raise SystemExit(3)"]]
+    with pytest.raises(UserError, match=r"transformer failed \(exit 3\)"):
+        local_runner._run_processes(stage_named("transformer"), runs, commands, [{}, {}], StopRequest())
+
+
+def test_a_launcher_around_smalti_run_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(local_runner.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setattr(local_runner, "_run_processes", lambda s, r, c, environments, t: seen.extend(environments))
+    config: Any = SimpleNamespace(processes=1)
+    local_runner._run_stage(stage_named("transformer"), config, SimpleNamespace(path=tmp_path), StopRequest())  # type: ignore[arg-type]
+    assert "RANK" not in seen[0]
+    assert "MASTER_ADDR" not in seen[0]
