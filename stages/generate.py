@@ -22,8 +22,8 @@ from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
-from pipeline.sampling.png_metadata import Metadata, save_image
 from pipeline.sampling.prompts import check_against_training, sampled_rows
+from pipeline.sampling.save import Metadata, save_image
 
 _HEADINGS = {  # by kind of prompt: title and note on the grid
     "training": (

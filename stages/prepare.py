@@ -29,7 +29,7 @@ def main(run: StageRun) -> None:
             run.add_output(name, artifact=True)
         counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}
         run.tracker.log({**counts, "rejected_samples": float(index["rejected"]["samples"])}, step=0)
-        with Image.open(run.directory / "contact-sheet.png") as sheet:
+        with Image.open(run.directory / "contact-sheet.png", formats=("PNG",)) as sheet:
             run.tracker.log_image("contact-sheet", sheet, step=0)
     distributed.barrier()
 

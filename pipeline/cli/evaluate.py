@@ -81,6 +81,8 @@ def evaluate(
     sets = read_sets(real, fake, config, cache)
     if not is_main():
         return
+    for what, found in sets.images.items():
+        click.echo(f"{what}: {found.told()}", err=True)
     for text in sets.warnings:
         click.echo(f"warning: {text}", err=True)
     rows = compare_features(sets.real, sets.fake, config, seed, cache)
@@ -90,7 +92,12 @@ def evaluate(
         if path:
             save_features(features, path)
     if output:
-        write_json(output, {"real": str(real), "fake": str(fake), "seed": seed, "rows": [r.as_json() for r in rows]})
+        counted = {
+            what: {"images": len(found.images), "left_out": [{"name": n, "reason": r} for n, r in found.left_out]}
+            for what, found in sets.images.items()
+        }
+        about = {"real": str(real), "fake": str(fake), "seed": seed, "sets": counted}
+        write_json(output, about | {"rows": [row.as_json() for row in rows]})
     click.echo(table(rows))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]  # what click parsed, by name
 _image = click.Path(path_type=Path)
+_count = click.IntRange(min=1)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype")
 _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 
@@ -26,8 +27,8 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.command("generate")
 @click.argument("arguments", nargs=-1, metavar="RUN [PROMPT]...")
 @click.option("--prompts", "prompts_file", type=_image, help="a text file with one prompt per line")
-@click.option("-n", "--candidates", default=1, show_default=True, help="images drawn per prompt")
-@click.option("--keep", type=int, help="keep only the best of the candidates, as the reranker sees them")
+@click.option("-n", "--candidates", type=_count, default=1, show_default=True, help="images drawn per prompt")
+@click.option("--keep", type=_count, help="keep only the best of the candidates, as the reranker sees them")
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=_image, default="images", show_default=True)
 @click.option("--temperature", type=float, help="default, as of all settings: generate.sampling of the run's config")
@@ -44,14 +45,20 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--keep-levels", type=int, help="vary it: coarse levels that stay")
 @click.option("--mask", type=_image, help="fill it: an image, white where new pixels are wanted")
 @click.option("--reranker", type=_image, help="folder of a pretrained CLIP, in place of the run's own reranker")
-@click.option("--batch-size", default=64, show_default=True, help="images drawn at once; never changes them")
+@click.option(
+    "--batch-size",
+    type=_count,
+    default=64,
+    show_default=True,
+    help="images drawn at once; never changes them",
+)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the step; docs/sampling.md says when it pays")
 @click.option("--preview/--no-preview", default=None, help="watch the first image fill in; default: on a terminal")
 @click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
 def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path: str | None, **options: Any) -> None:
     """Generate prompts with the models of a finished run, or of a folder that `smalti export` wrote.
 
-    OUTPUT is an image file (.png), which gets all images on one sheet, or a folder, which gets each image
+    OUTPUT is an image file (.png, .jpg, .webp), which gets all images on one sheet, or a folder, which gets each image
     (<prompt>-<rank>.png) and grid.png. Into a folder the same command resumes where it was stopped.
     """
     if config_path:
@@ -64,12 +71,13 @@ def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path:
 
     from pipeline.core.distributed import device
     from pipeline.sampling.pipeline import Pipeline
+    from pipeline.sampling.save import check_output
     from pipeline.sampling.to_directory import generate_folder, generate_sheet
 
     pipeline = Pipeline.from_pretrained(arguments[0], device(), reranker=options["reranker"])
     job = _job(prompts, _sampling(Path(arguments[0]), pipeline, options), options)
     output: Path = options["output"]
-    count = generate_sheet(pipeline, job, output) if output.suffix else generate_folder(pipeline, job, output)
+    count = (generate_sheet if check_output(output) else generate_folder)(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
 
 
@@ -104,7 +112,7 @@ def _sampling(run_directory: Path, pipeline: Pipeline, options: Options) -> Samp
 
 def _image_prompt(options: Options) -> ImagePrompt | None:
     from pipeline.sampling.image_prompt import ImagePrompt
-    from pipeline.sampling.png_metadata import open_image
+    from pipeline.sampling.save import open_image
 
     rules = {name: options[name] for name in _IMAGE_RULES if options[name] is not None}
     if options["image"] is None:
@@ -112,18 +120,21 @@ def _image_prompt(options: Options) -> ImagePrompt | None:
             raise UserError(f"--{next(iter(rules)).replace('_', '-')} needs an image to start from: add --image IMAGE")
         return None
     if "mask" in rules:
-        rules["mask"] = open_image(rules["mask"], "--mask")
-    return ImagePrompt(open_image(options["image"], "--image").convert("RGB"), **rules)
+        rules["mask"] = open_image(rules["mask"], "--mask", background="black")
+    return ImagePrompt(open_image(options["image"], "--image"), **rules)
 
 
 def _best(run_directory: Path) -> Options:
     """The sampling settings that the stage evaluate wrote down as the best of its sweep."""
     import yaml
 
+    from pipeline.orchestration.run_directory import RunDirectory
+
     path = run_directory / "evaluate" / "best.yaml"
-    if not path.is_file():
+    if not path.is_file() or not RunDirectory(run_directory).is_of_these_inputs("evaluate"):
+        found_there = "that of other models" if path.is_file() else "none"
         raise UserError(
-            f"--best: expected the result of a sweep at {path}, found none; "
+            f"--best: expected the result of a sweep at {path}, found {found_there}; "
             "run `smalti evaluate --config` with evaluate.sweep first"
         )
     found: Options = yaml.safe_load(path.read_text())["generate"]["sampling"]

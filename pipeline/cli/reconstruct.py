@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.core.errors import UserError
+from pipeline.core.text import visible
 
 _PATH = click.Path(path_type=Path)
 _FORMATS = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
@@ -29,10 +30,13 @@ def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) 
     model = tokenizer_at(tokenizer).to(device())
     found = reconstruct_folder(model, images, filters_of(tokenizer), output, limit)
     for name, why in found.refused.items():
-        click.echo(f"refused: {name}: {why}", err=True)
+        click.echo(f"refused: {visible(name)}: {visible(why)}", err=True)
+    for name, why in found.left_out:
+        click.echo(f"left out: {visible(name)}: {why}", err=True)
     if not found.metrics:
         raise UserError(f"{images}: expected images, found none that can be used ({len(found.refused)} refused)")
     told = ", ".join(_FORMATS[key].format(value) for key, value in found.means.items())
     click.echo(
         f"{told} over {len(found.metrics)} images, {len(found.refused)} refused; {found.sheets} sheets in {output}"
+        + (f"; {len(found.left_out)} other files left out" if found.left_out else "")
     )

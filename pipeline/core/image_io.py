@@ -50,6 +50,11 @@ def png_bytes(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
+def from_png(content: bytes) -> Image.Image:
+    """The RGB image of a PNG that this project wrote. Files from outside: `decode` in pipeline/data/images.py."""
+    return Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGB")
+
+
 def _stacked(images: Sequence[Image.Image]) -> Tensor:
     """uint8 [n, 3, H, W], a view of channels-last memory."""
     import torch

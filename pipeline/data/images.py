@@ -1,10 +1,15 @@
-"""Bytes that claim to be an image -> an RGB image of one size, or the reason why not; and a hash of its looks."""
+"""Bytes that claim to be an image -> an RGB image of one size, or the reason why not; and a hash of its looks.
+
+`decode` is the one function that opens images from outside, whoever asks: `prepare`, `evaluate`, `reconstruct`,
+`generate --image`. So the same file has the same pixels everywhere, and no format but those of `FORMATS` is tried.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +17,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config.prepare import FilterConfig
 
-_EXTENSIONS = {
+# Pillow's name of each format that is opened, and the extensions that promise it. Others are not even looked at:
+# Pillow would hand an EPS to Ghostscript, whatever the file is called.
+FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
     "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
 }
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+ANY_SHAPE = FilterConfig.model_validate({"max_aspect_ratio": 1e9})  # bounds the number of pixels, nothing else
 
+_ORIENTATION = 0x0112  # EXIF's; from 5 on, width and height change places
 _HASH_SIDE = 32
 _FREQUENCIES = np.arange(6)[:, None] * (2 * np.arange(_HASH_SIDE) + 1)
 _COSINES = np.round(1_024 * np.cos(np.pi / (2 * _HASH_SIDE) * _FREQUENCIES)).astype(np.int64)  # rows of a DCT-II
@@ -45,39 +54,74 @@ class Decoded:
     conversions: tuple[str, ...]  # what had to be changed to get there
 
 
-def decode(content: bytes | None, extension: str, filters: FilterConfig) -> Decoded:
-    """Decode any still image to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
+def decode(
+    content: bytes | None, extension: str = "", filters: FilterConfig = ANY_SHAPE, background: str = "white"
+) -> Decoded:
+    """Decode a still image to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
+
+    Args:
+        content: a file of one of `FORMATS`, whatever its name says.
+        extension: what the name says, which is noted where it is wrong.
+        background: the colour under transparent pixels.
 
     Raises:
         BadSample: missing, not an image, truncated, animated, too small, too long, or a decompression bomb.
     """
-    if not content:
-        raise BadSample("missing image")
+    with _reasons(content):
+        image = _opened(content)
+        _check_header(image, filters)
+        image.load()
+        conversions = []
+        holds = _format(image)
+        if extension and extension not in FORMATS[holds]:
+            conversions.append(f"extension {extension} holds {holds}")
+        upright = ImageOps.exif_transpose(image)
+        rgb, conversion = _to_rgb(upright, background)
+        if conversion:
+            conversions.append(conversion)
+        return Decoded(rgb, tuple(conversions))
+
+
+def size_of(content: bytes | None) -> tuple[int, int]:
+    """Width and height of the image that `decode` makes of it, in pixels, from the file's head. Raises BadSample."""
+    with _reasons(content):
+        image = _opened(content)
+        _check_header(image, ANY_SHAPE)
+        # Where a PNG has no EXIF before its pixels, Pillow decodes all of them to look for one behind.
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(_ORIENTATION, 1) >= 5
+        return (image.height, image.width) if turned else image.size
+
+
+@contextmanager
+def _reasons(content: bytes | None) -> Iterator[None]:
+    """Whatever Pillow raises at an image within the block, as a BadSample."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half its own limit on; ours is checked below, before any pixel is decoded.
+            # Pillow warns from half its own limit on; ours is checked before any pixel is decoded.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
-            _check_header(image, filters)
-            image.load()
+            yield
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("decompression bomb", str(error)) from error
     except UnidentifiedImageError as error:
-        raise BadSample("not an image", f"{len(content)} bytes of no known format") from error
+        known = ", ".join(FORMATS)
+        raise BadSample("not an image", f"{len(content or b'')} bytes that are none of {known}") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         if "truncat" in str(error).lower() or isinstance(error, (EOFError, SyntaxError)):
             raise BadSample("truncated image", str(error)) from error
         raise BadSample("undecodable image", str(error)) from error
-    conversions = []
-    if extension and image.format in _EXTENSIONS and extension not in _EXTENSIONS[image.format]:
-        conversions.append(f"extension {extension} holds {image.format}")
-    upright = ImageOps.exif_transpose(image)
-    rgb, conversion = _to_rgb(upright)
-    if conversion:
-        conversions.append(conversion)
-    return Decoded(rgb, tuple(conversions))
+
+
+def _opened(content: bytes | None) -> Image.Image:
+    if not content:
+        raise BadSample("missing image")
+    return Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+
+
+def _format(image: Image.Image) -> str:
+    """Its name in `FORMATS`."""
+    return "JPEG" if image.format == "MPO" else image.format or ""  # several JPEGs in one file, as cameras write them
 
 
 def _check_header(image: Image.Image, filters: FilterConfig) -> None:
@@ -93,7 +137,7 @@ def _check_header(image: Image.Image, filters: FilterConfig) -> None:
         raise BadSample("aspect ratio", f"{width}x{height}, at most {filters.max_aspect_ratio} (max_aspect_ratio)")
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, str]:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image, ""
@@ -105,8 +149,8 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
         raise BadSample("undecodable image", "floating-point pixels have no known range")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), "alpha on white"
+        under = Image.new("RGBA", rgba.size, background)
+        return Image.alpha_composite(under, rgba).convert("RGB"), f"alpha on {background}"
     return image.convert("RGB"), f"{mode} to RGB"
 
 

@@ -84,7 +84,7 @@ class Sample:
     @cached_property
     def image(self) -> Image.Image:
         """RGB, image_size x image_size."""
-        return Image.open(io.BytesIO(self.png)).convert("RGB")
+        return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
 
 
 @dataclass(frozen=True)

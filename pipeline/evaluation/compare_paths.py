@@ -15,7 +15,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.evaluation.comparison import caption_rows
 from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, is_feature_file, read_features
-from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.image_sets import ImageSet, StoredImage, images_at, read_set
 from pipeline.evaluation.rows import Row
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.clip_scorer import ClipScorer
@@ -31,6 +31,7 @@ class ReadSets:
     real: FeatureSet
     fake: FeatureSet
     warnings: list[str]
+    images: dict[str, ImageSet]  # what was read at a path that is no feature file, by "real" and "fake"
 
 
 def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> ReadSets:
@@ -50,18 +51,19 @@ def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> Re
         store = FeatureStore(cache, extractor)
     found = []
     sizes: dict[str, Sizes] = {}
+    images: dict[str, ImageSet] = {}
     for path, what in ((real, "real"), (fake, "fake")):
         if store is None or is_feature_file(path):
             found.append(read_features(path))
         else:
-            features, sizes[what] = _extracted(path, f"{what} images", store)
+            images[what] = read_set(path)
+            features, sizes[what] = _extracted(images[what].images, f"{what} images", store)
             found.append(features)
     check_same_extractor(found[0], found[1])
-    return ReadSets(found[0], found[1], _mixed_sizes(sizes))
+    return ReadSets(found[0], found[1], _mixed_sizes(sizes), images)
 
 
-def _extracted(path: Path, description: str, store: FeatureStore) -> tuple[FeatureSet, Sizes]:
-    images = images_at(path)
+def _extracted(images: list[StoredImage], description: str, store: FeatureStore) -> tuple[FeatureSet, Sizes]:
     store.extract(images, distributed.rank(), distributed.world_size(), description)
     sizes = store.sizes(images)
     distributed.barrier()

@@ -34,12 +34,12 @@ import torch
 from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import first_fault, record
-from pipeline.evaluation.image_sets import FileSlice, StoredImage, size_of
+from pipeline.evaluation.image_sets import FileSlice, StoredImage
 from pipeline.extractors.base import Extractor, ExtractorInfo, FeatureSet
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "smalti features 1"
+_FORMAT = "smalti features 2"  # 1: images decoded in another way than by `prepare`
 PART = 1024  # images
 _IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
 
@@ -66,10 +66,10 @@ class FeatureStore:
             digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
             for value in asdict(self.extractor.info).values():
                 digest.update(f"\n{value}".encode())
-            for piece in slices:
-                content = piece.read()
+            for image in images:
+                content = image.content()
                 digest.update(hashlib.sha256(content).digest())
-                sizes[size_of(content, piece.name)] += 1
+                sizes[image.size(content)] += 1
             self._seen[slices] = self.folder / digest.hexdigest()[:32], sizes
         return self._seen[slices]
 

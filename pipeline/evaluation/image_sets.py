@@ -1,23 +1,31 @@
-"""Images by name, from a folder of images, a tar, or a folder of tars (WebDataset: KEY.png, KEY.txt …).
+"""Images by name, of a folder of images and tars (WebDataset: KEY.png, KEY.txt …), of one tar, or of one image file.
+
+    found = read_set(path)
+    found.images            every image there, in folders below it and in tars
+    found.left_out          every other file there, with the reason; captions (.txt, .json) of images are no others
 
 A `StoredImage` knows where its bytes are, and reads them when asked: a few hundred bytes per image, whatever its size.
+Images are decoded as `prepare` decodes them (`data/images.py`).
 """
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.core.errors import UserError
+from pipeline.core.text import decode_text, visible
+from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
+from pipeline.evaluation.tar_members import tar_members
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_SIDECARS = (".txt", ".json")
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,25 @@ class FileSlice:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes, from disk."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
+        """The bytes, from disk. Raises UserError when they cannot be read."""
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                return file.read() if self.size is None else file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.name}: expected a file that can be read, found: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
 class StoredImage:
     """An image on disk by its key, with its caption (.txt) and what else is known of it (.json), if they are there."""
 
-    key: str
+    key: str  # its name in the folder or tar without extension, where it alone has it; else `name`
     slice: FileSlice
     caption_slice: FileSlice | None = None
     about_slice: FileSlice | None = None
+    name: str = ""  # below the set's folder, unique in its set
+    extension: str = ""  # in lower case
 
     def content(self) -> bytes:
         """The image file's bytes."""
@@ -54,33 +67,86 @@ class StoredImage:
         """RGB. Raises UserError if it cannot be read."""
         return decoded(self.content(), self.slice.name)
 
+    def size(self, content: bytes) -> tuple[int, int]:
+        """Width and height in pixels, upright, from `content`'s head. Raises UserError if it has none."""
+        try:
+            return size_of(content)
+        except BadSample as bad:
+            raise _unreadable(self.slice.name, bad) from bad
+
     @property
     def caption(self) -> str | None:
-        """The content of the .txt beside it; None if there is none."""
-        return self.caption_slice.read().decode().strip() if self.caption_slice else None
+        """The content of the .txt beside it; None if there is none. Raises UserError if it is no UTF-8."""
+        if self.caption_slice is None:
+            return None
+        try:
+            return decode_text(self.caption_slice.read()).strip()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.caption_slice.name}: expected a caption in UTF-8, found other bytes ({error.reason} at byte"
+                f" {error.start}): save it as UTF-8"
+            ) from error
 
     @property
     def about(self) -> dict[str, Any]:
-        """The content of the .json beside it; empty if there is none."""
-        found: dict[str, Any] = json.loads(self.about_slice.read()) if self.about_slice else {}
-        return found
+        """The content of the .json beside it; empty if there is none, or no object."""
+        try:
+            found = json.loads(self.about_slice.read()) if self.about_slice else {}
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
-def images_at(path: Path) -> list[StoredImage]:
+@dataclass
+class ImageSet:
+    """The images at a path, and what else lies there."""
+
+    images: list[StoredImage] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+    def told(self) -> str:
+        """Counts: "9 images (6 files, 3 in 1 tar); left out: 1 (.avif is not read: 1, the first a.avif)"."""
+        tars = Counter(image.slice.file for image in self.images if image.slice.size is not None)
+        files = len(self.images) - tars.total()
+        held = [f"{files:,} files"] if files else []
+        held += [f"{tars.total():,} in {len(tars):,} tar{'s' * (len(tars) > 1)}"] if tars else []
+        told = f"{len(self.images):,} images ({', '.join(held)})" if len(held) > 1 else f"{len(self.images):,} images"
+        if not self.left_out:
+            return told
+        names: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            names.setdefault(reason, []).append(name)
+        reasons = ", ".join(
+            f"{reason}: {len(found):,}, the first {visible(found[0])}" for reason, found in names.items()
+        )
+        return f"{told}; left out: {len(self.left_out):,} ({reasons})"
+
+
+def read_set(path: Path) -> ImageSet:
     """Every image at `path`, sorted by file and, in tars, in the tar's order; none is decoded yet.
 
     Raises:
-        UserError: nothing there, or no image in it.
+        UserError: nothing there, no image in it, or a tar that cannot be read to its end.
     """
-    tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    if tars:
-        found = [image for tar in tars for image in _in_tar(tar)]
-    else:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        found = [_in_folder(path, file) for file in files]
-    if not found:
-        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found no image or tar")
+    found = ImageSet()
+    if path.is_dir():
+        _add_folder(found, path)
+    elif path.suffix.lower() in EXTENSIONS and path.is_file():
+        _add_entries(found, [(path.name, FileSlice(path, str(path)))])
+    elif path.is_file():
+        _add_tar(found, path, "")
+    if not found.images:
+        others = f"; {found.told().partition('; ')[2]}" if found.left_out else ""
+        raise UserError(
+            f"{path}: expected a folder of images, a tar or a folder of tars, found no image or tar{others}"
+        )
+    found.images = _with_unique_names(found.images)
     return found
+
+
+def images_at(path: Path) -> list[StoredImage]:
+    """The images at `path`, as `read_set` finds them."""
+    return read_set(path).images
 
 
 def named_images(path: Path) -> Iterator[tuple[str, Image.Image]]:
@@ -90,63 +156,118 @@ def named_images(path: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def decoded(content: bytes, where: str) -> Image.Image:
-    """An RGB image from a file's bytes; transparent parts become white."""
-    image = _opened(content, where)
+    """An RGB image from a file's bytes, as `prepare` decodes it. Raises UserError if it cannot be read."""
     try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # whatever the formats raise at damaged data
-        raise _unreadable(where, error) from error
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        return decode(content).image
+    except BadSample as bad:
+        raise _unreadable(where, bad) from bad
 
 
-def size_of(content: bytes, where: str) -> tuple[int, int]:
-    """Width and height in pixels, from the file's head. Raises UserError if it has none."""
-    return _opened(content, where).size
+def _unreadable(where: str, bad: BadSample) -> UserError:
+    why = f"{bad.reason}, {bad.detail}" if bad.detail else bad.reason
+    return UserError(f"{where}: expected an image, found something unreadable ({why}); remove it")
 
 
-def _opened(content: bytes, where: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise _unreadable(where, error) from error
+def _add_folder(found: ImageSet, folder: Path) -> None:
+    """Files of the folder and those below it, links followed, each folder once; then its tars."""
+    files: list[tuple[str, FileSlice]] = []
+    tars: list[tuple[str, Path]] = []
+    for name, path in sorted(_files_below(found, folder)):
+        if path.suffix.lower() == ".tar":
+            tars.append((name, path))
+        else:
+            files.append((name, FileSlice(path, str(path))))
+    _add_entries(found, files)
+    for name, path in tars:
+        _add_tar(found, path, f"{name}/" if len(tars) > 1 or files else "")
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: expected an image, found something unreadable ({error}); remove it")
+def _files_below(found: ImageSet, folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name below `folder`, path) of every file; what is hidden, and folders that were seen before, are left out."""
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        below = Path(parent).relative_to(folder)
+        seen.add(os.path.realpath(parent))
+        for name in sorted(folders):
+            inner = Path(parent, name)
+            if _is_hidden(name):
+                hidden = [file for file in inner.rglob("*") if file.suffix.lower() in EXTENSIONS]
+                found.left_out += [(file.relative_to(folder).as_posix(), "hidden") for file in hidden]
+            elif os.path.realpath(inner) in seen:
+                found.left_out.append(((below / name).as_posix(), "a link to a folder that is read already"))
+            else:
+                continue
+            folders.remove(name)
+        folders.sort()
+        for name in files:
+            if _is_hidden(name):
+                found.left_out.append(((below / name).as_posix(), "hidden"))
+            else:
+                yield (below / name).as_posix(), Path(parent, name)
 
 
-def _in_folder(folder: Path, file: Path) -> StoredImage:
-    caption = file.with_suffix(".txt")
-    return StoredImage(
-        key=file.relative_to(folder).with_suffix("").as_posix(),
-        slice=FileSlice(file, str(file)),
-        caption_slice=FileSlice(caption, str(caption)) if caption.is_file() else None,
-    )
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
-def _in_tar(path: Path) -> list[StoredImage]:
-    images: dict[str, FileSlice] = {}
-    captions: dict[str, FileSlice] = {}
-    abouts: dict[str, FileSlice] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                key, suffix = f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
-                found = FileSlice(path, f"{path}: {member.name}", member.offset_data, member.size)
-                if suffix in _SUFFIXES and member.isfile():
-                    images[key] = found
-                elif suffix == ".txt":
-                    captions[key] = found
-                elif suffix == ".json":
-                    abouts[key] = found
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{path}: expected an uncompressed tar of images, found something else or a damaged one ({error});"
-            " write it again"
-        ) from error
-    return [StoredImage(key, png, captions.get(key), abouts.get(key)) for key, png in images.items()]
+def _add_tar(found: ImageSet, path: Path, prefix: str) -> None:
+    entries = []
+    for member in tar_members(path):
+        name = f"{path}: {member.name}"
+        if _is_hidden(PurePosixPath(member.name).name):
+            found.left_out.append((name, "hidden"))
+        elif member.is_file:
+            entries.append((member.name, FileSlice(path, name, member.offset, member.size)))
+        elif PurePosixPath(member.name).suffix.lower() in EXTENSIONS:
+            found.left_out.append((name, "a link in a tar"))
+    _add_entries(found, entries, prefix)
+
+
+def _add_entries(found: ImageSet, entries: Iterable[tuple[str, FileSlice]], prefix: str = "") -> None:
+    """Sort files by what their extensions say: images, their captions, and others, which are left out."""
+    images: list[tuple[str, FileSlice]] = []
+    sidecars: dict[str, FileSlice] = {}  # by name, the extension in lower case
+    for name, piece in entries:
+        stem, extension = _split(name)
+        if extension in EXTENSIONS:
+            images.append((name, piece))
+        elif extension in _SIDECARS:
+            sidecars[stem + extension] = piece
+        else:
+            found.left_out.append((prefix + name, f"{visible(extension) or 'no extension'} is not read"))
+    for name, piece in images:
+        stem, extension = _split(name)
+        caption, about = (_sidecar(stem, kind, sidecars) for kind in _SIDECARS)
+        found.images.append(StoredImage(stem, piece, caption, about, prefix + name, extension))
+
+
+def _sidecar(stem: str, extension: str, sidecars: dict[str, FileSlice]) -> FileSlice | None:
+    """That of the image's own name or, as WebDataset has it, of its name up to a dot: the longest there is."""
+    folder, slash, base = stem.rpartition("/")
+    while base:
+        if found := sidecars.get(f"{folder}{slash}{base}{extension}"):
+            return found
+        base = base.rpartition(".")[0]
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name's stem, with its folders, and its extension in lower case."""
+    stem, extension = os.path.splitext(name)
+    return stem, extension.lower()
+
+
+def _with_unique_names(images: list[StoredImage]) -> list[StoredImage]:
+    """Images of one name (in tars) get a number; those of one stem (a.png, a.gif) have their names as keys."""
+    stems = Counter(image.key for image in images)
+    seen: Counter[str] = Counter()
+    unique = []
+    for image in images:
+        seen[image.name] += 1
+        name = image.name if seen[image.name] == 1 else f"{image.name}#{seen[image.name]}"
+        unique.append(replace(image, name=name, key=image.key if stems[image.key] == 1 else name))
+    return unique

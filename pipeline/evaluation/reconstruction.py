@@ -14,17 +14,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pipeline.config.pipeline import load_pipeline
-from pipeline.config.prepare import FilterConfig, FolderSource
+from pipeline.config.pipeline import is_run_config, load_pipeline
+from pipeline.config.prepare import FilterConfig
 from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes, to_pil, to_tensor
 from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 from pipeline.data.images import BadSample, decode, square
-from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.image_sets import ImageSet, read_set
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
+from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.sampling.grid import Group, Tile, grid
 
 _PAIRS = 64  # per sheet
@@ -42,7 +44,9 @@ def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size
 
 
 def tokenizer_at(path: Path) -> ImageTokenizer:
-    """The image tokenizer of a run, or in a folder. Raises UserError when there is none."""
+    """The image tokenizer of a run, or in a folder. Raises UserError when there is none, or the run's is not finished."""
+    if is_run_config(path / "config.yaml"):
+        RunDirectory(path).usable(load_pipeline(path), stage_named("image-tokenizer"))
     for folder in (path, path / "model", path / "image-tokenizer" / "model"):
         if (folder / "model.safetensors").is_file():
             return ImageTokenizer.from_pretrained(folder)
@@ -65,6 +69,7 @@ class Reconstructed:
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by image name: psnr (dB), ssim
     refused: dict[str, str] = field(default_factory=dict)  # why, by image name
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # name and reason of what is no image
     sheets: int = 0
 
     @property
@@ -85,42 +90,31 @@ def reconstruct_folder(
     Raises:
         UserError: there is nothing at `images`, or no image that can be used.
     """
-    result = Reconstructed()
-    usable = islice(_usable(images, tokenizer.image_size, filters, result.refused), limit)
+    found = read_set(images)
+    result = Reconstructed(left_out=found.left_out)
+    usable = islice(_usable(found, tokenizer.image_size, filters, result.refused), limit)
     with progress(total=None, description="reconstruct", unit="image") as bar:
         for batch in batched(usable, _PAIRS):
             result.metrics |= _reconstruct_batch(tokenizer, batch, output / f"sheet-{result.sheets:03d}.png")
             result.sheets += 1
             bar.update(len(batch))
     if result.metrics:
-        report = {"mean": result.means, "images": result.metrics, "refused": result.refused}
+        report: dict[str, object] = {"mean": result.means, "images": result.metrics, "refused": result.refused}
+        report["left_out"] = [{"name": name, "reason": reason} for name, reason in result.left_out]
         write_json(output / "metrics.json", report)
     return result
 
 
-def _usable(path: Path, size: int, filters: FilterConfig, refused: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
-    """(name, RGB image of size × size) of what is at `path`; what `prepare` would not take goes to `refused`."""
-    for name, extension, content in _contents(path):
+def _usable(
+    found: ImageSet, size: int, filters: FilterConfig, refused: dict[str, str]
+) -> Iterator[tuple[str, Image.Image]]:
+    """(name, RGB image of size × size) of a set; what `prepare` would not take goes to `refused`."""
+    for image in found.images:
+        name = image.name
         try:
-            yield name, square(decode(content, extension, filters).image, size)
+            yield name, square(decode(image.content(), image.extension, filters).image, size)
         except BadSample as bad:
             refused[name] = f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
-
-
-def _contents(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(name, extension, bytes), sorted by name."""
-    if not path.exists():
-        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found nothing")
-    extensions = FolderSource.model_fields["extensions"].default
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in extensions) if path.is_dir() else []
-    if not files and path.suffix.lower() in extensions:
-        files = [path]
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        yield name, file.suffix.lower(), file.read_bytes()
-    if not files:
-        for image in images_at(path):
-            yield f"{image.slice.file.name}/{image.key}", "", image.content()
 
 
 def _reconstruct_batch(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from pipeline.core.image_io import png_bytes
+from pipeline.core.image_io import from_png, png_bytes
 from pipeline.data.shards import read_samples
 from pipeline.evaluation.results import PromptEntry, ReconstructionEntry, Results, SampleEntry
 from pipeline.sampling.grid import Group, Tile, grid
@@ -64,7 +63,7 @@ def sheet(name: str, images: Sequence[GeneratedImage]) -> bytes:
     """A PNG of the generated images, beside each the training image that is nearest to it."""
     tiles = []
     for generated in images:
-        left, right = (Image.open(io.BytesIO(png)).convert("RGB") for png in (generated.png, generated.nearest_png))
+        left, right = (from_png(png) for png in (generated.png, generated.nearest_png))
         width, height = left.size
         both = Image.new("RGB", (2 * width, 2 * width), "white")
         both.paste(left, (0, (2 * width - height) // 2))

@@ -5,6 +5,6 @@ decode.py            the decode loop; decode_step.py one step of it, cached_step
 logits.py            guidance, filters, the draw
 image_prompt.py      which codes of a given image stay
 checks.py prompts.py what is refused before anything is generated; the captions of the generate stage
-to_directory.py      `smalti generate`: a folder or a sheet; grid.py, preview.py, png_metadata.py
+to_directory.py      `smalti generate`: a folder or a sheet; grid.py, preview.py, save.py
 model_source.py      finds the models of a run or an export; export.py, model_card.py write an export
 """

@@ -16,8 +16,8 @@ from pipeline.sampling.checks import check_prompts
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
-from pipeline.sampling.png_metadata import Metadata, open_image, read_metadata, save_image
 from pipeline.sampling.preview import Preview
+from pipeline.sampling.save import Metadata, open_image, read_metadata, save_image
 
 _SHEET_LIMIT = 1024  # images; more make a sheet that viewers refuse
 
@@ -54,7 +54,7 @@ class GenerateJob:
 
 
 def generate_sheet(pipeline: Pipeline, job: GenerateJob, path: Path) -> int:
-    """Generate all images onto one sheet, the PNG file `path`; returns how many there are.
+    """Generate all images onto one sheet, the image file `path`; returns how many there are.
 
     Raises:
         UserError: too many for a sheet.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from pipeline.core.image_io import from_png
 from pipeline.transformer.layout import Layout
 
 
@@ -25,4 +26,4 @@ def position_plot(losses: Sequence[float], layout: Layout) -> Image.Image:
     axes.set_ylim(bottom=0)
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return Image.open(file).convert("RGB")
+    return from_png(file.getvalue())
