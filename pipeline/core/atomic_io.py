@@ -28,6 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
+        set_mode_by_umask(temporary)
         fsync_file(temporary)
         temporary.replace(path)
         fsync_directory(path.parent)
@@ -37,6 +38,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if full:
             raise no_space(path) from error
         raise
+
+
+def set_mode_by_umask(path: Path) -> None:
+    """Let a file be read by whom the user's umask lets: safetensors, for one, writes for the user alone."""
+    if not path.is_symlink():
+        path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    except (OSError, StopIteration, ValueError):  # no Linux: it can only be read by setting it
+        found = os.umask(0o077)
+        os.umask(found)
+        return found
 
 
 def remove_leftovers(directory: Path) -> None:

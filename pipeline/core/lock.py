@@ -6,7 +6,8 @@
 A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine, else when its
 heartbeat is older than `STALE_AFTER_S`. When the owner is an earlier start of the same Slurm job, on another node,
 two missed beats are enough. A process that finds its lock taken over ends itself at once: it was asleep for that
-long, and another one writes now.
+long, and another one writes now. One that cannot beat for half of `STALE_AFTER_S`, whatever the file system answers,
+ends itself too, before another one may take over.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -41,6 +43,7 @@ class Owner(TypedDict):
     started: float  # seconds since the epoch; tells processes of the same id apart
     slurm_job: str | None
     token: str  # of the `Lock` object
+    processes: str  # which process ids it is among: start of the machine and pid namespace; "": not known
 
 
 class Lock:
@@ -58,6 +61,7 @@ class Lock:
         self.wait_s = wait_s
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
+        self._beating = threading.Lock()
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +83,10 @@ class Lock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._released.set()
-        owner = _read(self.path)
-        if owner and owner["token"] == self._token:
-            self.path.unlink(missing_ok=True)
+        with self._beating:
+            owner = _read(self.path)
+            if owner and owner["token"] == self._token:
+                self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Make the lock file whole in one step: a link to a finished file, which fails if the name is taken."""
@@ -90,7 +95,9 @@ class Lock:
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            return False
+            # A network file system may answer so to a link that it has made.
+            owner = _read(self.path)
+            return bool(owner and owner["token"] == self._token)
         finally:
             draft.unlink()
         return True
@@ -104,19 +111,45 @@ class Lock:
             return
         moved = _read(stale)
         if moved and moved["token"] != owner["token"]:  # another process was quicker and holds it now: give it back
-            os.link(stale, self.path)
+            with suppress(FileExistsError):  # it has made it again itself
+                os.link(stale, self.path)
         stale.unlink()
 
     def _keep_alive(self) -> None:
+        beaten, told = time.monotonic(), False
         while not self._released.wait(HEARTBEAT_S):
-            owner = _read(self.path)
-            if owner and owner["token"] != self._token and not self._released.is_set():
-                log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
-                os._exit(1)
             try:
-                os.utime(self.path)
-            except FileNotFoundError:  # another process is just moving it
+                with self._beating:
+                    self._beat()
+                beaten, told = time.monotonic(), False
                 continue
+            except (OSError, ValueError) as error:  # of a network file system, now and then
+                if not told:
+                    log.warning("%s: the heartbeat of its lock %s failed (%s): trying on", self.what, self.path, error)
+                told = True
+            if time.monotonic() - beaten > STALE_AFTER_S / 2:
+                log.critical(
+                    "%s: no heartbeat of %s for %.0f s: this process ends before another one takes over",
+                    self.what,
+                    self.path,
+                    time.monotonic() - beaten,
+                )
+                os._exit(1)
+
+    def _beat(self) -> None:
+        """Show that the owner lives. Raises OSError or ValueError when that cannot be shown."""
+        if self._released.is_set():
+            return
+        owner = _read(self.path)
+        if owner is None:  # removed by hand, or another process is just moving it
+            self._create()
+            return
+        if not owner["token"]:
+            raise ValueError("it is damaged")
+        if owner["token"] != self._token:
+            log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
+            os._exit(1)
+        os.utime(self.path)
 
 
 def owner_of(path: Path) -> Owner | None:
@@ -148,13 +181,14 @@ def _named(owner: Owner) -> str:
 def _read(path: Path) -> Owner | None:
     try:
         found = json.loads(path.read_text())
-        owner: Owner = {name: found[name] for name in Owner.__annotations__}  # type: ignore[assignment]
+        known = {"processes": ""} | found  # locks of versions before do not say it
+        owner: Owner = {name: known[name] for name in Owner.__annotations__}  # type: ignore[assignment]
         return owner
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         # Locks are made whole, so a machine went down while it was written, or somebody made it: the heartbeat decides.
-        return {"host": "", "pid": 0, "started": 0.0, "slurm_job": None, "token": ""}
+        return {"host": "", "pid": 0, "started": 0.0, "slurm_job": None, "token": "", "processes": ""}
 
 
 def _heartbeat_age_s(path: Path) -> float:
@@ -171,7 +205,17 @@ def _this_process(token: str) -> Owner:
         "started": psutil.Process().create_time(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "token": token,
+        "processes": _process_ids(),
     }
+
+
+def _process_ids() -> str:
+    """What the process ids of this machine, or of this container on it, are told apart by; "" where nothing tells."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _is_same_job(owner: Owner) -> bool:
@@ -180,7 +224,8 @@ def _is_same_job(owner: Owner) -> bool:
 
 
 def _is_gone(owner: Owner, path: Path) -> bool:
-    if owner["host"] == socket.gethostname():
+    # Two containers may have one host name, and each knows its own processes alone.
+    if owner["host"] == socket.gethostname() and owner["processes"] in ("", _process_ids()):
         try:
             process = psutil.Process(owner["pid"])
             # A process id may have been given to another process since; a zombie only waits to be reaped.

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.core import distributed
+from pipeline.core.atomic_io import set_mode_by_umask
 from pipeline.core.errors import UserError
 
 
@@ -35,7 +36,9 @@ class TensorShard:
 def write_shards(directory: Path, kind: str, shards: Iterable[TensorShard]) -> None:
     """Write this process's file of `kind`; without shards it is an empty one."""
     tensors = {f"{shard.name}@{shard.start}": shard.value.detach().flatten() for shard in shards}
-    save_file(tensors, directory / f"{kind}-{distributed.rank():05d}.safetensors")
+    path = directory / f"{kind}-{distributed.rank():05d}.safetensors"
+    save_file(tensors, path)
+    set_mode_by_umask(path)
 
 
 class ShardedState:

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,15 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
         leftover.write_text("of a killed process")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["file", "file.tmp"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_file_is_readable_by_whom_the_umask_lets(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors writes
+        write_atomic(tmp_path / "other", "content")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "other")} == {0o666 & ~umask}

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core import lock
 from pipeline.core.errors import UserError
-from pipeline.core.lock import STALE_AFTER_S, Lock, owner_of
+from pipeline.core.lock import Lock
 
 HOLDER = """
 import sys, time
@@ -114,8 +114,68 @@ def test_a_lock_file_that_is_empty_or_cut_holds_as_long_as_its_heartbeat(tmp_pat
         UserError, match=r"stage x is already being written by a process that the damaged lock file does not name"
     ):
         Lock(path, "stage x").__enter__()
-    long_ago = time.time() - STALE_AFTER_S - 1
+    long_ago = time.time() - lock.STALE_AFTER_S - 1
     os.utime(path, (long_ago, long_ago))
     with Lock(path, "stage x"):
-        assert owner_of(path) is not None
+        assert lock.owner_of(path) is not None
     assert not path.exists()
+
+
+FAILING = """
+import os, sys, time
+from pathlib import Path
+import pipeline.core.lock as lock
+lock.HEARTBEAT_S, lock.STALE_AFTER_S = 0.05, float(sys.argv[2])
+utime, failures = os.utime, int(sys.argv[3])
+def fail(path):
+    global failures
+    failures -= 1
+    if failures >= 0:
+        raise OSError(116, "Stale file handle")
+    utime(path)
+os.utime = fail
+with lock.Lock(Path(sys.argv[1]), "it"):
+    before = os.stat(sys.argv[1]).st_mtime
+    time.sleep(1.5)
+    print("beaten again" if os.stat(sys.argv[1]).st_mtime > before else "no beat")
+"""
+
+
+def _failing(path: Path, stale_after_s: float, failures: int) -> "subprocess.CompletedProcess[str]":
+    arguments = [sys.executable, "-c", FAILING, str(path), str(stale_after_s), str(failures)]
+    return subprocess.run(arguments, capture_output=True, text=True)
+
+
+def test_the_heart_beats_on_after_an_error_of_the_file_system(path: Path) -> None:
+    done = _failing(path, 90, 3)
+    assert (done.returncode, done.stdout) == (0, "beaten again\n")
+    assert done.stderr.count("Stale file handle") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_owner_that_cannot_show_that_it_lives_stops_writing_before_it_is_taken_over(path: Path) -> None:
+    done = _failing(path, 0.8, 1_000)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ends before another one takes over" in done.stderr
+
+
+def test_a_lock_that_was_removed_by_hand_is_made_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    with Lock(path, "it"):
+        path.unlink()
+        deadline = time.monotonic() + 5
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert not path.exists()
+
+
+def test_the_processes_of_another_container_are_not_taken_for_dead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as container:
+        container.setattr(lock, "_process_ids", lambda: "boot/1")
+        held = Lock(path, "it")
+        held.__enter__()
+    path.write_text(path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194304'))  # of nobody here
+    with pytest.raises(UserError, match="already being written by process 4194304"), Lock(path, "it"):
+        pass
+    held.__exit__(None, None, None)

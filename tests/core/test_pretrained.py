@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.pretrained import load_model, save_model
+from pipeline.training.sharded_state import TensorShard, write_shards
 
 
 def _network() -> nn.Module:
@@ -38,3 +40,16 @@ def test_another_config_is_a_one_line_error(written: str, found: str, tmp_path: 
     (tmp_path / "config.json").write_text(written)
     with pytest.raises(UserError, match=f"expected the keys size, {found}; run the stage some-stage again"):
         _load(tmp_path)
+
+
+def test_a_colleague_can_read_a_model_and_a_checkpoint_if_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_model(_network(), {"size": 1}, tmp_path / "model")
+        (tmp_path / "checkpoint").mkdir()
+        write_shards(tmp_path / "checkpoint", "training", [TensorShard("a", 0, torch.zeros(3))])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
