@@ -93,9 +93,20 @@ def _one_tar(forward: _Forward, largest: Callable[[str], int]) -> Iterator[Membe
         elif header.size > limit:
             yield Member(header.name, None, f"{header.size} bytes, at most {limit} are read")
         else:
-            content = tar.extractfile(header)
-            yield Member(header.name, content.read() if content else b"")
+            yield Member(header.name, _content(tar, header, forward))
     forward.seek(tar.offset)
+
+
+def _content(tar: tarfile.TarFile, header: tarfile.TarInfo, forward: _Forward) -> bytes:
+    """The bytes of a regular file."""
+    if header.sparse is not None:
+        file = tar.extractfile(header)
+        return file.read() if file is not None else b""
+    forward.seek(header.offset_data)
+    content = forward.read(header.size)
+    if len(content) < header.size:
+        raise DamagedTar(f"ends within {header.name}, at byte {forward.tell()}")
+    return content
 
 
 class _Header(tarfile.TarInfo):
@@ -175,15 +186,17 @@ class _Forward:
 
     def read(self, size: int) -> bytes:
         """So many bytes, or those that there are."""
-        pieces = [self._ahead[:size]]
-        self._ahead = self._ahead[size:]
-        missing = size - len(pieces[0])
+        if self._ahead:
+            pieces, self._ahead = [self._ahead[:size]], self._ahead[size:]
+        else:
+            pieces = [self._raw.read(min(size, _CHUNK))]
+        missing = size - len(pieces[0]) if pieces[0] else 0
         while missing > 0 and (piece := self._raw.read(min(missing, _CHUNK))):
             pieces.append(piece)
             missing -= len(piece)
-        content = b"".join(pieces)
+        content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._position += len(content)
-        self._behind = (self._behind + content[-_KEPT:])[-_KEPT:]
+        self._behind = content[-_KEPT:] if len(content) >= _KEPT else (self._behind + content)[-_KEPT:]
         return content
 
     def seek(self, position: int) -> int:
