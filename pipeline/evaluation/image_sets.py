@@ -24,6 +24,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.text import decode_text, visible
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
 from pipeline.evaluation.tar_members import tar_members
+from pipeline.sampling.save import SHEET, read_metadata
 
 _SIDECARS = (".txt", ".json")
 
@@ -173,7 +174,9 @@ def _add_folder(found: ImageSet, folder: Path) -> None:
     files: list[tuple[str, FileSlice]] = []
     tars: list[tuple[str, Path]] = []
     for name, path in sorted(_files_below(found, folder)):
-        if path.suffix.lower() == ".tar":
+        if path.name == SHEET and "prompts" in (read_metadata(path) or {}):
+            found.left_out.append((name, "the sheet of `smalti generate`"))
+        elif path.suffix.lower() == ".tar":
             tars.append((name, path))
         else:
             files.append((name, FileSlice(path, str(path))))

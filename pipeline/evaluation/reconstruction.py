@@ -44,7 +44,7 @@ def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size
 
 
 def tokenizer_at(path: Path) -> ImageTokenizer:
-    """The image tokenizer of a run, or in a folder. Raises UserError when there is none, or the run's is not finished."""
+    """The image tokenizer of a run, or in a folder. Raises UserError when there is none that is finished."""
     if is_run_config(path / "config.yaml"):
         RunDirectory(path).usable(load_pipeline(path), stage_named("image-tokenizer"))
     for folder in (path, path / "model", path / "image-tokenizer" / "model"):

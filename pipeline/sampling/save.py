@@ -15,6 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.images import BadSample, decode
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SHEET = "grid.png"  # in a folder of generated images
 _CHUNK = "smalti"  # of PNGs
 _DESCRIPTION = 0x010E  # EXIF's, of JPEGs and WebPs
 _LARGEST_EXIF = 60_000  # bytes of metadata that a JPEG holds

@@ -17,7 +17,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.save import Metadata, open_image, read_metadata, save_image
+from pipeline.sampling.save import SHEET, Metadata, open_image, read_metadata, save_image
 
 _SHEET_LIMIT = 1024  # images; more make a sheet that viewers refuse
 
@@ -87,7 +87,7 @@ def generate_folder(pipeline: Pipeline, job: GenerateJob, folder: Path) -> int:
             save_image(one.image, _path(folder, one.prompt, rank), metadata)
     files = [(prompt, rank) for prompt in range(len(job.prompts)) for rank in range(job.images_per_prompt)]
     shown = [(open_image(_path(folder, i, rank), "grid"), job.prompts[i]) for i, rank in files[:_SHEET_LIMIT]]
-    _save_sheet(shown, folder / "grid.png", {"prompts": job.prompts[:_SHEET_LIMIT], "seed": job.seed})
+    _save_sheet(shown, folder / SHEET, {"prompts": job.prompts[:_SHEET_LIMIT], "seed": job.seed})
     return len(files)
 
 
