@@ -14,6 +14,7 @@ from pipeline.core.distributed import is_main
 from pipeline.core.progress import progress
 from pipeline.data.shards import read_samples
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.text_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ def main(run: StageRun) -> None:
         return
     samples = read_samples(run.input("prepare"), "train")
     captions = [sample.caption for sample in progress(samples, description="captions", unit="caption")]
+    # Nothing but captions decides this, and generate, which needs it, comes hours later.
+    check_against_training(run.config.generate, captions)
+    sampled_rows(len(captions), run.config.generate.samples, run.seed)
     tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
     stats = _statistics(tokenizer, captions)
     log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))

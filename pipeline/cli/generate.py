@@ -131,8 +131,10 @@ def _best(run_directory: Path) -> Options:
     from pipeline.orchestration.run_directory import RunDirectory
 
     path = run_directory / "evaluate" / "best.yaml"
-    if not path.is_file() or not RunDirectory(run_directory).is_of_these_inputs("evaluate"):
-        found_there = "that of other models" if path.is_file() else "none"
+    runs = RunDirectory(run_directory)
+    stale = runs.manifest("evaluate") is not None and not runs.is_of_these_inputs("evaluate")
+    if stale or not path.is_file():
+        found_there = "that of other models" if stale else "none"
         raise UserError(
             f"--best: expected the result of a sweep at {path}, found {found_there}; "
             "run `smalti evaluate --config` with evaluate.sweep first"

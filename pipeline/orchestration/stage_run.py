@@ -159,6 +159,7 @@ def _begin(
     for other in others:
         refuse_if_held(other, f"stage {other.stem}")
     _refuse_stale_inputs(stage, config, runs)
+    _refuse_empty_splits(stage, runs)
     if array_task is None:
         return runs.begin(config, stage)
     with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=120):
@@ -170,6 +171,19 @@ def _refuse_stale_inputs(stage: Stage, config: PipelineConfig, runs: RunDirector
         raise UserError(
             f"{stage.name}: its inputs are out of date ({'; '.join(stale)}):"
             f" run those stages first, or everything with `smalti run`"
+        )
+
+
+def _refuse_empty_splits(stage: Stage, runs: RunDirectory) -> None:
+    """Told before the first training: the last one would stop at it, hours later."""
+    index = runs.stage("prepare") / "index.json"
+    if "prepare" not in stage.inputs or not index.is_file():
+        return
+    counts = {name: split["samples"] for name, split in read_json(index)["splits"].items()}
+    if empty := [name for name, samples in counts.items() if not samples]:
+        raise UserError(
+            f"{stage.name}: expected samples in both splits of {index.parent}, found none in '{empty[0]}'"
+            f" of {sum(counts.values())}: change prepare.validation_fraction, or add samples"
         )
 
 

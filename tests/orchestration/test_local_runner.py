@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.orchestration.graph import stage_named
@@ -167,3 +168,30 @@ def test_what_config_alone_decides_is_told_before_the_first_stage(
         assert len(output.splitlines()) == 1
         assert complaint in output
         assert not (tmp_path / "tiny").exists()
+
+
+def _captioned(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (16, 16), (number * 9 % 256, 40, 90)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["generate.training_prompts=[a heart]"], "generate.training_prompts: expected captions of the train split"),
+        (["generate.new_prompts=[picture 3]"], "generate.new_prompts: expected prompts that training never saw"),
+        (["generate.samples=50"], "captions of the train split, found 50; lower it"),
+        (["prepare.validation_fraction=0.000001"], "text-tokenizer: expected samples in both splits of"),
+    ],
+)
+def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], complaint: str, tmp_path: Path) -> None:
+    source = f"prepare.source={{kind: folder, path: {_captioned(tmp_path / 'in', 44)}}}"
+    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8"]
+    output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", source, *fitting, *overrides, check=False)
+    assert complaint in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "tiny" / "image-tokenizer").exists()
