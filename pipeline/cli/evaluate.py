@@ -71,10 +71,17 @@ def evaluate(
     from pipeline.config.evaluate import EvaluateConfig
     from pipeline.core.atomic_io import write_json
     from pipeline.core.distributed import init, is_main
+    from pipeline.core.writable import check_writable
     from pipeline.evaluation.compare_paths import captioned_rows, read_sets
     from pipeline.evaluation.comparison import compare_features
     from pipeline.evaluation.feature_store import save_features, trim
 
+    for path in (save_real, save_fake):
+        if path and path.suffix != ".npz":
+            raise UserError(f"{path}: expected a name that ends in .npz for a feature file, found '{path.suffix}'")
+    for path in (output, save_real, save_fake, cache / "features"):
+        if path:
+            check_writable(path)
     init()
     given = {name: value for name, value in options.items() if value is not None}
     config = parse_config(EvaluateConfig, given, where="smalti evaluate")

@@ -25,8 +25,10 @@ def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) 
     tar, or a folder of tars; they are cropped and resized as `prepare` does it. Prints the mean PSNR and SSIM.
     """
     from pipeline.core.distributed import device
+    from pipeline.core.writable import check_writable
     from pipeline.evaluation.reconstruction import filters_of, reconstruct_folder, tokenizer_at
 
+    check_writable(output / "metrics.json")
     model = tokenizer_at(tokenizer).to(device())
     found = reconstruct_folder(model, images, filters_of(tokenizer), output, limit)
     for name, why in found.refused.items():

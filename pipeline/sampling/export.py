@@ -8,11 +8,13 @@ Weights are safetensors, everything else is JSON or text: loading it runs no cod
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from pipeline.core.atomic_io import atomic_path, fsync_directory, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.writable import check_writable
 
 
 def export_run(run_directory: Path, target: Path) -> None:
@@ -26,9 +28,11 @@ def export_run(run_directory: Path, target: Path) -> None:
     from pipeline.sampling.model_card import model_card
     from pipeline.sampling.model_source import EXPORT_RECORD, find_models
 
+    source = find_models(run_directory)
+    target = Path(os.path.abspath(target))  # "." has no name to put a draft beside
+    check_writable(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"expected a new or empty folder at {target}, found something there: choose another")
-    source = find_models(run_directory)
     draft = target.with_name(f".{target.name}.exporting")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

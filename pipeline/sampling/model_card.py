@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
 from safetensors import safe_open
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
@@ -31,6 +32,7 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
     layout = read_json(source.transformer / "config.json")["layout"]
     levels = " + ".join(f"{v['height']}×{v['width']} codes of {v['codebook_size']}" for v in layout["levels"])
     parts = [
+        _front_matter(kind, index, source),
         f"# {config.name}",
         f"Generates images of {index['image_size']}×{index['image_size']} pixels from a caption, token by token:"
         f" a Smalti run, exported. Model hash `{source.model_hash}`.",
@@ -53,6 +55,22 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
         " raster order: a filled region does not know what stays below it and right of it.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(kind: str, index: dict[str, object], source: ModelSource) -> str:
+    """What hubs of models read: YAML between lines of dashes, in the words of Hugging Face's model cards."""
+    known = kind == "openmoji"
+    about: dict[str, object] = {
+        "license": OPENMOJI["license"].lower().replace(" ", "-") if known else "unknown",
+        "library_name": "smalti",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "smalti", *(["reranker"] if source.reranker else [])],
+    }
+    if known:
+        about["datasets"] = ["openmoji"]
+    if index.get("credit"):
+        about["dataset_credit"] = str(index["credit"])
+    return f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=1_000)}---"
 
 
 def _use() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
+from pipeline.core.writable import check_writable
 from pipeline.data.images import BadSample, decode
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -31,18 +31,14 @@ def check_output(path: Path) -> bool:
     """
     try:
         is_file = not path.is_dir() and (path.suffix != "" or path.exists())
-        if is_file and path.suffix.lower() not in FORMATS:
-            raise UserError(
-                f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder, found"
-                f" '{path.suffix}'; to have a folder of this name, make it first"
-            )
-        folder = path.parent if is_file else path
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{path.name if is_file else ''}.{uuid.uuid4().hex}.tmp"  # as long as that of `atomic_path`
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
         raise UserError(f"{path}: expected a place to write to, found: {error}; choose another") from error
+    if is_file and path.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder, found"
+            f" '{path.suffix}'; to have a folder of this name, make it first"
+        )
+    check_writable(path if is_file else path / SHEET)
     return is_file
 
 

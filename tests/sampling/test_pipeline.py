@@ -20,8 +20,8 @@ from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, keep_best
-from pipeline.sampling.save import read_metadata
 from pipeline.sampling.preview import Preview
+from pipeline.sampling.save import read_metadata
 from pipeline.sampling.to_directory import GenerateJob, generate_folder, generate_sheet
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
