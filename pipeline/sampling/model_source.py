@@ -72,12 +72,14 @@ def _in_run(directory: Path) -> ModelSource:
     for stage, files in _WEIGHTS.items():
         outputs = runs.usable(config, stage_named(stage))["outputs"]
         hashes[stage] = {file: outputs[file]["sha256"] if file in outputs else None for file in files}
-    ranker = directory / "reranker" / "model"
+    ranked = config.reranker.enabled and runs.manifest("reranker") is not None
+    if ranked:
+        runs.usable(config, stage_named("reranker"))
     return ModelSource(
         text_tokenizer=directory / "text-tokenizer",
         image_tokenizer=directory / "image-tokenizer" / "model",
         transformer=directory / "transformer" / "model",
-        reranker=ranker if config.reranker.enabled and runs.manifest("reranker") is not None else None,
+        reranker=directory / "reranker" / "model" if ranked else None,
         model_hash=digest(hashes)[:16],
         guidance_trained=config.transformer.caption_dropout > 0,
         sampling=config.generate.sampling,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,17 @@ def test_guidance_without_caption_dropout_and_unfinished_runs_are_refused(tiny_r
         (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
     for stage in ("text-tokenizer", "image-tokenizer", "transformer"):
         (tmp_path / stage).symlink_to(tiny_run / stage)
+    pipeline = Pipeline.from_pretrained(tmp_path)
+    pipeline.source = replace(pipeline.source, guidance_trained=False)
+    with pytest.raises(UserError, match="guidance 2 needs a transformer trained with transformer.caption_dropout"):
+        pipeline.generate(["joker"], sampling=SamplingConfig(guidance=2))
     config = (tmp_path / "config.yaml").read_text()
     assert "caption_dropout: 0.1" in config
     (tmp_path / "config.yaml").write_text(config.replace("caption_dropout: 0.1", "caption_dropout: 0.0"))
-    with pytest.raises(UserError, match="guidance 2 needs a transformer trained with transformer.caption_dropout"):
-        Pipeline.from_pretrained(tmp_path).generate(["joker"], sampling=SamplingConfig(guidance=2))
+    with pytest.raises(
+        UserError, match=r"not finished for the run's config \(transformer.caption_dropout: 0.1 -> 0.0\)"
+    ):
+        Pipeline.from_pretrained(tmp_path)
     (tmp_path / "transformer").unlink()
     with pytest.raises(UserError, match="the stage transformer has not finished training: run `smalti run`"):
         Pipeline.from_pretrained(tmp_path)
