@@ -29,6 +29,7 @@ from pipeline.core import signals
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import ON_SCREEN
+from pipeline.core.urls import MaskingFormatter
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
 from pipeline.orchestration.run_directory import source_name
@@ -126,8 +127,8 @@ def _configure_logging(path: Path) -> None:
     if is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
         path.parent.mkdir(exist_ok=True)
         handlers.append(logging.FileHandler(path))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[-1].setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers[0].setFormatter(MaskingFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if main else logging.ERROR, handlers=handlers)
     logging.captureWarnings(True)
     for noisy in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed", "compilers"):

@@ -25,6 +25,7 @@ from pipeline.config.renamed import with_current_names
 from pipeline.config.yaml_text import read_value, read_yaml
 from pipeline.core.errors import UserError
 from pipeline.core.text import decode_text
+from pipeline.core.urls import mask
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def differences(old: object, new: object) -> list[str]:
     """What changed between two nested configs, a line per key: `layers: 4 -> 8`."""
     before, after = flatten(old), flatten(new)
     return [
-        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        mask(f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}")
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "(absent)") != after.get(key, "(absent)")
     ]

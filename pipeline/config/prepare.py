@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.base import Config, added, operational
+from pipeline.core.urls import take_password_out
+
+# What is written down of it has no name and password; this process and its children remember them.
+Url = Annotated[str, AfterValidator(take_password_out)]
 
 
 class _Source(Config):
@@ -27,7 +31,7 @@ class FolderSource(_Source):
     """Images in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
 
     kind: Literal["folder"]
-    path: str = Field(min_length=1, description="local path or fsspec URL")
+    path: Url = Field(min_length=1, description="local path or fsspec URL")
     extensions: tuple[str, ...] = Field(
         (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
         description="files that are images, in lower case",
@@ -48,7 +52,7 @@ class TableSource(_Source):
     """
 
     kind: Literal["table"]
-    path: str = Field(min_length=1, description="local path or fsspec URL; the extension says the format")
+    path: Url = Field(min_length=1, description="local path or fsspec URL; the extension says the format")
     caption_column: str = Field("caption", description="column with the caption")
     path_column: str | None = Field(None, description="column with the path of the image")
     bytes_column: str | None = Field(None, description="column with the encoded image itself (Parquet only)")
@@ -82,7 +86,7 @@ class WebDatasetSource(_Source):
     """Tars as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json, beside each other."""
 
     kind: Literal["webdataset"]
-    urls: tuple[str, ...] | str = Field(
+    urls: tuple[Url, ...] | Url = Field(
         description="paths or fsspec URLs; globs and braces, e.g. data/{00000..00099}.tar"
     )
     group_field: str | None = Field(None, description="samples with the same value of it in KEY.json are never split")
@@ -114,7 +118,7 @@ class HuggingFaceSource(_Source):
     """A data set that the `datasets` library saved to disk (`save_to_disk`)."""
 
     kind: Literal["huggingface"]
-    path: str = Field(min_length=1, description="local path or fsspec URL")
+    path: Url = Field(min_length=1, description="local path or fsspec URL")
     split: str | None = Field(None, description="needed when the folder holds several splits")
     image_column: str = Field("image", description="column with the image")
     caption_column: str = Field("caption", description="column with the caption")

@@ -1,11 +1,16 @@
 """Errors that are the user's to fix, told in one line; and the signal that a stage was asked to stop."""
 
+from pipeline.core.urls import mask
+
 
 class UserError(Exception):
     """A mistake that the user can fix. The command line prints it as one line, without a traceback.
 
-    The message says what was expected, what was found, where, and what to do.
+    The message says what was expected, what was found, where, and what to do. Passwords in URLs are masked in it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(mask(message))
 
 
 class StoppedOnRequest(Exception):

@@ -10,8 +10,13 @@ apart by spaces. Set it yourself for a command that starts from a run's config.y
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 CREDENTIALS_VARIABLE = "SMALTI_CREDENTIALS"
 
@@ -43,7 +48,7 @@ def take_password_out(text: str) -> str:
         if ":" in found["login"] and found.group() not in known:
             known.insert(0, found.group())
             os.environ[CREDENTIALS_VARIABLE] = " ".join(known)
-    return _LOGIN.sub(lambda m: m["scheme"] + m["host"] if ":" in m["login"] else m.group(), text)
+    return without_password(text)
 
 
 def put_password_back(url: str) -> str:
@@ -54,3 +59,24 @@ def put_password_back(url: str) -> str:
             if url == bare or (url.startswith(bare) and url[len(bare)] in "/?#"):
                 return found.group() + url[len(bare) :]
     return url
+
+
+def without_password(url: str) -> str:
+    """The URL without a name and password."""
+    return _LOGIN.sub(lambda m: m["scheme"] + m["host"] if ":" in m["login"] else m.group(), url)
+
+
+def url_to_fs(url: str) -> tuple[AbstractFileSystem, str]:
+    """fsspec's file system of a URL and the path in it, with the password that is remembered."""
+    from fsspec.core import url_to_fs as of_fsspec
+
+    files, path = of_fsspec(put_password_back(url))
+    return files, str(path)
+
+
+class MaskingFormatter(logging.Formatter):
+    """Log lines, tracebacks included, without what is secret in URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return mask(super().format(record))

@@ -16,6 +16,7 @@ from pipeline.core.atomic_io import atomic_path, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
+from pipeline.core.urls import mask
 from pipeline.data import png
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
@@ -61,7 +62,7 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
                     found += lost
                     entry["samples"] = samples
                 reasons[entry["reason"]] += samples
-                file.write(json.dumps(entry) + "\n")
+                file.write(mask(json.dumps(entry)) + "\n")
     rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
     kept = splits["train"]["samples"] + splits["val"]["samples"]
     _check_complete(found, kept, rejected["samples"], passed_over.total())
