@@ -1,10 +1,11 @@
 """Checkpoints: atomic; incomplete ones are ignored.
 
-    checkpoints/step-00001000.tmp/   every rank writes its files -> barrier -> each rank fsyncs and hashes its share of
-                                     all files, whoever wrote them -> rank 0 writes manifest.json and fsyncs
+    checkpoints/step-00001000.tmp/   each rank writes its files into a folder of its own there, hashes and fsyncs them,
+                                     moves them up and sends (name, size, SHA-256) to rank 0, which compares
+                                     that with the files on disk, and writes and fsyncs manifest.json
       -> rename to step-00001000 -> fsync of the folder
 
-| file                          | written by                        | holds                                     |
+| file                          | written, hashed and fsynced by    | holds                                     |
 |-------------------------------|-----------------------------------|-------------------------------------------|
 | `trainer.json`                | rank 0, `trainer.py`              | step, non-finite steps, running means     |
 | `ema-<rank>.safetensors`      | each rank, `trainer.py`           | with `ema_decay`: shards of the average   |
@@ -17,23 +18,33 @@
 Shards: `sharded_state.py`. Random numbers and the order of samples need no file: both are functions of the step.
 
 A process killed anywhere in a save leaves either the old checkpoints or the old ones and the new one. On restore rank 0
-picks the newest complete checkpoint for all ranks; a damaged one is skipped with a warning, and if there are
-checkpoints but none is usable, that is an error, never a silent restart.
+picks the newest complete checkpoint for all ranks, who share the work of hashing it. A damaged one is skipped with a
+warning, and moved aside to `step-00001000.damaged` once an older one is loaded; if there are checkpoints but none is
+usable, that is an error, never a silent restart. What is to be deleted is renamed to `….trash` first; what a process
+left of that, or of a save, is deleted at the next start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.core import distributed
-from pipeline.core.atomic_io import fsync_directory, fsync_file, is_full, no_space, read_json, write_json
+from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
 from pipeline.core.errors import UserError
-from pipeline.core.manifest import first_fault, record
+from pipeline.core.manifest import FileRecord, first_fault
 
 log = logging.getLogger(__name__)
+
+_COMPLETE = re.compile(r"step-(\d+)")
+_LISTING_TIMEOUT_S = 90.0  # a client of a network file system may show a listing of up to a minute ago
 
 
 class Checkpoints:
@@ -42,51 +53,55 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
+        self._damaged: set[Path] = set()  # those that could not be moved aside
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Save the training after `step` steps; returns the checkpoint's folder.
 
         Args:
-            write: `write(directory)` is called on every rank, and writes this rank's files there.
+            write: `write(directory)` is called on every rank, and writes this rank's files there, without folders. No
+                two ranks write files of the same name.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk of a rank is full, or rank 0 does not see the files of all ranks; on every rank.
         """
         final = self.directory / f"step-{step:08d}"
         temporary = final.with_suffix(".tmp")
         if distributed.is_main():
-            for old in (temporary, final):
-                shutil.rmtree(old, ignore_errors=True)
+            if temporary.exists():
+                _delete(temporary)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        try:
-            write(temporary)
-        except Exception as error:
-            if is_full(temporary, error):
-                raise no_space(final) from error
-            raise
-        distributed.barrier()
-        self._commit(step, temporary, final)
-        distributed.barrier()
+        outcomes = distributed.all_gather_objects(_write_own(temporary, write, final))
+        written: list[dict[str, FileRecord]] = []
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+            written.append(outcome)
+        mistake = self._commit(step, temporary, final, written) if distributed.is_main() else None
+        if mistake := distributed.broadcast_object(mistake):
+            raise mistake
         return final
 
-    def _commit(self, step: int, temporary: Path, final: Path) -> None:
-        """Make what all ranks wrote durable, record it, and give it its name."""
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        recorded = {}
-        for path in files[distributed.rank() :: distributed.world_size()]:
-            fsync_file(path)
-            recorded[str(path.relative_to(temporary))] = record(path)
-        gathered = distributed.all_gather_objects(recorded)
-        if distributed.is_main():
-            for folder in {path.parent for path in files} | {temporary}:
-                fsync_directory(folder)
-            listed = {name: entry for of_rank in gathered for name, entry in of_rank.items()}
-            write_json(temporary / "manifest.json", {"step": step, "files": listed})
-            temporary.rename(final)
-            fsync_directory(self.directory)
-            for old in self._complete()[self.keep :]:
-                shutil.rmtree(old)
+    def _commit(
+        self, step: int, temporary: Path, final: Path, written: Sequence[dict[str, FileRecord]]
+    ) -> UserError | None:
+        """On rank 0: record what all ranks wrote, give it its name, and forget the oldest ones; or what is wrong."""
+        try:
+            _expect_on_disk(temporary, sorted(name for of_rank in written for name in of_rank))
+            files = {name: of_rank[name] for of_rank in written for name in sorted(of_rank)}
+            write_json(temporary / "manifest.json", {"step": step, "files": files})
+        except UserError as error:
+            return error
+        if final.exists():
+            _delete(final)
+        temporary.rename(final)
+        fsync_directory(self.directory)
+        # What is of a later step, or damaged, is nothing to resume from: it neither counts nor goes.
+        usable = [path for path in self._complete() if step_of(path) <= step and path not in self._damaged]
+        for old in usable[self.keep :]:
+            _delete(old)
+        return None
 
     def restore(self, read: Callable[[Path], None]) -> int | None:
         """Load the newest usable checkpoint with `read(directory)` on every rank; its step, or None if there is none.
@@ -94,26 +109,77 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none is usable.
         """
+        if distributed.is_main():
+            for leftover in sorted([*self.directory.glob("step-*.trash"), *self.directory.glob("step-*.tmp")]):
+                _delete(leftover)
         found = distributed.broadcast_object(self._complete() if distributed.is_main() else [])
-        problems: list[str] = []
+        problems: dict[Path, str] = {}
         for path in found:
             everywhere = [damage for damage in distributed.all_gather_objects(_damage(path)) if damage]
             if not everywhere:
                 read(path)
-                return int(path.name.removeprefix("step-"))
-            problems.append(f"{path.name}: {everywhere[0]}")
+                if distributed.is_main() and problems:
+                    self._damaged = _move_aside(list(problems))
+                return step_of(path)
+            problems[path] = everywhere[0]
             if distributed.is_main():
                 log.warning("checkpoint %s is not usable (%s): trying the one before", path, everywhere[0])
         if problems:
+            listed = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
             raise UserError(
                 f"expected a usable checkpoint in {self.directory}, found {len(problems)} damaged ones"
-                f" ({'; '.join(problems)}): restore one from a backup, or remove the folder to start over"
+                f" ({listed}): restore one from a backup, or remove the folder to start over"
             )
         return None
 
     def _complete(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
-        return sorted((p for p in self.directory.glob("step-*") if p.suffix != ".tmp"), reverse=True)
+        return sorted((p for p in self.directory.glob("step-*") if _COMPLETE.fullmatch(p.name)), key=step_of)[::-1]
+
+
+def step_of(path: Path) -> int:
+    """The step of a complete checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _write_own(temporary: Path, write: Callable[[Path], None], final: Path) -> dict[str, FileRecord] | UserError:
+    """Write this rank's files and make them durable; their records, or the error of a full disk."""
+    # A folder of its own: the listing of one that other machines write to may be old on a network file system.
+    own = temporary / f"rank-{distributed.rank():05d}"
+    try:
+        own.mkdir()
+        write(own)
+        records = {path.name: _durable_record(path) for path in sorted(own.iterdir())}
+        for name in records:
+            (own / name).rename(temporary / name)
+        own.rmdir()
+        fsync_directory(temporary)
+    except Exception as error:
+        if is_full(temporary, error):
+            return no_space(final)
+        raise
+    return records
+
+
+def _durable_record(path: Path) -> FileRecord:
+    """Hash a file that this process has just written, from the page cache, and wait until it is on the disk."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def _expect_on_disk(temporary: Path, written: list[str]) -> None:
+    """Raises UserError when the folder does not have the files that all ranks wrote, and no others."""
+    deadline = time.monotonic() + _LISTING_TIMEOUT_S
+    while (found := sorted(path.name for path in temporary.iterdir())) != written:
+        if time.monotonic() > deadline:
+            different = sorted({*found} ^ {*written}) or ["two of the same name"]
+            raise UserError(
+                f"{temporary}: expected the {len(written)} files that {distributed.world_size()} processes wrote, found"
+                f" {len(found)} (first difference: {different[0]}): see that all nodes mount the same file system there"
+            )
+        time.sleep(0.5)
 
 
 def _damage(directory: Path) -> str | None:
@@ -127,3 +193,35 @@ def _damage(directory: Path) -> str | None:
         return "manifest.json is damaged"
     fault = first_fault(directory, files, rank=distributed.rank(), ranks=distributed.world_size())
     return f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
+
+
+def _move_aside(damaged: Sequence[Path]) -> set[Path]:
+    """Rename checkpoints that are not usable, to be looked at; those that could not be renamed."""
+    left = set()
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            if aside.exists():
+                _delete(aside)
+            path.rename(aside)
+        except OSError as error:
+            left.add(path)
+            log.warning("checkpoint %s could not be moved aside (%s): remove it", path, error)
+    names = ", ".join(f"{path.name}.damaged" for path in damaged if path not in left)
+    if names:
+        log.warning("%s: moved aside %s; remove what nobody wants to look at", damaged[0].parent, names)
+    return left
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder. What cannot be deleted costs a warning, not the training: somebody may be reading it."""
+    trash = path
+    try:
+        if path.suffix != ".trash":
+            trash = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.trash")
+            path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)  # as much as can be
+        if trash.exists():
+            shutil.rmtree(trash)  # says what is in the way
+    except OSError as error:
+        log.warning("%s could not be deleted (%s): the next start of the stage tries again", trash, error)
