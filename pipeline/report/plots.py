@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib as mpl
@@ -60,7 +61,7 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
 
 
 def line_plot(series: Sequence[Series], salt: str) -> str:
-    """Lines over steps as an `<svg>` element. `salt` keeps the ids of different plots on one page apart."""
+    """Lines over steps as an `<svg>` element. `salt` names it, and keeps its ids apart from other plots'."""
     with _drawn(salt) as (figure, buffer):
         axes = figure.add_subplot()
         for (label, steps, values), colour in zip(series, _LINES, strict=False):
@@ -77,7 +78,7 @@ def line_plot(series: Sequence[Series], salt: str) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.set_xlabel("step")
         _bare(axes, legend=len(series) > 1)
-    return _inline(buffer.getvalue())
+    return _inline(buffer.getvalue(), salt)
 
 
 def curve_plot(
@@ -105,7 +106,7 @@ def curve_plot(
         _bare(axes, legend=False)
         if len(series) > 1:  # below the plot, where it covers no line
             figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=1.6, fontsize=8)
-    return _inline(buffer.getvalue())
+    return _inline(buffer.getvalue(), salt)
 
 
 def standalone(svg: str) -> str:
@@ -156,11 +157,12 @@ def _smoothed(values: list[float], memory: float = 0.85) -> list[float]:
     return result
 
 
-def _inline(svg: str) -> str:
-    """The SVG without prologue, metadata and fixed size, in the colours and fonts of the page."""
+def _inline(svg: str, name: str) -> str:
+    """The SVG without prologue, metadata and fixed size, in the colours and fonts of the page; `name` is read aloud."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    label = f'role="img" aria-label="plot: {escape(name)}"'
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda head: f'<svg viewBox="{head[1]}" {label}>', svg, count=1)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     for stand_in, variable in _CSS.items():

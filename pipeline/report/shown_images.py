@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.core.image_io import from_png, png_bytes
+from pipeline.core.text import visible
 from pipeline.data.shards import read_samples
 from pipeline.evaluation.results import PromptEntry, ReconstructionEntry, Results, SampleEntry
 from pipeline.sampling.grid import Group, Tile, grid
@@ -17,7 +18,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A generated image, with the training image that it comes closest to; images are PNGs."""
+    """A generated image, with the training image that it comes closest to; images are PNGs, text shows its controls."""
 
     prompt: str
     png: bytes
@@ -81,10 +82,10 @@ def data_uri(png: bytes) -> str:
 
 def _generated(entry: PromptEntry | SampleEntry, directory: Path, originals: dict[str, bytes]) -> GeneratedImage:
     return GeneratedImage(
-        prompt=entry["prompt"],
+        prompt=visible(entry["prompt"]),
         png=(directory / entry["file"]).read_bytes(),
         nearest_png=originals[entry["key"]],
-        nearest_caption=entry["caption"],
+        nearest_caption=visible(entry["caption"]),
         distance=entry["distance"],
         score=entry.get("score"),
     )
@@ -92,7 +93,7 @@ def _generated(entry: PromptEntry | SampleEntry, directory: Path, originals: dic
 
 def _reconstruction(entry: ReconstructionEntry, directory: Path, originals: dict[str, bytes]) -> Reconstruction:
     return Reconstruction(
-        caption=entry["caption"] or entry["key"],
+        caption=visible(entry["caption"] or entry["key"]),
         unseen=entry["split"] == "val",
         psnr=entry["psnr"],
         original_png=originals[entry["key"]],
