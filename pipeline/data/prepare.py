@@ -11,6 +11,7 @@ Whether an earlier part has the same key or image is known when all parts are ma
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -23,13 +24,17 @@ import numpy as np
 from pipeline.config.prepare import PrepareConfig
 from pipeline.core import signals
 from pipeline.core.atomic_io import remove_leftovers
-from pipeline.core.errors import UserError
+from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import progress
+from pipeline.core.urls import mask
 from pipeline.data.duplicates import KEY, same_image, same_key
 from pipeline.data.prepare_index import write_index
 from pipeline.data.prepare_part import PartTask, make_part, opened_source
 from pipeline.data.shards import PrepareIndex
+from pipeline.data.sources.base import Part, fault
 from pipeline.data.worker_pool import in_processes
+
+log = logging.getLogger(__name__)
 
 
 def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
@@ -42,13 +47,26 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     opened_source.cache_clear()  # it may have changed since an earlier call in this process
-    source = opened_source(config.source, config.image_size)
-    tasks = [PartTask(directory, config, seed, part) for part in source.parts(config.shard_size)]
+    tasks = [PartTask(directory, config, seed, part) for part in _parts(config)]
     _make_parts(tasks, config.workers, "prepare")
     again = _tasks_with_duplicates(tasks, config.filters.near_duplicate_bits)
     if again:
         _make_parts(again, config.workers, "prepare: without duplicates")
     return write_index(directory, config, tasks)
+
+
+def _parts(config: PrepareConfig) -> list[Part]:
+    """The parts of the source. Whatever its storage raises when it is listed is told in one line."""
+    try:
+        return list(opened_source(config.source, config.image_size).parts(config.shard_size))
+    except (UserError, StoppedOnRequest):
+        raise
+    except Exception as error:  # each kind of storage has its own
+        log.debug("the source cannot be listed", exc_info=True)
+        raise UserError(
+            f"prepare.source ({config.source.kind}) cannot be listed: {mask(fault(error))}: see that it is there, and "
+            "that it may be read"
+        ) from error
 
 
 def _make_parts(tasks: Sequence[PartTask], workers: int | None, description: str) -> None:

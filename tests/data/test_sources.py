@@ -380,3 +380,50 @@ def test_a_bucket_that_is_not_there_is_an_error(bucket: Any, tmp_path: Path) -> 
     config = prepare_config({"kind": "webdataset", "urls": "s3://nowhere/{00000..00003}.tar"})
     with pytest.raises(UserError, match=r"expected tars at s3://nowhere/00000\.tar, found none"):
         prepare(tmp_path / "out", config, seed=0)
+
+
+# --- paths and URLs that nothing opens -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "webdataset", "huggingface"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nothing://x",
+        "gs://b/c",
+        "{a",
+        "{1..3",
+        "\0",
+        "a" * 5_000,
+        "/dev/null",
+        "~",
+        "http://127.0.0.1:9/x",
+        "zip://a::/b",
+    ],
+)
+def test_a_place_that_is_no_source_is_told_in_one_line(tmp_path: Path, kind: str, url: str) -> None:
+    source = {"kind": kind, "urls" if kind == "webdataset" else "path": url}
+    source |= {"path": url + ".csv", "path_column": "x"} if kind == "table" else {}
+    with pytest.raises(UserError) as told:
+        prepare(tmp_path / "out", prepare_config(source), seed=0)
+    assert "\n" not in str(told.value)
+
+
+def test_passwords_of_a_source_are_in_no_config_message_key_or_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALTI_CREDENTIALS", "")
+    config = prepare_config({"kind": "folder", "path": "nothing://me:hunter2@host/x"})
+    assert "hunter2" not in config.model_dump_json()
+    with pytest.raises(UserError) as told:
+        prepare(tmp_path / "out", config, seed=0)
+    assert "hunter2" not in str(told.value)
+    urls = [f"nothing://me:hunter2@host/{n}.png?sig=hunter3" for n in range(3)]
+    write_folder(tmp_path / "images", 2)
+    lines = [f"{url},number {n}" for n, url in enumerate([*urls, "images/00000.png"])]
+    (tmp_path / "t.csv").write_text("\n".join(["file,caption", *lines]))
+    source = {"kind": "table", "path": str(tmp_path / "t.csv"), "path_column": "file"}
+    values = {"max_rejected_fraction": 1, "validation_fraction": 0}
+    prepare(tmp_path / "out", prepare_config(source, **values), seed=0)
+    for name, content in tree_bytes(tmp_path / "out").items():
+        assert b"hunter" not in content, name

@@ -27,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.text import visible
+from pipeline.core.urls import mask, url_to_fs
 
 Stamp = list[object]  # size and version of a file: changes when the file is replaced
 
@@ -108,6 +109,19 @@ class Source(Protocol):
 
     def left_out(self) -> Mapping[str, int]:
         """What belongs to no part, by reason: files that the source's rules leave out. Call `parts` first."""
+
+
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL of the config, with the password that was taken out of it; and the path there.
+
+    Raises:
+        UserError: nothing opens such a URL, or its package is not installed.
+    """
+    try:
+        files, path = url_to_fs(url)
+    except Exception as error:  # each kind of storage has its own
+        raise UserError(f"prepare.source: {visible(mask(url))} cannot be opened: {mask(fault(error))}") from error
+    return files, path
 
 
 def missing_package(package: str, extra: str, purpose: str) -> UserError:
@@ -203,15 +217,16 @@ def stamp(info: Mapping[str, object]) -> Stamp:
 def interrupted(path: str, error: object) -> UserError:
     """The error of a source that failed at `path`: the stage stops, and a restart reads the part again."""
     return UserError(
-        f"prepare: the source failed at {path}: {error}; finished shards are kept: see that it is there, and run the "
-        "same command again"
+        f"prepare: the source failed at {visible(mask(path))}: {visible(mask(str(error)))}; finished shards are kept: "
+        "see that it is there, and run the same command again"
     )
 
 
 def changed(path: str) -> UserError:
     """The error of a source whose file is another one than when the part was described."""
     return UserError(
-        f"prepare: {path} changed while it was being read; finished shards are kept: run the same command again"
+        f"prepare: {visible(mask(path))} changed while it was being read; finished shards are kept: run the same "
+        "command again"
     )
 
 

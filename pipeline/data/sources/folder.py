@@ -10,8 +10,6 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from fsspec.core import url_to_fs
-
 from pipeline.config.base import digest
 from pipeline.config.prepare import FolderSource
 from pipeline.core.errors import UserError
@@ -24,6 +22,7 @@ from pipeline.data.sources.base import (
     Record,
     Unreadable,
     UnreadableFile,
+    file_system,
     guarded,
     interrupted,
     is_leftover,
@@ -40,7 +39,7 @@ class Folder:
 
     def __init__(self, config: FolderSource, image_size: int) -> None:
         self.config = config
-        self.files, root = url_to_fs(config.path)
+        self.files, root = file_system(config.path)
         self.root = root.rstrip("/")
         self._left_out: dict[str, int] = {}
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-
 from pipeline.config.base import digest
 from pipeline.config.prepare import HuggingFaceSource
 from pipeline.core.errors import UserError
+from pipeline.core.urls import put_password_back, url_to_fs
 from pipeline.data.sources.base import (
     Counted,
     Item,
@@ -22,6 +21,7 @@ from pipeline.data.sources.base import (
     Unreadable,
     UnreadableFile,
     content_key,
+    file_system,
     group_of,
     guarded,
     missing_package,
@@ -39,11 +39,11 @@ class HuggingFace:
             import datasets
         except ImportError as error:
             raise missing_package("datasets", "data", "the Hugging Face source") from error
-        files, path = url_to_fs(config.path)
+        files, path = file_system(config.path)
         if not files.isdir(path):
             raise UserError(f"prepare.source.path: expected a folder of `datasets`, found none at {config.path}")
         try:
-            rows = datasets.load_from_disk(config.path)
+            rows = datasets.load_from_disk(put_password_back(config.path))
         except Exception as error:  # JSON, Arrow and Python's own: whatever a damaged folder makes of them
             raise UserError(
                 f"prepare.source.path: expected what `save_to_disk` writes at {config.path}: {error}"

@@ -11,11 +11,10 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
-from fsspec.core import url_to_fs
-
 from pipeline.config.base import digest
 from pipeline.config.prepare import TableSource
 from pipeline.core.errors import UserError
+from pipeline.core.urls import mask, url_to_fs
 from pipeline.data.sources.base import (
     Counted,
     Item,
@@ -26,6 +25,7 @@ from pipeline.data.sources.base import (
     UnreadableFile,
     changed,
     content_key,
+    file_system,
     group_of,
     guarded,
     interrupted,
@@ -46,7 +46,7 @@ class Table:
 
     def __init__(self, config: TableSource, image_size: int) -> None:
         self.config = config
-        self.files, self.path = url_to_fs(config.path)
+        self.files, self.path = file_system(config.path)
         self.csv = config.path.lower().endswith(".csv")
         self.parquet: Parquet | None = None
         if config.path.lower().endswith(".parquet"):
@@ -101,9 +101,10 @@ class Table:
             return Unreadable(where, "missing key", f"column '{config.key_column}' is empty")
         group = group_of(row.get(config.group_column)) if config.group_column else None
         if config.key_column is None:
-            stem = f"{posixpath.splitext(path)[0]}-" if path else ""
-            key = stem + content_key(image if image is not None else path, caption)[: 8 if path else 20]
-            group = group or path or content_key(image, None)  # all captions of an image are in one split
+            named = mask(path) if path else ""  # a signature in a URL is no part of its name
+            stem = f"{posixpath.splitext(named)[0]}-" if path else ""
+            key = stem + content_key(image if image is not None else named, caption)[: 8 if path else 20]
+            group = group or named or content_key(image, None)  # all captions of an image are in one split
         if path:
             try:
                 image = self._read(path)

@@ -14,11 +14,12 @@ from typing import BinaryIO
 
 import braceexpand
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
 from pipeline.core.errors import UserError
+from pipeline.core.text import visible
+from pipeline.core.urls import mask, without_password
 from pipeline.data.sources.base import (
     LARGEST_IMAGE,
     LARGEST_TEXT,
@@ -30,6 +31,7 @@ from pipeline.data.sources.base import (
     Stamp,
     Unreadable,
     changed,
+    file_system,
     group_of,
     guarded,
     interrupted,
@@ -60,7 +62,7 @@ class WebDataset:
 
     def records(self, part: Part) -> Iterator[Item]:
         url, mark = part.items
-        files, path = url_to_fs(url)
+        files, path = file_system(url)
         try:
             with files.open(path, "rb") as stream:
                 yield from _Reading(self.config, url).items(stream)
@@ -169,8 +171,14 @@ def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
     """
     patterns = [config.urls] if isinstance(config.urls, str) else list(config.urls)
     listed: dict[str, dict[str, _Info]] = {}  # by folder: thousands of tars cost one request, not one each
-    for pattern in (expanded for given in patterns for expanded in braceexpand.braceexpand(given)):
-        files, path = url_to_fs(pattern)
+    try:
+        expanded = [pattern for given in patterns for pattern in braceexpand.braceexpand(given)]
+    except ValueError as error:
+        raise UserError(
+            f"prepare.source.urls: {visible(mask(str(error)))}: write e.g. data/{{00000..00099}}.tar"
+        ) from error
+    for pattern in expanded:
+        files, path = file_system(pattern)
         if set(path) & set("*?["):
             found = files.glob(path, detail=True)
         else:
@@ -179,9 +187,9 @@ def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
                 listed[folder] = _entries(files, folder)
             found = {path: listed[folder][path]} if path in listed[folder] else {}
         if not found:
-            raise UserError(f"prepare.source.urls: expected tars at {pattern}, found none")
+            raise UserError(f"prepare.source.urls: expected tars at {visible(mask(pattern))}, found none")
         for name in sorted(found):
-            yield files.unstrip_protocol(name), stamp(found[name])
+            yield without_password(files.unstrip_protocol(name)), stamp(found[name])
 
 
 def _largest(name: str) -> int:
