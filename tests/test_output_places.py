@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from pipeline.core.writable import check_writable
 from pipeline.sampling.export import export_run
 from pipeline.sampling.save import check_output, read_metadata, save_image
 from tests.data.sample_images import image
+from tests.launch import environment
 
 
 def invoke(*arguments: object) -> Result:
@@ -110,6 +113,15 @@ def test_an_export_goes_to_a_place_that_can_be_written(tiny_run: Path, tmp_path:
     assert about["datasets"] == ["openmoji"]
     assert "OpenMoji" in about["dataset_credit"]
     assert body.startswith("\n# tiny")
+    load = "from transformers import AutoModel; AutoModel.from_pretrained('export/transformer')"
+    for before, told in (
+        ("", "type `smalti: first run `import pipeline.transformer.hf`"),
+        ("import pipeline.transformer.hf; ", ""),
+    ):
+        code = [sys.executable, "-c", before + load]
+        done = subprocess.run(code, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert (done.returncode == 0) == bool(before), done.stderr
+        assert told in done.stderr
 
 
 def test_generate_into_a_jpg_and_into_a_folder_with_a_dot_whatever_the_prompt(tiny_run: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def export_run(run_directory: Path, target: Path) -> None:
     from pipeline.orchestration.run_directory import RunDirectory
     from pipeline.sampling.model_card import model_card
     from pipeline.sampling.model_source import EXPORT_RECORD, find_models
+    from pipeline.transformer.model import EXPORTED_TYPE
 
     source = find_models(run_directory)
     target = Path(os.path.abspath(target))  # "." has no name to put a draft beside
@@ -38,7 +39,9 @@ def export_run(run_directory: Path, target: Path) -> None:
     draft.mkdir(parents=True)
     _copy(source.text_tokenizer, draft / "text-tokenizer", "tokenizer.json", "config.json")
     _copy(source.image_tokenizer, draft / "image-tokenizer", "model.safetensors", "config.json")
-    _copy(source.transformer, draft / "transformer", "model.safetensors", "config.json")
+    _copy(source.transformer, draft / "transformer", "model.safetensors")
+    config = read_json(source.transformer / "config.json")
+    write_json(draft / "transformer" / "config.json", config | {"model_type": EXPORTED_TYPE})
     if source.reranker:
         _export_reranker(source.reranker, draft / "reranker")
     grid = run_directory / "generate" / "prompts.png"

@@ -2,10 +2,11 @@
 
     import pipeline.transformer.hf
     from transformers import AutoConfig, AutoModel
-    model = AutoModel.from_pretrained("runs/openmoji/transformer/model")
+    model = AutoModel.from_pretrained("runs/openmoji/transformer/model")        # or transformer/ of an export
     text_logits, level_logits = model(text, codes)          # as `Transformer.forward`
     model.transformer                                       # the Transformer, for pipeline/sampling/
 
+Without the first line AutoModel does not know the type; of an export its error says so (`EXPORTED_TYPE`).
 `save_pretrained` writes what `Transformer.from_pretrained` reads back.
 """
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerShape
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.model import MODEL_TYPE, Transformer
+from pipeline.transformer.model import EXPORTED_TYPE, MODEL_TYPE, Transformer
 
 
 class SmaltiConfig(PreTrainedConfig):
@@ -56,5 +57,19 @@ class SmaltiModel(PreTrainedModel):
         self.transformer.save_pretrained(save_directory)
 
 
+class SmaltiExportConfig(SmaltiConfig):
+    """That of an export, whose type tells who reads it without this module what is missing."""
+
+    model_type = EXPORTED_TYPE
+
+
+class SmaltiExportModel(SmaltiModel):
+    """The transformer of an export."""
+
+    config_class = SmaltiExportConfig
+
+
 AutoConfig.register(MODEL_TYPE, SmaltiConfig)
 AutoModel.register(SmaltiConfig, SmaltiModel)
+AutoConfig.register(EXPORTED_TYPE, SmaltiExportConfig)
+AutoModel.register(SmaltiExportConfig, SmaltiExportModel)

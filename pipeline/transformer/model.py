@@ -31,6 +31,8 @@ from pipeline.transformer.tables import Tables
 
 Cache = list[LayerCache]
 MODEL_TYPE = "smalti"  # what AutoModel knows it by (hf.py)
+# In exports: AutoModel's error at a type that is not registered quotes it, and nothing else of us.
+EXPORTED_TYPE = "smalti: first run `import pipeline.transformer.hf` (pip install smalti)"
 _INIT_STD = 0.02
 
 
