@@ -1,3 +1,16 @@
-from pipeline.cli.main import main
+"""The start of `smalti` and `python -m pipeline`: quiet when Ctrl-C comes while Python is still importing."""
 
-main()
+import signal
+
+
+def main() -> None:
+    """The command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process without a traceback; main() takes it over
+    from pipeline.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

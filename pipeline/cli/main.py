@@ -14,9 +14,12 @@ smalti data inspect runs/openmoji                         counts, captions and c
 
 from __future__ import annotations
 
-import subprocess
+import contextlib
+import difflib
+import os
+import signal
 import sys
-from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -28,36 +31,72 @@ from pipeline.cli.plan import plan
 from pipeline.cli.reconstruct import reconstruct
 from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
 from pipeline.cli.stage import TAKE_OVER, run_stage_here
+from pipeline.cli.ui import ui
 from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import load_pipeline
+from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.text import visible
 from pipeline.core.version import VERSION
 from pipeline.orchestration.graph import STAGE_NAMES, STAGES
-from pipeline.orchestration.run_directory import config_of, source_name
+from pipeline.orchestration.run_directory import source_name
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, the same command resumes
 
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while Python was importing this
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli.main(prog_name="smalti", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_USER_ERROR)
+        if "NoArgs" in type(error).__name__:  # its message is the help
+            error.show()
+            sys.exit(EXIT_USER_ERROR)
+        _fail(error.format_message())
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER_ERROR)
+        _fail(str(error))
     except StoppedOnRequest as request:
         click.echo(f"{request}; run the same command again to resume", err=True)
         sys.exit(EXIT_RUN_AGAIN)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # of `smalti … | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        # A place that cannot be read or written is the user's to change; all else is a fault of ours.
+        if error.filename is None or error.strerror is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}: choose a place that can be read and written")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def _fail(message: str) -> NoReturn:
+    """End with one line and the exit code of a user's mistake."""
+    click.echo(f"error: {visible(' '.join(message.split()))}", err=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+class Commands(click.Group):
+    """Commands, of which a misspelt one gets its neighbours."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.commands, n=3, cutoff=0.5) or sorted(self.commands)
+            hint = f"did you mean {' or '.join(near)}?" if len(near) <= 3 else f"expected one of {', '.join(near)}"
+            raise UserError(f"no command '{args[0]}'; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
 def cli() -> None:
     """Train an image tokenizer and a text+image transformer, and generate images from prompts."""
@@ -87,25 +126,10 @@ def run(
         return
     from pipeline.orchestration.local_runner import run_pipeline
 
+    refuse_what_decides_results(os.environ)
     run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run)
     if not dry_run and only in (None, STAGE_NAMES[-1]):
         click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
-
-
-@cli.command()
-@click.argument("run_directory", type=click.Path(path_type=Path))
-@click.option("--port", default=5000, show_default=True)
-def ui(run_directory: Path, port: int) -> None:
-    """Open MLflow's page for a run."""
-    from pipeline.orchestration.mlflow_mirror import catch_up
-    from pipeline.orchestration.mlflow_store import default_uri
-
-    config = load_pipeline(config_of(run_directory))
-    if sent := catch_up(config):
-        click.echo(f"sent to MLflow, which lacked something of them: {', '.join(sent)}", err=True)
-    uri = config.tracking.uri or default_uri(run_directory)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
-    sys.exit(subprocess.call(command))
 
 
 def _stage_command(name: str) -> click.Command:
@@ -129,6 +153,7 @@ cli.add_command(generate)  # with --config it is the stage
 cli.add_command(evaluate)  # likewise
 cli.add_command(export)
 cli.add_command(plan)
+cli.add_command(ui)
 for _command in SLURM_COMMANDS:
     cli.add_command(_command)
 for _stage in STAGES:
