@@ -23,7 +23,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.graph import Stage, check_before_start, chosen_stages
+from pipeline.orchestration.graph import STAGES, Stage, check_before_start, chosen_stages
 from pipeline.orchestration.run_directory import RunDirectory
 
 # A stage runs the code that runs this, and no module of the same name in the current folder, which is where an empty
@@ -75,15 +75,21 @@ def run_pipeline(
             _say(stage, _shortened(reasons))
             _run_stage(stage, config, runs, stop)
             # An old _SUCCESS, of another config, says nothing of this stage.
-            if runs.stale_reasons(config, stage):
+            if runs.stale_reasons(config, stage) or (stop.received and runs.outside_changes(config, stage)):
                 raise StoppedOnRequest(f"{stage.name} was stopped on request")
 
 
 def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Stage, ...]) -> None:
+    # A run that branches off begins with what the other one has finished, but the report.
+    origin = None if runs.path.exists() else config.branched_from
+    known = RunDirectory(origin) if origin else runs
     for stage in stages:
-        reasons = runs.stale_reasons(config, stage) or runs.stale_inputs(config, stage)
-        reasons = reasons or runs.outside_changes(config, stage)
-        _say(stage, f"would run: {_shortened(reasons)}" if reasons else "up to date")
+        reasons = known.stale_reasons(config, stage) or known.stale_inputs(config, stage)
+        reasons = reasons or known.outside_changes(config, stage)
+        if origin and stage is STAGES[-1]:
+            reasons = reasons or ["not run yet"]
+        finished = f"would be taken over from {origin}" if origin else "up to date"
+        _say(stage, f"would run: {_shortened(reasons)}" if reasons else finished)
 
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:

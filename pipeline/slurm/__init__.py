@@ -8,7 +8,7 @@
     preflight.py  is every host fit for a training on several processes?
 
 Requeue: `stop_ahead_s` before its time limit (or when it is preempted) Slurm signals the job, the stage saves a
-checkpoint and exits 0 without _SUCCESS, and the job file's `requeue_self` (stage.sbatch) calls `scontrol requeue` while
-the budget `max_time_limits` lasts; the next life of the job resumes from the checkpoint. docs/slurm.md tells the rest.
+checkpoint and exits 0 without _SUCCESS, and the job file (stage.sbatch) calls `scontrol requeue` while the budget
+`max_time_limits` lasts; the next life of the job resumes from the checkpoint. docs/slurm.md tells the rest.
 The command line is `pipeline/cli/slurm.py`.
 """

@@ -88,6 +88,14 @@ def test_run_takes_a_run_directory_and_a_dry_run_changes_nothing(finished: RunDi
     assert _files(finished.path) == before
 
 
+def test_a_dry_run_says_what_a_branch_would_take_over(finished: RunDirectory) -> None:
+    output = launch("pipeline", "run", str(finished.path), "name=second", "generate.samples=5", "--dry-run")
+    lines = {line.split()[0]: line for line in output.splitlines()}
+    assert all("would be taken over from" in lines[name] for name in STAGE_NAMES[:-3])
+    assert all("would run" in lines[name] for name in STAGE_NAMES[-3:])
+    assert not (finished.path.parent / "second").exists()
+
+
 def test_run_does_one_stage_alone(finished: RunDirectory) -> None:
     output = launch("pipeline", "run", str(finished.path), "--only", "tokenize")
     assert output.split() == ["tokenize", "up", "to", "date"]
