@@ -32,7 +32,7 @@ from pipeline.core.progress import ON_SCREEN
 from pipeline.core.urls import MaskingFormatter
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
-from pipeline.orchestration.run_directory import source_name
+from pipeline.orchestration.run_directory import source_name, writing_in
 from pipeline.orchestration.stage_run import StageRun, execute
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,9 @@ def _configure_logging(path: Path) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     handlers[0].addFilter(lambda record: not hasattr(record, ON_SCREEN))
     if is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
-        path.parent.mkdir(exist_ok=True)
-        handlers.append(logging.FileHandler(path))
+        with writing_in(path.parent.parent):
+            path.parent.mkdir(exist_ok=True)
+            handlers.append(logging.FileHandler(path))
         handlers[-1].setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers[0].setFormatter(MaskingFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if main else logging.ERROR, handlers=handlers)

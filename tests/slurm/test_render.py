@@ -101,6 +101,15 @@ def test_a_dry_run_changes_nothing_that_is_read_as_truth(tmp_path: Path) -> None
     assert load_pipeline(run).transformer.layers == 2
 
 
+def test_a_run_directory_may_have_spaces_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    cluster, stage = load_cluster(tmp_path / "c.yaml"), stage_named("prepare")
+    text = render(JobFile(stage, cluster.resources(stage)), cluster, tmp_path / "a run", tmp_path, tmp_path)
+    assert '#SBATCH --job-name="a run-prepare"' in text
+    with pytest.raises(UserError, match="expected a path that an #SBATCH line can hold"):
+        render(JobFile(stage, cluster.resources(stage)), cluster, tmp_path / "a\nrun", tmp_path, tmp_path)
+
+
 def test_after_a_dry_run_the_directory_is_free_for_the_run(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("{}")
     _dry_run(tmp_path, tmp_path / "c.yaml")
