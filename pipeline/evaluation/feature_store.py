@@ -26,7 +26,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -147,7 +146,9 @@ def read_features(path: Path) -> FeatureSet:
     """
     try:
         arrays, about = _read_folder(path) if path.is_dir() else _read_npz(path)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise some ten kinds at damaged files
         raise UserError(f"{path}: expected a feature file with an array `features`, found none ({error})") from error
     rows = about.get("images", len(arrays.get("features", [])))
     if "features" not in arrays or any(len(array) != rows for array in arrays.values()):

@@ -31,7 +31,7 @@ class ClipScorer:
         folder, model = read_model(CLIPModel, "clip", weights, "evaluate.clip", "evaluate.clip")
         self.images = clip_images(folder, model, device, batch_size)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"evaluate.clip {folder}: expected the model's tokenizer beside it, found none; save it there"

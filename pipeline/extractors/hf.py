@@ -50,13 +50,15 @@ def read_model(model_class: type[Model], kind: str, weights: str | None, what: s
             f"model.safetensors, or the name of a model in transformers' cache (nothing is downloaded): set {key}"
         ) from error
     folder = Path(str(config)).parent
-    found = read_json(folder / "config.json").get("model_type")
+    about = read_json(folder / "config.json")
+    found = about.get("model_type") if isinstance(about, dict) else None
     if found != kind:
         raise UserError(f"{what}: expected a model of type {kind} in {folder}, found {found}")
     try:
         model = model_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: the model in {folder} cannot be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # transformers, safetensors and pickle raise whatever they meet
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{what}: the model in {folder} cannot be read ({why})") from error
     return folder, model.eval().requires_grad_(False)
 
 
@@ -69,7 +71,13 @@ def image_extractor(
         UserError: `folder` has no preprocessor_config.json.
     """
     processor = read_processor(folder)
-    mean, deviation = (tuple(255.0 * v for v in processor[key]) for key in ("image_mean", "image_std"))
+    try:
+        mean, deviation = (tuple(255.0 * v for v in processor[key]) for key in ("image_mean", "image_std"))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/preprocessor_config.json: expected image_mean and image_std, a number for each channel, found"
+            f" something else ({error!r})"
+        ) from error
     info = ExtractorInfo(name, label, _hash(folder), resize_rule(side))
     return Extractor(info, network.eval().to(device), side, mean, deviation, batch_size)
 

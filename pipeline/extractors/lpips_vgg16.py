@@ -81,16 +81,16 @@ class Lpips(nn.Module):
                     f"{key}: expected {file.name} ({origin}) in the folder {file.parent}, found none; put it there"
                 )
         model = cls()
-        backbone = torch.load(backbone_file, map_location="cpu", weights_only=True)
-        heads = torch.load(heads_file, map_location="cpu", weights_only=True)
         try:
+            backbone = torch.load(backbone_file, map_location="cpu", weights_only=True)
+            heads = torch.load(heads_file, map_location="cpu", weights_only=True)
             model.features.load_state_dict(
                 {name.removeprefix("features."): v for name, v in backbone.items() if name.startswith("features.")}
             )
             for i, head in enumerate(model.heads):
                 head.data.copy_(heads[f"lin{i}.model.1.weight"])
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # torch and pickle raise whatever they meet
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{key}: the files in {backbone_file.parent} are not those of VGG-16 ({reason})") from error
         hashes = sha256_file(backbone_file) + sha256_file(heads_file)
         model.weights_sha256 = hashlib.sha256(hashes.encode()).hexdigest()

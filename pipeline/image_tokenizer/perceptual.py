@@ -117,13 +117,13 @@ def _transformers(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
     try:
         # `AutoBackbone` takes no folder (transformers 5.23), so its table is read here.
         folder = Path(str(cached_file(str(config.weights), "config.json", local_files_only=True))).parent
-        about = AutoConfig.from_pretrained(folder, local_files_only=True)
+        about = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         layers = len(about.stage_names)
         # Not the stem, which sees little more than the pixels' loss does; of a deep one every third, to the last.
         chosen = list(range(1, layers)) if layers <= 6 else list(range(layers - 1, 0, -3))[::-1]
         backbone: Any = MODEL_FOR_BACKBONE_MAPPING[type(about)]
         network = backbone.from_pretrained(folder, local_files_only=True, out_indices=chosen)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # transformers, safetensors and pickle raise whatever they meet
         raise UserError(
             f"{_KEY}.weights: expected a backbone that transformers has here, a folder or a name in its cache (nothing"
             f" is downloaded), found {config.weights} ({_first_line(error)})"
