@@ -36,7 +36,7 @@ from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
-from pipeline.core.text import visible
+from pipeline.core.text import one_line
 from pipeline.core.version import VERSION
 from pipeline.orchestration.graph import STAGE_NAMES, STAGES
 from pipeline.orchestration.run_directory import source_name
@@ -50,9 +50,9 @@ _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
 def main() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while Python was importing this
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while Python was importing this
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         cli.main(prog_name="smalti", standalone_mode=False)
     except click.ClickException as error:
         if "NoArgs" in type(error).__name__:  # its message is the help
@@ -79,7 +79,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     """End with one line and the exit code of a user's mistake."""
-    click.echo(f"error: {visible(' '.join(message.split()))}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(EXIT_USER_ERROR)
 
 

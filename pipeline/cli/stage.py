@@ -29,6 +29,7 @@ from pipeline.core import signals
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import ON_SCREEN
+from pipeline.core.text import one_line
 from pipeline.core.urls import MaskingFormatter
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
@@ -61,7 +62,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         status = 0
     except UserError as error:
         if distributed.tells(str(error)):
-            log.error("error%s: %s", f" (rank {distributed.rank()})" if distributed.rank() else "", error)
+            log.error("error%s: %s", f" (rank {distributed.rank()})" if distributed.rank() else "", one_line(error))
         status = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

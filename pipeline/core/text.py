@@ -41,6 +41,11 @@ def visible(text: str) -> str:
     return "".join(c if c in _ALLOWED or _harmless(c) else _escaped(c) for c in text)
 
 
+def one_line(text: object) -> str:
+    """A message as one line of a terminal or log, whatever the values are that it quotes."""
+    return visible(" ".join(str(text).split()))
+
+
 def _harmless(character: str) -> bool:
     return character in "\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
