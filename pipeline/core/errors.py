@@ -6,11 +6,12 @@ from pipeline.core.urls import mask
 class UserError(Exception):
     """A mistake that the user can fix. The command line prints it as one line, without a traceback.
 
-    The message says what was expected, what was found, where, and what to do. Passwords in URLs are masked in it.
+    The message says what was expected, what was found, where, and what to do. It is one line, in which
+    passwords in URLs are masked.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(mask(message))
+        super().__init__(mask(" ".join(line.strip() for line in message.splitlines())))
 
 
 class StoppedOnRequest(Exception):
