@@ -147,7 +147,7 @@ def guarded(key: str, make: Callable[[], Record | Unreadable]) -> Record | Unrea
 
 def fault(error: BaseException) -> str:
     """What a surprise of a parser says, in a line of bounded length."""
-    return visible(f"{type(error).__name__}: {str(error)[:200]}")
+    return visible(f"{type(error).__name__}: {' '.join(str(error)[:200].split())}")
 
 
 def content_key(image: object, caption: object) -> str:
@@ -217,7 +217,7 @@ def stamp(info: Mapping[str, object]) -> Stamp:
 def interrupted(path: str, error: object) -> UserError:
     """The error of a source that failed at `path`: the stage stops, and a restart reads the part again."""
     return UserError(
-        f"prepare: the source failed at {visible(mask(path))}: {visible(mask(str(error)))}; finished shards are kept: "
+        f"prepare: the source failed at {visible(mask(path))}: {visible(mask(' '.join(str(error).split())))}; finished shards are kept: "
         "see that it is there, and run the same command again"
     )
 

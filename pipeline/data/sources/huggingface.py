@@ -21,6 +21,7 @@ from pipeline.data.sources.base import (
     Unreadable,
     UnreadableFile,
     content_key,
+    fault,
     file_system,
     group_of,
     guarded,
@@ -46,7 +47,7 @@ class HuggingFace:
             rows = datasets.load_from_disk(put_password_back(config.path))
         except Exception as error:  # JSON, Arrow and Python's own: whatever a damaged folder makes of them
             raise UserError(
-                f"prepare.source.path: expected what `save_to_disk` writes at {config.path}: {error}"
+                f"prepare.source.path: expected what `save_to_disk` writes at {config.path}: {fault(error)}"
             ) from error
         if isinstance(rows, datasets.DatasetDict):
             if config.split not in rows:

@@ -41,7 +41,7 @@ class Parquet:
                 schema = file.schema_arrow
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (OSError, ValueError) as error:
-                raise UserError(f"{self.config.path} is not a Parquet file: {error}") from error
+                raise UserError(f"{self.config.path} is not a Parquet file: {fault(error)}") from error
         image = self._image_column(schema)
         check_columns(self.config, schema.names, image)
         names = _label_names(schema, self.config.caption_column)
