@@ -115,7 +115,9 @@ class RunDirectory:
         A run that branches off another one starts with those of its finished stages that this config makes, too.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", {"format": FORMAT, "name": config.name, "config_file": source})
+        write_json(
+            self.path / "run.json", {"format": FORMAT, "name": config.name, "config_file": source or "config.yaml"}
+        )
         write_atomic(self.path / "config.yaml", to_yaml(config))
         record_version(self.path / "code")
         if config.branched_from is not None:

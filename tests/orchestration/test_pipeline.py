@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
+from pipeline.core.atomic_io import sha256_file
 from pipeline.orchestration.mlflow_store import default_uri
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
@@ -87,7 +88,7 @@ def test_every_shipped_config_validates_through_the_command_line(path: Path) -> 
             "unknown key 'transformer.layer'; did you mean 'transformer.layers'?",
         ),
         (["run", "nowhere.yaml"], "no config at nowhere.yaml"),
-        (["run", str(TINY), "prepare.source.kind=folder"], "'prepare.source.folder.path"),
+        (["run", str(TINY), "prepare.source.kind=folder"], "key 'prepare.source.path' is missing"),
         (["ui", "nowhere"], "expected a run directory, found no config.yaml in nowhere"),
     ],
 )
@@ -96,3 +97,28 @@ def test_a_user_mistake_gets_one_line_and_exit_status_2(arguments: list[str], co
     assert output.startswith("error: ")
     assert len(output.splitlines()) == 1
     assert complaint in output
+
+
+def test_an_export_tells_of_what_the_weights_were_made_with(run_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    submit = ["submit", str(TINY), f"runs={run_copy.parent}", "--cluster", str(tmp_path / "c.yaml"), "--dry-run"]
+    launch("pipeline", *submit, "transformer.layers=3")
+    launch("pipeline", "export", str(run_copy), str(tmp_path / "one"))
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "2 layers" in card
+    assert "FD" in card
+    assert (tmp_path / "one" / "prompts.png").exists()
+
+    # Weights that were made anew have none of the metrics and images of those before.
+    manifest = run_copy / "transformer" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"hash": "another"}))
+    (manifest.parent / "_SUCCESS").write_text(sha256_file(manifest) + "\n")
+    launch("pipeline", "export", str(run_copy), str(tmp_path / "two"))
+    assert "The run has not been evaluated." in (tmp_path / "two" / "README.md").read_text()
+    assert not (tmp_path / "two" / "prompts.png").exists()
+
+    config = run_copy / "config.yaml"
+    config.write_text(config.read_text().replace("transformer:\n  layers: 2", "transformer:\n  layers: 3"))
+    refused = launch("pipeline", "export", str(run_copy), str(tmp_path / "three"), check=False)
+    assert "transformer is not finished for the run's config (transformer.layers: 2 -> 3" in refused
+    assert not (tmp_path / "three").exists()
