@@ -216,9 +216,10 @@ def stamp(info: Mapping[str, object]) -> Stamp:
 
 def interrupted(path: str, error: object) -> UserError:
     """The error of a source that failed at `path`: the stage stops, and a restart reads the part again."""
+    what = visible(mask(f"{path}: {' '.join(str(error).split())}"))
     return UserError(
-        f"prepare: the source failed at {visible(mask(path))}: {visible(mask(' '.join(str(error).split())))}; finished shards are kept: "
-        "see that it is there, and run the same command again"
+        f"prepare: the source failed at {what}; finished shards are kept: see that it is there, and run the same "
+        "command again"
     )
 
 
