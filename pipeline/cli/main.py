@@ -119,7 +119,11 @@ def run(
     print_config: bool,
     take_over: bool,
 ) -> None:
-    """Run every stage that is not up to date, on this machine. CONFIG: a config file, or a run directory."""
+    """Run every stage that is not up to date, on this machine.
+
+    CONFIG is a config file or a run directory. With name=… or runs=… a run directory branches off: the new run starts
+    with the finished stages that stay the same.
+    """
     config = load_pipeline(config_path, overrides)
     if print_config:
         click.echo(to_yaml(config), nl=False)
