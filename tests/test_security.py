@@ -22,7 +22,12 @@ from tests.launch import ROOT
 
 HERE = "tests/test_security.py"
 PROMISES = {
-    "Models.": (f"{HERE}::test_loading_a_model_runs_no_code_of_its_folder", f"{HERE}::test_no_loader_may_run_code"),
+    "Models.": (
+        f"{HERE}::test_loading_a_model_runs_no_code_of_its_folder",
+        f"{HERE}::test_no_loader_may_run_code",
+        "tests/extractors/test_weights_of_others.py::test_inception_and_lpips_run_no_pickle",
+        "tests/extractors/test_weights_of_others.py::test_a_folder_of_transformers_runs_no_pickle_and_no_code",
+    ),
     "Images.": (
         "tests/test_image_files.py::test_of_each_format_that_pillow_knows_only_the_named_are_opened",
         "tests/test_image_files.py::test_an_eps_in_a_jpg_starts_no_ghostscript",
@@ -37,6 +42,7 @@ PROMISES = {
     "Tables and arrays.": (
         f"{HERE}::test_no_loader_may_run_code",
         f"{HERE}::test_an_array_that_is_a_pickle_is_refused",
+        "tests/extractors/test_weights_of_others.py::test_a_feature_file_runs_no_pickle",
     ),
     "Captions and prompts": (
         f"{HERE}::test_the_report_escapes_and_nothing_reaches_a_shell",

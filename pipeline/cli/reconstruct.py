@@ -26,6 +26,7 @@ def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) 
     """
     from pipeline.core.distributed import device
     from pipeline.core.writable import check_writable
+    from pipeline.evaluation.image_sets import told_left_out
     from pipeline.evaluation.reconstruction import filters_of, reconstruct_folder, tokenizer_at
 
     check_writable(output / "metrics.json")
@@ -33,12 +34,11 @@ def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) 
     found = reconstruct_folder(model, images, filters_of(tokenizer), output, limit)
     for name, why in found.refused.items():
         click.echo(f"refused: {visible(name)}: {visible(why)}", err=True)
-    for name, why in found.left_out:
-        click.echo(f"left out: {visible(name)}: {why}", err=True)
+    if found.left_out:
+        click.echo(told_left_out(found.left_out), err=True)
     if not found.metrics:
         raise UserError(f"{images}: expected images, found none that can be used ({len(found.refused)} refused)")
     told = ", ".join(_FORMATS[key].format(value) for key, value in found.means.items())
     click.echo(
         f"{told} over {len(found.metrics)} images, {len(found.refused)} refused; {found.sheets} sheets in {output}"
-        + (f"; {len(found.left_out)} other files left out" if found.left_out else "")
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -112,15 +112,16 @@ class ImageSet:
         held = [f"{files:,} files"] if files else []
         held += [f"{tars.total():,} in {len(tars):,} tar{'s' * (len(tars) > 1)}"] if tars else []
         told = f"{len(self.images):,} images ({', '.join(held)})" if len(held) > 1 else f"{len(self.images):,} images"
-        if not self.left_out:
-            return told
-        names: dict[str, list[str]] = {}
-        for name, reason in self.left_out:
-            names.setdefault(reason, []).append(name)
-        reasons = ", ".join(
-            f"{reason}: {len(found):,}, the first {visible(found[0])}" for reason, found in names.items()
-        )
-        return f"{told}; left out: {len(self.left_out):,} ({reasons})"
+        return f"{told}; {told_left_out(self.left_out)}" if self.left_out else told
+
+
+def told_left_out(left_out: Sequence[tuple[str, str]]) -> str:
+    """How many files were left out for which reason, and the first of each."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        names.setdefault(reason, []).append(name)
+    reasons = [f"{reason}: {len(found):,}, the first {visible(found[0])}" for reason, found in names.items()]
+    return f"left out: {len(left_out):,} ({', '.join(reasons)})"
 
 
 def read_set(path: Path) -> ImageSet:
@@ -137,10 +138,9 @@ def read_set(path: Path) -> ImageSet:
     elif path.is_file():
         _add_tar(found, path, "")
     if not found.images:
-        others = f"; {found.told().partition('; ')[2]}" if found.left_out else ""
-        raise UserError(
-            f"{path}: expected a folder of images, a tar or a folder of tars, found no image or tar{others}"
-        )
+        what = "no image or tar" if path.exists() else "nothing"
+        others = f"; {told_left_out(found.left_out)}" if found.left_out else ""
+        raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found {what}{others}")
     found.images = _with_unique_names(found.images)
     return found
 
