@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli.stage import run_stage_here
 from pipeline.core.errors import UserError
+from pipeline.core.text import clean_text, decode_text
 
 if TYPE_CHECKING:
     from pipeline.config.generate import SamplingConfig
@@ -29,10 +30,10 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--prompts", "prompts_file", type=_image, help="a text file with one prompt per line")
 @click.option("-n", "--candidates", type=_count, default=1, show_default=True, help="images drawn per prompt")
 @click.option("--keep", type=_count, help="keep only the best of the candidates, as the reranker sees them")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("-o", "--output", type=_image, default="images", show_default=True)
 @click.option("--temperature", type=float, help="default, as of all settings: generate.sampling of the run's config")
-@click.option("--top-k", type=int)
+@click.option("--top-k", type=_count)
 @click.option("--top-p", type=float)
 @click.option("--min-p", type=float)
 @click.option("--guidance", type=float, help="classifier-free guidance scale; 1: off")
@@ -41,8 +42,8 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
 @click.option("--image", type=_image, help="an image to start from, with one of the next three")
-@click.option("--keep-rows", type=int, help="complete it: rows of codes that stay, from the top")
-@click.option("--keep-levels", type=int, help="vary it: coarse levels that stay")
+@click.option("--keep-rows", type=_count, help="complete it: rows of codes that stay, from the top")
+@click.option("--keep-levels", type=_count, help="vary it: coarse levels that stay")
 @click.option("--mask", type=_image, help="fill it: an image, white where new pixels are wanted")
 @click.option("--reranker", type=_image, help="folder of a pretrained CLIP, in place of the run's own reranker")
 @click.option(
@@ -65,7 +66,7 @@ def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path:
         run_stage_here("generate", ["--config", config_path, *arguments])
     if not arguments:
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
-    prompts = [*arguments[1:], *_lines(prompts_file)]
+    prompts = [*map(_prompt, arguments[1:]), *_lines(prompts_file)]
     if not prompts:
         raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
 
@@ -143,13 +144,22 @@ def _best(run_directory: Path) -> Options:
     return found
 
 
+def _prompt(text: str) -> str:
+    """A prompt as captions are: without what nobody sees. Raises UserError if nothing is left."""
+    if not (prompt := clean_text(text)):
+        raise UserError(f"expected a prompt, found {text!r}, in which nothing can be seen: write what the image shows")
+    return prompt
+
+
 def _lines(path: Path | None) -> list[str]:
-    """The prompts of a file, without empty lines."""
+    """The prompts of a file, without lines in which nothing can be seen."""
     if path is None:
         return []
     if not path.is_file():
         raise UserError(f"no prompts file at {path}: expected a text file with one prompt per line")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # By line feeds alone: splitlines() would also split at control characters within a prompt.
+        lines = [clean_text(line) for line in decode_text(path.read_bytes()).split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected a text file in UTF-8 with one prompt per line ({error.reason})") from error
+    return [line for line in lines if line]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 
@@ -18,7 +19,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise UserError(f"expected a list of at least one prompt, found {prompts!r}")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not clean_text(prompt):
             raise UserError(f"prompt {index}: expected some text, found {prompt!r}: write what the image should show")
         try:
             prompt.encode()
@@ -78,4 +79,4 @@ def warn_of_prompts(prompts: Sequence[str], tokenizer: TextTokenizer) -> None:
 
 
 def _short(prompt: str, limit: int = 200) -> str:
-    return prompt if len(prompt) <= limit else prompt[:limit] + "…"
+    return visible(prompt if len(prompt) <= limit else prompt[:limit] + "…")

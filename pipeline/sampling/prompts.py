@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config.generate import GenerateConfig
 from pipeline.core.errors import UserError
+from pipeline.core.text import clean_text
 
 
 def check_against_training(config: GenerateConfig, captions: Sequence[str]) -> None:
@@ -45,4 +46,4 @@ def sampled_rows(rows: int, count: int, seed: int) -> list[int]:
 
 
 def _plain(caption: str) -> str:
-    return " ".join(caption.lower().split())
+    return clean_text(caption).lower()
