@@ -22,6 +22,7 @@ from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
 from pipeline.image_tokenizer.image_losses import add_image_losses
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.training.stopping import stoppable
 from pipeline.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Workload:
         size = self.config.training.batch_size
         share = size // distributed.world_size()
         batches = self.validation.batches(0, size)
-        for start in range(0, len(self.validation), size):
+        for start in stoppable(range(0, len(self.validation), size)):
             # Behind the last image the stream has those of the next epoch: they are cut off.
             left = len(self.validation) - start - distributed.rank() * share
             batch = next(batches)

@@ -25,9 +25,11 @@ from pipeline.orchestration.stage_run import StageRun
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.stopping import stop_if_asked, stoppable
 from pipeline.training.trainer import train
 
 _MEASURED = 5_000  # images of the validation split, at most
+_CHECKED_EVERY = 256  # samples: whether somebody asked to stop
 
 
 class Workload:
@@ -59,7 +61,8 @@ class Workload:
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""
-        metrics = retrieval(self.ranker(), read_samples(self.run.input("prepare"), "val"), _MEASURED)
+        samples = stoppable(read_samples(self.run.input("prepare"), "val"), every=_CHECKED_EVERY)
+        metrics = retrieval(_StoppableRanker(self.towers, self.text_tokenizer), samples, _MEASURED)
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def ranker(self) -> Ranker:
@@ -69,6 +72,14 @@ class Workload:
     def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
         """None: retrieval says it all."""
         return {}
+
+
+class _StoppableRanker(Ranker):
+    """A ranker that looks for a stop request before each batch of images, on all ranks together."""
+
+    def _embed(self, images: list[Image.Image]) -> Tensor:
+        stop_if_asked()
+        return super()._embed(images)
 
 
 def main(run: StageRun) -> None:

@@ -25,6 +25,7 @@ from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.stopping import stoppable
 from pipeline.training.trainer import train
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -81,7 +82,7 @@ class Workload:
         size = self.config.training.batch_size
         sums: dict[str, Tensor] = {}
         count = -(-len(self.validation) // size)
-        for batch in islice(self.validation.batches(0, size), count):
+        for batch in stoppable(islice(self.validation.batches(0, size), count)):
             _, metrics = objective({name: value.to(distributed.device()) for name, value in batch.items()}, 0)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double().cpu()

@@ -33,6 +33,7 @@ from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Batch, Engine, Metrics
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
+from pipeline.training.stopping import EvaluationStopped, stop_if_asked
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
 
@@ -48,6 +49,8 @@ class State:
     nonfinite_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # of metrics since the last log line
     count: int = 0
+    # The line logged at this step, if its evaluation was stopped: the resumed training begins with both.
+    evaluation_stopped: dict[str, float] | None = None
 
 
 def train(
@@ -87,6 +90,7 @@ class Trainer:
         self.state = State()
         self._saved_step = -1
         self._asked_to_stop = False
+        self._logged: tuple[int, dict[str, float]] = (-1, {})  # step and content of the last line of training metrics
         self._speed = speed
 
     def run(self) -> None:
@@ -103,6 +107,7 @@ class Trainer:
         )
         self._speed.start(state.step)
         with bar:
+            self._resume_evaluation()
             while state.step < training.steps:
                 metrics = self._step(next(batches))
                 bar.update()
@@ -173,32 +178,56 @@ class Trainer:
             "learning_rate": self.training.learning_rate * learning_rate_factor(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
         }
-        self.stage.tracker.log(means | self._speed.read(state.step), state.step)
+        self._logged = (state.step, means | self._speed.read(state.step))
+        self.stage.tracker.log(self._logged[1], state.step)
 
     def _at_intervals(self) -> None:
         """Evaluate, sample images and save, at the steps that the config names and after the last one."""
         step, training = self.state.step, self.training
         at_end = step == training.steps
-        if step % training.evaluate_every == 0 or at_end:
-            self._evaluate(images=step % training.log_images_every == 0 or at_end)
-        elif step % training.log_images_every == 0:
-            self._evaluate(metrics=False)
+        metrics = step % training.evaluate_every == 0 or at_end
+        images = step % training.log_images_every == 0 or at_end
+        if metrics or images:
+            try:
+                self._evaluate(metrics, images)
+            except EvaluationStopped:
+                self.state.evaluation_stopped = self._logged[1] if self._logged[0] == step else {}
+                self._asked_to_stop = True
+                return
         if step % training.checkpoint_every == 0:
             self._save()
 
+    def _resume_evaluation(self) -> None:
+        """Do again what a stop request ended: the evaluation after the last step, and what was logged at that step."""
+        logged = self.state.evaluation_stopped
+        if logged is None:
+            return
+        self.state.evaluation_stopped = None
+        if logged:
+            self._logged = (self.state.step, logged)
+            self.stage.tracker.log(logged, self.state.step)
+        self._at_intervals()
+        self._stop_if_asked()
+
     @torch.no_grad()
-    def _evaluate(self, metrics: bool = True, images: bool = True) -> None:
+    def _evaluate(self, metrics: bool, images: bool) -> None:
         """Log validation metrics and sample images, with the averaged weights if there are any.
 
         It draws nothing from the training's random numbers.
+
+        Raises:
+            EvaluationStopped: a rank was asked to stop, before the sample images; nothing is logged.
         """
         started = time.monotonic()
         objective = self.engine.objective
         objective.eval()
         seed_step(self.stage.config.seed, -1, distributed.rank())
         with self._averaged(), self.engine.autocast():
+            stop_if_asked()
             if metrics:
-                self.stage.tracker.log(self.workload.evaluate(self.engine.model), self.state.step)
+                found = self.workload.evaluate(self.engine.model)
+                stop_if_asked()
+                self.stage.tracker.log(found, self.state.step)
             if images:
                 with self.engine.gathered_parameters():
                     if distributed.is_main():
@@ -230,8 +259,10 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
+            started = time.monotonic()
             self.checkpoints.save(self.state.step, self._write)
             self._saved_step = self.state.step
+            self._speed.leave_out(time.monotonic() - started)
 
     def _write(self, directory: Path) -> None:
         """This rank's files of a checkpoint; their table is in `checkpoint.py`."""
@@ -244,7 +275,9 @@ class Trainer:
     def _restore(self) -> None:
         step = self.checkpoints.restore(self._read)
         if distributed.is_main():
-            self.stage.tracker.truncate(self.state.step)
+            # A process killed in an evaluation that it did again has logged it, or part of it, at this very step.
+            again = self.state.evaluation_stopped is not None
+            self.stage.tracker.truncate(self.state.step - again)
             if step is not None:
                 log.info("%s: resuming from step %d", self.stage.name, step)
         self._saved_step = -1 if step is None else step

@@ -29,6 +29,8 @@ class Workload(Protocol):
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Metrics on the validation split; collective, without gradients, in eval mode.
 
+        Loops over many batches go through `pipeline.training.stopping.stoppable`, to end when a rank is asked to stop.
+
         Args:
             objective: the engine's `model`, which under ZeRO-3 all ranks must call together.
         """

@@ -1,13 +1,36 @@
-"""The loop reports a training that diverges, and how fast it is."""
+"""The loop reports a training that diverges and how fast it is, and stops inside an evaluation."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.config.training import TrainingConfig
+from pipeline.core import signals
+from pipeline.core.errors import StoppedOnRequest
 from pipeline.core.metric_names import CLOCK_METRICS
+from pipeline.core.objective import Objective
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.orchestration.tracking import Tracker
+from pipeline.training.engines.base import Batch, Metrics, Update, shards_of_replicated
+from pipeline.training.sharded_state import ShardedState, TensorShard
+from pipeline.training.stopping import stoppable
+from pipeline.training.throughput import Speedometer
+from pipeline.training.trainer import Trainer
 from tests.launch import launch
+from tests.training.engine_worker import BATCH, SmallObjective, global_batch
 
 
 def test_a_training_that_diverges_stops_and_says_what_to_try(tiny_run: Path, tmp_path: Path) -> None:
@@ -33,3 +56,168 @@ def test_speed_memory_and_gradient_norm_are_among_the_metrics(tiny_run: Path) ->
         for line in logged:
             assert all(line[name] > 0 for name in [*names, "gradient_norm", "learning_rate"])
             assert line["mfu"] < 2  # of matrix products measured on a busy machine
+
+
+class PlainEngine:
+    """The engine of one process in plain PyTorch. See `pipeline.training.engines.base.Engine`."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.model = objective, objective
+        self.optimizer = torch.optim.AdamW(objective.parameters())
+
+    def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
+        loss, _ = self.model(batch, step)
+        (loss * loss_scale).backward()
+        return {"loss": loss.detach()}
+
+    def update(self, learning_rate_factor: float) -> Update:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Update(1.0, True)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self.objective.named_parameters()}
+
+    def sync_parameters(self) -> None: ...
+
+    def gathered_parameters(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None: ...
+
+    def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
+        return shards_of_replicated(values)
+
+    def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
+        for name, value in values.items():
+            saved.read_into(name, 0, value.view(-1))
+
+    def save(self, directory: Path) -> None:
+        torch.save([self.objective.state_dict(), self.optimizer.state_dict()], directory / "training.pt")
+
+    def load(self, directory: Path) -> None:
+        model, optimizer = torch.load(directory / "training.pt")
+        self.objective.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+
+class SmallWorkload:
+    """A training of a moment. `at_batch(step, number)` is called before each batch of an evaluation."""
+
+    tokens_per_sample = None
+
+    def __init__(self, at_batch: Callable[[int, int], None] = lambda step, number: None) -> None:
+        torch.manual_seed(0)
+        self.objective = SmallObjective()
+        self.at_batch = at_batch
+        self.step = -1
+
+    def batches(self, consumed: int) -> Iterator[Batch]:
+        for step in count(consumed // BATCH):
+            self.step = step + 1  # steps done, once this batch is used
+            yield global_batch(step)
+
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        losses = []
+        for number in stoppable(range(4)):
+            self.at_batch(self.step, number)
+            losses.append(float(objective(global_batch(-1 - number), 0)[0]))
+        return {"val/loss": sum(losses)}
+
+    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+        return {"sample": Image.new("RGB", (1, 1))}
+
+
+def _train(folder: Path, workload: SmallWorkload, **training: Any) -> list[dict[str, float]]:
+    """Train in `folder`, or resume there; the lines of metrics.jsonl."""
+    folder.mkdir(exist_ok=True)
+    settings = {"steps": 6, "batch_size": BATCH, "log_every": 2, "evaluate_every": 2, "log_images_every": 4}
+    config = TrainingConfig(**settings | {"checkpoint_every": 3, "ema_decay": 0.9, "warmup_steps": 0} | training)
+    stage = SimpleNamespace(
+        name="small", config=SimpleNamespace(seed=0), directory=folder, tracker=Tracker(folder, None)
+    )
+    speed = Speedometer(config, workload)
+    try:
+        Trainer(cast(StageRun, stage), config, workload, PlainEngine(workload.objective), speed).run()
+    finally:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines
+
+
+def _repeatable(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    clock = ("time", "system/", *CLOCK_METRICS)
+    return [{name: value for name, value in line.items() if not name.startswith(clock)} for line in lines]
+
+
+def _ask_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_requested", "SIGUSR2")
+
+
+@pytest.mark.parametrize(("step", "number"), [(2, 0), (2, 3), (4, 1), (6, 2)])
+def test_a_stop_inside_an_evaluation_waits_for_one_batch_and_the_evaluation_is_done_again(
+    step: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = _train(tmp_path / "undisturbed", SmallWorkload())
+    done: list[int] = []
+
+    def stop(now: int, batch: int) -> None:
+        if now == step:
+            done.append(batch)
+            if batch == number:
+                _ask_to_stop(monkeypatch)
+
+    stopped = tmp_path / "stopped"
+    with pytest.raises(StoppedOnRequest, match=f"stopped at step {step}/6: SIGUSR2"):
+        _train(stopped, SmallWorkload(stop))
+    assert done == list(range(number + 1))
+    lines = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if line["step"] == step and "val/loss" in line]
+    assert not list(stopped.glob(f"images/*{step}.png"))
+
+    class KilledError(Exception):
+        """In place of SIGKILL."""
+
+    def die(*_: object) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(signals, "_requested", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step" if step < 6 else "_save", die)  # after it has logged the second try
+        with pytest.raises(KilledError):
+            _train(stopped, SmallWorkload())
+    assert _repeatable(_train(stopped, SmallWorkload())) == _repeatable(undisturbed)
+    assert sorted(p.name for p in stopped.glob("images/*")) == sorted(
+        p.name for p in (tmp_path / "undisturbed").glob("images/*")
+    )
+
+
+def test_asked_to_stop_before_an_evaluation_no_batch_of_it_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(step: int, number: int) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        _ask_to_stop(patched)
+        with pytest.raises(StoppedOnRequest, match="stopped at step 1/6"):
+            _train(tmp_path, SmallWorkload(refuse), evaluate_every=1, log_every=1)
+    undisturbed = _train(tmp_path / "undisturbed", SmallWorkload(), evaluate_every=1, log_every=1)
+    resumed = _train(tmp_path, SmallWorkload(), evaluate_every=1, log_every=1)
+    assert _repeatable(resumed) == _repeatable(undisturbed)
+    assert all(line["samples_per_s"] > 0 for line in resumed if "samples_per_s" in line)
+
+
+def test_the_time_of_checkpoints_and_evaluations_is_not_in_samples_per_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_save(directory: Path) -> None:
+        time.sleep(0.5)
+
+    monkeypatch.setattr(PlainEngine, "save", lambda engine, directory: slow_save(directory))
+    workload = SmallWorkload(lambda step, number: time.sleep(0.1))
+    lines = _train(tmp_path, workload, steps=3, log_every=3, evaluate_every=2, checkpoint_every=1)
+    (speed,) = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
+    assert speed > 3 * BATCH / 0.5  # three steps of milliseconds, around two checkpoints and an evaluation
