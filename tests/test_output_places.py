@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml
@@ -15,7 +17,9 @@ from pipeline.cli.main import cli
 from pipeline.core.errors import UserError
 from pipeline.core.writable import check_writable
 from pipeline.sampling.export import export_run
+from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.save import check_output, read_metadata, save_image
+from pipeline.sampling.to_directory import GenerateJob, generate_sheet
 from tests.data.sample_images import image
 from tests.launch import environment
 
@@ -122,6 +126,13 @@ def test_an_export_goes_to_a_place_that_can_be_written(tiny_run: Path, tmp_path:
         done = subprocess.run(code, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert (done.returncode == 0) == bool(before), done.stderr
         assert told in done.stderr
+
+
+def test_a_sheet_that_a_webp_cannot_hold_is_told_before_any_image_is_generated(tmp_path: Path) -> None:
+    pipeline = SimpleNamespace(image_tokenizer=SimpleNamespace(image_size=32))  # can generate nothing
+    job = GenerateJob(["a"] * 1_000)
+    with pytest.raises(UserError, match=r"x.webp: expected at most 16,383 pixels a side .*: save it as .png"):
+        generate_sheet(cast(Pipeline, pipeline), job, tmp_path / "x.webp")
 
 
 def test_generate_into_a_jpg_and_into_a_folder_with_a_dot_whatever_the_prompt(tiny_run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ rows = compare_features(sets.real, sets.fake, config, seed, cache)      # in one
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.text import visible
 from pipeline.evaluation.comparison import caption_rows
 from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, is_feature_file, read_features
 from pipeline.evaluation.image_sets import ImageSet, StoredImage, images_at, read_set
@@ -20,6 +22,8 @@ from pipeline.evaluation.rows import Row
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.extractors.registry import load_extractor
+
+log = logging.getLogger(__name__)
 
 Sizes = Counter[tuple[int, int]]  # how many images there are of each width and height
 
@@ -95,9 +99,17 @@ def captioned_rows(path: Path, config: EvaluateConfig, cache: Path, seed: int) -
     """
     if not config.clip:
         return []
-    images = [image for image in images_at(path) if image.caption]
+    found = images_at(path)
+    images = [image for image in found if image.caption]
     if not images:
         raise UserError(f"--clip: expected captions (a .txt beside each image) in {path}, found none")
+    if bare := [image.name for image in found if not image.caption]:
+        log.warning(
+            "--clip: %d of %d images have no caption (a .txt beside each) and get no score, the first: %s",
+            len(bare),
+            len(found),
+            visible(bare[0]),
+        )
     scorer = ClipScorer(config.clip, distributed.device(), config.batch_size)
     embedded = FeatureStore(cache, scorer.images).features(images, "CLIP's features")
     captions = scorer.captions([image.caption or "" for image in images])

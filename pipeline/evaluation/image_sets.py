@@ -90,12 +90,16 @@ class StoredImage:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The content of the .json beside it; empty if there is none, or no object."""
-        try:
-            found = json.loads(self.about_slice.read()) if self.about_slice else {}
-        except (ValueError, RecursionError):
+        """The content of the .json beside it; empty if there is none. Raises UserError if it is no object."""
+        if self.about_slice is None:
             return {}
-        return found if isinstance(found, dict) else {}
+        try:
+            found = json.loads(self.about_slice.read())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.about_slice.name}: expected JSON, found something else ({error})") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.about_slice.name}: expected a JSON object, found {type(found).__name__}")
+        return found
 
 
 @dataclass

@@ -51,14 +51,7 @@ def save_image(image: Image.Image, path: Path, metadata: Metadata) -> None:
     Raises:
         UserError: the name says no format, or the format holds no image of this size.
     """
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise UserError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, found '{path.suffix}'")
-    if max(image.size) > _LARGEST_SIDE[kind]:
-        raise UserError(
-            f"{path}: expected at most {_LARGEST_SIDE[kind]:,} pixels a side ({kind}), found {image.width:,} ×"
-            f" {image.height:,}: save it as .png"
-        )
+    kind = check_format(path, image.size)
     options: dict[str, object] = {}
     if kind == "PNG":
         options["pnginfo"] = info = PngInfo()
@@ -72,6 +65,19 @@ def save_image(image: Image.Image, path: Path, metadata: Metadata) -> None:
         options |= {"exif": exif, "quality": 95}
     with atomic_path(path) as temporary:
         image.save(temporary, format=kind, **options)
+
+
+def check_format(path: Path, size: tuple[int, int]) -> str:
+    """Pillow's name of the format that the name says. Raises UserError: none, or it holds no image of this size."""
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, found '{path.suffix}'")
+    if max(size) > _LARGEST_SIDE[kind]:
+        raise UserError(
+            f"{path}: expected at most {_LARGEST_SIDE[kind]:,} pixels a side ({kind}), found {size[0]:,} ×"
+            f" {size[1]:,}: save it as .png"
+        )
+    return kind
 
 
 def read_metadata(path: Path) -> dict[str, object] | None:

@@ -17,7 +17,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.save import SHEET, Metadata, open_image, read_metadata, save_image
+from pipeline.sampling.save import SHEET, Metadata, check_format, open_image, read_metadata, save_image
 
 _SHEET_LIMIT = 1024  # images; more make a sheet that viewers refuse
 
@@ -57,10 +57,12 @@ def generate_sheet(pipeline: Pipeline, job: GenerateJob, path: Path) -> int:
     """Generate all images onto one sheet, the image file `path`; returns how many there are.
 
     Raises:
-        UserError: too many for a sheet.
+        UserError: too many for a sheet, or for one of the format that the name says; before any is generated.
     """
     if len(job.prompts) * job.images_per_prompt > _SHEET_LIMIT:
         raise UserError(f"a sheet holds {_SHEET_LIMIT} images, found more: give a folder, -o images")
+    blank = Image.new("RGB", 2 * (pipeline.image_tokenizer.image_size,))
+    check_format(path, _sheet([(blank, prompt) for prompt in job.prompts for _ in range(job.images_per_prompt)]).size)
     generated = [one for part in _generate(pipeline, job, range(len(job.prompts))) for one in part]
     metadata = job.metadata(0, pipeline) | {"prompts": job.prompts}
     _save_sheet([(one.image, job.prompts[one.prompt]) for one in generated], path, metadata)
@@ -146,4 +148,8 @@ def _path(folder: Path, prompt: int, rank: int) -> Path:
 
 
 def _save_sheet(shown: list[tuple[Image.Image, str]], path: Path, metadata: Metadata) -> None:
-    save_image(grid([Group("", [Tile(image, caption) for image, caption in shown])]), path, metadata)
+    save_image(_sheet(shown), path, metadata)
+
+
+def _sheet(shown: list[tuple[Image.Image, str]]) -> Image.Image:
+    return grid([Group("", [Tile(image, caption) for image, caption in shown])])
