@@ -177,6 +177,32 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
     assert len(list((directory / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.parametrize(("stage", "processes"), [("image-tokenizer", 1), ("transformer", 2)])
+def test_one_process_asked_to_stop_inside_an_evaluation_stops_all_after_that_batch_and_it_is_done_again(
+    stage: str, processes: int, tmp_path: Path, tiny_run: Path
+) -> None:
+    finished = ("prepare", "text-tokenizer") + (("image-tokenizer", "tokenize") if stage == "transformer" else ())
+    overrides = ["transformer.deepspeed.zero_stage=3", "transformer.training.ema_decay=0.9"] * (processes > 1)
+    run = _prepared(tiny_run, tmp_path / "stopped", *finished)
+    arguments = ["--config", str(run / "config.yaml"), *overrides]
+    output = launch("tests.training.stopped_evaluation_worker", stage, *arguments, processes=processes)
+    assert "stopped at step 20/30: SIGUSR2" in output
+    assert [f"rank {rank}: batch 0" in output for rank in range(processes)] == [True] * processes
+    assert "batch 1" not in output  # there are two
+    assert not [line for line in _metrics(run, stage) if any(name.startswith("val/") for name in line)]
+    assert "resuming from step 20" in launch(f"stages.{stage.replace('-', '_')}", *arguments, processes=processes)
+    undisturbed = tiny_run
+    if processes > 1:
+        undisturbed = _prepared(tiny_run, tmp_path / "undisturbed", *finished)
+        config = ["--config", str(undisturbed / "config.yaml")]
+        launch(f"stages.{stage}", *config, *overrides, processes=processes)
+    assert _outputs(run, stage) == _outputs(undisturbed, stage)
+    assert _metrics(run, stage) == _metrics(undisturbed, stage)
+    assert sorted(p.name for p in (run / stage / "images").iterdir()) == sorted(
+        p.name for p in (undisturbed / stage / "images").iterdir()
+    )
+
+
 @pytest.mark.slow
 def test_a_second_process_in_the_same_run_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     first = _start(tmp_path)
