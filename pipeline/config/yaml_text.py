@@ -22,6 +22,7 @@ _FLOAT = re.compile(
 )
 _SCIENTIFIC = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 _TAG = "tag:yaml.org,2002:"
+_PLAIN = [f"{_TAG}{kind}" for kind in ("int", "float", "bool", "null")]
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,6 +90,8 @@ def read_value(text: str, where: str) -> object:
     loader = _Loader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        if tag not in _PLAIN:  # `=`, `<<`, `!`, which mean something in a file alone
+            return text
         return loader.construct_object(yaml.ScalarNode(tag, text))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error

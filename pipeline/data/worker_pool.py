@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,7 +14,9 @@ from multiprocessing import connection
 from typing import TypeVar
 
 from pipeline.core import signals
-from pipeline.core.errors import StoppedOnRequest
+from pipeline.core.errors import StoppedOnRequest, UserError
+
+_LONGEST_TMPDIR = 70  # of the 107 bytes that a socket's path may have; multiprocessing adds two names
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,9 +29,11 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers:
 
     Raises:
         BrokenProcessPool: a worker died.
+        UserError: TMPDIR is too long for the sockets of multiprocessing, and /tmp cannot be written.
     """
     # forkserver: forking a process that runs threads (trackers, collectives) can deadlock its children.
     context = multiprocessing.get_context("forkserver")
+    _meet_in_a_short_folder()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         waiting = iter(items)
         running: set[Future[Result]] = set()
@@ -45,6 +52,20 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers:
         except (GeneratorExit, StoppedOnRequest):
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _meet_in_a_short_folder() -> None:
+    """Where TMPDIR is longer than a socket's path may be, put the sockets of multiprocessing below /tmp."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TMPDIR:
+        return
+    try:
+        folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR: expected at most {_LONGEST_TMPDIR} characters, found {tempfile.gettempdir()}: set a shorter one"
+        ) from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
 
 
 def _start_worker() -> None:

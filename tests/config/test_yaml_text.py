@@ -49,7 +49,7 @@ def test_a_merged_section_may_be_overridden(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "title",
     ["Run #5 of May", "a: b", "it's", "'Tis", "*stars*", "&co", "!bang", "%x", "@home", "- dash", "2024_01_05",
-     "12:30:00", "2024-01-05", "infinity", "a=b", "…"],
+     "12:30:00", "2024-01-05", "infinity", "a=b", "…", "!", "=", "<<", "&", "*"],
 )  # fmt: skip
 def test_an_overrides_text_is_taken_as_it_is(tmp_path: Path, title: str) -> None:
     assert load(tmp_path, "", f"transformer.title={title}").transformer.title == title

@@ -1,0 +1,19 @@
+"""Work in processes starts wherever the temporary folder is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launch import environment
+
+
+def test_work_in_processes_starts_with_a_tmpdir_longer_than_a_sockets_path(tmp_path: Path) -> None:
+    folder = tmp_path / ("d" * 60) / ("e" * 60)
+    folder.mkdir(parents=True)
+    code = "from pipeline.data.worker_pool import in_processes as p; print(sorted(p(abs, [-1, 2], 1)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(TMPDIR=str(folder)), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[1, 2]", done.stderr
