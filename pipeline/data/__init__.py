@@ -1,7 +1,9 @@
 """From any captioned images to exact, resumable streams of images and tokens.
 
-prepare             a source -> image shards: prepare_part one part in a worker, prepare_index what joins the parts
+prepare             a source -> image shards: prepare_part one part in a worker, prepare_index what joins the parts,
+                    prepare_caption what a source gives as a caption
 sources/            what a user has (folder, table, tars, `datasets`, OpenMoji) as raw records, cut into parts
+source_stamp        whether a source is still what it was
 images, png         bytes -> an RGB image of one size, or the reason why not; PNG files that decode fast
 splits, duplicates  which split a sample belongs to; which samples repeat an earlier key or image
 shards              the format of image shards: writing, reading, index

@@ -53,15 +53,13 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
             passed_over.update(record["passed_over"])
             found += record["found"]
             for entry in record["rejected"] + record["left_out"]:
-                samples = entry.get("samples", 1)
                 if entry.pop("rest", False):
                     lost = max(1, typical - record["found"])
                     what = visible(f"{entry['key']}: {entry['reason']} ({entry['detail']})")
                     log.warning("prepare: %s: counted as %d samples, by what the others hold", what, lost)
-                    samples += lost
+                    entry["samples"] = entry.get("samples", 1) + lost
                     found += lost
-                    entry["samples"] = samples
-                reasons[entry["reason"]] += samples
+                reasons[entry["reason"]] += entry.get("samples", 1)
                 file.write(mask(json.dumps(entry)) + "\n")
     rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
     kept = splits["train"]["samples"] + splits["val"]["samples"]

@@ -177,6 +177,7 @@ class _Making:
         self.conversions: Counter[str] = Counter()
         self.hashes: dict[int, int] = {}  # of keys -> of images
         self.found = 0
+        self._further_captions = 0  # of images that were counted as one
 
     def take(self, item: Record | Unreadable | LeftOut) -> None:
         """Decide about one record."""
@@ -200,14 +201,12 @@ class _Making:
         Raises:
             UserError: a sample was lost without a word, which is a mistake of ours.
         """
-        further = self.found - counted - self._further_captions
-        if further:
+        accounted = self.found - self._further_captions
+        if accounted != counted:
             raise UserError(
-                f"prepare: part {self.task.part.number} of the source holds {counted} samples, and "
-                f"{counted + further} are accounted for: please report this, with a file that does it"
+                f"prepare: part {self.task.part.number} of the source holds {counted} samples, and {accounted} are "
+                "accounted for: please report this, with a file that does it"
             )
-
-    _further_captions = 0
 
     def _take_record(self, record: Record) -> None:
         found = 1
