@@ -91,7 +91,7 @@ def _table(folder: Path, rng: Random, name: str, content: bytes) -> None:
     content = mutated(content, rng)
     (folder / name).write_bytes(content)
     # A text that is cut at the end of a row is whole: nobody can tell.
-    held = sum(f"{n}.png".encode() in content for n in range(COUNT))
+    held = min(sum(f"{n}.png".encode() in content for n in range(COUNT)), sum(map(bool, content.split(b"\n"))))
     _prepared(folder, {"kind": "table", "path": str(folder / name), "path_column": "file"}, held)
 
 
