@@ -1,0 +1,58 @@
+"""A stop request ends a loop before its next batch, on every process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.core import signals
+from pipeline.data.shards import Sample
+from pipeline.reranker.model import TwoTowers
+from pipeline.reranker.ranker import retrieval
+from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.stopping import EvaluationStopped, stoppable
+from stages import reranker
+from tests.reranker.test_reranker import SMALL
+
+
+def test_a_loop_ends_before_the_next_batch_that_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(9):
+            seen.append(number)
+            yield number
+            if number == 2:
+                monkeypatch.setattr(signals, "_requested", "SIGTERM")
+
+    with pytest.raises(EvaluationStopped):
+        list(stoppable(numbers(), every=2))
+    assert seen == [0, 1, 2, 3, 4]  # 4 was read, and looked at by nobody
+
+
+def test_a_loop_that_nobody_stops_is_whole() -> None:
+    assert list(stoppable("abc")) == ["a", "b", "c"]
+
+
+def test_the_retrieval_of_the_reranker_ends_before_its_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, format="png")
+    samples = [Sample(str(number), png.getvalue(), f"caption {number}", {}) for number in range(600)]
+    tokenizer = TextTokenizer.train(["caption"], TextTokenizerConfig(vocab_size=280, text_length=4))
+    towers = TwoTowers(SMALL, 8, tokenizer.text_length, tokenizer.vocab_size).eval()
+    batches = []
+    embed = towers.embed_images
+
+    def stop(images: object) -> object:
+        batches.append(images)
+        monkeypatch.setattr(signals, "_requested", "SIGTERM")
+        return embed(images)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(towers, "embed_images", stop)
+    with pytest.raises(EvaluationStopped):
+        retrieval(reranker._StoppableRanker(towers, tokenizer), samples, 5_000)
+    assert len(batches) == 1
