@@ -197,6 +197,7 @@ def test_a_link_in_a_tar_is_told(tmp_path: Path) -> None:
     assert "b.png: a link to a.png" in (tmp_path / "out/rejected.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     import resource
 
