@@ -218,14 +218,14 @@ def _files_below(found: ImageSet, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
 def _add_tar(found: ImageSet, path: Path, prefix: str) -> None:
     entries = []
     for member in tar_members(path):
         name = f"{path}: {member.name}"
-        if _is_hidden(PurePosixPath(member.name).name):
+        if any(map(_is_hidden, PurePosixPath(member.name).parts)):
             found.left_out.append((name, "hidden"))
         elif member.is_file:
             entries.append((member.name, FileSlice(path, name, member.offset, member.size)))

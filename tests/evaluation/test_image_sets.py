@@ -111,6 +111,13 @@ def test_what_is_hidden_or_no_image_is_named_and_links_are_followed_once(tmp_pat
     }
 
 
+def test_what_a_mac_adds_to_a_tar_is_hidden(tmp_path: Path) -> None:
+    names = ("a.png", "._a.png", "__MACOSX/a.png", ".thumbs/b.png")
+    found = read_set(write_tar(tmp_path / "a.tar", [(name, encoded(image(0))) for name in names]))
+    assert [one.name for one in found.images] == ["a.png"]
+    assert [reason for _, reason in found.left_out] == ["hidden"] * 3
+
+
 def test_the_sheet_of_generate_is_no_sample(tmp_path: Path) -> None:
     write_folder(tmp_path, 2)
     save_image(image(3), tmp_path / "grid.png", {"prompts": ["a"]})
