@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,18 +16,28 @@ if TYPE_CHECKING:
     from pipeline.config.pipeline import PipelineConfig
 
 
+class _Number(click.FloatRange):
+    """A number within bounds; "nan", which no bound refuses, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
 @click.command()
 @click.argument("config_path", metavar="CONFIG")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpu", default="A100-80GB", show_default=True, help=f"one of {', '.join(GPUS)}")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1), help="how many, over all nodes")
-@click.option("--peak-tflops", type=click.FloatRange(min=0, min_open=True), help="of a GPU that is not listed")
-@click.option("--memory-gb", type=click.FloatRange(min=0, min_open=True), help="of a GPU that is not listed")
+@click.option("--peak-tflops", type=_Number(0.001, 1e9), help="of a GPU that is not listed")
+@click.option("--memory-gb", type=_Number(0.001, 1e9), help="of a GPU that is not listed")
 @click.option(
     "--utilisation",
     default=0.4,
     show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Number(0.001, 1),
     help="model FLOPs per second / the GPU's peak; a run's metrics say it as mfu",
 )
 @click.option("--time-limit", default="24:00:00", show_default=True, help="of one Slurm job, HH:MM:SS or D-HH:MM:SS")
@@ -44,7 +55,10 @@ def plan(
     config = load_pipeline(config_path, overrides)
     limit_s = _seconds(time_limit)
     device = _gpu(gpu, peak_tflops, memory_gb)
-    model = count(config, gpus)
+    try:
+        model = count(config, gpus)
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(f"expected a model that can be counted, found one too large: {error}") from error
     lines = [*_model(config, model), "", *_time(config, model, gpu, device, gpus, utilisation, time_limit, limit_s)]
     click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus)]))
 

@@ -11,8 +11,8 @@ from pipeline.config.training import TrainingConfig
 class TowerConfig(Config):
     """The two towers; each is `layers` transformer layers of `width`."""
 
-    width: int = Field(256, ge=8, description="channels of the residual stream")
-    layers: int = Field(4, ge=1, description="transformer layers per tower")
+    width: int = Field(256, ge=8, le=1_000_000, description="channels of the residual stream")
+    layers: int = Field(4, ge=1, le=10_000, description="transformer layers per tower")
     heads: int = Field(4, ge=1, description="attention heads; must divide width")
     patch_size: int = Field(4, ge=1, description="pixels of a patch's side; must divide prepare.image_size")
     dimensions: int = Field(256, ge=2, description="of the space that images and captions meet in")

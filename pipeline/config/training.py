@@ -22,7 +22,7 @@ class TrainingConfig(Config):
     """
 
     steps: int = Field(gt=0, description="optimizer updates")
-    batch_size: int = Field(gt=0, description="samples per step, over all processes")
+    batch_size: int = Field(gt=0, le=1_000_000_000, description="samples per step, over all processes")
     micro_batch_size: int | None = operational(
         None, ge=1, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
     )

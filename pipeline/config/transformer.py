@@ -24,8 +24,8 @@ STYLES: dict[str, dict[str, str | bool]] = {
 class TransformerShape(Config):
     """What decides the model's parameters (with the layout); saved in its config.json."""
 
-    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
-    width: int = Field(256, ge=8, description="channels of the residual stream")
+    layers: int = Field(4, ge=1, le=10_000, description="blocks of attention and MLP")
+    width: int = Field(256, ge=8, le=1_000_000, description="channels of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads; must divide width")
     style: Literal["classic", "modern"] | None = Field(
         None, description="sets norm, mlp, positions, attention and qk_norm, unless they are given; see STYLES"

@@ -1,0 +1,34 @@
+"""`smalti plan` with numbers that nothing has: one line."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli.plan import plan
+from pipeline.core.errors import UserError
+from tests.launch import ROOT
+
+TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--utilisation", "1e-320"],
+        ["--utilisation", "nan"],
+        ["--peak-tflops", "nan"],
+        ["--peak-tflops", "inf"],
+        ["--memory-gb", "-1"],
+        ["--gpus", "0"],
+        ["--gpus", str(10**18)],
+        ["--time-limit", "00:00:00"],
+        ["transformer.width=9000000000000000000", "transformer.heads=1"],
+        ["transformer.layers=9000000000000000000"],
+        ["transformer.training.batch_size=9000000000000000000"],
+    ],
+)
+def test_a_number_that_nothing_has_is_refused(options: list[str]) -> None:
+    result = CliRunner().invoke(plan, [TINY, *options])
+    assert result.exit_code
+    assert isinstance(result.exception, (SystemExit, UserError)), result.exception
