@@ -7,10 +7,11 @@ model = load_model("runs/openmoji/transformer/model", "transformer", ("layout", 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +29,15 @@ def save_model(model: nn.Module, config: Mapping[str, object], directory: str | 
     with atomic_path(directory / "model.safetensors") as temporary:
         save_file(state, temporary)
     write_json(directory / "config.json", config)
+
+
+def count_parameters(weights: Path) -> int:
+    """How many numbers a safetensors file holds. Reads its header alone. Raises UserError when that is damaged."""
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 – no dict
+    except SafetensorError as error:
+        raise UserError(f"{weights} is damaged ({error}): restore it, or remove it and run its stage again") from error
 
 
 def load_model(

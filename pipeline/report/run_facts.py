@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from safetensors import safe_open
-
 from pipeline.core.atomic_io import read_json
+from pipeline.core.pretrained import count_parameters
 from pipeline.orchestration.graph import STAGES
 
 _PACKAGES = (
@@ -91,7 +89,7 @@ def _stage(name: str, directory: Path) -> StageFacts:
     return StageFacts(
         name=name,
         wall_time_s=timing.get("wall_time_s"),
-        parameters=_parameters(weights) if weights.is_file() else None,
+        parameters=count_parameters(weights) if weights.is_file() else None,
         output_bytes=sum(output["bytes"] for output in outputs.values()),
         history=_history(directory / "metrics.jsonl"),
     )
@@ -113,11 +111,6 @@ def _history(path: Path) -> list[dict[str, float]]:
             continue
         lines[line["step"]] = lines.get(line["step"], {}) | line
     return [lines[step] for step in sorted(lines)]
-
-
-def _parameters(weights: Path) -> int:
-    with safe_open(weights, framework="numpy") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _versions() -> dict[str, str]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json
+from pipeline.core.pretrained import count_parameters
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.sampling.model_source import ModelSource
@@ -115,14 +115,7 @@ def _parameters(folder: Path) -> str:
     path = folder / "model.safetensors"
     if not path.is_file():
         return "–"
-    total = 0
-    with safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118 – no dict
-            size = 1
-            for length in file.get_slice(name).get_shape():
-                size *= length
-            total += size
-    return f"{total:,}"
+    return f"{count_parameters(path):,}"
 
 
 def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import UserError
-from pipeline.core.pretrained import load_model, save_model
+from pipeline.core.pretrained import count_parameters, load_model, save_model
 from pipeline.training.sharded_state import TensorShard, write_shards
 
 
@@ -53,3 +53,12 @@ def test_a_colleague_can_read_a_model_and_a_checkpoint_if_the_umask_lets(tmp_pat
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 3
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_a_damaged_header_is_one_line_wherever_parameters_are_counted(tmp_path: Path) -> None:
+    save_model(nn.Linear(3, 2), {}, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    assert count_parameters(weights) == 8
+    weights.write_bytes(b"\xff" * 40)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        count_parameters(weights)

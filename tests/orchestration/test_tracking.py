@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -306,3 +307,16 @@ def test_a_password_in_the_uri_is_written_nowhere(monkeypatch: pytest.MonkeyPatc
     assert "s3cr3t" not in to_yaml(config) + repr(config)
     assert config.tracking.uri == "https://example.org/mlflow"
     assert put_password_back(config.tracking.uri) == "https://me:s3cr3t@example.org/mlflow"
+
+
+def test_what_grows_with_the_data_is_no_artifact(tiny_run: Path) -> None:
+    sent = [path for path in (tiny_run / "mlartifacts").rglob("*") if path.is_file()]
+    assert {".png", ".json", ".html"} <= {path.suffix for path in sent}
+    assert not [path for path in sent if path.suffix in (".npy", ".tar") or "captions" in path.name]
+
+
+def test_everybody_whom_the_umask_lets_can_read_all_of_a_run(tiny_run: Path) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    secret = [p for p in tiny_run.rglob("*") if p.is_file() and p.stat().st_mode & 0o666 != 0o666 & ~umask]
+    assert not secret
