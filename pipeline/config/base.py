@@ -150,8 +150,6 @@ def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> C
     """Validate plain values against `cls`; `where` names their origin in errors."""
     renamed: dict[str, str] = {}
     values = with_current_names(values, renamed)
-    for old, new in renamed.items():
-        log.warning("%s: key '%s' is now '%s'; the old name still works in this version: rename it", where, old, new)
     try:
         config = cls.model_validate(values)
     except ValidationError as error:
@@ -159,6 +157,8 @@ def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> C
     for key, value in flatten(config.model_dump(warnings=False)).items():
         if any(abs(number) > LARGEST_INTEGER for number in _integers(value)):
             raise UserError(f"{where}: '{key}': expected integers below 2**63, found a larger one")
+    for old, new in renamed.items():  # of a config that is refused, the error alone is told
+        log.warning("%s: key '%s' is now '%s'; the old name still works in this version: rename it", where, old, new)
     return config
 
 
