@@ -167,7 +167,9 @@ def test_any_value_of_any_option_is_one_line(
     assert len(err.splitlines()) == 1, err
     assert "Traceback" not in err
     made = set(Path.cwd().iterdir()) - there  # the folder that was asked for: places are tried before the work
-    assert not [path for folder in made for path in (folder, *folder.rglob("*")) if path.is_file()], "a refused command wrote"
+    assert not [path for folder in made for path in (folder, *folder.rglob("*")) if path.is_file()], (
+        "a refused command wrote"
+    )
 
 
 @MANY
