@@ -18,10 +18,9 @@ files in `configs/cluster/`.
 
 A key stands once in a section; a second one is an error with both lines. Text that YAML takes for something else
 (`yes`, `8`) needs quotes; `2024_01_05` and `2024-01-05` are text. A value on the command line is a number, `true`,
-`false` or `null` where YAML says so, a list or a section in brackets, and else the text as it is:
-`"report.title=Run #5 of May"`. No key's result comes from the environment: variables that libraries read for that are
-pinned or refused by name.
-
+`false` or `null` where YAML says so, a list or a section in brackets, and else the text as it is: `"report.title=Run
+#5 of May"`. No key's result comes from the environment: variables that libraries read for that are pinned or refused
+by name.
 """
 
 
