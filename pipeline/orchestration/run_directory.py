@@ -148,7 +148,9 @@ class RunDirectory:
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
         success, path = self.stage(name) / "_SUCCESS", self.stage(name) / "manifest.json"
-        if not (success.exists() and path.exists() and success.read_text().strip() == sha256_file(path)):
+        if not (
+            success.exists() and path.exists() and success.read_text(errors="replace").strip() == sha256_file(path)
+        ):
             return None
         manifest: Manifest = read_json(path)
         return {**manifest, "config": with_current_names(manifest["config"])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pipeline.core.atomic_io import read_json
 from pipeline.core.pretrained import count_parameters
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import RunDirectory, config_of
+from pipeline.orchestration.tracking import metrics_of
 from pipeline.sampling.model_source import ModelSource
 
 _LOSSES = {
@@ -121,11 +121,12 @@ def _parameters(folder: Path) -> str:
 def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
     for stage, names in _LOSSES.items():
         path = run_directory / stage / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        logged = [found for line in lines if (found := metrics_of(line))]  # a killed process may have left half a line
         for name in names:
-            found = next((line for line in reversed(lines) if name in line), None)
-            if found:
-                yield stage, found["step"], name, f"{found[name]:.4g}"
+            last = next(((step, values) for step, _, values in reversed(logged) if name in values), None)
+            if last:
+                yield stage, last[0], name, f"{last[1][name]:.4g}"
     retrieval = run_directory / "reranker" / "retrieval.json"
     if retrieval.is_file():
         for name, value in read_json(retrieval).items():
