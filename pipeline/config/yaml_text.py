@@ -87,9 +87,9 @@ def read_value(text: str, where: str) -> object:
         return read_yaml(text, where)
     if _SCIENTIFIC.match(text):  # YAML 1.1 wants 1.0e-3; people write 1e-3
         return float(text)
-    loader = _Loader("")
+    loader: Any = _Loader("")  # PyYAML's resolver has no types
     try:
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         if tag not in _PLAIN:  # `=`, `<<`, `!`, which mean something in a file alone
             return text
         return loader.construct_object(yaml.ScalarNode(tag, text))

@@ -13,7 +13,7 @@ import sqlite3
 import uuid
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.config.pipeline import PipelineConfig
@@ -111,22 +111,26 @@ def _create(database: Path, artifacts: str) -> None:
     """Make a database whole: a process may be killed while MLflow makes its tables, which takes seconds."""
     if database.exists():
         return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     for leftover in database.parent.glob(f".{database.name}.*.tmp*"):
         leftover.unlink(missing_ok=True)
     temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex}.tmp")
-    SqlAlchemyStore(f"sqlite:///{temporary}", artifacts or str(database.parent)).engine.dispose()  # type: ignore[no-untyped-call]
+    _open_store(f"sqlite:///{temporary}", artifacts or str(database.parent))
     temporary.replace(database)
+
+
+def _open_store(address: str, artifacts: str) -> None:
+    """Let MLflow open the database at `address`, which makes or checks its tables, and close it."""
+    from mlflow.store.tracking import sqlalchemy_store
+
+    store: Any = sqlalchemy_store.SqlAlchemyStore
+    store(address, artifacts).engine.dispose()
 
 
 def _damage(database: Path) -> str | None:
     """What keeps MLflow from using the database; None if it is whole, or somebody else writes it now."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     address = f"sqlite:///{database.parent}/./{database.name}"  # MLflow keeps what it opened, by address
     try:
-        SqlAlchemyStore(address, str(database.parent)).engine.dispose()  # type: ignore[no-untyped-call]
+        _open_store(address, str(database.parent))
     except Exception as error:  # SQLAlchemy's and MLflow's own, of many kinds
         return None if "locked" in str(error) else (str(error).splitlines() or [type(error).__name__])[0]
     return None

@@ -1,11 +1,8 @@
-"""Data as others write it: several captions, labels, structs, rows that are not rows, URLs that answer no."""
+"""Data as others write it: several captions, labels, structs, rows that are not rows."""
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,16 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import PrepareIndex, read_samples
-from pipeline.data.sources import web
 from tests.data.sample_images import encoded, folder_config, image, prepare_config, write_folder, write_tar
 
 ALL: dict[str, Any] = {"validation_fraction": 0, "max_rejected_fraction": 1}
 
 
-def _captions(directory: Path, split: str = "train") -> list[str]:
+def captions_in(directory: Path, split: str = "train") -> list[str]:
     return [sample.caption for sample in read_samples(directory, split)]
 
 
-def _csv(folder: Path, text: str | bytes, **values: Any) -> PrepareIndex:
+def prepared_csv(folder: Path, text: str | bytes, **values: Any) -> PrepareIndex:
     write_folder(folder / "images", 40)
     (folder / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     source = {"kind": "table", "path": str(folder / "t.csv"), "path_column": "file"}
@@ -63,10 +59,10 @@ def _lines(count: int) -> list[str]:
 def test_a_csv_row_with_too_many_fields_is_damaged_and_loses_no_caption_silently(tmp_path: Path) -> None:
     lines = _lines(6)
     lines[2] = "images/00002.png,a red cat, sitting on a mat"
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]))
+    index = prepared_csv(tmp_path, "\n".join(["file,caption", *lines]))
     assert index["rejected"]["reasons"] == {"damaged row": 1}
     assert "3 fields, expected 2 (file, caption)" in (tmp_path / "out/rejected.jsonl").read_text()
-    assert "a red cat" not in _captions(tmp_path / "out")
+    assert "a red cat" not in captions_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize("shard_size", [1000, 7])
@@ -76,18 +72,18 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_and_no_other(
 ) -> None:
     lines = _lines(30)
     lines[where] = f'images/{where:05d}.png,"a lost quote'
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=shard_size)
+    index = prepared_csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=shard_size)
     assert index["rejected"]["reasons"] == {"damaged row": 1}
-    assert _captions(tmp_path / "out") == [f"number {n}" for n in range(30) if n != where]
+    assert captions_in(tmp_path / "out") == [f"number {n}" for n in range(30) if n != where]
 
 
 def test_a_lost_quote_before_a_quoted_row_swallows_nothing(tmp_path: Path) -> None:
     lines = _lines(12)
     lines[3] = 'images/00003.png,"a lost quote'
     lines[8] = 'images/00008.png,"a cat, a mat"'
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=5)
+    index = prepared_csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=5)
     assert index["rejected"]["reasons"] == {"damaged row": 1}
-    assert _captions(tmp_path / "out")[7] == "a cat, a mat"
+    assert captions_in(tmp_path / "out")[7] == "a cat, a mat"
     assert index["splits"]["train"]["samples"] == 11
 
 
@@ -95,16 +91,16 @@ def test_two_lost_quotes_that_seem_to_belong_together_swallow_nothing(tmp_path: 
     lines = _lines(12)
     for number in (3, 8):
         lines[number] = f'images/{number:05d}.png,"a lost quote'
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=5)
+    index = prepared_csv(tmp_path, "\n".join(["file,caption", *lines]), shard_size=5)
     assert index["rejected"]["reasons"] == {"damaged row": 2}
-    assert _captions(tmp_path / "out") == [f"number {n}" for n in range(12) if n not in (3, 8)]
+    assert captions_in(tmp_path / "out") == [f"number {n}" for n in range(12) if n not in (3, 8)]
 
 
 def test_quoted_line_breaks_blank_lines_and_byte_order_marks_are_no_damage(tmp_path: Path) -> None:
     lines = [*_lines(3), "", 'images/00003.png,"two\nlines, ""quoted"""', "", ""]
-    index = _csv(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(["file,caption", *lines]).encode())
+    index = prepared_csv(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(["file,caption", *lines]).encode())
     assert index["rejected"]["samples"] == 0
-    assert _captions(tmp_path / "out") == ["number 0", "number 1", "number 2", 'two lines, "quoted"']
+    assert captions_in(tmp_path / "out") == ["number 0", "number 1", "number 2", 'two lines, "quoted"']
     assert index["left_out"] == {"line break within a field": 1}
 
 
@@ -133,7 +129,7 @@ def test_a_row_inserted_on_top_moves_nothing_between_the_splits(tmp_path: Path) 
         for first in (1, 0):
             folder = tmp_path / f"{kind}{first}"
             if kind == "csv":
-                _csv(folder, "\n".join(["file,caption", *_lines(40)[first:]]), validation_fraction=0.5)
+                prepared_csv(folder, "\n".join(["file,caption", *_lines(40)[first:]]), validation_fraction=0.5)
             else:
                 folder.mkdir()
                 rows = [{"image": _struct(n), "caption": f"number {n}"} for n in range(first, 40)]
@@ -147,9 +143,9 @@ def test_a_row_inserted_on_top_moves_nothing_between_the_splits(tmp_path: Path) 
 
 def test_rows_of_one_image_are_samples_of_one_split(tmp_path: Path) -> None:
     lines = [f"images/{n:05d}.png,caption {i} of {n}" for n in range(40) for i in range(3)]
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]), validation_fraction=0.5)
+    index = prepared_csv(tmp_path, "\n".join(["file,caption", *lines]), validation_fraction=0.5)
     assert index["rejected"]["samples"] == 0
-    images = [{c.rpartition(" ")[2] for c in _captions(tmp_path / "out", split)} for split in ("train", "val")]
+    images = [{c.rpartition(" ")[2] for c in captions_in(tmp_path / "out", split)} for split in ("train", "val")]
     assert len(images[0]) + len(images[1]) == 40
     assert images[1]
 
@@ -191,10 +187,10 @@ def test_of_several_captions_the_first_counts_or_all_in_one_split(tmp_path: Path
     captions = [[f"{caption} {n}" for caption in MANY] for n in range(12)]
     source = _with_captions(tmp_path, kind, captions)
     prepare(tmp_path / "first", prepare_config(source, **ALL), seed=0)
-    assert sorted(_captions(tmp_path / "first")) == sorted(f"a cat {n}" for n in range(12))
+    assert sorted(captions_in(tmp_path / "first")) == sorted(f"a cat {n}" for n in range(12))
     values = ALL | {"validation_fraction": 0.5, "caption": "all"}
     index = prepare(tmp_path / "all", prepare_config(source, **values), seed=0)
-    sides = [_captions(tmp_path / "all", split) for split in ("train", "val")]
+    sides = [captions_in(tmp_path / "all", split) for split in ("train", "val")]
     assert index["source_samples"] == 36
     assert sorted(sides[0] + sides[1]) == sorted(caption for several in captions for caption in several)
     assert sides[1]
@@ -226,7 +222,7 @@ STRANGE: list[Any] = [
 @pytest.mark.parametrize("kind", ["webdataset", "jsonl"])
 def test_whatever_stands_for_a_caption_ends_no_stage(tmp_path: Path, kind: str) -> None:
     index = prepare(tmp_path / "out", prepare_config(_with_captions(tmp_path, kind, STRANGE), **ALL), seed=0)
-    assert _captions(tmp_path / "out") == ["7", "2.5", "a cat"]
+    assert captions_in(tmp_path / "out") == ["7", "2.5", "a cat"]
     assert index["rejected"]["reasons"] == {"caption is not text": 4, "empty caption": 2, "missing caption": 3}
 
 
@@ -244,7 +240,7 @@ def test_labels_are_captions_by_their_names(tmp_path: Path, kind: str) -> None:
         data.cast_column("label", datasets.ClassLabel(names=names)).save_to_disk(str(tmp_path / "saved"))
         config = prepare_config({"kind": kind, "path": str(tmp_path / "saved"), "caption_column": "label"}, **ALL)
     prepare(tmp_path / "out", config, seed=0)
-    assert _captions(tmp_path / "out") == names * 2
+    assert captions_in(tmp_path / "out") == names * 2
 
 
 def test_json_of_any_depth_ends_no_stage(tmp_path: Path) -> None:
@@ -262,7 +258,7 @@ def test_json_of_any_depth_ends_no_stage(tmp_path: Path) -> None:
     source = {"kind": "webdataset", "urls": str(write_tar(tmp_path / "in/0.tar", members))}
     index = prepare(tmp_path / "out", prepare_config(source, **ALL), seed=0)
     assert index["rejected"]["reasons"]["metadata is not JSON"] >= 2
-    assert "a dog" in _captions(tmp_path / "out")
+    assert "a dog" in captions_in(tmp_path / "out")
 
 
 def test_captions_lose_what_nobody_sees(tmp_path: Path) -> None:
@@ -270,7 +266,7 @@ def test_captions_lose_what_nobody_sees(tmp_path: Path) -> None:
     for number, text in enumerate(("\ufeffa cat", "\u200b\u200d", "a \x1b[31mred\x1b[0m\x00 cat", "\x00\x07")):
         (folder / f"{number:05d}.txt").write_text(text)
     index = prepare(tmp_path / "out", folder_config(folder, **ALL), seed=0)
-    assert _captions(tmp_path / "out") == ["a cat", "a red cat"]
+    assert captions_in(tmp_path / "out") == ["a cat", "a red cat"]
     assert index["rejected"]["reasons"] == {"empty caption": 2}
 
 
@@ -282,7 +278,7 @@ def test_parquet_as_the_hub_writes_it_is_read(tmp_path: Path, given: dict[str, s
     rows = [{"image": _struct(n), "caption": f"number {n}"} for n in range(7)]
     index = prepare(tmp_path / "out", _parquet(tmp_path, rows, **given), seed=0)
     assert index["rejected"]["samples"] == 0
-    assert _captions(tmp_path / "out") == [f"number {n}" for n in range(7)]
+    assert captions_in(tmp_path / "out") == [f"number {n}" for n in range(7)]
 
 
 def test_a_parquet_struct_may_hold_a_path(tmp_path: Path) -> None:
@@ -310,59 +306,6 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
     assert index["source_samples"] == 10
     assert index["splits"]["train"]["samples"] >= 5
     assert index["rejected"]["samples"] >= 1
-
-
-# --- URLs ------------------------------------------------------------------------------------------------------------
-
-
-class _Answers(http.server.BaseHTTPRequestHandler):
-    """`/403` is answered by 403, and so on; `/once-503` works at the second time."""
-
-    asked: dict[str, int] = {}
-
-    def do_GET(self) -> None:
-        name = self.path.strip("/")
-        self.asked[name] = self.asked.get(name, 0) + 1
-        status = int(name) if name.isdigit() else 503 if name.startswith("once") and self.asked[name] == 1 else 200
-        body = encoded(image(len(name))) if status == 200 else b"no"
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server on loopback."""
-    monkeypatch.setattr(web, "_WAITS_S", (0.01, 0.01))
-    monkeypatch.setattr(_Answers, "asked", {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as serving:
-        thread = threading.Thread(target=serving.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{serving.server_port}"
-        serving.shutdown()
-
-
-def test_urls_that_are_gone_for_good_are_their_rows_fault(tmp_path: Path, server: str) -> None:
-    urls = [f"{server}/fine.png", f"{server}/403", f"{server}/404", f"{server}/410", "http://nowhere.invalid/a.png"]
-    urls += ["nothing://x/y.png", f"{server}/once-more"]
-    lines = [f"{url},number {n}" for n, url in enumerate(urls)]
-    index = _csv(tmp_path, "\n".join(["file,caption", *lines]))
-    assert index["rejected"]["reasons"] == {"unreadable file": 5}
-    assert _captions(tmp_path / "out") == ["number 0", "number 6"]
-    assert "the server answers 403" in (tmp_path / "out/rejected.jsonl").read_text()
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_url_that_may_come_back_stops_after_retries_and_rejects_nothing(
-    tmp_path: Path, server: str, status: int
-) -> None:
-    with pytest.raises(UserError, match=rf"the server answers {status} \(3 tries\); finished shards are kept"):
-        _csv(tmp_path, f"file,caption\n{server}/{status},a cat\n")
-    assert _Answers.asked == {str(status): 3}
 
 
 def test_a_surprise_while_decoding_is_that_samples_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

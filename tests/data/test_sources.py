@@ -1,14 +1,9 @@
-"""Sources: `datasets`, an S3 server on loopback, groups, near-duplicates, and sources that go away or change."""
+"""Sources: `datasets`, groups, near-duplicates, and sources that go away or change."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +15,13 @@ from pipeline.data.shards import read_samples
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Part, Record
 from tests.data.sample_images import encoded, folder_config, image, prepare_config, tree_bytes, write_folder, write_tar
-from tests.launch import environment
 
 
-def _samples(directory: Path, *splits: str) -> list[tuple[str, str]]:
+def samples_in(directory: Path, *splits: str) -> list[tuple[str, str]]:
     return [(s.key, s.caption) for split in splits or ("train",) for s in read_samples(directory, split)]
 
 
-def _saved_dataset(path: str, count: int, **columns: list[Any]) -> None:
+def save_dataset(path: str, count: int, **columns: list[Any]) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'smalti[data]'")
     values = {
         "image": [{"bytes": encoded(image(n)), "path": None} for n in range(count)],
@@ -42,18 +36,18 @@ def _saved_dataset(path: str, count: int, **columns: list[Any]) -> None:
 
 def test_a_saved_hugging_face_data_set_becomes_samples_and_is_not_made_twice(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
-    _saved_dataset(str(tmp_path / "in"), 5, name=names)
+    save_dataset(str(tmp_path / "in"), 5, name=names)
     source = {"kind": "huggingface", "path": str(tmp_path / "in"), "split": "train", "key_column": "name"}
     config = prepare_config(source, shard_size=2, validation_fraction=0)
     prepare(tmp_path / "out", config, seed=0)
-    assert _samples(tmp_path / "out") == [(name, f"number {n}") for n, name in enumerate(names)]
+    assert samples_in(tmp_path / "out") == [(name, f"number {n}") for n, name in enumerate(names)]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.tar")}
     prepare(tmp_path / "out", config, seed=0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.tar")} == before
 
 
 def test_a_missing_split_or_column_of_a_data_set_is_named(tmp_path: Path) -> None:
-    _saved_dataset(str(tmp_path / "in"), 2)
+    save_dataset(str(tmp_path / "in"), 2)
     source = {"kind": "huggingface", "path": str(tmp_path / "in")}
     with pytest.raises(UserError, match="split: expected one of train, found None"):
         prepare(tmp_path / "out", prepare_config(source), seed=0)
@@ -66,7 +60,7 @@ def test_a_group_is_never_divided_between_the_splits(tmp_path: Path, kind: str) 
     groups = [f"group {n % 6}" for n in range(36)]
     source: dict[str, Any]
     if kind == "huggingface":
-        _saved_dataset(str(tmp_path / "in"), 36, caption=[f"{n}" for n in range(36)], artist=groups)
+        save_dataset(str(tmp_path / "in"), 36, caption=[f"{n}" for n in range(36)], artist=groups)
         source = {"kind": kind, "path": str(tmp_path / "in"), "split": "train", "group_column": "artist"}
     elif kind == "webdataset":
         members = [
@@ -85,7 +79,7 @@ def test_a_group_is_never_divided_between_the_splits(tmp_path: Path, kind: str) 
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = {"kind": "table", "path": str(tmp_path / "t.jsonl"), "path_column": "file", "group_column": "artist"}
     prepare(tmp_path / "out", prepare_config(source, validation_fraction=0.5), seed=0)
-    found = [{groups[int(text)] for _, text in _samples(tmp_path / "out", split)} for split in ("train", "val")]
+    found = [{groups[int(text)] for _, text in samples_in(tmp_path / "out", split)} for split in ("train", "val")]
     assert found[0]
     assert found[1]
     assert found[0].isdisjoint(found[1])
@@ -110,7 +104,7 @@ def test_near_duplicates_are_counted_and_the_first_is_kept(tmp_path: Path) -> No
     config = folder_config(folder, **values, filters={"near_duplicate_bits": 3})
     index = prepare(tmp_path / "out", config, seed=0)
     assert index["rejected"]["reasons"] == {"near-duplicate": 2}
-    assert [key for key, _ in _samples(tmp_path / "out")] == [f"{n:02d}" for n in range(12)]
+    assert [key for key, _ in samples_in(tmp_path / "out")] == [f"{n:02d}" for n in range(12)]
     before = tree_bytes(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/0*")}
     prepare(tmp_path / "out", config, seed=0)  # finds everything done, what was left out included
@@ -129,7 +123,7 @@ def test_a_sample_comes_back_when_what_it_repeated_is_gone(tmp_path: Path) -> No
         (folder / f"{number:02d}.png").write_bytes(encoded(image(70 + number, (8, 8)).resize((64, 64))))
     index = prepare(tmp_path / "out", config, seed=0)
     assert index["rejected"]["samples"] == 0
-    assert {"copy3", "copy9"} <= {key for key, _ in _samples(tmp_path / "out")}
+    assert {"copy3", "copy9"} <= {key for key, _ in samples_in(tmp_path / "out")}
 
 
 def test_a_replaced_image_is_noticed_by_the_next_run(tmp_path: Path) -> None:
@@ -145,14 +139,14 @@ def test_a_replaced_image_is_noticed_by_the_next_run(tmp_path: Path) -> None:
 # --- a source that disappears or changes halfway --------------------------------------------------------------------
 
 
-def _first_part(config: Any) -> tuple[Any, Part]:
+def first_part(config: Any) -> tuple[Any, Part]:
     source = open_source(config.source, config.image_size)
     return source, next(iter(source.parts(config.shard_size)))
 
 
 def test_a_folder_that_disappears_halfway_stops_and_rejects_nothing(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 6)
-    source, part = _first_part(folder_config(folder))
+    source, part = first_part(folder_config(folder))
     records = source.records(part)
     next(records)
     folder.rename(tmp_path / "away")
@@ -162,7 +156,7 @@ def test_a_folder_that_disappears_halfway_stops_and_rejects_nothing(tmp_path: Pa
 
 def test_a_caption_that_disappears_is_not_a_missing_caption(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 2)
-    source, part = _first_part(folder_config(folder))
+    source, part = first_part(folder_config(folder))
     (folder / "00000.txt").unlink()
     with pytest.raises(UserError, match=r"00000\.txt: it was listed a moment ago and is gone"):
         list(source.records(part))
@@ -176,7 +170,7 @@ def test_an_image_that_cannot_be_read_is_rejected_alone(tmp_path: Path) -> None:
     assert index["rejected"]["reasons"] == {"unreadable file": 1}
 
 
-def _tar_config(tmp_path: Path, count: int) -> Any:
+def tar_config(tmp_path: Path, count: int) -> Any:
     members = [
         member for n in range(count) for member in ((f"{n:03d}.png", encoded(image(n))), (f"{n:03d}.txt", b"caption"))
     ]
@@ -185,14 +179,14 @@ def _tar_config(tmp_path: Path, count: int) -> Any:
 
 
 def test_a_tar_that_disappears_or_is_replaced_while_it_is_read_stops_and_rejects_nothing(tmp_path: Path) -> None:
-    config = _tar_config(tmp_path, 4)
-    source, part = _first_part(config)
+    config = tar_config(tmp_path, 4)
+    source, part = first_part(config)
     records = source.records(part)
     next(records)
-    _tar_config(tmp_path, 9)
+    tar_config(tmp_path, 9)
     with pytest.raises(UserError, match=r"0\.tar changed while it was being read"):
         list(records)
-    source, part = _first_part(config)
+    source, part = first_part(config)
     (tmp_path / "in/0.tar").unlink()
     with pytest.raises(UserError, match=r"the source failed at .*0\.tar"):
         list(source.records(part))
@@ -260,126 +254,6 @@ def test_thousands_of_tars_are_listed_without_opening_one(tmp_path: Path) -> Non
         assert opened, "the watch sees nothing"
     finally:
         watching = False
-
-
-# --- S3, a real server on loopback -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    """An s3fs file system on a fresh S3 server (moto) with a bucket `images`, which the environment names."""
-    pytest.importorskip("moto", reason="moto is not installed: pip install 'smalti[test]'")
-    s3fs = pytest.importorskip("s3fs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    settings = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait_for(port, server)
-        files = s3fs.S3FileSystem(skip_instance_cache=True)
-        files.mkdir("images")
-        yield files
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert server.poll() is None, "the S3 server ended"
-            assert time.monotonic() < deadline, "the S3 server does not answer"
-            time.sleep(0.1)
-
-
-def _upload(bucket: Any, folder: Path, name: str) -> str:
-    bucket.put(str(folder), f"images/{name}", recursive=True)
-    return f"s3://images/{name}"
-
-
-def test_a_folder_in_s3_gives_the_same_bytes_as_a_local_one(bucket: Any, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "in", 7)
-    write_folder(folder / "deeper", 3, start=50)
-    url = _upload(bucket, folder, "folder")
-    for name, path in (("local", str(folder)), ("remote", url)):
-        config = prepare_config({"kind": "folder", "path": path}, shard_size=4, validation_fraction=0)
-        prepare(tmp_path / name, config, seed=0)
-    assert len(_samples(tmp_path / "remote")) == 10
-    assert tree_bytes(tmp_path / "local/train") == tree_bytes(tmp_path / "remote/train")
-
-
-_PREPARE = """
-import sys
-from pathlib import Path
-from pipeline.config.prepare import PrepareConfig
-from pipeline.data.prepare import prepare
-prepare(Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[1]), seed=0)
-"""
-
-
-@pytest.mark.slow
-def test_tars_tables_and_data_sets_in_s3_become_samples_in_worker_processes(bucket: Any, tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    _tar_config(tmp_path, 5)
-    _upload(bucket, tmp_path / "in", "tars")
-    write_folder(tmp_path / "tables" / "images", 5)
-    rows = [{"file": f"images/{n:05d}.png", "caption": f"number {n}"} for n in range(5)]
-    (tmp_path / "tables/t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    images = [row | {"image": (tmp_path / "tables" / row["file"]).read_bytes()} for row in rows]
-    pq.write_table(pyarrow.Table.from_pylist(images), tmp_path / "tables/t.parquet", row_group_size=3)
-    _upload(bucket, tmp_path / "tables", "tables")
-    _saved_dataset(str(tmp_path / "saved"), 5)
-    _upload(bucket, tmp_path / "saved", "saved")
-    sources: list[dict[str, Any]] = [
-        {"kind": "webdataset", "urls": "s3://images/tars/*.tar"},
-        {"kind": "webdataset", "urls": "s3://images/tars/{0..0}.tar"},
-        {"kind": "table", "path": "s3://images/tables/t.jsonl", "path_column": "file"},
-        {"kind": "table", "path": "s3://images/tables/t.parquet", "bytes_column": "image"},
-        {"kind": "huggingface", "path": "s3://images/saved", "split": "train"},
-    ]
-    for number, source in enumerate(sources):
-        config = prepare_config(source, shard_size=3, validation_fraction=0, workers=2 if number == 2 else 1)
-        # A process of its own: the server that this one forks workers from may be older than the S3 server's address.
-        arguments = [config.model_dump_json(), str(tmp_path / f"out{number}")]
-        subprocess.run([sys.executable, "-c", _PREPARE, *arguments], env=environment(), check=True)
-        assert len(_samples(tmp_path / f"out{number}")) == 5
-
-
-def test_an_object_that_disappears_from_s3_halfway_stops_and_rejects_nothing(bucket: Any, tmp_path: Path) -> None:
-    url = _upload(bucket, write_folder(tmp_path / "in", 3), "vanishing")
-    source, part = _first_part(prepare_config({"kind": "folder", "path": url}))
-    records = source.records(part)
-    next(records)
-    bucket.rm("images/vanishing", recursive=True)
-    with pytest.raises(UserError, match="it was listed a moment ago and is gone"):
-        list(records)
-
-
-def test_a_bucket_that_is_not_there_is_an_error(bucket: Any, tmp_path: Path) -> None:
-    config = prepare_config({"kind": "webdataset", "urls": "s3://nowhere/{00000..00003}.tar"})
-    with pytest.raises(UserError, match=r"expected tars at s3://nowhere/00000\.tar, found none"):
-        prepare(tmp_path / "out", config, seed=0)
 
 
 # --- paths and URLs that nothing opens -------------------------------------------------------------------------------
