@@ -97,10 +97,13 @@ def test_submit_writes_job_files_that_run_a_copy_of_the_installed_code(elsewhere
     output = _smalti(elsewhere, "submit", "tiny.yaml", "name=queued", "--cluster", "cluster.yaml", "--dry-run")
     assert output.count("written: ") == len(STAGE_NAMES)
     code = elsewhere / "runs" / "queued" / "code" / "src"
-    assert f"PYTHONPATH={code} " in (elsewhere / "runs" / "queued" / "slurm" / "transformer.sbatch").read_text()
+    job = elsewhere / "runs" / "queued" / "slurm" / "dry-run" / "transformer.sbatch"
+    assert f"PYTHONPATH={code} " in job.read_text()
+    python = elsewhere / ".venv" / "bin" / "python"
+    copy = "import sys; from pathlib import Path; from pipeline.orchestration.code_snapshot import copy_packages;"
+    _call([str(python), "-c", f"{copy} copy_packages(Path(sys.argv[1]))", str(code)], cwd=code.parents[1])
     assert sorted(path.name for path in code.iterdir()) == list(PACKAGES)
     there = "import pipeline, stages.report; print(pipeline.__file__)"
-    python = elsewhere / ".venv" / "bin" / "python"
     copied = _call(["env", f"PYTHONPATH={code}", "PYTHONSAFEPATH=1", str(python), "-c", there], cwd=elsewhere)
     assert copied.strip() == str(code / "pipeline" / "__init__.py")
 

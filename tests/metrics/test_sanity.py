@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.prepare import OpenMojiSource
+from pipeline.data.sources.base import Record
 from pipeline.data.sources.openmoji import OpenMoji
 from pipeline.evaluation.comparison import compare_images, compare_sets
 from pipeline.evaluation.image_sets import decoded
@@ -30,8 +31,8 @@ def images() -> list[Image.Image]:
     """Real emoji, shuffled, so that both halves hold all kinds."""
     source = OpenMoji(OpenMojiSource(kind="openmoji", limit=700), image_size=32)
     source.named = [source.named[i] for i in np.random.default_rng(0).permutation(700)[: 2 * N]]
-    records = [record for part in source.parts(2 * N) for record in source.records(part)]
-    return [decoded(record.image, record.key) for record in records]  # type: ignore[union-attr, arg-type]
+    records = [item for part in source.parts(2 * N) for item in source.records(part) if isinstance(item, Record)]
+    return [decoded(record.image or b"", record.key) for record in records]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.evaluation import feature_store
 from pipeline.evaluation.results import read_results
 from pipeline.orchestration.graph import STAGES, inputs_of, stage_named
+from pipeline.orchestration.mlflow_store import default_uri
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
@@ -306,7 +307,7 @@ def test_best_and_worst_by_the_reranker_are_shown(tiny_run: Path, tmp_path: Path
 def test_what_the_page_shows_is_an_artifact(tiny_run: Path) -> None:
     def artifacts(stage: str) -> set[str]:
         record = json.loads((tiny_run / stage / "mlflow.json").read_text())
-        client, found, folders = MlflowClient(record["uri"]), set[str](), [""]
+        client, found, folders = MlflowClient(record["uri"] or default_uri(tiny_run)), set[str](), [""]
         for folder in folders:
             for entry in client.list_artifacts(record["run_id"], folder or None):
                 (folders.append if entry.is_dir else found.add)(entry.path)
