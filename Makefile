@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CONFIG ?= configs/openmoji.yaml
+# Tests side by side, one to a core; those that start a real Slurm have the machine to themselves.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
+SIDE_BY_SIDE = --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-fast lint slurm-packages format docs clean
 
@@ -11,10 +14,11 @@ demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
 
 test: $(VENV)/.test lint slurm-packages
-	$(BIN)/pytest
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slurm"
+	$(PYTEST) -m slurm
 
 test-fast: $(VENV)/.test
-	$(BIN)/pytest -m "not slow and not slurm"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not slurm"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,9 +6,11 @@ others.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.orchestration.graph import stages_of
@@ -27,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of `smalti run tests/configs/tiny.yaml`. Look, do not write."""
-    folder = tmp_path_factory.mktemp("runs")
-    launch("pipeline", "run", str(TINY), cwd=folder)  # below the current directory, as for most users
+    # One for all of pytest-xdist's workers: their temporary folders are beside each other.
+    folder = tmp_path_factory.getbasetemp() / "runs"
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = tmp_path_factory.getbasetemp().parent / "runs"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            launch("pipeline", "run", str(TINY), cwd=folder)  # below the current directory, as for most users
+            (folder / "made").touch()
     return folder / "runs" / "tiny"
