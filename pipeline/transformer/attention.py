@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.attention.flex_attention import flex_attention
 
 from pipeline.config.transformer import TransformerShape
@@ -101,8 +102,7 @@ def choose_backend(device: str, pattern: Pattern, queries: int, whole_sequence: 
     """The fastest backend that can compute this, by device, number of queries and need of a gradient.
 
     sdpa: wherever the two others do not apply; it takes any lengths, on every device.
-    math: training on CPUs, where the backward pass of sdpa is slow. Forward and backward in bf16 at B=32, H=4, K=64 on
-        two cores took 25 ms against 4 ms of the three plain operations at S=72, and 22 against 10 at S=288.
+    math: training on CPUs, where the backward pass of sdpa takes two to six times as long.
     flex: sparse patterns on GPUs, of which it leaves out the blocks where nothing is seen. Whole sequences only (its
         mask is made once), and not on CPUs (no backward there).
     """
@@ -150,12 +150,36 @@ def _math(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Patt
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, tables: Tables) -> Tensor:
-    """FlexAttention (Dong et al. 2024) over whole sequences: L = S = all positions."""
+    """FlexAttention (Dong et al. 2024) over whole sequences: L = S = all positions.
+
+    Column layers go through it column by column, as Ramesh et al. 2021 transpose the image there (appendix B.1): of 55
+    blocks on and below the diagonal at 32 x 32 codes after 256 of text it computes 40 then, as for rows, else all.
+    """
+    if pattern == "column":
+        order, inverse = tables.column_major()
+        query, key, value = (_InOrder.apply(x, order, inverse) for x in (query, key, value))
     attention: Callable[..., Tensor] = flex_attention
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
         attention = _compiled_flex()
     shared = key.shape[1] != query.shape[1]
-    return attention(query, key, value, block_mask=tables.block_mask(pattern), scale=scale, enable_gqa=shared)
+    mixed = attention(query, key, value, block_mask=tables.block_mask(pattern), scale=scale, enable_gqa=shared)
+    if pattern == "column":
+        mixed = _InOrder.apply(mixed, inverse, order)
+    return mixed
+
+
+class _InOrder(torch.autograd.Function):
+    """x[:, :, order], whose gradient is read in the inverse order: autograd would add it up in zeros, atomically."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_BHSK: Tensor, order_S: Tensor, inverse_S: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_S)
+        return x_BHSK.index_select(2, order_S)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, gradient_BHSK: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_S,) = ctx.saved_tensors
+        return gradient_BHSK.index_select(2, inverse_S), None, None
 
 
 @cache

@@ -15,15 +15,18 @@ S positions are read: start, T of text, and the N codes but the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.transformer import TransformerShape
 from pipeline.transformer.layout import Layout
 
+BLOCK = 128  # positions of a block of FlexAttention, both ways
+_PAIRS_AT_A_TIME = 2**20  # that a dense mask compares: all of 16,512 positions would take 1.1 GB, several times
 Pattern = Literal["full", "row", "column", "convolution"]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key, as FlexAttention takes it
 
@@ -38,20 +41,23 @@ def pattern_of(layer: int, shape: TransformerShape) -> Pattern:
 
 
 class PositionArrays(NamedTuple):
-    """What the patterns need to know of each position; int64 [S] each."""
+    """What the patterns need to know of each position; int32 [S] each."""
 
     level: Tensor  # -1: start and text
     level_width: Tensor  # codes per row; 1 for start and text
+    column: Tensor  # within the level; 0 for start and text
 
 
 def position_arrays(layout: Layout, device: torch.device) -> PositionArrays:
-    """Level and width of its level for each of the S positions."""
-    levels, widths = [-1] * (layout.text_length + 1), [1] * (layout.text_length + 1)
+    """Level, its width, and the column there, of each of the S positions."""
+    text = layout.text_length + 1
+    levels, widths, columns = [-1] * text, [1] * text, [0] * text
     for number, level in enumerate(layout.levels):
         levels += [number] * level.positions
         widths += [level.width] * level.positions
-    # The last code is predicted, never read.
-    return PositionArrays(torch.tensor(levels[:-1], device=device), torch.tensor(widths[:-1], device=device))
+        columns += list(range(level.width)) * level.height
+    arrays = torch.tensor([levels, widths, columns], dtype=torch.int32, device=device)
+    return PositionArrays(*arrays[:, :-1].contiguous())  # the last code is predicted, never read
 
 
 def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device) -> MaskMod:
@@ -69,7 +75,7 @@ def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device
         if pattern == "row":
             near = back <= width
         elif pattern == "column":
-            near = back % width == 0
+            near = positions.column[query] == positions.column[key]
         else:
             half = kernel // 2
             # back = rows * width + sideways, 0 <= rows <= half, |sideways| <= half
@@ -82,6 +88,40 @@ def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device
 
 def dense_mask(pattern: Pattern, layout: Layout, kernel: int, device: torch.device) -> Tensor:
     """The pattern as bool [S, S]: row sees column."""
-    positions = torch.arange(layout.length, device=device)
-    every = torch.zeros((), dtype=torch.int64, device=device)  # patterns are the same for each sample and head
-    return mask_mod(pattern, layout, kernel, device)(every, every, positions[:, None], positions[None])
+    rows = max(_PAIRS_AT_A_TIME // layout.length, 1)
+    return torch.cat(list(_masks_of_rows(mask_mod(pattern, layout, kernel, device), layout.length, rows, device)))
+
+
+def column_major(layout: Layout, device: torch.device) -> Tensor:
+    """The S positions with each level's codes column by column: int64 [S].
+
+    In this order what a column layer sees lies side by side, and FlexAttention can leave out the blocks between.
+    """
+    first = layout.text_length + 1
+    order = [torch.arange(first)]
+    for level, start in zip(layout.levels, layout.level_starts, strict=True):
+        codes = torch.arange(level.positions).view(level.height, level.width)
+        order.append(first + start + codes.T.flatten())
+    return torch.cat(order)[:-1].to(device)  # the last code, which is never read, is the last of the last column too
+
+
+def reordered(mask: MaskMod, order: Tensor) -> MaskMod:
+    """`mask` for queries and keys that are given in `order`."""
+    return lambda batch, head, query, key: mask(batch, head, order[query], order[key])
+
+
+def seen_in_blocks(mask: MaskMod, length: int, device: torch.device) -> Tensor:
+    """How many pairs of positions `mask` allows in each block of BLOCK x BLOCK: int64 [blocks, blocks]."""
+    counts = []
+    for seen in _masks_of_rows(mask, length, BLOCK, device):
+        padded = F.pad(seen, (0, -length % BLOCK))
+        counts.append(padded.view(len(seen), -1, BLOCK).sum(dim=(0, 2)))
+    return torch.stack(counts)
+
+
+def _masks_of_rows(mask: MaskMod, length: int, rows: int, device: torch.device) -> Iterator[Tensor]:
+    """`mask` of all `length` positions, bool [rows, length] at a time."""
+    positions = torch.arange(length, dtype=torch.int32, device=device)
+    every = torch.zeros((), dtype=torch.int32, device=device)  # patterns are the same for each sample and head
+    for queries in positions.split(rows):
+        yield mask(every, every, queries[:, None], positions[None])

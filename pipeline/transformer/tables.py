@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config.transformer import TransformerShape
-from pipeline.transformer.attention_patterns import Pattern, dense_mask, mask_mod
+from pipeline.transformer.attention_patterns import (
+    BLOCK,
+    Pattern,
+    column_major,
+    dense_mask,
+    mask_mod,
+    reordered,
+    seen_in_blocks,
+)
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.rotary import rotary_angles
 
@@ -30,6 +38,7 @@ class Tables:
         self._allowed: dict[Pattern, Tensor] = {}
         self._bias: dict[tuple[Pattern, torch.dtype], Tensor] = {}
         self._block_masks: dict[Pattern, BlockMask] = {}
+        self._column_major: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode(False)
     def rotary(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,10 +65,39 @@ class Tables:
         return self._bias[pattern, dtype]
 
     @torch.inference_mode(False)
+    def column_major(self) -> tuple[Tensor, Tensor]:
+        """The order of positions in which FlexAttention gets column layers, and the order that undoes it: [S] each."""
+        if self._column_major is None:
+            order = column_major(self.layout, self.device)
+            self._column_major = order, order.argsort()
+        return self._column_major
+
+    @torch.inference_mode(False)
     def block_mask(self, pattern: Pattern) -> BlockMask:
-        """FlexAttention's form of the mask: which blocks of 128 x 128 positions hold anything at all."""
+        """FlexAttention's form of the mask: which blocks of 128 x 128 positions hold anything at all.
+
+        Of column layers for positions in the order of `column_major`. Built block row by block row: torch's
+        `create_block_mask` holds all pairs of positions, several times and some in int64, if it is not compiled.
+        """
         if pattern not in self._block_masks:
-            mask = mask_mod(pattern, self.layout, self.shape.conv_kernel, self.device)
             length = self.layout.length
-            self._block_masks[pattern] = create_block_mask(mask, None, None, length, length, device=str(self.device))
+            mask = mask_mod(pattern, self.layout, self.shape.conv_kernel, self.device)
+            if pattern == "column":
+                mask = reordered(mask, self.column_major()[0])
+            seen = seen_in_blocks(mask, length, self.device)
+            whole = seen == BLOCK**2
+            self._block_masks[pattern] = BlockMask.from_kv_blocks(
+                *_chosen_blocks((seen > 0) & ~whole),
+                *_chosen_blocks(whole),
+                BLOCK_SIZE=BLOCK,
+                mask_mod=mask,
+                seq_lengths=(length, length),
+            )
         return self._block_masks[pattern]
+
+
+def _chosen_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of blocks, how many are chosen and which, these first: int32 [1, 1, n] and [1, 1, n, n]."""
+    numbers = chosen.sum(dim=-1, dtype=torch.int32)
+    indices = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+    return numbers[None, None], indices[None, None]
