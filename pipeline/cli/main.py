@@ -8,6 +8,7 @@ smalti evaluate --real FOLDER --fake FOLDER               metrics of any two set
 smalti plan configs/dalle-12b.yaml --gpus 1024            memory, FLOPs, time of a training before it starts
 smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
+smalti doctor configs/openmoji.yaml                       what of this machine would stop it, and what to do
 smalti ui runs/openmoji                                   MLflow's page for a run
 smalti data inspect runs/openmoji                         counts, captions and checksums of a run's data; data export
 """
@@ -24,6 +25,7 @@ from typing import NoReturn
 import click
 
 from pipeline.cli.data import data
+from pipeline.cli.doctor import doctor
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.export import export
 from pipeline.cli.generate import generate
@@ -152,6 +154,7 @@ def _stage_command(name: str) -> click.Command:
 
 
 cli.add_command(data)
+cli.add_command(doctor)
 cli.add_command(reconstruct)
 cli.add_command(generate)  # with --config it is the stage
 cli.add_command(evaluate)  # likewise

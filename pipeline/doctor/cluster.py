@@ -1,0 +1,117 @@
+"""Slurm's client, its controller, and whether a cluster file asks for what the cluster has."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.doctor.finding import Finding, fail, note, ok
+from pipeline.orchestration.graph import STAGES
+from pipeline.slurm.cluster import ClusterConfig, Resources, load_cluster
+
+_TIMEOUT_S = 30
+_TIME = re.compile(r"^(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})$")
+
+
+def cluster(path: Path | None) -> Iterator[Finding]:
+    """`path`: the cluster file; without one only whether there is a Slurm."""
+    if shutil.which("sbatch") is None:
+        text = "no sbatch on this machine"
+        if path:
+            yield fail("slurm", f"{text}: run this on a login node of the cluster, or start slurm/testbed")
+        else:
+            yield note("slurm", f"{text}: jobs are submitted from a login node")
+        return
+    try:
+        version = _said("sinfo", "--version").strip()
+        _said("scontrol", "ping")
+        partitions = _partitions()
+    except UserError as error:
+        yield fail("slurm", str(error)) if path else note("slurm", f"Slurm's commands are here, but {error}")
+        return
+    yield ok("slurm", f"{version}; partitions {', '.join(sorted(partitions))}")
+    if path:
+        yield from _file(load_cluster(path), path, partitions)
+
+
+def _file(config: ClusterConfig, path: Path, partitions: dict[str, float]) -> Iterator[Finding]:
+    """Each stage's resources against the cluster; equal ones once."""
+    if not shutil.which(config.python):
+        yield fail("cluster file", f"expected an interpreter at python: {config.python}, found none (on this machine)")
+    seen: dict[str, None] = {}
+    for stage in STAGES:
+        try:
+            problem = _problem(config.resources(stage), partitions)
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            seen.setdefault(f"{stage.name}: {problem}")
+    for problem in seen:
+        yield fail("cluster file", problem)
+    if not seen:
+        yield ok("cluster file", f"{path}: sbatch would take every stage")
+
+
+def _problem(resources: Resources, partitions: dict[str, float]) -> str | None:
+    """What the cluster refuses, or would let wait forever; None if nothing."""
+    named = resources.partition.split(",") if resources.partition else []
+    if unknown := [name for name in named if name not in partitions]:
+        return f"partition: expected one of {', '.join(sorted(partitions))}, found '{unknown[0]}'"
+    longest = max((partitions[name] for name in named or partitions), default=float("inf"))
+    if resources.time and (asked := seconds(resources.time)) > longest:
+        return f"time: expected at most {longest / 3600:g} hours, the limit of the partition, found {asked / 3600:g}"
+    try:
+        _said("sbatch", "--test-only", *_flags(resources), "--wrap=true")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _flags(resources: Resources) -> list[str]:
+    """As the job file of the stage asks for them."""
+    gpus = f"gpu:{resources.gpu_type}:{resources.gpus}" if resources.gpu_type else f"gpu:{resources.gpus}"
+    asked = {
+        "partition": resources.partition, "account": resources.account, "qos": resources.qos, "time": resources.time,
+        "mem": resources.memory, "gres": gpus if resources.gpus else None, "nodes": resources.nodes,
+        "ntasks-per-node": resources.ntasks_per_node, "cpus-per-task": resources.cpus_per_task,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in asked.items() if value is not None] + list(resources.flags)
+
+
+def _partitions() -> dict[str, float]:
+    """The time limit of each partition, in seconds."""
+    lines = _said("sinfo", "--noheader", "--format=%R|%l").split()
+    return {name: seconds(limit) for name, limit in (line.split("|", 1) for line in lines)}
+
+
+def seconds(time: str) -> float:
+    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    found = _TIME.match(time)
+    if found is None:
+        return float("inf")  # UNLIMITED, infinite
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:
+        hours, minutes, rest = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, rest = parts
+    else:
+        hours, (minutes, rest) = 0, (*parts, 0)[:2]
+    return int(found["days"] or 0) * 86400.0 + hours * 3600 + minutes * 60 + rest
+
+
+def _said(*command: str) -> str:
+    """What a command of Slurm prints. Raises UserError with what it says when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except FileNotFoundError:
+        raise UserError(f"expected Slurm's {command[0]} beside sbatch, found none") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} gave no answer for {_TIMEOUT_S} s: is Slurm's controller up?") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
+        raise UserError(f"`{command[0]}` refuses: {said}")
+    return done.stdout
