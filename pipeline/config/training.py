@@ -48,6 +48,12 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
 
     max_nonfinite_steps: int = Field(10, ge=1, description="non-finite steps in a row before the stage gives up")
+    stop_check_every: int = operational(
+        50,
+        ge=1,
+        description="most steps between looks for a stop request and for non-finite steps; fewer where they take over"
+        " 2 s, and always before a line of metrics, an evaluation or a checkpoint",
+    )
     peak_tflops: float | None = operational(
         None, gt=0, description="of one device, for the FLOPs utilisation; None: matrix products measured at the start"
     )

@@ -153,6 +153,11 @@ def sum_tensor(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def mean_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks, of the same shape as this rank's `value`; on a GPU it waits for nothing."""
+    return sum_tensor(value) / world_size() if world_size() > 1 else value
+
+
 def broadcast_tensor(value: torch.Tensor) -> torch.Tensor:
     """Rank 0's `value`, of the same shape on every rank."""
     if world_size() > 1:

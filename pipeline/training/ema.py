@@ -26,8 +26,10 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the parameters, once per optimizer update."""
+    def update(self, applied: bool | Tensor = True) -> None:
+        """Move the average towards the parameters, once per optimizer update that was `applied`."""
+        if not applied:
+            return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [values.float() for values in self._local_parameters().values()]

@@ -1,4 +1,4 @@
-"""Stop requests inside an evaluation: all ranks end it between the same two batches.
+"""Stop requests: at which steps a training looks for them, and how an evaluation ends between two batches.
 
     for batch in stoppable(validation_batches):
         …
@@ -8,12 +8,43 @@ The training loop saves, and the resumed training evaluates that step again. See
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from pipeline.core import distributed, signals
 
 T = TypeVar("T")
+
+_LOOKS_APART_S = 2.0
+
+
+class LookOut:
+    """At which steps the loop waits for the device and looks: whether to stop, and whether steps were finite.
+
+    All ranks must look at the same steps, whatever their clocks say. So each tells in every step how long its steps
+    took (`step_s`), and after a look all go by the mean that they read there.
+    """
+
+    def __init__(self, every: int) -> None:
+        """`every`: steps from one look to the next, at most."""
+        self.every = every
+        self.step_s = 0.0  # as this rank measured between the two latest looks
+        self._due = 0
+        self._latest: tuple[float, int] | None = None  # when, step
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return step >= self._due
+
+    def looked(self, step: int, mean_step_s: float) -> None:
+        """`mean_step_s`: of what all ranks told; 0 while nobody knows, and then the next step is looked at."""
+        now = time.monotonic()
+        if self._latest and step > self._latest[1]:
+            self.step_s = (now - self._latest[0]) / (step - self._latest[1])
+        self._latest = (now, step)
+        steps = int(_LOOKS_APART_S / mean_step_s) if mean_step_s else 1
+        self._due = step + max(1, min(steps, self.every))
 
 
 class EvaluationStopped(Exception):

@@ -31,9 +31,10 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Batch, Engine, Metrics
+from pipeline.training.running_metrics import Reading, RunningMetrics
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
-from pipeline.training.stopping import EvaluationStopped, stop_if_asked
+from pipeline.training.stopping import EvaluationStopped, LookOut, stop_if_asked
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
 
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """The loop's counters: trainer.json of a checkpoint."""
+    """The loop's counters: trainer.json of a checkpoint. All but `step` are as of the latest look at the device."""
 
     step: int = 0  # optimizer updates done
     nonfinite_steps: int = 0
@@ -88,6 +89,8 @@ class Trainer:
         self.ema = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()
+        self._running = RunningMetrics(training.max_nonfinite_steps)
+        self._look_out = LookOut(training.stop_check_every)
         self._saved_step = -1
         self._asked_to_stop = False
         self._logged: tuple[int, dict[str, float]] = (-1, {})  # step and content of the last line of training metrics
@@ -109,11 +112,13 @@ class Trainer:
         with bar:
             self._resume_evaluation()
             while state.step < training.steps:
-                metrics = self._step(next(batches))
+                self._step(next(batches))
                 bar.update()
                 if state.step % training.log_every == 0 or state.step == training.steps:
-                    bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+                    bar.set_postfix_str(f"loss {self._look().loss:.4f}", refresh=False)
                     self._log()
+                elif self._look_out.due(state.step):
+                    self._look()
                 self._at_intervals()
                 self._stop_if_asked()
         self._save()
@@ -122,26 +127,19 @@ class Trainer:
             self.engine.sync_parameters()
         self.engine.finish()
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer update; returns this step's metrics, averaged over micro-batches and ranks."""
+    def _step(self, batch: Batch) -> None:
+        """One optimizer update. It waits for nothing on the device: what it found is there until the next look."""
         state = self.state
         seed_step(self.stage.config.seed, state.step, distributed.rank())
         self.engine.objective.train()
         found = self._forward_and_backward(batch)
         update = self.engine.update(learning_rate_factor(self.training, state.step))
         self.engine.objective.after_update(update.applied)
-        metrics = self._agree({name: sum(float(one[name]) for one in found) / len(found) for name in found[0]})
-        if update.applied:
-            state.nonfinite_in_a_row = 0
-            if self.ema:
-                self.ema.update()
-            for name, value in (metrics | {"gradient_norm": update.gradient_norm}).items():
-                state.sums[name] = state.sums.get(name, 0.0) + value
-            state.count += 1
-        else:
-            self._count_nonfinite(metrics["loss"])
+        if self.ema:
+            self.ema.update(update.applied)
         state.step += 1
-        return metrics
+        asked = signals.requested() is not None
+        self._running.add(state.step, found, update, asked, self._look_out.step_s)
 
     def _forward_and_backward(self, batch: Batch) -> list[Metrics]:
         """Accumulate the gradients of this rank's samples of one step; returns each micro-batch's metrics."""
@@ -153,27 +151,37 @@ class Trainer:
             found.append(self.engine.accumulate(micro, self.state.step, 1 / self.accumulation, last))
         return found
 
-    def _agree(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Means over ranks; in the same collective, all learn whether one of them was asked to stop."""
-        means = distributed.mean(metrics | {"asked_to_stop": float(signals.requested() is not None)})
-        self._asked_to_stop = means.pop("asked_to_stop") > 0
-        return means
+    def _look(self) -> Reading:
+        """Wait for the device, and learn what all ranks know of the steps until now.
 
-    def _count_nonfinite(self, loss: float) -> None:
-        state = self.state
-        state.nonfinite_steps += 1
-        state.nonfinite_in_a_row += 1
-        log.warning("step %d: loss or gradient is not finite (loss %s): step skipped", state.step, loss)
-        if state.nonfinite_in_a_row >= self.training.max_nonfinite_steps:
-            raise UserError(
-                f"{self.stage.name}: expected finite gradients, found {state.nonfinite_in_a_row} non-finite steps in a"
-                f" row at step {state.step}: lower training.learning_rate, raise warmup_steps, or set precision=fp32"
+        Raises:
+            UserError: as many steps in a row as are allowed were not finite.
+        """
+        state, reading = self.state, self._running.read()
+        self._look_out.looked(state.step, reading.step_s)
+        self._asked_to_stop |= reading.asked_to_stop
+        state.sums, state.count = reading.sums, reading.count
+        if skipped := reading.nonfinite_steps - state.nonfinite_steps:
+            log.warning(
+                "step %d: loss or gradient was not finite in %d steps since the last look (loss %s): skipped",
+                state.step,
+                skipped,
+                reading.nonfinite_loss,
             )
+        state.nonfinite_steps, state.nonfinite_in_a_row = reading.nonfinite_steps, reading.nonfinite_in_a_row
+        if reading.gave_up_at:
+            raise UserError(
+                f"{self.stage.name}: expected finite gradients, found {self.training.max_nonfinite_steps} non-finite"
+                f" steps in a row at step {reading.gave_up_at}: lower training.learning_rate, raise warmup_steps, or"
+                " set precision=fp32"
+            )
+        return reading
 
     def _log(self) -> None:
         state = self.state
         means = {name: total / state.count for name, total in state.sums.items()}
         state.sums, state.count = {}, 0
+        self._running.clear()
         means |= {
             "learning_rate": self.training.learning_rate * learning_rate_factor(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
@@ -188,6 +196,7 @@ class Trainer:
         metrics = step % training.evaluate_every == 0 or at_end
         images = step % training.log_images_every == 0 or at_end
         if metrics or images:
+            self._look()  # the time of the steps until now is not the evaluation's
             try:
                 self._evaluate(metrics, images)
             except EvaluationStopped:
@@ -259,6 +268,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
+            self._look()
             started = time.monotonic()
             self.checkpoints.save(self.state.step, self._write)
             self._saved_step = self.state.step
@@ -284,7 +294,8 @@ class Trainer:
 
     def _read(self, directory: Path) -> None:
         self.engine.load(directory)
-        self.state = State(**read_json(directory / "trainer.json"))
+        self.state = state = State(**read_json(directory / "trainer.json"))
+        self._running.start(state.sums, state.count, state.nonfinite_steps, state.nonfinite_in_a_row)
         if self.ema:
             self.engine.read_shards(self.ema.average, ShardedState(directory, "ema"))
             self.ema.updates = self.state.step - self.state.nonfinite_steps

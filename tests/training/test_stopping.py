@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,8 +15,9 @@ from pipeline.data.shards import Sample
 from pipeline.reranker.model import TwoTowers
 from pipeline.reranker.ranker import retrieval
 from pipeline.text_tokenizer.bpe import TextTokenizer
-from pipeline.training.stopping import EvaluationStopped, stoppable
+from pipeline.training.stopping import EvaluationStopped, LookOut, stoppable
 from stages import reranker
+from tests.launch import launch
 from tests.reranker.test_reranker import SMALL
 
 
@@ -56,3 +58,24 @@ def test_the_retrieval_of_the_reranker_ends_before_its_next_batch(monkeypatch: p
     with pytest.raises(EvaluationStopped):
         retrieval(reranker._StoppableRanker(towers, tokenizer), samples, 5_000)
     assert len(batches) == 1
+
+
+@pytest.mark.parametrize(("step_s", "steps"), [(0.0, 1), (0.001, 50), (0.5, 4), (1.9, 1), (60.0, 1)])
+def test_a_training_looks_for_a_stop_every_so_many_steps_and_within_seconds_where_steps_are_slow(
+    step_s: float, steps: int
+) -> None:
+    look_out = LookOut(every=50)
+    assert look_out.due(1)
+    look_out.looked(10, step_s)
+    assert next(step for step in range(11, 70) if look_out.due(step)) == 10 + steps
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_processes_of_different_speed_look_at_the_same_steps_and_all_see_the_stop_there() -> None:
+    output = launch("tests.training.look_out_worker", processes=2)
+    first, second = re.findall(r"looks((?: \d+(?:stop)?)+)", output)
+    assert first == second
+    *before, last = first.split()
+    assert before
+    assert last.endswith("stop")
+    assert not any(look.endswith("stop") for look in before)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from pipeline.config.training import TrainingConfig
 from pipeline.core import signals
-from pipeline.core.errors import StoppedOnRequest
+from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.core.objective import Objective
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
 from pipeline.training.engines.base import Batch, Metrics, Update, shards_of_replicated
 from pipeline.training.sharded_state import ShardedState, TensorShard
-from pipeline.training.stopping import stoppable
+from pipeline.training.stopping import LookOut, stoppable
 from pipeline.training.throughput import Speedometer
 from pipeline.training.trainer import Trainer
 from tests.launch import launch
@@ -61,19 +61,25 @@ def test_speed_memory_and_gradient_norm_are_among_the_metrics(tiny_run: Path) ->
 class PlainEngine:
     """The engine of one process in plain PyTorch. See `pipeline.training.engines.base.Engine`."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, nonfinite: Collection[int] = ()) -> None:
+        """`nonfinite`: 1-based steps whose gradients are said not to be finite."""
         self.objective, self.model = objective, objective
         self.optimizer = torch.optim.AdamW(objective.parameters())
+        self.nonfinite = nonfinite
+        self.step = 0
 
     def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
+        self.step = step + 1
         loss, _ = self.model(batch, step)
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}
 
     def update(self, learning_rate_factor: float) -> Update:
-        self.optimizer.step()
+        applied = self.step not in self.nonfinite
+        if applied:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return Update(1.0, True)
+        return Update(1.0 if applied else float("nan"), applied)
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -131,9 +137,12 @@ class SmallWorkload:
         return {"sample": Image.new("RGB", (1, 1))}
 
 
-def _train(folder: Path, workload: SmallWorkload, **training: Any) -> list[dict[str, float]]:
+def _train(
+    folder: Path, workload: SmallWorkload, nonfinite: Collection[int] = (), **training: Any
+) -> list[dict[str, float]]:
     """Train in `folder`, or resume there; the lines of metrics.jsonl."""
     folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").touch()
     settings = {"steps": 6, "batch_size": BATCH, "log_every": 2, "evaluate_every": 2, "log_images_every": 4}
     config = TrainingConfig(**settings | {"checkpoint_every": 3, "ema_decay": 0.9, "warmup_steps": 0} | training)
     stage = SimpleNamespace(
@@ -141,7 +150,7 @@ def _train(folder: Path, workload: SmallWorkload, **training: Any) -> list[dict[
     )
     speed = Speedometer(config, workload)
     try:
-        Trainer(cast(StageRun, stage), config, workload, PlainEngine(workload.objective), speed).run()
+        Trainer(cast(StageRun, stage), config, workload, PlainEngine(workload.objective, nonfinite), speed).run()
     finally:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines
@@ -221,3 +230,45 @@ def test_the_time_of_checkpoints_and_evaluations_is_not_in_samples_per_s(
     lines = _train(tmp_path, workload, steps=3, log_every=3, evaluate_every=2, checkpoint_every=1)
     (speed,) = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
     assert speed > 3 * BATCH / 0.5  # three steps of milliseconds, around two checkpoints and an evaluation
+
+
+def test_a_line_has_the_mean_of_the_finite_steps_since_the_line_before(tmp_path: Path) -> None:
+    class Noted(PlainEngine):
+        losses: ClassVar[list[float]] = []
+
+        def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
+            found = super().accumulate(batch, step, loss_scale, last)
+            self.losses.append(float(found["loss"]))
+            return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(globals(), "PlainEngine", Noted)
+        lines = _train(tmp_path, SmallWorkload(), {2, 5}, log_every=3, micro_batch_size=BATCH // 2)
+    steps = [sum(pair) / 2 for pair in zip(Noted.losses[::2], Noted.losses[1::2], strict=True)]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["loss"] for line in logged] == [(steps[0] + steps[2]) / 2, (steps[3] + steps[5]) / 2]
+    assert [line["nonfinite_steps"] for line in logged] == [1, 2]
+    assert [line["gradient_norm"] for line in logged] == [1, 1]  # not what was skipped
+
+
+def test_nonfinite_steps_in_a_row_end_the_training_at_their_step_however_seldom_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"steps": 40, "log_every": 40, "evaluate_every": 40, "log_images_every": 40}
+    settings |= {"max_nonfinite_steps": 3, "checkpoint_every": 40}
+    monkeypatch.setattr(LookOut, "due", lambda look_out, step: look_out.every == 1)
+    with pytest.raises(UserError, match="found 3 non-finite steps in a row at step 9: lower training.learning_rate"):
+        _train(tmp_path / "seldom", SmallWorkload(), {3, 4, 7, 8, 9, 10}, stop_check_every=50, **settings)
+    with pytest.raises(UserError, match="found 3 non-finite steps in a row at step 9"):
+        _train(tmp_path / "often", SmallWorkload(), {3, 4, 7, 8, 9, 10, 11}, stop_check_every=1, **settings)
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_a_checkpoint_is_never_saved_behind_too_many_nonfinite_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LookOut, "due", lambda look_out, step: False)
+    settings = {"checkpoint_every": 5, "max_nonfinite_steps": 2, "evaluate_every": 6, "log_every": 6}
+    with pytest.raises(UserError, match="in a row at step 4"):
+        _train(tmp_path, SmallWorkload(), {3, 4}, log_images_every=6, **settings)
+    assert not list(tmp_path.glob("checkpoints/*"))
