@@ -34,16 +34,20 @@ class Objective(nn.Module, ABC):
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def blocks(self) -> list[nn.Module]:
-        """Repeated layers in their order: activation checkpointing recomputes them, Muon trains their matrices.
+        """Repeated layers in their order, which training compiles and recomputes; Muon trains their matrices.
 
         Each takes its activations as the first positional argument.
         """
         return []
 
-    def after_update(self, applied: bool) -> None:
+    def attention_layers(self) -> list[nn.Module]:
+        """The attention within `blocks`, which selective activation checkpointing recomputes; arguments as theirs."""
+        return []
+
+    def after_update(self, applied: bool | Tensor) -> None:
         """Change what does not learn by gradients. Called once per optimizer update, on every rank.
 
         Args:
-            applied: the update was finite and changed the weights.
+            applied: the update was finite and changed the weights; a tensor, so that nothing has to wait for it.
         """
         return

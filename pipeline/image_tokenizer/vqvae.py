@@ -180,7 +180,7 @@ class VQVAEObjective(TokenizerObjective):
         stacks = [resolution.get_submodule("blocks") for half in halves for resolution in half.resolutions]
         return [block for stack in stacks for block in stack.children()]
 
-    def after_update(self, applied: bool) -> None:
+    def after_update(self, applied: bool | Tensor) -> None:
         """Codebooks of moving averages learn once per update, after it."""
         for quantizer in self.tokenizer._quantizers():
             quantizer.after_update(applied)

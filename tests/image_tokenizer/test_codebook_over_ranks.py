@@ -21,10 +21,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_all_ranks_hold_the_same_codebook_to_the_last_bit(results: dict[str, Any]) -> None:
-    first, second = results["2-0"]["state"], results["2-1"]["state"]
+    first, second = results["2-0"]["parts 1"], results["2-1"]["parts 1"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["started"]
     assert first["ema_counts"].sum() == pytest.approx(160, rel=0.3)  # positions of both ranks
+
+
+@pytest.mark.slow
+def test_ranks_and_micro_batches_change_no_codebook(results: dict[str, Any]) -> None:
+    whole = results["1-0"]["parts 1"]
+    for other in (results["1-0"]["parts 4"], results["2-0"]["parts 1"], results["2-0"]["parts 4"]):
+        torch.testing.assert_close(other, whole)
 
 
 def test_usage_term_and_its_gradient_are_those_of_the_whole_batch(results: dict[str, Any]) -> None:

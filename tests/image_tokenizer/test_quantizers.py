@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import get_args
 
@@ -16,6 +17,9 @@ from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
+from tests.fake_cuda import fake_cuda
+from tests.launches import Launches
+from tests.no_sync import no_sync
 
 KINDS = {
     "ema": {"kind": "ema", "codebook_size": 64, "code_width": 8},
@@ -46,7 +50,9 @@ def test_vectors_of_codes_are_what_the_decoder_sees_in_training(name: str) -> No
     if name.startswith("gumbel"):
         pytest.skip("the decoder sees mixtures in training")
     made, x = quantizer(name).train(), features(4, 9)
-    seen = made(x, 0).vectors
+    made(x, 0)  # codebooks start after the first step
+    made.after_update(applied=True)
+    seen = made(x, 1).vectors
     codes = made.eval().encode(x)
     assert [code.shape for code in codes] == [(4, 9)] * len(made.codebook_sizes)
     assert all(code.min() >= 0 and code.max() < size for code, size in zip(codes, made.codebook_sizes, strict=True))
@@ -95,7 +101,7 @@ def test_ema_codebook_moves_as_the_library_moves_its_own() -> None:
     reference = Reference(8, 64, decay=0.9, threshold_ema_dead_code=0, eps=0.0).train()
     ours.ema_counts.fill_(1.0)
     ours.ema_sums.copy_(ours.embedding)
-    ours.started.fill_(True)
+    ours.has_started = True
     reference.embed.copy_(ours.embedding[None])
     reference.embed_avg.copy_(ours.embedding[None])
     for step in range(5):
@@ -118,7 +124,7 @@ def test_codebook_learns_once_an_update_from_all_micro_batches_and_not_from_a_sk
     whole, parts = codebook("ema", dead_code_threshold=0.0), codebook("ema", dead_code_threshold=0.0)
     for made in (whole, parts):
         torch.manual_seed(1)
-        made._start(z[:2].flatten(0, 1))
+        made.start(z[:2].flatten(0, 1))
     before = whole.embedding.clone()
     whole(z)
     for part in z.split(2):
@@ -137,8 +143,7 @@ def test_codebook_learns_once_an_update_from_all_micro_batches_and_not_from_a_sk
 
 def test_unused_codes_come_back_to_where_the_vectors_are() -> None:
     made = codebook("ema", codebook_size=32, decay=0.5, kmeans_iterations=0)
-    made(torch.zeros(1, 1, 8))  # starts with random codes
-    made.after_update(applied=False)
+    made.start(torch.zeros(1, 8))  # random codes
     made.embedding[1:] += 100  # a collapse: all but one are far from everything
     made.ema_sums.copy_(made.embedding * made.ema_counts[:, None])
     for step in range(12):
@@ -149,12 +154,81 @@ def test_unused_codes_come_back_to_where_the_vectors_are() -> None:
 
 
 def test_a_batch_that_is_not_finite_starts_no_codebook() -> None:
-    made = codebook("ema")
-    made(torch.full((1, 4, 8), math.nan))
-    assert not made.started
+    made = quantizer("ema").train()
+    [book] = made.codebooks  # type: ignore[union-attr, misc]
+    made(features(1, 4) * math.nan, 0)
     made.after_update(applied=False)
-    made(torch.randn(1, 4, 8))
-    assert made.started
+    assert not book.started
+    made(features(1, 4), 1)
+    made.after_update(applied=True)
+    assert book.started
+    assert book.embedding.isfinite().all()
+    loaded = quantizer("ema").train()
+    loaded.load_state_dict(made.state_dict())
+    assert loaded.codebooks[0].has_started  # type: ignore[index, union-attr]
+
+
+def clusters(steps: int) -> tuple[Tensor, Tensor]:
+    """64 clear clusters [64,8], and vectors around them for each step, [steps,16,1024,8]."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 10 * torch.randn(64, 8, generator=generator)
+    drawn = torch.randint(0, 64, (steps, 16, 1024), generator=generator)
+    return centers, centers[drawn] + 0.1 * torch.randn(steps, 16, 1024, 8, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_into_how_many_micro_batches_a_step_is_cut_changes_neither_start_nor_revival(kind: str) -> None:
+    """Of codes that start on 64 clear clusters as of codes that are revived: the same ones, and the same error."""
+    _, steps = clusters(4)
+    books = []
+    for parts in (1, 4, 16):
+        made = quantizer("ema", kind=kind, dead_code_threshold=0.3).train()
+        made.project = torch.nn.Identity()
+        [book] = made.codebooks  # type: ignore[union-attr, misc]
+        for step, vectors in enumerate(steps):
+            torch.manual_seed(step)
+            started = book.embedding.detach().clone()
+            for part in vectors.chunk(parts):
+                made(part, step)
+            made.after_update(applied=True)
+            if step == 1:
+                moved = ((book.embedding - started).norm(dim=1) > 1).sum()  # type: ignore[union-attr]
+        error = (book(steps[-1]) - steps[-1]).square().mean()
+        books.append((book.embedding.detach().clone(), moved, error.detach()))  # type: ignore[union-attr]
+    for other in books[1:]:
+        torch.testing.assert_close(other, books[0])
+    if kind == "ema":
+        assert 0 < moved < 16  # those that k-means put with others into one cluster, and no good ones
+
+
+def test_codes_of_clear_clusters_are_all_kept_after_the_start() -> None:
+    centers, steps = clusters(2)
+    made = quantizer("ema").train()
+    made.project = torch.nn.Identity()
+    [book] = made.codebooks  # type: ignore[union-attr, misc]
+    for vectors in steps:
+        before = book.embedding.clone()  # type: ignore[union-attr, operator]
+        for part in vectors:
+            made(part[None], 0)
+        made.after_update(applied=True)
+    assert ((book.embedding - before).norm(dim=1) < 0.5).all()  # type: ignore[union-attr]
+    assert torch.cdist(book.embedding, centers).amin(1).median() < 0.1  # type: ignore[arg-type]
+
+
+def test_an_update_that_a_tensor_says_was_skipped_changes_no_codebook() -> None:
+    for kind in ("ema", "gradient"):
+        results = []
+        for applied in (True, torch.tensor(True), torch.tensor(False)):
+            made = codebook(kind)
+            torch.manual_seed(1)
+            made.start(torch.randn(100, 8))
+            before = copy.deepcopy(made.state_dict())
+            made(torch.randn(2, 64, 8) if applied else torch.full((2, 64, 8), math.nan))
+            made.after_update(applied)
+            results.append((before, made.state_dict()))
+        assert not torch.equal(results[0][0]["ema_counts"], results[0][1]["ema_counts"])
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+        torch.testing.assert_close(results[2][1], results[2][0], rtol=0, atol=0)
 
 
 def test_kmeans_finds_clusters_and_fills_up_where_vectors_are_few() -> None:
@@ -220,3 +294,11 @@ def test_every_kind_of_the_config_is_in_the_registry_and_no_kind_falls_silently_
     assert {KINDS[name]["kind"] for name in KINDS} == set(QUANTIZERS)  # all are held to the promises above
     with pytest.raises(KeyError, match="new"):
         build_quantizer(CodebookConfig.model_construct(kind="new"), 16, 48)
+
+
+def test_search_among_8192_codes_is_a_few_launches_on_a_gpu() -> None:
+    with fake_cuda():
+        z, book = torch.empty(32_768, 8, device="cuda"), torch.empty(8192, 8, device="cuda")
+        with Launches() as launches, no_sync():
+            assert nearest_code(z, book).shape == (32_768,)
+    assert launches.total <= 16, launches

@@ -76,37 +76,44 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _vectors(self, codes: list[Tensor]) -> Tensor: ...
 
-    def after_update(self, applied: bool) -> None:
+    def after_update(self, applied: bool | Tensor) -> None:
         """Collective, once an optimizer update. `applied`: the update was finite and changed the weights."""
         return
 
 
-_ROWS, _BLOCK = 64, 128  # a slab of scores that stays in the cache; codes of a block
+_CPU_ROWS, _BLOCK = 64, 128  # a slab of scores that stays in the cache; codes of a block
+_GPU_BYTES = 2**29  # of a slab: few launches, and little beside a step's activations
+
+
+def _rows(codes: int, device: torch.device) -> int:
+    """How many vectors have their scores made at a time, float32 for each code."""
+    return _CPU_ROWS if device.type == "cpu" else max(1, _GPU_BYTES // (4 * codes))
 
 
 @torch.no_grad()
 def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """argmax over k of v·c_k + bias_k for each vector, int64 [n].
 
-    A slab of rows at a time, and in two steps: the maximum of each block of codes (vectorised, unlike an argmax),
-    then the position in the best block. Ties go to the lowest code. In the precision of its inputs: give it float32.
+    A slab of rows at a time. Ties go to the lowest code. In the precision of its inputs: give it float32.
     """
     n, K = len(vectors_nD), len(codes_KD)
+    rows = min(n, _rows(K, vectors_nD.device))
     bias_K = codes_KD.new_zeros(K) if bias_K is None else bias_K
     transposed, bias_1K = codes_KD.T.contiguous(), bias_K[None]
     found = torch.empty(n, dtype=torch.int64, device=vectors_nD.device)
-    slab = vectors_nD.new_empty(min(n, _ROWS), K)  # written again and again: new pages would cost as much as the sums
-    row = torch.arange(len(slab), device=slab.device)
-    for begin in range(0, n, _ROWS):
-        rows = vectors_nD[begin : begin + _ROWS]
-        scores = torch.addmm(bias_1K, rows, transposed, out=slab[: len(rows)])
-        if K % _BLOCK:
-            best = scores.argmax(-1)
-        else:
-            blocks = scores.view(len(rows), -1, _BLOCK)
+    slab = vectors_nD.new_empty(rows, K)  # written again and again: new pages would cost as much as the sums
+    row = torch.arange(rows, device=slab.device)
+    in_blocks = K % _BLOCK == 0 and slab.device.type == "cpu"
+    for begin in range(0, n, rows):
+        some = vectors_nD[begin : begin + rows]
+        scores = torch.addmm(bias_1K, some, transposed, out=slab[: len(some)])
+        if in_blocks:
+            # In two steps: the maximum of each block of codes (vectorised, unlike an argmax), the position in the best.
+            blocks = scores.view(len(some), -1, _BLOCK)
             block = blocks.amax(-1).argmax(-1)
-            best = block * _BLOCK + blocks[row[: len(rows)], block].argmax(-1)
-        found[begin : begin + _ROWS] = best
+            found[begin : begin + rows] = block * _BLOCK + blocks[row[: len(some)], block].argmax(-1)
+        else:
+            torch.argmax(scores, -1, out=found[begin : begin + rows])
     return found
 
 

@@ -41,9 +41,13 @@ class EmaCodebook(Codebook):
         self.embedding.copy_(torch.where(seen, self.ema_sums / self.ema_counts[:, None], self.embedding))
         self._normalize()
 
-    def _move(self, codes: Tensor, vectors: Tensor, counts: Tensor) -> None:
-        super()._move(codes, vectors, counts)
-        self.ema_sums[codes] = vectors * (counts[:, None] if counts.ndim else counts)
+    def _learned(self) -> list[Tensor]:
+        return [*super()._learned(), self.ema_sums]
+
+    def _move(self, moved_K: Tensor, vectors_KD: Tensor, counts: Tensor) -> None:
+        super()._move(moved_K, vectors_KD, counts)
+        sums_KD = vectors_KD * (counts[:, None] if counts.ndim else counts)
+        self.ema_sums.copy_(torch.where(moved_K[:, None], sums_KD, self.ema_sums))
 
 
 class EmaQuantizer(CodebookQuantizer):
