@@ -72,7 +72,7 @@ OURS: dict[str, dict[str, Any]] = {
     "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "commitment_weight": 0.25}, normalize=True),
     "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
     "lfq": vqvae(**BINARY),
-    "bsq": vqvae(**BINARY | {"entropy_weight": 0.005, "entropy_temperature": 0.1}, spherical=True),
+    "bsq": vqvae(**BINARY | {"entropy_weight": 0.005}, spherical=True),
     "residual": vqvae(**CODEBOOK | {"code_width": 32, "commitment_weight": 0.25}, depth=4),
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},

@@ -79,11 +79,22 @@ class LFQConfig(Config):
         0.1, ge=0, description="of: entropy per position − diversity · entropy of the batch's mean"
     )
     diversity: float = Field(1.0, ge=0, description="weight of the batch's entropy beside the positions'")
-    entropy_temperature: float = Field(1.0, gt=0, description="of the soft assignment that the entropies are of")
+    entropy_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="of the soft assignment that the entropies are of; where it is not given, 1 / bits with spherical",
+    )
 
     @property
     def codebook_size(self) -> int:
         return 1 << self.bits
+
+    @model_validator(mode="after")
+    def _temperature_of_the_sphere(self) -> LFQConfig:
+        # There a code's channel is ±1/√bits: at 1 / bits it is as sure, sigmoid(±4), as one of ±1 is at 1.
+        if self.spherical and "entropy_temperature" not in self.model_fields_set:
+            object.__setattr__(self, "entropy_temperature", 1 / self.bits)
+        return self
 
 
 class GumbelSettings(Config):

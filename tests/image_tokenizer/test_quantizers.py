@@ -269,6 +269,24 @@ def test_entropies_of_binary_codes_are_those_of_the_whole_table() -> None:
     torch.testing.assert_close(batch, -(p.mean(0) * p.mean(0).log()).sum())
 
 
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_the_default_entropy_loss_tells_a_collapse_from_even_use(name: str) -> None:
+    """At equal certainty of each position, all on one code cost most of ln K more than all codes evenly."""
+    made = quantizer(name, bits=8)
+    codes = torch.arange(256)
+    penalties = []
+    for used in (codes * 0, codes):
+        position, batch = made._entropies(made.vectors([used]))  # type: ignore[operator]
+        penalties.append(position + 8 * math.log(2) - batch)
+    assert penalties[0] - penalties[1] > 0.8 * 8 * math.log(2)
+
+
+def test_a_temperature_that_is_given_stays() -> None:
+    assert quantizer("bsq", entropy_temperature=1.0).config.entropy_temperature == 1  # type: ignore[union-attr]
+    assert quantizer("bsq", bits=10).config.entropy_temperature == 0.1  # type: ignore[union-attr]
+    assert quantizer("lfq", bits=10).config.entropy_temperature == 1  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
