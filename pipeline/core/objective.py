@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class ParameterGroup:
     learning_rate_scale: float = 1.0  # times `training.learning_rate`; weight decay per step stays the same
     betas: tuple[float, float] | None = None  # AdamW's; None: `training.betas`
     weight_decay: bool = True  # `training.weight_decay` on matrices and kernels; False: none
+    undecayed: Sequence[nn.Parameter] = ()  # some of `parameters`, not decayed either: codebooks, tables of positions
     adversary: bool = False  # learns against the rest: its gradient norm is clipped apart
 
 

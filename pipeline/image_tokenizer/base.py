@@ -16,6 +16,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
@@ -73,12 +74,14 @@ class ImageTokenizer(nn.Module, ABC):
         save_model(self, config, directory)
 
     @staticmethod
-    def from_pretrained(directory: Path | str) -> ImageTokenizer:
-        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode.
+    def from_pretrained(
+        directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> ImageTokenizer:
+        """Load what `save_pretrained` wrote, in evaluation mode; in float32 unless `dtype` says otherwise.
 
         Raises UserError when a file is missing or damaged, or weights and config do not belong together.
         """
-        return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load)
+        return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load, dtype, device)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)
@@ -106,7 +109,11 @@ class TokenizerObjective(Objective):
         adversaries = self.reconstruction.adversaries()
         apart = {id(p) for group in adversaries for p in group.parameters}
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
-        return [ParameterGroup(own), *adversaries]
+        return [ParameterGroup(own, undecayed=self.codebooks()), *adversaries]
+
+    def codebooks(self) -> list[nn.Parameter]:
+        """Its codes' vectors that learn by gradient."""
+        return []
 
 
 def check_size(image_size: int, config: ArchitectureConfig) -> None:

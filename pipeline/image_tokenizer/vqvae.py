@@ -180,6 +180,9 @@ class VQVAEObjective(TokenizerObjective):
         stacks = [resolution.get_submodule("blocks") for half in halves for resolution in half.resolutions]
         return [block for stack in stacks for block in stack.children()]
 
+    def codebooks(self) -> list[nn.Parameter]:
+        return [codebook for quantizer in self.tokenizer._quantizers() for codebook in quantizer.learned_codebooks()]
+
     def after_update(self, applied: bool | Tensor) -> None:
         """Codebooks of moving averages learn once per update, after it."""
         for quantizer in self.tokenizer._quantizers():

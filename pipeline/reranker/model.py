@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.config.base import parse_config
 from pipeline.config.reranker import TowerConfig
 from pipeline.core.errors import UserError
-from pipeline.core.objective import Objective
+from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 
@@ -115,6 +115,10 @@ class ContrastiveObjective(Objective):
         with torch.no_grad():
             hits = same.gather(1, logits.argmax(1, keepdim=True)).mean()
         return loss, {"accuracy": hits, "scale": scale.detach()}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        positions = [self.towers.image_position, self.towers.text_position]
+        return [ParameterGroup(list(self.parameters()), undecayed=positions)]
 
     def blocks(self) -> list[nn.Module]:
         return [*self.towers.image_tower.layers, *self.towers.text_tower.layers]

@@ -28,14 +28,27 @@ def build_optimizer(objective: Objective, config: TrainingConfig) -> torch.optim
 
 
 def build_adamw(groups: Sequence[ParameterGroup], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only, not on gains, biases, scales."""
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices and kernels only.
+
+    Not on gains, biases, scales, and what a group names as undecayed: a row of a codebook or of a table of positions
+    would shrink in every step, and learn in few.
+    """
     decaying = [group for group in groups if group.weight_decay]
     settings = [
-        *(_adamw(group, [p for p in group.parameters if p.ndim >= 2], config, decay=True) for group in decaying),
-        *(_adamw(group, [p for p in group.parameters if p.ndim < 2], config) for group in decaying),
+        *(_adamw(group, _decayed(group), config, decay=True) for group in decaying),
+        *(_adamw(group, _without(group.parameters, _decayed(group)), config) for group in decaying),
         *(_adamw(group, group.parameters, config) for group in groups if not group.weight_decay),
     ]
     return torch.optim.AdamW([chosen for chosen in settings if chosen["params"]], fused=True)
+
+
+def _decayed(group: ParameterGroup) -> list[nn.Parameter]:
+    return _without([p for p in group.parameters if p.ndim >= 2], group.undecayed)
+
+
+def _without(parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    left_out = {id(other) for other in others}
+    return [parameter for parameter in parameters if id(parameter) not in left_out]
 
 
 def muon_matrices(objective: Objective) -> list[nn.Parameter]:

@@ -83,12 +83,16 @@ class Transformer(nn.Module):
         With `base_width` matrices inside the blocks and the head learn at `width_ratio` times the config's rate.
         """
         if self.shape.width_ratio == 1:
-            return [ParameterGroup(list(self.parameters()))]
+            return [ParameterGroup(list(self.parameters()), undecayed=self._position_tables())]
         scaled = {id(p) for p in (*self.blocks.parameters(), self.head.weight) if p.ndim == 2}
         return [
-            ParameterGroup([p for p in self.parameters() if id(p) not in scaled]),
+            ParameterGroup([p for p in self.parameters() if id(p) not in scaled], undecayed=self._position_tables()),
             ParameterGroup([p for p in self.parameters() if id(p) in scaled], self.shape.width_ratio),
         ]
+
+    def _position_tables(self) -> list[nn.Parameter]:
+        text = [self.text_position.weight] if self.text_position else []
+        return [*text, *self.rows, *self.columns]
 
     @property
     def tables(self) -> Tables:

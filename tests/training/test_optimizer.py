@@ -1,16 +1,24 @@
 """Which parameters the optimizers train and how, learning-rate schedules, and the moving average of weights."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.reranker import TowerConfig
 from pipeline.config.training import TrainingConfig
+from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Objective, ParameterGroup
+from pipeline.image_tokenizer.base import build
+from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.training.ema import Ema
 from pipeline.training.optimizer import build_adamw, build_optimizer
 from pipeline.training.schedule import learning_rate_factor
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
+from pipeline.transformer.objective import JointObjective
 
 
 class TwoBlocks(Objective):
@@ -108,3 +116,29 @@ def test_the_average_forgets_the_first_weights_and_is_swapped_in_and_out() -> No
     assert weights["w"].tolist() == pytest.approx([1.0] * 3, abs=1e-4)
     ema.put(before)
     assert weights["w"].tolist() == [5.0] * 3
+
+
+def _objectives() -> dict[str, Objective]:
+    sides = {"widths": (8,), "patch_size": 4, "bottleneck": 1}
+    codes = {"codebook_size": 8, "code_width": 4}
+    layout = Layout.of(4, 10, [(2, 2, 8)])
+    shape = TransformerConfig.model_validate({"layers": 1, "width": 8, "heads": 1, "positions": "learned"})
+    return {
+        "gradient": build({"kind": "vqvae", "quantizer": {"kind": "gradient", **codes}, **sides}, 8).objective(),
+        "gumbel": build({"kind": "vqvae", "quantizer": {"kind": "gumbel", **codes}, **sides}, 8).objective(),
+        "dvae": build({"kind": "dvae", **codes, **sides}, 8).objective(),
+        "transformer": JointObjective(Transformer(layout, shape), shape),
+        "reranker": ContrastiveObjective(TwoTowers(TowerConfig(width=8, layers=1, heads=1, patch_size=4), 8, 4, 10)),
+    }
+
+
+@pytest.mark.parametrize("name", ["gradient", "gumbel", "dvae", "transformer", "reranker"])
+def test_weight_decay_leaves_codebooks_and_tables_of_positions_alone(name: str) -> None:
+    objective = _objectives()[name]
+    found = _by_name(objective, build_adamw(objective.parameter_groups(), TRAINING))
+    assert set(found) == {parameter for parameter, _ in objective.named_parameters()}  # each once
+    tables = [parameter for parameter in found if re.search("codebook|position|rows|columns", parameter)]
+    assert tables
+    assert {found[parameter]["weight_decay"] for parameter in tables} == {0.0}
+    matrices = {parameter for parameter, p in objective.named_parameters() if p.ndim >= 2} - {*tables}
+    assert {found[parameter]["weight_decay"] for parameter in matrices} == {0.2}

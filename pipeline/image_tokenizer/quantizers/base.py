@@ -76,6 +76,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _vectors(self, codes: list[Tensor]) -> Tensor: ...
 
+    def learned_codebooks(self) -> list[nn.Parameter]:
+        """The tables of codes' vectors that learn by gradient."""
+        return []
+
     def after_update(self, applied: bool | Tensor) -> None:
         """Collective, once an optimizer update. `applied`: the update was finite and changed the weights."""
         return

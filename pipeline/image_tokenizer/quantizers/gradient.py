@@ -7,6 +7,8 @@ What it shares with the codebook of moving averages is in codebook.py. To add on
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from pipeline.image_tokenizer.quantizers.codebook import Codebook, CodebookQuant
 
 class GradientCodebook(Codebook):
     """K vectors that are parameters; the second term of the loss pulls them to the encoder's vectors."""
+
+    embedding: nn.Parameter
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
@@ -30,3 +34,6 @@ class GradientQuantizer(CodebookQuantizer):
     """Nearest vectors of codebooks that learn by gradient."""
 
     codebook_class = GradientCodebook
+
+    def learned_codebooks(self) -> list[nn.Parameter]:
+        return [cast(GradientCodebook, codebook).embedding for codebook in self.codebooks]

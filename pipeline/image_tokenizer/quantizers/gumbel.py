@@ -99,6 +99,9 @@ class GumbelQuantizer(Quantizer):
         if distance:
             self.log_scale = nn.Parameter(torch.zeros(()))
 
+    def learned_codebooks(self) -> list[nn.Parameter]:
+        return [self.codebook]
+
     def logits(self, features_BNC: Tensor) -> Tensor:
         """Unnormalised ln q(code | position), [B,N,K]."""
         z_BN: Tensor = self.project(features_BNC)
