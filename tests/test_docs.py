@@ -122,7 +122,7 @@ def test_every_smalti_command_and_option_that_is_named_exists() -> None:
         for one in words[0].split("|"):
             commands.append(cli.commands.get(one) or click.Command("none"))
             rest = words[1:]
-            if isinstance(commands[-1], click.Group) and rest:
+            if isinstance(commands[-1], click.Group) and rest and not rest[0].startswith("-"):
                 commands[-1] = commands[-1].commands.get(rest.pop(0)) or click.Command("none")
             if commands[-1].name == "none":
                 wrong.append(f"{name}: smalti {' '.join(words)}: no such command")

@@ -1,0 +1,129 @@
+"""What of the runs in a folder may be deleted, and how much room that makes. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.pipeline import load_pipeline
+from pipeline.core.errors import UserError
+from pipeline.core.lock import owner_of
+from pipeline.orchestration.graph import Stage, stages_of
+from pipeline.orchestration.run_directory import RunDirectory, config_of
+
+# Copies that versions before sent to MLflow: arrays of tokens and indexes, which lie in the run as well.
+_COPIED = ("*.npy", "*.keys.txt", "*.captions.txt")
+_LEFT = (".trash-*", "*.damaged", "*.damaged-*")  # of checkpoints and databases
+
+
+@dataclass(frozen=True)
+class Deletable:
+    """Files or folders that no command needs any more, and why; `path` is, or holds, all of `paths`."""
+
+    path: Path
+    paths: tuple[Path, ...]
+    bytes: int
+    why: str
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run directories in `folder`, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"expected a folder of runs, found none at {folder}: give it with --in FOLDER")
+    return sorted(
+        path for path in folder.iterdir() if (path / "config.yaml").is_file() and (path / "run.json").is_file()
+    )
+
+
+def is_at_work(run: Path) -> bool:
+    """Whether a process holds one of the run's locks."""
+    return any(owner_of(path) for path in (run / "locks").glob("*.json"))
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes of files and folders; what several names share counts once."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for path in paths:
+        for entry in _entries(path):
+            key = entry.st_dev, entry.st_ino
+            total += 0 if key in seen else entry.st_size
+            seen.add(key)
+    return total
+
+
+def deletable(folder: Path) -> Iterator[Deletable]:
+    """What may go, of all runs in `folder` that nobody works on; what they share, only where nobody works at all."""
+    runs = runs_in(folder)
+    for run in runs:
+        if not is_at_work(run):
+            yield from _of_run(run)
+    cache = folder / ".cache" / "features"
+    if cache.is_dir() and not any(map(is_at_work, runs)):
+        yield _entry(cache, "features of images, which evaluate computes again")
+
+
+def delete(found: Deletable) -> None:
+    """Remove it, by a new name first, so that a half of it never passes for the whole.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for path in found.paths:
+        trash = path.with_name(f".trash-{path.name}")
+        path.rename(trash)
+        if trash.is_dir() and not trash.is_symlink():
+            shutil.rmtree(trash)
+        else:
+            trash.unlink()
+
+
+def _of_run(run: Path) -> Iterator[Deletable]:
+    for old in sorted((run / "superseded").glob("*")):
+        yield _entry(old, "made by another config; made again if that one returns")
+    try:
+        config = load_pipeline(config_of(run))
+    except UserError:  # of a later version, or damaged: only what is told by its place
+        config = None
+    for stage in stages_of(config) if config else ():
+        checkpoints = run / stage.name / "checkpoints"
+        if checkpoints.is_dir() and _is_final(RunDirectory(run), stage):
+            yield _entry(checkpoints, "checkpoints of a finished training; its weights are in model/")
+    for stage_folder in sorted(path for path in run.iterdir() if (path / "checkpoints").is_dir()):
+        for pattern in _LEFT:
+            for path in sorted((stage_folder / "checkpoints").glob(pattern)):
+                yield _entry(path, "a damaged or discarded checkpoint")
+    artifacts = run / "mlartifacts"
+    if copied := tuple(path for pattern in _COPIED for path in artifacts.rglob(pattern)):
+        why = "copies of the run's arrays that a version before sent to MLflow"
+        yield Deletable(artifacts, copied, size_of(copied), why)
+
+
+def _is_final(runs: RunDirectory, stage: Stage) -> bool:
+    """Whether the stage is finished; for which config does not matter, since its weights are those of its last step."""
+    return stage.trains and runs.manifest(stage.name) is not None
+
+
+def _entry(path: Path, why: str) -> Deletable:
+    return Deletable(path, (path,), size_of([path]), why)
+
+
+def _entries(path: Path) -> Iterator[os.stat_result]:
+    """Of the file `path`, or of all files below it; what disappears meanwhile is left out."""
+    try:
+        if not path.is_dir() or path.is_symlink():
+            yield path.lstat()
+            return
+        with os.scandir(path) as entries:
+            found = list(entries)
+    except OSError:
+        return
+    for entry in found:
+        yield from _entries(Path(entry.path))

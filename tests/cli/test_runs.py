@@ -1,0 +1,103 @@
+"""`smalti runs`: what is there, what may be deleted, and two runs side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.lock import Lock
+from tests.launch import launch
+
+
+@pytest.fixture
+def folder(tiny_run: Path, tmp_path: Path) -> Path:
+    """A folder with the finished tiny run and a copy of it that another guidance has made stale."""
+    runs = tmp_path / "runs"
+    for name in ("tiny", "other"):
+        shutil.copytree(tiny_run, runs / name)
+    config = runs / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("temperature: 1.0", "temperature: 0.5", 1))
+    return runs
+
+
+def smalti(folder: Path, *arguments: str) -> str:
+    return launch("pipeline", "runs", *arguments, cwd=folder.parent)
+
+
+def test_every_run_is_listed_with_its_state_its_metrics_and_its_size(folder: Path) -> None:
+    (folder / "notes").mkdir()  # no run
+    shutil.copytree(
+        folder / "tiny",
+        folder / "begun",
+        ignore=shutil.ignore_patterns("transformer", "generate", "evaluate", "report"),
+    )
+    (folder / "later").mkdir()
+    (folder / "later" / "config.yaml").write_text("[")
+    (folder / "later" / "run.json").write_text("{}")
+    with Lock(folder / "begun" / "locks" / "transformer.json", "transformer"):
+        found = {line["run"]: line for line in json.loads(smalti(folder, "--json"))}
+    assert {name: line["state"] for name, line in found.items()} == {
+        "begun": "RUNNING", "later": "UNREADABLE", "other": "STALE", "tiny": "FINISHED",
+    }  # fmt: skip
+    assert found["begun"]["stage"] == "transformer"
+    assert "FD (Lite0)" in found["tiny"]["metrics"]
+    assert "val/bits/image_token" in found["tiny"]["metrics"]
+    assert found["tiny"]["size"].endswith("MB")
+
+
+def test_what_may_go_is_named_and_goes_and_what_the_run_needs_stays(folder: Path) -> None:
+    run = folder / "tiny"
+    old = run / "superseded" / "generate-0123456789ab"
+    old.mkdir(parents=True)
+    (old / "image.png").write_bytes(b"x" * 5000)
+    copy = run / "mlartifacts" / "1" / "artifacts" / "train"
+    copy.mkdir(parents=True)
+    (copy / "000000.codes.0.npy").write_bytes(b"x" * 7000)
+    (copy / "000000.png").write_bytes(b"x")
+    listed = smalti(folder, "--disk")
+    for path in (old, run / "transformer" / "checkpoints", run / "mlartifacts"):
+        assert str(path.relative_to(folder.parent)) in listed
+    assert old.is_dir()
+    with Lock(folder / "other" / "locks" / "transformer.json", "transformer"):
+        told = smalti(folder, "--prune", "--yes")
+    assert "left alone, since a process is at work there: other" in told
+    assert not old.exists()
+    assert not (run / "transformer" / "checkpoints").exists()
+    assert [path.name for path in copy.iterdir()] == ["000000.png"]
+    assert (folder / "other" / "transformer" / "checkpoints").is_dir()
+    again = launch("pipeline", "run", str(run), "--dry-run", cwd=folder.parent)
+    assert "up to date" in again
+    assert "would run" not in again
+
+
+def test_without_yes_nothing_is_deleted(folder: Path) -> None:
+    launch("pipeline", "runs", "--prune", cwd=folder.parent, check=False)  # stdin is no terminal, and says nothing
+    assert (folder / "tiny" / "transformer" / "checkpoints").is_dir()
+
+
+def test_two_runs_are_compared_by_keys_metrics_and_images(folder: Path) -> None:
+    metrics = folder / "other" / "evaluate" / "metrics.json"
+    results = json.loads(metrics.read_text())
+    results["rows"][0]["value"] /= 2  # a Fréchet distance
+    os.unlink(metrics)  # a hard link, perhaps
+    metrics.write_text(json.dumps(results))
+    told = smalti(folder, "compare", str(folder / "tiny"), str(folder / "other"), "-o", "page.html")
+    assert "generate.sampling.temperature: 1.0 -> 0.5" in told
+    better = next(line for line in told.splitlines() if line.startswith("FD (Lite0), generated"))
+    assert better.endswith("*")
+    page = (folder.parent / "page.html").read_text()
+    assert "generate.sampling.temperature: 1.0 -&gt; 0.5" in page
+    prompts = json.loads((folder / "tiny" / "generate" / "prompts.json").read_text())
+    assert page.count("data:image/png") == 2 * len(prompts)
+
+
+def test_a_folder_without_runs_is_told_in_one_line(tmp_path: Path) -> None:
+    assert "expected a folder of runs, found none at nowhere" in launch(
+        "pipeline", "runs", "--in", "nowhere", cwd=tmp_path, check=False
+    )
+    (tmp_path / "empty").mkdir()
+    assert "no runs in empty" in launch("pipeline", "runs", "--in", "empty", cwd=tmp_path)
