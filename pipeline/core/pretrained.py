@@ -6,14 +6,18 @@ model = load_model("runs/openmoji/transformer/model", "transformer", ("layout", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from pipeline.core.atomic_io import atomic_path, expect_files, read_json, write_json
 from pipeline.core.errors import UserError
@@ -41,13 +45,21 @@ def count_parameters(weights: Path) -> int:
 
 
 def load_model(
-    directory: str | Path, stage: str, keys: tuple[str, ...], build: Callable[[dict[str, Any], str], Model]
+    directory: str | Path,
+    stage: str,
+    keys: tuple[str, ...],
+    build: Callable[[dict[str, Any], str], Model],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> Model:
-    """The model of a folder that `stage` wrote, on the CPU, in eval mode.
+    """The model of a folder that `stage` wrote, in eval mode.
+
+    Nothing is initialised on the way: parameters have no memory until they get theirs on `device`, in `dtype`.
 
     Args:
         keys: what config.json must have.
         build: makes the model, with any weights, from config.json's values and the file's name for errors.
+        dtype: of all floating-point weights; None: as `build` makes them, which is float32.
 
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
@@ -59,9 +71,11 @@ def load_model(
     if not isinstance(values, dict) or not set(keys) <= values.keys():
         found = ", ".join(values) or "none" if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{config}: expected the keys {', '.join(keys)}, found {found}; run the stage {stage} again")
-    model = build(values, str(config))
+    with _parameters_without_memory():
+        model = build(values, str(config))
+    _give_memory(model, dtype, device)
     try:
-        model.load_state_dict(load_file(weights))
+        model.load_state_dict(load_file(weights))  # which maps the file, and reads what is copied
     except (SafetensorError, RuntimeError) as error:
         # torch lists every key that differs, a line each; the first difference tells enough.
         reason = [line.strip() for line in str(error).splitlines()][:2][-1]
@@ -70,3 +84,43 @@ def load_model(
             f" copy both files from one run, or run the stage {stage} again"
         ) from error
     return model.eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules that are built within have their parameters on the meta device, and buffers and constants as ever."""
+
+    def without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_memory)
+    try:
+        with _Uninitialised():
+            yield
+    finally:
+        hook.remove()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what would be written into parameters: on the meta device that imports half of torch to do nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        name = func.__name__
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        return target if writes and isinstance(target, nn.Parameter) else func(*args, **(kwargs or {}))
+
+
+def _give_memory(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Uninitialised memory on `device`, in the memory format that the model has chosen; buffers are moved there."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device=device, dtype=dtype)
+            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+    model.to(device, dtype)

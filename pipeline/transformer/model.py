@@ -132,9 +132,12 @@ class Transformer(nn.Module):
         offset = self.layout.level_offsets[level]
         return hidden @ self.head.weight[offset : offset + self.layout.levels[level].codebook_size].T
 
-    def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` whole sequences, in the dtype of the residual stream, a `LayerCache` per layer."""
-        size = (batch, self.shape.key_value_heads, self.layout.length, self.shape.head_width)
+    def new_cache(self, batch: int, length: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences, in the dtype of the residual stream, a `LayerCache` per layer.
+
+        It holds the first `length` positions; None: all.
+        """
+        size = (batch, self.shape.key_value_heads, length or self.layout.length, self.shape.head_width)
         dtype = _working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
         return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
@@ -195,13 +198,19 @@ class Transformer(nn.Module):
         save_model(self, {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Transformer:
-        """In float32, on the CPU, in eval mode. Raises UserError when files are missing or do not fit together."""
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Transformer:
+        """In eval mode; in float32 unless `dtype` says otherwise.
+
+        Raises:
+            UserError: files are missing or do not fit together.
+        """
 
         def build(config: dict[str, Any], where: str) -> Transformer:
             return cls(Layout.from_dict(config["layout"]), parse_config(TransformerShape, config["shape"], where))
 
-        return load_model(directory, "transformer", ("layout", "shape"), build)
+        return load_model(directory, "transformer", ("layout", "shape"), build, dtype, device)
 
 
 def _working_precision(x: Tensor) -> Tensor:

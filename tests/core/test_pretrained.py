@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.config.transformer import TransformerShape
 from pipeline.core.errors import UserError
 from pipeline.core.pretrained import count_parameters, load_model, save_model
+from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.training.sharded_state import TensorShard, write_shards
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
 
 
 def _network() -> nn.Module:
@@ -62,3 +68,43 @@ def test_a_damaged_header_is_one_line_wherever_parameters_are_counted(tmp_path: 
     weights.write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         count_parameters(weights)
+
+
+def test_loading_initialises_nothing_and_casts_while_it_reads(tmp_path: Path) -> None:
+    layout, shape = Layout.of(4, 40, [(4, 4, 32)]), TransformerShape(layers=2, width=32, heads=2, base_width=16)
+    model = Transformer(layout, shape)
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    with _BytesWritten() as written:
+        loaded = Transformer.from_pretrained(tmp_path, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)  # no random number was drawn
+    weights = sum(p.numel() for p in model.parameters())
+    assert written.total == 2 * weights  # one copy, in bf16
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name].bfloat16()), name
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_constants_and_the_memory_format_of_a_model_survive_loading(tmp_path: Path) -> None:
+    config = {"kind": "vqvae", "quantizer": {"kind": "lfq", "bits": 4}, "patch_size": 2, "widths": [8]}
+    tokenizer = build(config, 8).eval()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    assert [p.stride() for p in loaded.parameters()] == [p.stride() for p in tokenizer.parameters()]
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(loaded.encode(images)[0], tokenizer.encode(images)[0])
+
+
+class _BytesWritten(TorchDispatchMode):
+    """Counts the bytes that operations in place write into tensors of floats: memory that is not written costs none."""
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        in_place = func._schema.name.endswith("_")
+        if in_place and isinstance(result, torch.Tensor) and not result.is_meta and result.is_floating_point():
+            self.total += result.nbytes
+        return result
