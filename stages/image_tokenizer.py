@@ -8,7 +8,7 @@ reconstructions.png: training and validation images above what their codes decod
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from PIL import Image
@@ -44,7 +44,7 @@ class Workload:
         add_image_losses(self.objective, self.train.image_size, self.config.perceptual, self.config.adversarial)
         self.evaluation: Evaluation | None = None
 
-    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
         return self.train.batches(consumed, self.config.training.batch_size)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:

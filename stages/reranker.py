@@ -7,16 +7,16 @@ image of the validation split finds its caption, and vice versa. See pipeline/re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.cli.stage import run_stage
-from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
 from pipeline.data.shards import read_samples
@@ -40,7 +40,7 @@ class Workload:
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
-        self.stream = ImageStream(run.input("prepare"), "train", run.config.seed)
+        self.stream = ImageStream(run.input("prepare"), "train", run.config.seed, beside=self._captions)
         captions = [sample.caption for sample in read_samples(run.input("prepare"), "train")]
         self.text_NT = self.text_tokenizer.encode(captions).to(torch.int32)
         self.first_row = np.cumsum([0, *(shard.samples for shard in self.stream.shards)])
@@ -49,15 +49,12 @@ class Workload:
         self.towers = TwoTowers(self.config.model, self.stream.image_size, text.text_length, text.vocab_size)
         self.objective = ContrastiveObjective(self.towers)
 
-    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
         """Images in the stream's order, each with its caption's ids."""
-        size = self.config.training.batch_size
-        own = samples_per_process(size, distributed.world_size())
-        start = consumed + distributed.rank() * own
-        for batch in self.stream.batches(consumed, size):
-            shards, rows = self.stream.order.locate(np.arange(start, start + own))
-            yield batch | {"text": self.text_NT[self.first_row[shards] + rows].long()}
-            start += size
+        return self.stream.batches(consumed, self.config.training.batch_size)
+
+    def _captions(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {"text": self.text_NT[self.first_row[shards] + rows]}
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""

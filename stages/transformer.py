@@ -7,7 +7,7 @@ and samples.png, the last of those images. See pipeline/transformer/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import islice
 from random import Random
 
@@ -68,7 +68,7 @@ class Workload:
         dropout, tokenizer = self.config.bpe_dropout, self.text_tokenizer
         return (lambda caption, rng: tokenizer.encode_with_dropout(caption, dropout, rng)) if dropout else None
 
-    def batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
         """This rank's "text" [B, T] and "codes" [B, N] of each global batch, from global sample `consumed` on."""
         for batch in self.train.batches(consumed, self.config.training.batch_size):
             self._curve = None  # it belongs to the step that it was measured at
@@ -83,7 +83,7 @@ class Workload:
         sums: dict[str, Tensor] = {}
         count = -(-len(self.validation) // size)
         for batch in stoppable(islice(self.validation.batches(0, size), count)):
-            _, metrics = objective({name: value.to(distributed.device()) for name, value in batch.items()}, 0)
+            _, metrics = objective(batch, 0)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double().cpu()
         positions = (sums.pop("loss/position") / count).tolist()
@@ -100,11 +100,11 @@ class Workload:
             # Rank 0 generates alone, from the same captions each time.
             sampler = TokenSampler(self.run.input("tokenize"), split, self.run.config.seed, rank=0, world_size=1)
             batch = next(sampler.batches(0, _IMAGES))
-            prompts = [self.text_tokenizer.decode(row) for row in batch["text"]]
+            prompts = [self.text_tokenizer.decode(row) for row in batch["text"].cpu()]
             generated = [one.image for one in pipeline.generate(prompts, seed=self.run.config.seed)]
             tiles = [Tile(image, prompt) for image, prompt in zip(generated, prompts, strict=True)]
             groups.append(Group(title, tiles))
-            originals = pipeline.decode(batch["codes"].to(distributed.device()))
+            originals = pipeline.decode(batch["codes"])
             tiles = [Tile(image) for image in originals]
             groups.append(Group("", tiles, note="the originals, through the image tokenizer"))
         images = {"samples": grid(groups, columns=_IMAGES, side=96)}

@@ -28,6 +28,7 @@ from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipelin
 from pipeline.core import signals
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.process_limits import raise_open_files
 from pipeline.core.progress import ON_SCREEN
 from pipeline.core.text import one_line
 from pipeline.core.urls import MaskingFormatter
@@ -46,6 +47,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     from pipeline.core import distributed
 
     signals.install()
+    raise_open_files()
     _die_with_runner()
     stage = stage_named(name)
     try:

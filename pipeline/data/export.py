@@ -50,7 +50,7 @@ def export_tokens(
     for start in range(0, len(numbers), _BATCH):
         here = slice(start, start + _BATCH)
         text, codes = arrays.gather(numbers[here], crops[here])
-        images = _decoded(images_of, torch.from_numpy(codes), arrays)
+        images = _decoded(images_of, torch.from_numpy(codes).long(), arrays)
         for row, (number, crop) in enumerate(zip(numbers[here].tolist(), crops[here].tolist(), strict=True)):
             key = _key(arrays, number)
             name = f"{key}.crop-{crop}.png" if crop else f"{key}.png"

@@ -2,16 +2,16 @@
 
     sampler = TokenSampler(run.input("tokenize"), "train", seed=run.seed)
     for batch in sampler.batches(consumed=0, batch_size=64):
-        batch["text"], batch["codes"]     # int64 [64 / ranks, T], [64 / ranks, N]
+        batch["text"], batch["codes"]     # int64 [64 / ranks, T], [64 / ranks, N], on this process's device
 
 The order is `order.GlobalOrder`: computed, not stored. So a start at any position, at any number of ranks, with any
-number of samples, costs nothing and takes no memory.
+number of samples, costs nothing and takes no memory. A thread gathers batches ahead (`prefetch.py`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import random_of
 from pipeline.data.order import GlobalOrder
+from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
 
 
@@ -69,19 +70,19 @@ class TokenSampler:
             if found is not None:
                 raise found
 
-    def batches(self, consumed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, consumed: int, batch_size: int) -> Generator[dict[str, Tensor], None, None]:
         """Endless batches from global sample `consumed` on; `{"text": int64 [b, T], "codes": int64 [b, N]}`.
 
         b = batch_size / ranks; rank r gets samples [r * b, (r + 1) * b) of each global batch. Codes are those of all
         levels, coarse to fine, each counted from 0. Of several crops of an image each epoch takes another.
 
         Raises:
-            UserError: the number of ranks does not divide `batch_size`.
+            UserError: the number of ranks does not divide `batch_size`, or an array is damaged.
         """
         share = samples_per_process(batch_size, self.world_size)
-        return self._batches(consumed + self.rank * share, batch_size, share)
+        return load(self._batches(consumed + self.rank * share, batch_size, share))
 
-    def _batches(self, start: int, stride: int, share: int) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
         while True:
             samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.

@@ -2,22 +2,22 @@
 
     stream = ImageStream(run.input("prepare"), "train", seed=run.seed)
     for batch in stream.batches(consumed=0, batch_size=64):
-        batch["images"]     # uint8 [64 / ranks, 3, H, W]
+        batch["images"]     # uint8 [64 / ranks, 3, H, W], on this process's device
 
 The only state is how many samples were consumed. The tars are read through their offsets rather than front to back:
 a tar is random access once indexed, which makes the shuffle exact (no shuffle buffer whose content a restart would
 lose), lets a resume begin at any sample without reading what comes before, and saves the parsing of tar headers.
 Locality stays: a canonical stream reads one shard at a time, so the system's cache and read-ahead serve it.
 
-Decoding happens after the shuffle, in threads, a few batches ahead. Images of a small data set stay in memory
-decoded, so each is decoded once.
+Decoding happens after the shuffle, in threads, a few batches ahead (`prefetch.py`). Images of a small data set stay in
+memory decoded, so each is decoded once.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,13 +29,14 @@ from torch import Tensor
 from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.process_limits import processors
 from pipeline.data import png
 from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
-from pipeline.data.prefetch import ahead
+from pipeline.data.prefetch import load
 from pipeline.data.shards import ShardFile, read_index, read_shards
 
-_BATCHES_AHEAD = 4
 _OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
+_SMALL_PIXELS = 128
 _DECODE_TOGETHER = 16  # images a task of the thread pool: small ones would cost more to hand out than to decode
 
 
@@ -51,7 +52,8 @@ class ImageStream:
         rank: int | None = None,
         world_size: int | None = None,
         cache_bytes: int = 512 << 20,
-        threads: int = 1,
+        threads: int | None = None,
+        beside: Callable[[NDArray[np.int64], NDArray[np.int64]], dict[str, Tensor]] | None = None,
     ) -> None:
         """
         Args:
@@ -59,7 +61,9 @@ class ImageStream:
             split: "train" or "val".
             rank, world_size: this process among all; by default those of `pipeline.core.distributed`.
             cache_bytes: decoded images are kept in memory when the whole split fits into this.
-            threads: decoding threads. Small images want one: two wait for each other.
+            threads: decoding threads. None: the processors of this process less one, and one for images below 128
+                pixels, where two would wait for each other.
+            beside: (shard, row) of a batch's samples -> what else the batch has of them.
 
         Raises:
             UserError: there are no shards, or the split is empty.
@@ -71,7 +75,9 @@ class ImageStream:
         self.order = ShardOrder([shard.samples for shard in self.shards], seed)
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        self.threads = threads
+        many = self.image_size >= _SMALL_PIXELS
+        self.threads = threads or (max(1, processors() - 1) if many else 1)
+        self._beside = beside
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self._files: dict[int, ShardFile] = {}
         self._lock = threading.Lock()
@@ -94,13 +100,14 @@ class ImageStream:
             UserError: the number of ranks does not divide `batch_size`, or a shard is damaged.
         """
         share = samples_per_process(batch_size, self.world_size)
-        return ahead(self._batches(consumed + self.rank * share, batch_size, share), _BATCHES_AHEAD)
+        return load(self._batches(consumed + self.rank * share, batch_size, share))
 
     def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
                 shards, rows = self.order.locate(np.arange(start, start + share))
-                yield {"images": torch.from_numpy(self._images(shards, rows, pool))}
+                more = self._beside(shards, rows) if self._beside else {}
+                yield {"images": torch.from_numpy(self._images(shards, rows, pool))} | more
                 start += stride
 
     def _images(

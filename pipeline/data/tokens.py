@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import resource
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +27,7 @@ from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.core.manifest import FileRecord, first_fault
+from pipeline.core.process_limits import open_files
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 Vocabulary = tuple[int, int, list[Level]]  # text length, text ids, levels
@@ -120,9 +120,9 @@ class TokenArrays:
         self.counts = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
         # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms per sample.
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._mapped = lru_cache(maxsize=min(descriptors // 4, 16_384) // (1 + len(self.levels)))(self._map)
-        self._lines = lru_cache(maxsize=min(descriptors // 4, 16_384))(self._map_lines)
+        files = min(open_files() // 4, 16_384)
+        self._mapped = lru_cache(maxsize=files // (1 + len(self.levels)))(self._map)
+        self._lines = lru_cache(maxsize=files)(self._map_lines)
 
     def check_made_by(self, hashes: dict[str, str], vocabulary: Vocabulary) -> None:
         """Raises UserError unless the arrays are these tokenizers' work and of this vocabulary."""
@@ -143,13 +143,14 @@ class TokenArrays:
         """Samples of the split."""
         return int(self._ends[-1])
 
-    def gather(
-        self, samples: NDArray[np.int64], crops: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(text int64 [n, T], codes int64 [n, N]) of these samples and crops; N: all levels, coarse to fine."""
+    def gather(self, samples: NDArray[np.int64], crops: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+        """(text [n, T], codes [n, N]) of these samples and crops; N: all levels, coarse to fine.
+
+        Each uint16 or uint32, as the files are; codes of all levels as those of the largest codebook.
+        """
         positions = [level.positions for level in self.levels]
-        text = np.empty((len(samples), self.text_length), np.int64)
-        codes = np.empty((len(samples), sum(positions)), np.int64)
+        text = _empty((len(samples), self.text_length), self.text_vocab_size)
+        codes = _empty((len(samples), sum(positions)), max(level.codebook_size for level in self.levels))
         shards = self.shard_of(samples)
         rows = samples - (self._ends[shards] - self.counts[shards])
         for shard in np.unique(shards).tolist():
@@ -224,6 +225,11 @@ class TokenArrays:
             shape = (samples, crops, level.positions)
             found.append(_mapped(self.directory / name, shape, level.codebook_size))
         return found
+
+
+def _empty(shape: tuple[int, ...], vocabulary: int) -> Tokens:
+    array: Tokens = np.empty(shape, token_dtype(vocabulary))
+    return array
 
 
 def _mapped(path: Path, shape: tuple[int, ...], vocabulary: int) -> Tokens:

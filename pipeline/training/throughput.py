@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,8 @@ class Speedometer:
     def __init__(self, training: TrainingConfig, workload: Workload) -> None:
         self._batch_size = training.batch_size
         self._tokens_per_sample = workload.tokens_per_sample
-        batch = next(workload.batches(0))
+        with closing(workload.batches(0)) as batches:
+            batch = {name: tensor.cpu() for name, tensor in next(batches).items()}  # like the weights, until now
         cost = cost_of(workload.objective, batch, training.precision)
         samples = next(iter(batch.values())).shape[0]
         self._flops_per_sample = 3 * cost.flops / samples if cost else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -109,7 +109,7 @@ class Trainer:
             shown=distributed.is_main(),
         )
         self._speed.start(state.step)
-        with bar:
+        with closing(batches), bar:
             self._resume_evaluation()
             while state.step < training.steps:
                 self._step(next(batches))
@@ -146,7 +146,7 @@ class Trainer:
         found: list[Metrics] = []
         size = next(iter(batch.values())).shape[0] // self.accumulation
         for index in range(self.accumulation):
-            micro = {name: t[index * size : (index + 1) * size].to(distributed.device()) for name, t in batch.items()}
+            micro = {name: tensor[index * size : (index + 1) * size] for name, tensor in batch.items()}
             last = index == self.accumulation - 1
             found.append(self.engine.accumulate(micro, self.state.step, 1 / self.accumulation, last))
         return found

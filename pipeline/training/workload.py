@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from PIL import Image
@@ -23,8 +23,11 @@ class Workload(Protocol):
     def tokens_per_sample(self) -> int | None:
         """Length of a sequence; None where samples are no sequences."""
 
-    def batches(self, consumed: int) -> Iterator[Batch]:
-        """This rank's slice of each global batch, from global sample `consumed` on, without end."""
+    def batches(self, consumed: int) -> Generator[Batch, None, None]:
+        """This rank's slice of each global batch, on its device, from global sample `consumed` on, without end.
+
+        Closed when the training ends. `pipeline.data.prefetch.load` makes batches ahead.
+        """
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Metrics on the validation split; collective, without gradients, in eval mode.

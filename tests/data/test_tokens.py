@@ -5,11 +5,13 @@ import json
 import os
 import random
 import resource
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +192,14 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
     assert set(Counter(rows).values()) == {2}
 
 
+def test_as_many_shards_stay_mapped_as_the_limit_of_open_files_has_room_for(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit, mapped in ((1024, 85), (60_000, 5_000), (resource.RLIM_INFINITY, 5_461)):  # of three files each
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert TokenArrays(tokenized, "train")._mapped.cache_info().maxsize == mapped
+
+
 def test_a_flipped_byte_is_found_at_the_start_of_a_stage_and_named(prepared: Path, tmp_path: Path) -> None:
     _tokenize(prepared, tmp_path, TokenizeConfig())
     sampler = TokenSampler(tmp_path, "train", seed=0)
@@ -218,9 +228,36 @@ def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:
             assert hashlib.sha256((tokenized / name).read_bytes()).hexdigest() == sha256
 
 
+def test_nothing_of_a_batch_is_made_in_the_training_thread(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+
+    def encode(caption: str, rng: random.Random) -> list[int]:
+        threads.add(threading.current_thread())
+        return [1, 2, 3]
+
+    gather = TokenArrays.gather
+
+    def noted(*arguments: Any) -> Any:
+        threads.add(threading.current_thread())
+        return gather(*arguments)
+
+    monkeypatch.setattr(TokenArrays, "gather", noted)
+    batches = TokenSampler(tokenized, "train", seed=0, encode_caption=encode).batches(0, 8)
+    assert next(batches)["text"].tolist() == [[1, 2, 3]] * 8
+    batches.close()
+    assert threads
+    assert threading.current_thread() not in threads
+    assert not threads & set(threading.enumerate())  # it ends with the batches
+
+
+def test_arrays_are_gathered_as_narrow_as_they_lie_on_disk(tokenized: Path) -> None:
+    batch = next(TokenSampler(tokenized, "train", seed=0)._batches(0, 8, 8))
+    assert (batch["text"].dtype, batch["codes"].dtype) == (torch.uint16, torch.uint32)  # 21 and 70,000 ids
+
+
 def test_captions_encoded_in_training_depend_on_epoch_and_sample_and_on_nothing_else(tokenized: Path) -> None:
     def encode(caption: str, rng: random.Random) -> list[int]:
-        return [int(caption.split()[-1]), rng.randrange(10**6), 0]
+        return [int(caption.split()[-1]), rng.randrange(2**16), 0]
 
     def rows(world_size: int, count: int) -> list[tuple[int, ...]]:
         ranks = [

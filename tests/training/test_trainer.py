@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.core.objective import Objective
+from pipeline.data.prefetch import load
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
 from pipeline.training.engines.base import Batch, Metrics, Update, shards_of_replicated
@@ -272,3 +274,25 @@ def test_a_checkpoint_is_never_saved_behind_too_many_nonfinite_steps(
     with pytest.raises(UserError, match="in a row at step 4"):
         _train(tmp_path, SmallWorkload(), {3, 4}, log_images_every=6, **settings)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_training_that_ends_in_any_way_leaves_no_loading_thread_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(SmallWorkload):
+        def batches(self, consumed: int) -> Iterator[Batch]:
+            yield from load(super().batches(consumed), torch.device("cpu"))
+
+    def loading() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+    _train(tmp_path / "finished", Loaded())
+    assert not loading()
+    failure: pytest.ExceptionInfo[Exception]
+    with pytest.raises(UserError) as failure:  # its traceback keeps the frames of the training alive
+        _train(tmp_path / "failed", Loaded(), range(20), max_nonfinite_steps=2)
+    assert not loading(), failure
+    _ask_to_stop(monkeypatch)
+    with pytest.raises(StoppedOnRequest) as failure:
+        _train(tmp_path / "stopped", Loaded())
+    assert not loading(), failure
