@@ -93,7 +93,7 @@ def _parameters_without_memory() -> Iterator[None]:
     def without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(without_memory)
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]  # stub: returns None
     try:
         with _Uninitialised():
             yield
