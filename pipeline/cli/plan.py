@@ -117,7 +117,8 @@ def _time(
 
 def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[str]:
     section = config.transformer
-    recomputed = "" if section.training.activation_checkpointing else "; less with training.activation_checkpointing"
+    kept = section.training.activation_checkpointing != "block"
+    recomputed = "; less with training.activation_checkpointing=block" if kept else ""
     lines = [
         f"memory per GPU, micro-batch {model.micro_batch}{recomputed}",
         "ZeRO    weights  optimizer    average    buckets  gradients  activations      total",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Config, operational
 from pipeline.core.errors import UserError
@@ -27,8 +27,13 @@ class TrainingConfig(Config):
         None, ge=1, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
-    activation_checkpointing: bool = operational(
-        False, description="compute each block's activations again in the backward pass: less memory, a third more work"
+    compile: bool = operational(
+        False, description="run the blocks through torch.compile: faster on GPUs after a minute; sums round differently"
+    )
+    activation_checkpointing: Literal["none", "attention", "block"] = operational(
+        "none",
+        description="what the backward pass computes again instead of keeping: block: least memory, a third more work;"
+        " attention (of the transformer): between the two. true: block",
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
@@ -62,6 +67,11 @@ class TrainingConfig(Config):
     log_images_every: int = operational(500, ge=1, description="steps between logged images")
     checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints that stay on disk")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _from_bool(cls, value: object) -> object:
+        return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

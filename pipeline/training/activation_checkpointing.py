@@ -1,10 +1,14 @@
-"""Activation checkpointing (Chen et al. 2016): a block's activations are computed again in the backward pass."""
+"""Activation checkpointing (Chen et al. 2016): activations are computed again in the backward pass.
+
+Of whole blocks, or of attention alone, which keeps most for what it costs to compute (Korthikanti et al. 2022,
+section 5: selective recomputation): scores, where attention is not fused, and queries, keys and values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,19 +20,23 @@ _Arguments = ParamSpec("_Arguments")
 _Output = TypeVar("_Output")
 
 
-def checkpoint_activations(objective: Objective) -> None:
-    """Keep only the inputs of each of the objective's blocks, and compute the rest again in the backward pass.
+def checkpoint_activations(objective: Objective, what: Literal["attention", "block"] = "block") -> None:
+    """Keep only the inputs of each of the objective's blocks, or attention layers, and compute the rest again.
 
     The random numbers of the first pass are drawn again, so the gradients are the same.
 
     Raises:
-        UserError: the objective has no blocks.
+        UserError: the objective has none.
     """
-    blocks = objective.blocks()
-    if not blocks:
-        raise UserError("training.activation_checkpointing needs a model with blocks, found none: set it to false")
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
+    layers = objective.blocks() if what == "block" else objective.attention_layers()
+    if not layers:
+        named = "blocks" if what == "block" else "attention"
+        raise UserError(
+            f"training.activation_checkpointing {what} needs a model with {named}, found none: set it to"
+            f" {'block or none' if objective.blocks() else 'none'}"
+        )
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
 
 
 def _recomputed(forward: Callable[_Arguments, _Output]) -> Callable[_Arguments, _Output]:

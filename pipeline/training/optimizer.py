@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -69,8 +70,8 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # its kernels are torch.compile'd, which on a CPU costs a C++ compiler and half a minute
-        torch.compiler.set_stance("force_eager")
+    if on_cpu:
+        _spare_muons_compilation()
     matrices = muon_matrices(objective)
     if not matrices:
         raise UserError(
@@ -98,6 +99,15 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
         adam_optimizer_kwargs={"fused": True},
     )
     return optimizer
+
+
+def _spare_muons_compilation() -> None:
+    """Run Muon's arithmetic as it is written: DeepSpeed compiles it, on a CPU with a C++ compiler in half a minute."""
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
+        setattr(original_muon, name, inspect.unwrap(getattr(original_muon, name)))
+    muon_optimizer.muon_update = original_muon.muon_update
 
 
 def _adamw(

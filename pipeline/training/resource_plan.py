@@ -160,7 +160,7 @@ def memory(
         bucket *= 1.5 if stage == 3 else 2
     average = FLOAT32 * model.parameters / (gpus if stage == 3 else 1) if training.ema_decay else 0.0
     last_block = 0.0
-    if training.activation_checkpointing:
+    if training.activation_checkpointing == "block":
         cost = model.cost
         scores = cost.scores_bytes / cost.blocks if fused_attention else 0
         last_block = (full if stage < 2 else shard) * (1 - 1 / cost.blocks)
@@ -179,10 +179,10 @@ def memory(
 
 
 def activations(model: Model, training: TrainingConfig, fused_attention: bool) -> float:
-    """Bytes of activations on one GPU at the start of the backward pass."""
+    """Bytes of activations on one GPU at the start of the backward pass; with attention recomputed, as with nothing."""
     cost = model.cost
     scores = cost.scores_bytes if fused_attention else 0
-    if not training.activation_checkpointing:
+    if training.activation_checkpointing != "block":
         return cost.saved_bytes - scores + cost.output_bytes
     outside = cost.saved_bytes - cost.all_blocks_bytes
     return outside + cost.between_blocks_bytes + cost.block_bytes - scores / cost.blocks + cost.output_bytes

@@ -70,6 +70,18 @@ class Attention(nn.Module):
         mixed = attend(query, key, value, self.scale, self.pattern, tables)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
+    def make_tables(self, tables: Tables, dtype: torch.dtype) -> None:
+        """Make what training over whole sequences reads of `tables`: compiled code would trace how it is made."""
+        if self.rotary:
+            tables.rotary(0, tables.layout.length, dtype)
+        backend = choose_backend(tables.device.type, self.pattern, tables.layout.length, True, training=True)
+        if backend == "math":
+            tables.bias(self.pattern, dtype)
+        elif backend == "flex":
+            tables.block_mask(self.pattern)
+        elif self.pattern != "full":
+            tables.allowed(self.pattern)
+
 
 def attend(
     query: Tensor,

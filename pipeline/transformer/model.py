@@ -119,6 +119,8 @@ class Transformer(nn.Module):
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
         x_BSD = _working_precision(x_BSD)
         for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.make_tables(self.tables, x_BSD.dtype)
             x_BSD = block(x_BSD, self.tables)
         hidden = self.norm(x_BSD)
         layout = self.layout

@@ -36,6 +36,9 @@ class JointObjective(Objective):
     def blocks(self) -> list[nn.Module]:
         return list(self.transformer.blocks)
 
+    def attention_layers(self) -> list[nn.Module]:
+        return [block.get_submodule("attention") for block in self.transformer.blocks]
+
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss and metrics of `batch`: "text" int64 [B, T], "codes" int64 [B, N].
 

@@ -215,7 +215,7 @@ class WithoutBlocks(SmallObjective):
 
 def test_activation_checkpointing_without_blocks_is_refused(tmp_path: Path) -> None:
     config = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH, activation_checkpointing=True)
-    with pytest.raises(UserError, match="needs a model with blocks, found none: set it to false"):
+    with pytest.raises(UserError, match="block needs a model with blocks, found none: set it to none"):
         build_engine("accelerate", WithoutBlocks(), config, None, tmp_path)
 
 

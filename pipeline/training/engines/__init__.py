@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core import distributed
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.activation_checkpointing import checkpoint_activations
+from pipeline.training.compilation import compile_blocks
 from pipeline.training.engines.accelerate import AccelerateEngine
 from pipeline.training.engines.base import Engine
 
@@ -37,8 +39,10 @@ def build_engine(
     _check_precision(training)
     refuse_what_decides_results(os.environ)
     torch.set_float32_matmul_precision("highest")  # containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
-    if training.activation_checkpointing:
-        checkpoint_activations(objective)
+    if training.compile:
+        compile_blocks(objective, distributed.device())
+    if training.activation_checkpointing != "none":
+        checkpoint_activations(objective, training.activation_checkpointing)
     if kind == "accelerate":
         return AccelerateEngine(objective, training)
     from pipeline.training.engines.deepspeed import DeepSpeedEngine

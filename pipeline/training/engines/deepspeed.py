@@ -74,6 +74,8 @@ class DeepSpeedEngine:
         self.stage = config.stage(distributed.world_size(), training.precision)
         self._shapes = shapes_of(objective)
         self._buffers = set(objective.state_dict()) - set(self._shapes)
+        if training.compile and self.stage == 3:  # gather whole blocks: hooks on layers within break compiled code up
+            deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in objective.blocks()}))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=build_optimizer(objective, training), config=settings
         )
