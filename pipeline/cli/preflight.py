@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.core import distributed
+from pipeline.core import distributed, gpus
 from pipeline.slurm import preflight
 from pipeline.slurm.preflight import BAD_HOSTS, NO_HOST_TO_BLAME, check_host, meet
 
@@ -22,6 +22,7 @@ from pipeline.slurm.preflight import BAD_HOSTS, NO_HOST_TO_BLAME, check_host, me
 @click.option("--bad-hosts", required=True, type=click.Path(path_type=Path), help="file for the names of bad hosts")
 def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeout_s: float, bad_hosts: Path) -> None:
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpus.show_own_instance(os.environ)
     started = time.monotonic()
     problem = check_host(run_directory, stage, min_free_gb) if distributed.local_rank() == 0 else None
     names = hosts.split(",")

@@ -25,7 +25,7 @@ from typing import NoReturn
 import click
 
 from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipeline
-from pipeline.core import signals
+from pipeline.core import gpus, signals
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.process_limits import raise_open_files
@@ -52,6 +52,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     stage = stage_named(name)
     try:
         distributed.forget_leftovers(os.environ, joins=stage.trains)
+        gpus.show_own_instance(os.environ)
         refuse_what_decides_results(os.environ)
         config, source, array_task, take_over = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")

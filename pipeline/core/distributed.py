@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, MutableMapping
@@ -14,7 +15,8 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.core import rendezvous
+from pipeline.core import gpus, rendezvous
+from pipeline.core.errors import UserError
 from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.core.rendezvous import Launched
 
@@ -43,12 +45,14 @@ def is_main() -> bool:
 
 def local_rank() -> int:
     """This process's number among those of its node, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return gpus.local_rank(os.environ)
 
 
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", gpus.own_index(os.environ, torch.cuda.device_count()))
 
 
 def forget_leftovers(environment: MutableMapping[str, str], joins: bool) -> None:
@@ -75,7 +79,8 @@ def init(without_launcher: bool = False) -> None:
         without_launcher: where there is none, form a group of this process alone; DeepSpeed cannot do without.
 
     Raises:
-        UserError: the processes do not find each other in time, or the launcher's variables are none.
+        UserError: the processes do not find each other in time, two of them have the same GPU, or the launcher's
+            variables are none.
     """
     global _store
     if dist.is_initialized():
@@ -91,9 +96,31 @@ def init(without_launcher: bool = False) -> None:
     if launch.all_local:
         rendezvous.listen_locally(os.environ)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(device())
     _store = _store or rendezvous.meet(launch, agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    if torch.cuda.is_available() and launch.processes > 1:
+        _expect_a_gpu_each(launch, _store, str(torch.cuda.get_device_properties(device()).uuid))
     _join(launch, _store)
+
+
+def _expect_a_gpu_each(launch: Launched, store: dist.Store, uuid: str) -> None:
+    """Raises UserError on every rank when two have the same GPU, of which NCCL would only say that it failed."""
+    store.set(f"gpu/{launch.rank}", f"{socket.gethostname()} {gpus.identity(os.environ, uuid)}")
+    if launch.rank == 0:
+        names = [f"gpu/{rank}" for rank in range(launch.processes)]
+        store.wait(names, timedelta(seconds=rendezvous.MEETING_S))
+        try:
+            gpus.refuse_shared([_host_and_gpu(store.get(name).decode()) for name in names])
+            store.set("gpus", "")
+        except UserError as error:
+            store.set("gpus", str(error))
+    if mistake := store.get("gpus").decode():
+        raise UserError(mistake)
+
+
+def _host_and_gpu(text: str) -> tuple[str, str]:
+    host, _, gpu = text.partition(" ")
+    return host, gpu
 
 
 def _join(launch: Launched, store: dist.Store) -> None:

@@ -19,6 +19,7 @@ from types import FrameType
 import click
 
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.core import gpus
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.orchestration.code_snapshot import CODE
@@ -93,10 +94,13 @@ def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Sta
 
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:
-    """How many processes this stage runs as on this machine."""
+    """How many processes this stage runs as on this machine. Raises UserError if a training's would share GPUs."""
     if not (stage.trains or stage.shards):
         return 1
-    return config.processes or max(len(_gpus()), 1)
+    found = len(_gpus())
+    if stage.trains and config.processes:
+        gpus.refuse_more_than(found, config.processes)
+    return config.processes or max(found, 1)
 
 
 def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest) -> None:
@@ -189,10 +193,8 @@ class StopRequest:
 
 
 def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
-    return [path.name for path in Path("/proc/driver/nvidia/gpus").glob("*")]
+    visible = gpus.listed(os.environ)
+    return visible if visible is not None else [path.name for path in Path("/proc/driver/nvidia/gpus").glob("*")]
 
 
 def _say(stage: Stage, message: str) -> None:

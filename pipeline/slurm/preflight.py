@@ -132,7 +132,7 @@ def _all_reduce(store: Store, rank: int, processes: int, timeout: timedelta) -> 
 
     try:
         if torch.cuda.is_available():
-            torch.cuda.set_device(distributed.local_rank())
+            torch.cuda.set_device(distributed.device())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         group_store = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=processes, timeout=timeout)

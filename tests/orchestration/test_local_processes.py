@@ -43,3 +43,33 @@ def test_a_launcher_around_smalti_run_is_not_passed_on(monkeypatch: pytest.Monke
     local_runner._run_stage(stage_named("transformer"), config, SimpleNamespace(path=tmp_path), StopRequest())  # type: ignore[arg-type]
     assert "RANK" not in seen[0]
     assert "MASTER_ADDR" not in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes", "expected"),
+    [
+        ("0,1", 2, 2),
+        ("0,1", None, 2),
+        ("MIG-a,MIG-b,MIG-c", None, 3),
+        ("GPU-a", None, 1),
+        ("", 4, 4),
+        ("-1", 4, 4),
+        ("0,1,-1,3", None, 2),
+    ],
+)
+def test_a_training_is_as_many_processes_as_gpus_or_as_were_asked_for(
+    visible: str, processes: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config: Any = SimpleNamespace(processes=processes)
+    assert local_runner.local_processes(config, stage_named("transformer")) == expected
+
+
+def test_more_processes_than_gpus_are_refused_for_a_training_and_share_them_in_an_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    config: Any = SimpleNamespace(processes=4)
+    with pytest.raises(UserError, match="processes: expected at most 2, the GPUs of this machine .* found 4: lower it"):
+        local_runner.local_processes(config, stage_named("image-tokenizer"))
+    assert local_runner.local_processes(config, stage_named("tokenize")) == 4
