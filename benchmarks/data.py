@@ -2,6 +2,7 @@
 
     python -m benchmarks.data stream [PREPARE...]   image stream beside webdataset pipelines; resume at 90 % of an epoch
     python -m benchmarks.data sampler               token sampler beside training steps of small models; 10^9 samples
+    python -m benchmarks.data loader                steps of 60 ms with batches that take 50 ms, beside the bare step
     python -m benchmarks.data tokenize              tokenize beside the encoder alone
     python -m benchmarks.data duplicates            search for equal keys and near images among 2^24 samples
 
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,46 @@ def billion(arrays: Path) -> None:
     table(["10^9 samples, from", "first batch after", "then samples/s", "memory then", "after 200 batches more"], rows)
 
 
+# --- loader ------------------------------------------------------------------------------------------------------
+
+STEP_S, GATHER_S, STEPS = 0.060, 0.050, 100
+
+
+def loader() -> None:
+    """The table of `loader`. Steps and gathers sleep, so that nothing is measured but who waits for whom."""
+    with tempfile.TemporaryDirectory() as folder:
+        sampler = TokenSampler(hollow_arrays(Path(folder) / "arrays", 4, 10_000, 32, 16), "train", 0)
+        gather = sampler.arrays.gather
+
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(GATHER_S)
+            return gather(*arguments)
+
+        sampler.arrays.gather = slowly  # type: ignore[method-assign]
+        ways: dict[str, Callable[[], Iterator[object]]] = {
+            "the bare step": lambda: repeat(None),
+            "gathered in the training thread": lambda: sampler._batches(0, BATCH, BATCH),
+            "the loader": lambda: sampler.batches(0, BATCH),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, make in ways.items():
+                times[name].append(stepped_s(make()))
+    bare, *others = (statistics.median(found) for found in times.values())
+    rows = [[name, f"{s * 1e3:.1f} ms", f"{s / bare:.3f} x"] for name, s in zip(times, (bare, *others), strict=True)]
+    table(["", "a step", "of the bare step"], rows)
+
+
+def stepped_s(batches: Iterator[object]) -> float:
+    """Seconds a step, from the second on."""
+    next(batches)
+    time.sleep(STEP_S)
+    started = time.perf_counter()
+    for _ in islice(batches, STEPS):
+        time.sleep(STEP_S)
+    return (time.perf_counter() - started) / STEPS
+
+
 # --- tokenize ----------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +392,7 @@ if __name__ == "__main__":
     name, *given = sys.argv[1:] or [""]
     if name == "stream":
         stream(given)
-    elif name in ("sampler", "tokenize", "duplicates") and not given:
-        {"sampler": sampler, "tokenize": tokenize, "duplicates": duplicates}[name]()
+    elif name in ("sampler", "loader", "tokenize", "duplicates") and not given:
+        {"sampler": sampler, "loader": loader, "tokenize": tokenize, "duplicates": duplicates}[name]()
     else:
         sys.exit(__doc__)
