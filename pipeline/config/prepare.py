@@ -126,8 +126,17 @@ class HuggingFaceSource(_Source):
     group_column: str | None = Field(None, description="rows with the same value here are never split")
 
 
+class ShapesSource(_Source):
+    """Drawn scenes of one to four shapes with captions by a grammar, whose images a judge reads back from pixels."""
+
+    kind: Literal["shapes"]
+    samples: int = Field(20_000, ge=1, description="scenes")
+    seed: int = Field(0, ge=0, description="another one draws other scenes")
+
+
 Source = Annotated[
-    OpenMojiSource | FolderSource | TableSource | WebDatasetSource | HuggingFaceSource, Field(discriminator="kind")
+    OpenMojiSource | FolderSource | TableSource | WebDatasetSource | HuggingFaceSource | ShapesSource,
+    Field(discriminator="kind"),
 ]
 
 

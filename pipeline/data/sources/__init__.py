@@ -13,6 +13,7 @@ _CLASSES = {  # kind -> class, in the module here that is called like the kind; 
     "table": "Table",
     "webdataset": "WebDataset",
     "huggingface": "HuggingFace",
+    "shapes": "Shapes",
 }
 
 
