@@ -21,7 +21,7 @@ class TrackingConfig(Config):
         None, description="MLflow server or database; default: sqlite, mlflow.db in the run directory"
     )
     experiment: str = Field("smalti", min_length=1, description="MLflow experiment that the runs belong to")
-    system_metrics_every_s: float = Field(5.0, gt=0, description="seconds between measurements of CPU and memory")
+    system_metrics_every_s: float = Field(5.0, gt=0, description="seconds between measurements of CPU, GPU and memory")
     flush_timeout_s: float = Field(15.0, gt=0, description="seconds that the end of a stage waits for a slow server")
 
     @field_validator("uri")

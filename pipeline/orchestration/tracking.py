@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import psutil
 
 from pipeline.core.atomic_io import write_atomic
+from pipeline.orchestration.gpu_metrics import gpu_metrics
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,4 +124,5 @@ def _system_metrics() -> dict[str, float]:
         "system/cpu_percent": psutil.cpu_percent(),
         "system/memory_used_bytes": memory.total - memory.available,
         "system/process_memory_bytes": psutil.Process().memory_info().rss,
+        **gpu_metrics(),
     }
