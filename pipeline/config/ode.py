@@ -16,6 +16,10 @@ class OdeConfig(Config):
         "rk4", description="dopri5 chooses its own steps, the others take fixed ones"
     )
     steps_per_block: int = Field(1, ge=1, le=1_000, description="fixed steps instead of each residual block")
-    tolerance: float = Field(1e-3, gt=0, description="dopri5: error that a step may make, relative and absolute")
+    tolerance: float = Field(
+        1e-3,
+        gt=0,
+        description="dopri5: error that a step may make, relative and absolute, in the adjoint's way back too",
+    )
     max_steps: int = Field(100, ge=1, description="dopri5: steps per pass; more count as a step that is not finite")
     adjoint: bool = Field(False, description="gradients by the adjoint equation: no activations kept, twice the work")

@@ -46,6 +46,13 @@ class Objective(nn.Module, ABC):
         """The attention within `blocks`, which selective activation checkpointing recomputes; arguments as theirs."""
         return []
 
+    def report(self, step: int) -> None:
+        """Log what a user should know of the steps since the last call. Called on rank 0 with each line of metrics.
+
+        Here waiting for the device costs nothing more.
+        """
+        return
+
     def after_update(self, applied: bool | Tensor) -> None:
         """Change what does not learn by gradients. Called once per optimizer update, on every rank.
 

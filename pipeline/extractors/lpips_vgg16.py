@@ -37,6 +37,8 @@ class Lpips(nn.Module):
     """LPIPS of pairs of images; frozen when loaded by `from_folder` or `from_libraries`."""
 
     name = "vgg-16 with the heads of LPIPS 0.1"
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +49,9 @@ class Lpips(nn.Module):
                 self.features[str(index)] = nn.Conv2d(width, out, 3, padding=1)
                 width = out
         self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in _WIDTHS])
+        # Buffers: a constant made in a training step would be copied to the device in it.
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).view(3, 1, 1), persistent=False)
         self.weights_sha256 = ""
 
     @classmethod
@@ -114,7 +119,7 @@ class Lpips(nn.Module):
     def _activations(self, images: Tensor) -> list[Tensor]:
         """What the last convolution of each group gives, each position scaled to unit length."""
         x = 2 * images - 1
-        x = (x - x.new_tensor(_SHIFT).view(3, 1, 1)) / x.new_tensor(_SCALE).view(3, 1, 1)
+        x = (x - self.shift) / self.scale
         found = []
         for i, indices in enumerate(_LAYERS):
             if i:

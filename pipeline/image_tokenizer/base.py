@@ -111,6 +111,9 @@ class TokenizerObjective(Objective):
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         return [ParameterGroup(own, undecayed=self.codebooks()), *adversaries]
 
+    def report(self, step: int) -> None:
+        self.reconstruction.report(step)
+
     def codebooks(self) -> list[nn.Parameter]:
         """Its codes' vectors that learn by gradient."""
         return []

@@ -15,8 +15,9 @@ means of D on real and rebuilt images: D cannot grow without bound on few images
 
 **Guard.** The squared error of x̂ is watched: a slow running mean, whose lowest value since `start_step` is the best,
 and a fast one. While the fast one and the batch lie more than `guard` above the best, the adversarial weight halves
-with each batch; afterwards it grows back by a percent a batch. The first time that it falls is logged, and the metric
-`adversarial_guard` shows it. All of this lies in buffers and is averaged over ranks: it resumes to the same bits.
+with each batch; afterwards it grows back by a percent a batch. That it fell is logged with the next metrics, of which
+`adversarial_guard` shows it. All of this lies in buffers and is averaged over ranks: it resumes to the same bits. It is
+decided on the device, and no step waits for it.
 
 D never learns before `start_step`: its gradients are then zero, not absent, which DistributedDataParallel needs.
 """
@@ -45,7 +46,7 @@ _LARGEST_RATIO = 1e4  # of gradients; as in Esser et al.'s code
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B,3,H,W] in [0,1] -> a score for each patch, float32 [B,1,h,w]: high for real ones.
+    """Images [B,3,H,W], real ones in [0,1] -> a score for each patch, float32 [B,1,h,w]: high for real ones.
 
     4×4 convolutions, `layers` of them with stride 2, channels doubling up to 8 times `width`. Groups are normalised
     where Isola et al. normalise batches: an image's score then depends on no image beside it, and no running
@@ -109,11 +110,11 @@ class Adversary(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What to add to `loss`, and metrics.
 
-        `images`, `rebuilt` [B,3,H,W] in [0,1]; `rebuilt` and `loss` are functions of `output`, the decoder's.
+        `images` [B,3,H,W] in [0,1]; `rebuilt`, not clamped, and `loss` are functions of `output`, the decoder's.
         """
         config = self.config
-        error = _mean_over_ranks((rebuilt.detach().float() - images).square().mean())
-        strength = self.guard(error, step, watching=step >= config.start_step)
+        error = _mean_over_ranks((rebuilt.detach().float().clamp(0, 1) - images).square().mean())
+        strength = self.guard(error, watching=step >= config.start_step)
         if step < config.start_step:
             idle = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
             return idle, self._metrics(idle, idle, idle, strength, idle, idle, idle)
@@ -169,31 +170,38 @@ class Guard(nn.Module):
     def __init__(self, tolerance: float | None) -> None:
         super().__init__()
         self.tolerance = tolerance
+        self._told = False
         for name, value in {"fast": 0.0, "slow": 0.0, "best": float("inf"), "strength": 1.0, "batches": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
     @torch.no_grad()
-    def forward(self, error: Tensor, step: int, watching: bool) -> Tensor:
+    def forward(self, error: Tensor, watching: bool) -> Tensor:
         """`error`: of this batch, over all ranks. Before it is `watching`, the mean so far is the best."""
-        if self.tolerance is None or not self.training or not torch.isfinite(error):
+        if self.tolerance is None or not self.training:
             return self.strength.clone()
+        finite = torch.isfinite(error)
         _follow(self.fast, error, self.batches, _FAST)
         _follow(self.slow, error, self.batches, _SLOW)
-        self.batches += 1
-        known = watching and self.batches >= _ENOUGH
-        self.best.copy_(torch.minimum(self.best, self.slow) if known else self.slow)
+        self.batches += finite
+        known = (self.batches >= _ENOUGH) & watching
+        best = torch.where(known, torch.minimum(self.best, self.slow), self.slow)
+        self.best.copy_(torch.where(finite, best, self.best))
         limit = (1 + self.tolerance) * self.best
-        if watching and self.fast > limit and error > limit:
-            if self.strength == 1 and distributed.is_main():
-                log.warning(
-                    "step %d: squared error of reconstructions %.3g, more than %.0f %% above its best %.3g:"
-                    " the adversarial weight is lowered until it comes down",
-                    step, self.fast, 100 * self.tolerance, self.best,
-                )  # fmt: skip
-            self.strength.mul_(_HALVE).clamp_(min=_LEAST)
-        else:
-            self.strength.mul_(_GROW).clamp_(max=1)
+        high = (self.fast > limit) & (error > limit) & watching
+        strength = torch.where(high, (_HALVE * self.strength).clamp(min=_LEAST), (_GROW * self.strength).clamp(max=1))
+        self.strength.copy_(torch.where(finite, strength, self.strength))
         return self.strength.clone()
+
+    def report(self, step: int) -> None:
+        """Warn where the weight has fallen since the last call; it waits for the device."""
+        lowered = bool(self.strength < 1)
+        if lowered and not self._told and self.tolerance is not None:
+            log.warning(
+                "step %d: the squared error of reconstructions rose more than %.0f %% above its best, %.3g; it is now"
+                " %.3g: the adversarial weight is lowered until it comes down",
+                step, 100 * self.tolerance, self.best, self.fast,
+            )  # fmt: skip
+        self._told = lowered
 
 
 def _gradient_ratio(loss: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:
@@ -208,9 +216,8 @@ def _gradient_ratio(loss: Tensor, adversarial: Tensor, output: Tensor) -> Tensor
 
 def _follow(mean: Tensor, value: Tensor, batches: Tensor, decay: float) -> None:
     """Move a running mean, that of all values so far as long as they are few; what is not finite is left out."""
-    if torch.isfinite(value):
-        share = torch.clamp(1 / (batches + 1), min=1 - decay)
-        mean.lerp_(value.to(mean.dtype), share)
+    share = torch.clamp(1 / (batches + 1), min=1 - decay)
+    mean.lerp_(torch.where(torch.isfinite(value), value.to(mean.dtype), mean), share)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.core.objective import ParameterGroup
 from pipeline.image_tokenizer.base import TokenizerObjective
 from pipeline.image_tokenizer.discriminator import Adversary
-from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
+from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_pixels
 from pipeline.image_tokenizer.perceptual import Perceptual
 
 
@@ -27,7 +27,7 @@ class ImageLosses(ReconstructionLoss):
 
     def forward(self, images: Tensor, output: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = super().forward(images, output, step)
-        rebuilt = output_to_images(self.kind, output)
+        rebuilt = output_to_pixels(self.kind, output)
         if self.perceptual:
             distance = self.perceptual(images, rebuilt, step)
             loss = loss + self.perceptual.config.weight * distance
@@ -36,6 +36,10 @@ class ImageLosses(ReconstructionLoss):
             added, more = self.adversary(images, rebuilt, output, loss, step)
             loss, metrics = loss + added, metrics | more
         return loss, metrics
+
+    def report(self, step: int) -> None:
+        if self.adversary:
+            self.adversary.guard.report(step)
 
     def adversaries(self) -> list[ParameterGroup]:
         return [self.adversary.discriminator.parameter_group()] if self.adversary else []

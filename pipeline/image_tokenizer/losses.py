@@ -23,8 +23,8 @@ def map_pixels(x: Tensor) -> Tensor:
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """Pixels in [ε, 1 − ε] back to [0, 1]: the inverse of `map_pixels`, clamped."""
-    return ((x - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+    """Pixels in [ε, 1 − ε] back to [0, 1]: the inverse of `map_pixels`."""
+    return (x - EPSILON) / (1 - 2 * EPSILON)
 
 
 def logit_laplace_nll(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
@@ -50,6 +50,10 @@ class ReconstructionLoss(nn.Module):
         loss = reconstruction_loss(self.kind, images, output)
         return loss, {"reconstruction": loss.detach()}
 
+    def report(self, step: int) -> None:
+        """See `Objective.report`."""
+        return
+
     def adversaries(self) -> list[ParameterGroup]:
         """Its parameters that learn against the rest."""
         return []
@@ -72,6 +76,11 @@ def reconstruction_loss(kind: str, images: Tensor, output: Tensor) -> Tensor:
 
 def output_to_images(kind: str, output: Tensor) -> Tensor:
     """The decoder's output as images [B,3,H,W] in [0,1]."""
+    return output_to_pixels(kind, output).clamp(0, 1)
+
+
+def output_to_pixels(kind: str, output: Tensor) -> Tensor:
+    """The same for losses, not clamped: beyond 0 and 1, where on white a third of the pixels lie, is a gradient too."""
     if kind == "logit_laplace":
         return unmap_pixels(torch.sigmoid(output[:, :3]))
-    return output.clamp(0, 1)
+    return output

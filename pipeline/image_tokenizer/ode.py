@@ -17,25 +17,39 @@ finer steps and other solvers go between the blocks. With N = 1, f does not depe
 
 `adjoint: true` keeps no activations: it solves the adjoint equation backwards in time (Chen et al. 2018, section 2),
 with twice the work and with gradients that are those of the exact solution, so they differ from those of a coarse
-solver's steps. dopri5 chooses its steps for a batch as a whole: within the tolerance, an image's result depends on
-those beside it. Where codes must not, take a solver with fixed steps.
+solver's steps. How near they come is what the solver's own settings say of the way back, too: `steps_per_block`, or for
+dopri5 `tolerance`.
+
+dopri5 (torchdiffeq's) chooses its steps for a batch as a whole: within the tolerance, an image's result depends on
+those beside it. Where codes must not, take a solver with fixed steps. It looks at the error of each step, for which the
+host waits for a GPU; the solvers with fixed steps are written here, in torchdiffeq's order of sums, because its own
+ask the device about every point in time.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq import odeint
 
 from pipeline.config.ode import OdeConfig
 
 log = logging.getLogger(__name__)
 
 _ADAPTIVE = "dopri5"
+_THIRD = np.float32(1 / 3)
+
+Time = np.float32 | Tensor  # a tensor where the solver chooses it
+State = tuple[Tensor, ...]
+Field = Callable[[Time, Tensor], Tensor]  # f(t, z)
+Slopes = Callable[[Time, State], State]  # of each part of the state
 
 
 class OdeStack(nn.Module):
@@ -50,75 +64,140 @@ class OdeStack(nn.Module):
         self._warned = False
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
-        blocks = len(self.branches)
         # The state stays in float32: under autocast, f alone computes in half precision.
         z = z_BCHW.float()
-        t = torch.tensor([0.0, float(blocks)], device=z.device)
         f = self._field(z.device.type)
-        out = self._adaptive(f, z, t) if self.config.solver == _ADAPTIVE else self._solve(f, z, t)
+        if self.config.adjoint:
+            out: Tensor = _Adjoint.apply(self, f, z, *self.branches.parameters())
+        else:
+            solution = self.solve(lambda t, state: (f(t, *state),), (z,))
+            out = solution[0] if solution else z + float("nan") * f(np.float32(0), z)
         if z_BCHW.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
         return out
 
-    def _field(self, device_type: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def solve(self, slopes: Slopes, state: State, backwards: bool = False) -> State | None:
+        """The state at t = N from that at 0, or the other way; None, and a warning, where dopri5 finds no solution."""
+        if self.config.solver == _ADAPTIVE:
+            return self._solve_adaptively(slopes, state, backwards)
+        step = _STEPS[self.config.solver]
+        per_block = self.config.steps_per_block
+        times = np.arange(len(self.branches) * per_block + 1, dtype=np.float32) * np.float32(1 / per_block)
+        times = times[::-1] if backwards else times
+        for t, after in itertools.pairwise(times):
+            state = step(slopes, t, after - t, state)
+        return state
+
+    def _solve_adaptively(self, slopes: Slopes, state: State, backwards: bool) -> State | None:
+        config, blocks, device = self.config, len(self.branches), state[0].device
+        times = torch.arange(0, blocks + 1, blocks, dtype=torch.float32, device=device)
+        # Where the slope of θ(t) jumps, no step goes across: a solver of order 5 would reject many.
+        inner = torch.arange(1, blocks, device=device, dtype=torch.float64)
+        options = {"max_num_steps": config.max_steps} | ({"step_t": inner} if len(inner) else {})
+        try:
+            found: State = odeint(
+                slopes,
+                state,
+                times.flip(0) if backwards else times,
+                rtol=config.tolerance,
+                atol=config.tolerance,
+                method=_ADAPTIVE,
+                options=options,
+            )
+        except AssertionError as error:  # torchdiffeq's way to say: too many steps, too small ones, or not finite
+            self._warn(str(error))
+            return None
+        return tuple(values[-1] for values in found)
+
+    def _warn(self, error: str) -> None:
+        if not self._warned:
+            log.warning(
+                "dopri5 found no solution (%s): the step counts as not finite; raise ode.tolerance or"
+                " ode.max_steps, lower the learning rate, or take a solver with fixed steps",
+                error.partition("\n")[0][:80] or "no reason given",
+            )
+        self._warned = True
+
+    def _field(self, device_type: str) -> Field:
         """f(t, z). The adjoint's backward pass evaluates it outside of the caller's autocast, so it brings its own."""
         enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
-        def f(t: Tensor, z: Tensor) -> Tensor:
+        def f(t: Time, z: Tensor) -> Tensor:
             with torch.autocast(device_type, dtype, enabled=enabled):
                 out: Tensor = functional_call(self.branches[0], self._weights(t), (z,))
                 return self.gain * out.float()
 
         return f
 
-    def _weights(self, t: Tensor) -> dict[str, Tensor]:
+    def _weights(self, t: Time) -> dict[str, Tensor]:
         """θ(t), as a sum over all blocks: every parameter then has a gradient, wherever a solver looks at f."""
-        blocks = len(self.branches)
-        knots = torch.arange(blocks, device=t.device, dtype=t.dtype)
-        shares = (1 - (t.clamp(max=blocks - 1) - knots).abs()).clamp(min=0).unbind()
         mixed: dict[str, Tensor] = {}
-        for share, branch in zip(shares, self.branches, strict=True):
+        for share, branch in zip(_shares(t, len(self.branches)), self.branches, strict=True):
             for name, weight in branch.named_parameters():
                 mixed[name] = share * weight + mixed[name] if name in mixed else share * weight
         return mixed
 
-    def _solve(self, f: Callable[[Tensor, Tensor], Tensor], z: Tensor, t: Tensor) -> Tensor:
-        config = self.config
-        step = {"step_size": 1 / config.steps_per_block}
-        options: dict[str, object] = dict(step)
-        if config.solver == _ADAPTIVE:
-            # Where the slope of θ(t) jumps, no step goes across: a solver of order 5 would reject many.
-            inner = torch.arange(1, len(self.branches), device=z.device, dtype=torch.float64)
-            options = {"max_num_steps": config.max_steps} | ({"step_t": inner} if len(inner) else {})
-        tolerances = {"rtol": config.tolerance, "atol": config.tolerance}
-        if not config.adjoint:
-            return odeint(f, z, t, method=config.solver, options=options, **tolerances)[-1]
-        # Backwards with fixed steps after dopri5 too: an adaptive solver would raise on a gradient that is not finite,
-        # which the training loop skips and counts.
-        backwards = "rk4" if config.solver == _ADAPTIVE else config.solver
-        solution: Tensor = odeint_adjoint(
-            f,
-            z,
-            t,
-            method=config.solver,
-            options=options,
-            adjoint_method=backwards,
-            adjoint_options=dict(step),
-            adjoint_params=tuple(self.branches.parameters()),
-            **tolerances,
-        )
-        return solution[-1]
 
-    def _adaptive(self, f: Callable[[Tensor, Tensor], Tensor], z: Tensor, t: Tensor) -> Tensor:
-        try:
-            return self._solve(f, z, t)
-        except AssertionError as error:  # torchdiffeq's way to say: too many steps, too small ones, or not finite
-            if not self._warned:
-                reason = str(error).splitlines()[0][:80] or "no reason given"
-                log.warning(
-                    "dopri5 found no solution (%s): the step counts as not finite; raise ode.tolerance or"
-                    " ode.max_steps, lower the learning rate, or take a solver with fixed steps",
-                    reason,
-                )
-                self._warned = True
-            return z + float("nan") * f(t[0], z)
+class _Adjoint(torch.autograd.Function):
+    """The solution at t = N, with gradients by the adjoint equation of its state, and of its weights on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: OdeStack, f: Field, z: Tensor, *weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            solution = stack.solve(lambda t, state: (f(t, *state),), (z,))
+        [out] = solution or (z * float("nan"),)
+        ctx.stack, ctx.f = stack, f
+        ctx.save_for_backward(out, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, *weights = ctx.saved_tensors
+
+        def slopes(t: Time, state: State) -> State:
+            """Of z, of the loss's gradient at z, and of what the weights have of it so far."""
+            z, at_z, *_ = state
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                slope = ctx.f(t, z)
+                return slope.detach(), *torch.autograd.grad(slope, (z, *weights), -at_z)
+
+        state = (out, gradient, *(torch.zeros_like(weight) for weight in weights))
+        with torch.no_grad():
+            solution = ctx.stack.solve(slopes, state, backwards=True)
+        _, *gradients = solution or [float("nan") * values for values in state]
+        return None, None, *gradients
+
+
+def _shares(t: Time, blocks: int) -> Sequence[float | Tensor]:
+    """How much of each block's weights θ(t) has: two neighbours' parts, which add up to 1."""
+    if isinstance(t, Tensor):
+        knots = torch.arange(blocks, device=t.device, dtype=t.dtype)
+        return (1 - (t.clamp(max=blocks - 1) - knots).abs()).clamp(min=0).unbind()
+    away = np.abs(np.minimum(t, np.float32(blocks - 1)) - np.arange(blocks, dtype=np.float32))
+    shares: list[float] = np.maximum(1 - away, 0).tolist()
+    return shares
+
+
+def _euler(f: Slopes, t: np.float32, dt: np.float32, y: State) -> State:
+    h = float(dt)
+    return tuple(y + h * k for y, k in zip(y, f(t, y), strict=True))
+
+
+def _midpoint(f: Slopes, t: np.float32, dt: np.float32, y: State) -> State:
+    h, half = float(dt), np.float32(0.5) * dt
+    middle = tuple(y + k * float(half) for y, k in zip(y, f(t, y), strict=True))
+    return tuple(y + h * k for y, k in zip(y, f(t + half, middle), strict=True))
+
+
+def _rk4(f: Slopes, t: np.float32, dt: np.float32, y: State) -> State:
+    """The 3/8 rule (Kutta 1901)."""
+    h, third = float(dt), 1 / 3
+    k1 = f(t, y)
+    k2 = f(t + dt * _THIRD, tuple(y + h * a * third for y, a in zip(y, k1, strict=True)))
+    k3 = f(t + dt * (2 * _THIRD), tuple(y + h * (b - a * third) for y, a, b in zip(y, k1, k2, strict=True)))
+    k4 = f(t + dt, tuple(y + h * (a - b + c) for y, a, b, c in zip(y, k1, k2, k3, strict=True)))
+    return tuple(y + (a + 3 * (b + c) + d) * h * 0.125 for y, a, b, c, d in zip(y, k1, k2, k3, k4, strict=True))
+
+
+_STEPS = {"euler": _euler, "midpoint": _midpoint, "rk4": _rk4}  # f, t, Δt and the state at t -> the state at t + Δt

@@ -32,11 +32,15 @@ from pipeline.image_tokenizer.architecture import use_channels_last
 _KEY = "image_tokenizer.perceptual"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # two [B,3,h,w] in [0,1] -> a scalar
+Colors = tuple[float, ...]  # a value for each channel, or one for all
+Distance = Callable[[Tensor, Tensor], Tensor]  # two [B,3,h,w] -> a scalar
 
 
 class Perceptual(nn.Module):
-    """Images and reconstructions [B,3,H,W] in [0,1] -> their mean distance, a scalar ≥ 0."""
+    """Images [B,3,H,W] in [0,1] and reconstructions, not clamped -> their mean distance, a scalar ≥ 0.
+
+    In float32 under autocast, too: in bfloat16 the gradients of near images would point elsewhere.
+    """
 
     def __init__(self, config: PerceptualConfig, image_size: int) -> None:
         """Raises UserError when the network or its weights are not there, or images are too small for it."""
@@ -63,12 +67,13 @@ class Perceptual(nn.Module):
         [network] = self._frozen
         if next(network.parameters()).device != images.device:
             network.to(images.device)
-        return self._distance(self._sized(images), self._sized(rebuilt)).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self._distance(self._sized(images.float()), self._sized(rebuilt.float())).float()
 
     def _sized(self, images: Tensor) -> Tensor:
         side = self.config.resize
         if side is not None and images.shape[-1] != side:
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -83,6 +88,33 @@ def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
 
 
+class _Backbone(nn.Module):
+    """Images [B,3,h,w], in [0,1] if real -> a network's activations [B,C,h,w] of each layer."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, network: nn.Module, layers: Callable[[Tensor], list[Tensor]], peak: float, shift: Colors, scale: Colors
+    ) -> None:
+        """`layers`: the network from its input on; that is images times `peak`, less `shift`, through `scale`."""
+        super().__init__()
+        self.network = network
+        self.peak = peak
+        self._layers = layers
+        # Buffers: a constant made in a step would be copied to the device in it.
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self._layers((self.peak * images - self.shift) / self.scale)
+
+    def distance(self, images: Tensor, rebuilt: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self(images)
+        return feature_distance(wanted, self(rebuilt))
+
+
 def _efficientnet_lite0(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
     from pipeline.extractors.efficientnet_lite0 import EfficientNetLite0
     from pipeline.extractors.registry import load_extractor
@@ -91,15 +123,10 @@ def _efficientnet_lite0(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
         extractor = load_extractor("efficientnet-lite0", torch.device("cpu"))
     except UserError as error:
         raise UserError(f"{_KEY}.backbone efficientnet-lite0: {str(error).partition(': ')[2]}") from error
-    network, shift, scale = extractor.network, extractor.shift, extractor.scale
-
-    def features(images: Tensor) -> list[Tensor]:
-        x = 255 * images
-        x = (x - x.new_tensor(shift).view(-1, 1, 1)) / x.new_tensor(scale).view(-1, 1, 1)
-        assert isinstance(network, EfficientNetLite0)
-        return network.resolutions(x)
-
-    return network, _of(features)
+    network = extractor.network
+    assert isinstance(network, EfficientNetLite0)
+    backbone = _Backbone(network, network.resolutions, 255, extractor.shift, extractor.scale)
+    return backbone, backbone.distance
 
 
 def _lpips(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
@@ -128,7 +155,7 @@ def _transformers(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
             f"{_KEY}.weights: expected a backbone that transformers has here, a folder or a name in its cache (nothing"
             f" is downloaded), found {config.weights} ({_first_line(error)})"
         ) from error
-    return network, _of(lambda images: list(network(pixel_values=_standardized(images)).feature_maps))
+    return _standardized(network, lambda x: list(network(pixel_values=x).feature_maps))
 
 
 def _timm(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
@@ -145,24 +172,16 @@ def _timm(config: PerceptualConfig) -> tuple[nn.Module, Distance]:
             f"{_KEY}.weights: timm cannot load {config.weights} ({_first_line(error)}): expected NAME=FILE, or"
             " the name of a model in its cache"
         ) from error
-    return network, _of(lambda images: list(network(_standardized(images))))
+    return _standardized(network, lambda x: list(network(x)))
 
 
-def _of(features: Callable[[Tensor], list[Tensor]]) -> Distance:
-    def distance(images: Tensor, rebuilt: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = features(images)
-        return feature_distance(wanted, features(rebuilt))
-
-    return distance
+def _standardized(network: nn.Module, layers: Callable[[Tensor], list[Tensor]]) -> tuple[nn.Module, Distance]:
+    backbone = _Backbone(network, layers, 1, _MEAN, _DEVIATION)
+    return backbone, backbone.distance
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _standardized(images: Tensor) -> Tensor:
-    return (images - images.new_tensor(_MEAN).view(3, 1, 1)) / images.new_tensor(_DEVIATION).view(3, 1, 1)
 
 
 _LOADERS: dict[str, Callable[[PerceptualConfig], tuple[nn.Module, Distance]]] = {

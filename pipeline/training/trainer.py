@@ -188,6 +188,8 @@ class Trainer:
         }
         self._logged = (state.step, means | self._speed.read(state.step))
         self.stage.tracker.log(self._logged[1], state.step)
+        if distributed.is_main():
+            self.engine.objective.report(state.step)
 
     def _at_intervals(self) -> None:
         """Evaluate, sample images and save, at the steps that the config names and after the last one."""

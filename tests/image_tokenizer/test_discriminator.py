@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_losses import AdversarialConfig
+from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
@@ -177,12 +177,18 @@ def test_the_discriminator_has_a_group_of_its_own_without_weight_decay() -> None
 
 def test_guard_halves_while_the_error_is_high_grows_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     guard = Guard(0.25)
+
+    def strength(error: float, step: int, watching: bool = True) -> float:
+        found = guard(torch.tensor(error), watching).item()
+        guard.report(step)
+        return found
+
     with caplog.at_level(logging.WARNING):
         for step in range(50):
-            assert guard(torch.tensor(1.0), step, watching=step >= 20) == 1
-        high = [guard(torch.tensor(1.6), 50 + i, watching=True).item() for i in range(20)]
+            assert strength(1.0, step, watching=step >= 20) == 1
+        high = [strength(1.6, 50 + i) for i in range(20)]
         assert high[-1] < 1e-3
-        back = [guard(torch.tensor(1.0), 70 + i, watching=True).item() for i in range(1500)]
+        back = [strength(1.0, 70 + i) for i in range(1500)]
     assert back[0] > high[-1]
     assert back[-1] == 1
     assert len(caplog.records) == 1
@@ -194,12 +200,12 @@ def test_guard_leaves_noise_and_what_is_not_finite_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(2000):  # batches that scatter by a fifth
         value = 1 + 0.2 * torch.randn((), generator=generator)
-        assert guard(torch.tensor(float("nan")) if step % 10 == 0 else value, step, watching=True) == 1
+        assert guard(torch.tensor(float("nan")) if step % 10 == 0 else value, watching=True) == 1
 
 
 def test_guard_goes_on_with_the_same_bits_from_a_state_dict() -> None:
     def errors(guard: Guard, steps: range) -> list[float]:
-        return [guard(torch.tensor(1 + 0.9 * (step > 25)), step, watching=step > 20).item() for step in steps]
+        return [guard(torch.tensor(1 + 0.9 * (step > 25)), watching=step > 20).item() for step in steps]
 
     whole = Guard(0.25)
     expected = errors(whole, range(60))
@@ -208,6 +214,19 @@ def test_guard_goes_on_with_the_same_bits_from_a_state_dict() -> None:
     before = errors(first, range(30))
     second.load_state_dict(first.state_dict())
     assert before + errors(second, range(30, 60)) == expected
+
+
+@pytest.mark.parametrize("value", [-0.2, 1.2])
+@pytest.mark.parametrize("term", ["perceptual", "adversarial"])
+def test_every_loss_pulls_at_pixels_beyond_black_and_white(term: str, value: float) -> None:
+    """On white a third of the decoder's output lies there: clamped before the loss, it would have no gradient."""
+    perceptual = PerceptualConfig(weight=1.0, resize=32) if term == "perceptual" else None
+    losses = ImageLosses("l2", SIDE, perceptual, None if perceptual else adversarial(weighting="fixed"))
+    images, output = batch()
+    output = (0 * output + value + 0.1 * (output - images)).detach().requires_grad_()
+    [of_all] = torch.autograd.grad(losses(images, output, 5)[0], output)
+    [of_pixels] = torch.autograd.grad((output - images).square().mean(), output)
+    assert ((of_all - of_pixels).abs() > 1e-6 * of_pixels.abs()).float().mean() > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +249,7 @@ def train(objective: TokenizerObjective, steps: range, learning_rate: float = 3e
         loss.backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
+        objective.report(step)
 
 
 def validation_error(tokenizer: ImageTokenizer) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torchdiffeq import odeint
 
 from pipeline.config.base import parse_config
 from pipeline.config.ode import OdeConfig
@@ -108,6 +109,28 @@ def test_adjoint_and_direct_gradients_agree(settings: dict[str, object]) -> None
     assert len(direct) == len(adjoint) == 1 + 8
     for a, b in zip(direct, adjoint, strict=True):
         assert (a - b).norm() < 2e-3 * a.norm()
+
+
+def test_tolerance_governs_the_gradients_of_dopri5s_adjoint() -> None:
+    exact = torch.cat([g.flatten() for g in gradients(stack(3, solver="rk4", steps_per_block=64))])
+    errors = []
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        module = stack(3, solver="dopri5", adjoint=True, tolerance=tolerance, max_steps=2000)
+        found = torch.cat([g.flatten() for g in gradients(module)])
+        errors.append(((found - exact).norm() / exact.norm()).item())
+    assert errors[1] < errors[0] / 5
+    assert errors[2] < errors[1] / 2
+    assert errors[2] < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"solver": "euler"}, {"solver": "midpoint"}, {"solver": "rk4"}])
+@pytest.mark.parametrize("per_block", [1, 4])
+def test_fixed_steps_are_torchdiffeqs_to_the_last_bit(settings: dict[str, str], per_block: int) -> None:
+    module, z = stack(3, steps_per_block=per_block, **settings), image()
+    slope = module._field("cpu")
+    times = torch.tensor([0.0, 3.0])
+    expected = odeint(slope, z, times, method=settings["solver"], options={"step_size": 1 / per_block})[-1]
+    assert torch.equal(module(z), expected)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])

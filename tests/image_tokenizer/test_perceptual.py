@@ -56,6 +56,18 @@ def test_its_gradient_takes_noise_to_the_image(lite0: Perceptual) -> None:
     assert lite0(images, rebuilt, 0).item() < 0.5 * before
 
 
+def test_autocast_changes_no_bit_of_it_and_of_its_gradient(lite0: Perceptual) -> None:
+    images = made_images()
+    found = []
+    for half in (False, True):
+        rebuilt = (images + 0.01).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            distance = lite0(images, rebuilt, 0)
+        distance.backward()
+        found.append((distance.detach(), rebuilt.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_the_network_is_no_part_of_the_objective(lite0: Perceptual) -> None:
     assert list(lite0.parameters()) == []
     assert lite0.state_dict() == {}

@@ -296,3 +296,12 @@ def test_a_training_that_ends_in_any_way_leaves_no_loading_thread_behind(
     with pytest.raises(StoppedOnRequest) as failure:
         _train(tmp_path / "stopped", Loaded())
     assert not loading(), failure
+
+
+def test_an_objective_is_asked_for_what_a_user_should_know_with_each_line_of_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, asked = SmallWorkload(), list[int]()
+    monkeypatch.setattr(workload.objective, "report", asked.append)
+    _train(tmp_path / "run", workload)
+    assert asked == [2, 4, 6]

@@ -41,7 +41,7 @@ def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
     soft = F.softmax((logits + sample_gumbel(logits)) / tau, dim=-1)
     if not hard:
         return soft
-    one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)  # F.one_hot looks at the codes
     return one_hot + soft - soft.detach()
 
 
