@@ -94,4 +94,5 @@ class _Methods(TorchFunctionMode):
 
 
 def _is_cpu(value: object) -> bool:
-    return isinstance(value, (str, torch.device)) and str(value).split(":")[0] == "cpu"
+    # By its name: a torch.device is the one of another tensor, or this process's, where CPU tensors stand for a GPU's.
+    return isinstance(value, str) and value.split(":")[0] == "cpu"
