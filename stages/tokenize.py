@@ -13,6 +13,7 @@ from contextlib import closing
 
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed, signals
+from pipeline.core.arithmetic import set_arithmetic
 from pipeline.core.progress import progress
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 def load_encoders(run: StageRun) -> Encoders:
     """The run's two tokenizers."""
     image_dir, text_dir = run.input("image-tokenizer") / "model", run.input("text-tokenizer")
+    set_arithmetic(tf32=False, deterministic=False)  # on GPUs convolutions would use TF32, and move some codes
     image_tokenizer = ImageTokenizer.from_pretrained(image_dir).to(distributed.device()).eval()
     text_tokenizer = TextTokenizer.from_pretrained(text_dir)
     return Encoders(
@@ -64,6 +66,7 @@ def _join(run: StageRun, job: TokenizeJob) -> None:
             found["samples"],
             job.encoders.text_length,
         )
+    log.info("codes were made in %s, without TF32", index.get("precision"))
     run.add_output("index.json", artifact=True)
     metrics: dict[str, float] = {}
     for split, found in index["splits"].items():

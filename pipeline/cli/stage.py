@@ -45,6 +45,7 @@ TAKE_OVER = "use a run directory that was made from a config file of another nam
 def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     """Entry point of `python -m stages.<name>`. Never returns."""
     from pipeline.core import distributed
+    from pipeline.core.arithmetic import prepare_determinism
 
     signals.install()
     raise_open_files()
@@ -57,6 +58,9 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         config, source, array_task, take_over = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:
+            training = config.training(stage.section)
+            if training is not None and training.deterministic:
+                prepare_determinism()
             distributed.init()
         execute(stage, config, source, array_task, body, take_over)
         status = 0

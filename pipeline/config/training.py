@@ -9,10 +9,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, added, operational
 from pipeline.core.errors import UserError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "bf16-autocast", "bf16-weights", "fp16"]
+
+
+def resolved_precision(configured: Precision, on_gpu: bool, engine: str) -> Precision:
+    """What `precision` means on a device: bf16 is the best form of it that device and engine have.
+
+    On GPUs DeepSpeed's engine keeps weights and gradients in bf16 and float32 master weights in its optimizer. On CPUs,
+    and on accelerate's engine, whose models are small and have codebooks, bf16 is autocast over float32 weights.
+    """
+    if configured == "bf16":
+        return "bf16-weights" if on_gpu and engine == "deepspeed" else "bf16-autocast"
+    return configured
 
 
 class TrainingConfig(Config):
@@ -26,7 +38,18 @@ class TrainingConfig(Config):
     micro_batch_size: int | None = operational(
         None, ge=1, description="samples per process and pass; smaller ones accumulate gradients. None: no accumulation"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16: on GPUs only")
+    precision: Precision = Field(
+        "bf16",
+        description="bf16: on GPUs bf16-weights (transformer) or bf16-autocast (the others), on CPUs bf16-autocast."
+        " bf16-weights: weights and gradients in bf16, the optimizer's weights in float32; bf16-autocast: float32"
+        " weights, cast for each product; fp16: on GPUs only",
+    )
+    tf32: bool = added(
+        False, description="on GPUs, let float32 products and convolutions round their factors to 11 bits: faster"
+    )
+    deterministic: bool = added(
+        False, description="same bits at each run on GPUs, too: slower, and an operation that cannot is an error"
+    )
     compile: bool = operational(
         False, description="run the blocks through torch.compile: faster on GPUs after a minute; sums round differently"
     )
@@ -47,7 +70,9 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(100, ge=0, description="steps in which the learning rate rises from 0")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: the last part of the steps, spent decaying")
     final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end / at the peak")
-    weight_decay: float = Field(0.05, ge=0, description="on matrices and kernels only")
+    weight_decay: float = Field(
+        0.05, ge=0, description="on matrices and kernels, not on codebooks and tables of positions"
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="of AdamW: decay of both moments")
     gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm, with adamw; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights")
@@ -121,10 +146,14 @@ class DeepSpeedConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] | None = operational(
         None,
         description="what is partitioned: 1 optimizer states, 2 gradients too, 3 parameters too; 0 nothing;"
-        " None: 1, and 0 on one process, where partitioning only costs time",
+        " None: 1, and 0 on one process, where partitioning only costs time (not with bf16-weights or fp16: 1)",
     )
     offload_optimizer: bool = operational(False, description="optimizer states in the host's memory, stages 1 to 3")
-    overlap_communication: bool = operational(False, description="reduce gradients during the backward pass")
+    overlap_communication: bool | None = operational(
+        None,
+        description="reduce gradients during the backward pass, and at stage 3 gather weights ahead;"
+        " None: DeepSpeed's default on GPUs (at stage 3 only), never on CPUs",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
@@ -132,8 +161,8 @@ class DeepSpeedConfig(Config):
             raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3")
         return self
 
-    def stage(self, processes: int, precision: str) -> int:
-        """The ZeRO stage of a training. fp16 and offloading, which need ZeRO, have it on one process too."""
+    def stage(self, processes: int, precision: Precision) -> int:
+        """The ZeRO stage of a training. What needs ZeRO (16-bit weights, offloading) has it on one process, too."""
         if self.zero_stage is not None:
             return self.zero_stage
-        return 1 if processes > 1 or precision == "fp16" or self.offload_optimizer else 0
+        return 1 if processes > 1 or precision in ("bf16-weights", "fp16") or self.offload_optimizer else 0

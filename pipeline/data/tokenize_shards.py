@@ -61,6 +61,7 @@ class Encoders:
     text_vocab_size: int
     hashes: dict[str, str]
     device: str = "cpu"
+    precision: str = "float32"  # of the products and convolutions that codes come from
     count_text: Callable[[list[str]], list[int]] | None = None
 
 
@@ -263,6 +264,7 @@ def join(job: TokenizeJob) -> TokenIndex:
         "text_length": encoders.text_length,
         "text_vocab_size": encoders.text_vocab_size,
         "tokenizers": encoders.hashes,
+        "precision": encoders.precision,
         "splits": splits,
     }
     write_json(job.directory / "index.json", index)

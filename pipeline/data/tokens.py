@@ -69,6 +69,7 @@ class TokenIndex(TypedDict):
     text_length: int
     text_vocab_size: int
     tokenizers: dict[str, str]  # name -> hash of its files
+    precision: NotRequired[str]  # of what the codes were made in; older ones do not say
     splits: dict[str, TokenSplit]
 
 

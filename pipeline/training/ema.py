@@ -9,40 +9,49 @@ from torch import Tensor
 
 
 class Ema:
-    """Exponential moving average of a model's parameters, in float32.
+    """Exponential moving average of a model's parameters, and of codebooks that follow them, in float32.
 
     The decay ramps up as (1 + t) / (10 + t), so that the average forgets the initial weights. `local_parameters` gives
-    the memory of each parameter on this process, which under ZeRO-3 is a flat shard; the average is sharded alike.
+    the float32 weights that this process updates, with ZeRO its slice of them; the average is sharded alike.
     """
 
     def __init__(self, local_parameters: Callable[[], dict[str, Tensor]], decay: float) -> None:
         self.decay = decay
-        self.updates = 0
         self._local_parameters = local_parameters
         # Row-major, whatever the layout of the weights: safetensors saves no other.
         self.average = {
             name: values.detach().float().clone(memory_format=torch.contiguous_format)
             for name, values in local_parameters().items()
         }
+        device = next((values.device for values in self.average.values()), None)
+        self._updates = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def updates(self) -> int:
+        """Updates that were applied; reading it waits for the device."""
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates.fill_(updates)
 
     @torch.no_grad()
-    def update(self, applied: bool | Tensor = True) -> None:
-        """Move the average towards the parameters, once per optimizer update that was `applied`."""
-        if not applied:
-            return
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [values.float() for values in self._local_parameters().values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+    def update(self, applied: Tensor | bool = True) -> None:
+        """Move the average towards the parameters, once per optimizer update; not at all if it was not `applied`.
 
-    def swap_in(self) -> dict[str, Tensor]:
-        """Copy the average into the parameters; returns a copy of their values before, for `put`."""
-        before = {name: values.clone() for name, values in self._local_parameters().items()}
-        self.put(self.average)
-        return before
+        Nothing here waits for the device.
+        """
+        applied = torch.as_tensor(applied, device=self._updates.device)
+        self._updates += applied
+        decay = torch.clamp((1 + self._updates) / (10 + self._updates), max=self.decay)
+        share = ((1 - decay) * applied).float()
+        for name, values in self._local_parameters().items():
+            self.average[name].lerp_(values, share)
 
     @torch.no_grad()
-    def put(self, values: dict[str, Tensor]) -> None:
-        """Copy `values` into the parameters."""
-        for name, parameter in self._local_parameters().items():
-            parameter.copy_(values[name])
+    def swap(self) -> None:
+        """Exchange average and parameters, one tensor at a time: no second copy of the model is made."""
+        for name, values in self._local_parameters().items():
+            before = values.clone()
+            values.copy_(self.average[name])
+            self.average[name].copy_(before)

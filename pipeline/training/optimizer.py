@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
@@ -19,6 +19,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each parameter group's learning rate to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def skip_unless(applied: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Make the next step of `build_adamw`'s optimizer change nothing where the scalar `applied` is false.
+
+    The kernels read it on the device, as they read what torch's GradScaler finds: the host waits for nothing.
+    """
+    vars(optimizer)["found_inf"] = applied.logical_not().float()
 
 
 def build_optimizer(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -29,7 +29,7 @@ from pipeline.core.progress import progress
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.ema import Ema
-from pipeline.training.engines import build_engine
+from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.base import Batch, Engine, Metrics
 from pipeline.training.running_metrics import Reading, RunningMetrics
 from pipeline.training.schedule import learning_rate_factor
@@ -70,9 +70,10 @@ def train(
         StoppedOnRequest: asked to stop; everything is in a checkpoint.
         UserError: too many non-finite steps in a row, or no usable checkpoint.
     """
-    speed = Speedometer(training, workload)
-    built = build_engine(engine, workload.objective, training, deepspeed, run.directory)
-    Trainer(run, training, workload, built, speed).run()
+    with device_errors_in_a_line(training):
+        speed = Speedometer(training, workload)
+        built = build_engine(engine, workload.objective, training, deepspeed, run.directory)
+        Trainer(run, training, workload, built, speed).run()
 
 
 class Trainer:
@@ -123,7 +124,7 @@ class Trainer:
                 self._stop_if_asked()
         self._save()
         if self.ema:
-            self.ema.swap_in()
+            self.ema.swap()
             self.engine.sync_parameters()
         self.engine.finish()
 
@@ -252,12 +253,12 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        before = self.ema.swap_in()
+        self.ema.swap()
         self.engine.sync_parameters()
         try:
             yield
         finally:
-            self.ema.put(before)
+            self.ema.swap()
             self.engine.sync_parameters()
 
     def _stop_if_asked(self) -> None:

@@ -17,8 +17,10 @@ from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulati
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
+from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.schedule import learning_rate_factor
+from pipeline.training.sharded_state import ShardedState, write_shards
 
 STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
 
@@ -36,6 +38,7 @@ class Case:
     offload: bool = False
     recompute: bool = False
     dropout: bool = False
+    average: bool = False  # of weights: what the training ends with, and what is saved beside the weights
     poisoned_step: int | None = None  # one sample of the last process is not a number
     first_step: int = 0
     last_step: int = STEPS
@@ -69,10 +72,10 @@ class SmallObjective(Objective):
         return list(self.layers)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        x = batch["x"]
+        x = batch["x"].to(self.head.weight.dtype)  # in bf16 with bf16-weights
         for block in self.layers:
             x = block(x)
-        return (self.head(x) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
+        return (self.head(x).to(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
 
 
 def global_batch(step: int, poisoned: bool = False) -> dict[str, Tensor]:
@@ -108,8 +111,12 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     )
     try:
         engine = build_engine(case.kind, objective, config, zero, folder)
+        ema = Ema(engine.local_parameters, 0.8) if case.average else None
         if case.load:
             engine.load(folder / case.load)
+            if ema:
+                engine.read_shards(ema.average, ShardedState(folder / case.load, "ema"))
+                ema.updates = case.first_step
     except UserError as error:
         return {"error": str(error)}
     rank, world = distributed.rank(), distributed.world_size()
@@ -122,17 +129,26 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             last = index == micro_batches - 1
             engine.accumulate({"x": micro}, step, 1 / micro_batches, last)
         update = engine.update(learning_rate_factor(config, step))
-        norms.append(update.gradient_norm)
-        applied.append(update.applied)
+        if ema:
+            ema.update(update.applied)
+        norms.append(float(update.gradient_norm))
+        applied.append(bool(update.applied))
     if case.save:
         if distributed.is_main():
             (folder / case.save).mkdir(parents=True)
         distributed.barrier()
         engine.save(folder / case.save)
+        if ema:
+            write_shards(folder / case.save, "ema", engine.local_shards(ema.average))
         distributed.barrier()
+    averaged = sum(part.numel() for part in ema.average.values()) if ema else 0
+    dtypes = {parameter.dtype for parameter in objective.parameters()}
+    if ema:
+        ema.swap()
+        engine.sync_parameters()
     engine.finish()
     weights = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    return {"weights": weights, "norms": norms, "applied": applied}
+    return {"weights": weights, "norms": norms, "applied": applied, "averaged": averaged, "dtypes": dtypes}
 
 
 def main(cases: str, folder: str) -> None:

@@ -112,10 +112,22 @@ def test_the_average_forgets_the_first_weights_and_is_swapped_in_and_out() -> No
         ema.update()
     assert ema.average["w"].tolist() == pytest.approx([1.0] * 3, abs=1e-4)
     weights["w"].fill_(5.0)
-    before = ema.swap_in()
+    ema.swap()
     assert weights["w"].tolist() == pytest.approx([1.0] * 3, abs=1e-4)
-    ema.put(before)
+    ema.swap()
     assert weights["w"].tolist() == [5.0] * 3
+
+
+def test_a_step_that_was_not_applied_moves_no_average_and_counts_for_nothing() -> None:
+    weights = {"w": torch.rand(3)}
+    some, all_applied = Ema(lambda: weights, decay=0.9), Ema(lambda: weights, decay=0.9)
+    for step in range(6):
+        weights["w"] = torch.rand(3)
+        some.update(torch.tensor(step % 2 == 0))
+        if step % 2 == 0:
+            all_applied.update()
+    assert torch.equal(some.average["w"], all_applied.average["w"])
+    assert some.updates == all_applied.updates == 3
 
 
 def _objectives() -> dict[str, Objective]:

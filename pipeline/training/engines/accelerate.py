@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, shards_of_replicated
-from pipeline.training.optimizer import build_adamw, set_learning_rates
+from pipeline.training.optimizer import build_adamw, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard
+
+_MIXED_PRECISION = {"fp32": "no", "bf16-autocast": "bf16", "fp16": "fp16"}
 
 
 class AccelerateEngine:
@@ -33,10 +34,9 @@ class AccelerateEngine:
                 f"expected training.optimizer adamw for a stage that trains through accelerate, found"
                 f" {training.optimizer}: set adamw (muon is the transformer's)"
             )
-        precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=precision,
+            mixed_precision=_MIXED_PRECISION[training.precision],
             # Otherwise both come from the environment, where `accelerate launch` and shells leave them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(
@@ -61,13 +61,13 @@ class AccelerateEngine:
     def update(self, learning_rate_factor: float) -> Update:
         set_learning_rates(self.optimizer, learning_rate_factor)
         limit = self.training.gradient_clipping or float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(self._own, limit))
+        norm = self.accelerator.clip_grad_norm_(self._own, limit)
         # An adversary is clipped apart: its gradient's length must not decide how far the model itself steps.
-        apart = [float(nn.utils.clip_grad_norm_(adversary, limit)) for adversary in self._adversaries]
-        finite = all(map(math.isfinite, [norm, *apart]))
-        if finite or self.accelerator.scaler is not None:  # the fp16 scaler must see overflows to adapt
-            self.optimizer.step()
-        applied = bool(finite and not self.optimizer.step_was_skipped)
+        apart = [nn.utils.clip_grad_norm_(adversary, limit) for adversary in self._adversaries]
+        applied = torch.stack([norm, *(other.to(norm.device) for other in apart)]).isfinite().all()
+        if self.accelerator.scaler is None:  # which finds out itself, because it must adapt
+            skip_unless(applied, self.optimizer.optimizer)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied)
 
@@ -76,7 +76,8 @@ class AccelerateEngine:
         return context
 
     def local_parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self.objective.named_parameters()}
+        parameters = {name: parameter.data for name, parameter in self.objective.named_parameters()}
+        return parameters | self.objective.averaged_buffers()
 
     def sync_parameters(self) -> None:
         return

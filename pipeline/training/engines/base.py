@@ -25,10 +25,10 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """The outcome of one optimizer update."""
+    """The outcome of one optimizer update, on the device: reading it waits for the device."""
 
-    gradient_norm: float  # before clipping
-    applied: bool  # False: a gradient was not finite, the weights are as before
+    gradient_norm: Tensor  # before clipping; a scalar
+    applied: Tensor  # a scalar; false: a gradient was not finite, the weights are as before
 
 
 class Engine(Protocol):
@@ -57,7 +57,11 @@ class Engine(Protocol):
         """The training precision, for evaluation."""
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """This process's memory of each parameter by name: all of it, or with ZeRO-3 a flat shard. Not a copy."""
+        """The float32 weights that this process's optimizer updates, by the parameter's name, and what else is averaged.
+
+        Not a copy. Whole parameters, or with ZeRO the flat part of each that lies in this process's slice; on
+        accelerate's engine `Objective.averaged_buffers`, too.
+        """
 
     def sync_parameters(self) -> None:
         """Collective: make the model compute with what was written to `local_parameters`."""
@@ -66,7 +70,7 @@ class Engine(Protocol):
         """Collective; inside, `objective` is a plain module with all its weights that one process may call alone."""
 
     def finish(self) -> None:
-        """Collective: end the training; `objective` keeps all its weights on every process."""
+        """Collective: end the training; on every process `objective` has all weights, in float32."""
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         """What this process writes to a checkpoint of `values`, which are shaped like `local_parameters`."""

@@ -1,7 +1,7 @@
 """DeepSpeed's engine: ZeRO partitions optimizer states (1), gradients (2) and parameters (3) over processes.
 
-Rajbhandari et al. 2020. bf16 is torch autocast over float32 weights, as on accelerate's engine; fp16 is DeepSpeed's
-own, with float32 master weights and loss scaling, on GPUs only.
+Rajbhandari et al. 2020. `bf16-weights`, what bf16 means on GPUs, and fp16 are DeepSpeed's own: 16-bit weights and
+gradients, float32 master weights in its optimizer. `bf16-autocast` is torch's, over float32 weights.
 
 Checkpoints are ours, not DeepSpeed's, whose files fit one number of processes and are pickles: each process writes its
 shards by parameter name (`sharded_state.py`, `zero_partitions.py`), so a run resumes at any number of processes and at
@@ -10,10 +10,12 @@ any stage.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any  # DeepSpeed has no types
 
@@ -41,11 +43,11 @@ from pipeline.training.engines.base import (
     shapes_of,
     shards_of_replicated,
 )
-from pipeline.training.engines.zero_partitions import Partition
-from pipeline.training.optimizer import build_optimizer, set_learning_rates
+from pipeline.training.engines.zero_partitions import Partition, Span
+from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16": torch.float16}
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -72,13 +74,16 @@ class DeepSpeedEngine:
         self.objective = objective
         self.training = training
         self.stage = config.stage(distributed.world_size(), training.precision)
+        self._clips = clips_itself(training, config, self.stage)
         self._shapes = shapes_of(objective)
         self._buffers = set(objective.state_dict()) - set(self._shapes)
         if training.compile and self.stage == 3:  # gather whole blocks: hooks on layers within break compiled code up
             deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in objective.blocks()}))
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=build_optimizer(objective, training), config=settings
-        )
+        optimizer = build_optimizer(objective, training)
+        started = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        self._engine, self._optimizer = started[:2]
+        if self._clips and self.stage:
+            optimizer.register_step_pre_hook(self._before_a_group_steps)
         self.model: nn.Module = self._engine if self.stage == 3 else objective
         expect_all_processes(self._engine.world_size)
 
@@ -95,37 +100,63 @@ class DeepSpeedEngine:
         if self.stage == 0:
             return self._update_without_zero()
         self._engine.step()
-        # ZeRO's optimizers check the global norm themselves, and leave everything as it was if it is not finite.
-        applied = not self._optimizer.overflow
-        return Update(float(self._engine.get_global_grad_norm()), applied)
+        # Infinite where a gradient was not finite: then ZeRO's optimizers leave everything as it was.
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=distributed.device())
+        return Update(norm, norm.isfinite())
+
+    def _before_a_group_steps(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Clip and check on the device what ZeRO would clip and check on the host; same arithmetic."""
+        norm = torch.as_tensor(self._optimizer._global_grad_norm, dtype=torch.float32)
+        skip_unless(norm.isfinite(), optimizer)
+        if limit := self.training.gradient_clipping:
+            excess = torch.clamp((norm + 1e-6) / limit, min=1.0)
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / excess)
 
     def _update_without_zero(self) -> Update:
         """Stage 0 is torch's optimizer after an all-reduce: DeepSpeed would report no norm and apply NaNs."""
-        limit = self.training.gradient_clipping if self.training.optimizer == "adamw" else 0.0
+        limit = self.training.gradient_clipping if self._clips else 0.0
         parameters = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, limit or float("inf")))
-        applied = norm < float("inf")
-        if not applied:
+        norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+        applied = norm.isfinite()
+        if self._clips:
+            skip_unless(applied, self._optimizer)
+        elif not applied:  # Muon has no kernel that could skip
             self._engine.set_gradient_accumulation_boundary(False)  # then step() only counts
         self._engine.step()
-        if not applied:
-            self._engine.zero_grad()
+        self._engine.zero_grad()
         return Update(norm, applied)
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self.training.precision == "fp32":
+        if self.training.precision not in _AUTOCAST:
             return nullcontext()
         return torch.autocast(distributed.device().type, _AUTOCAST[self.training.precision])
 
     def local_parameters(self) -> dict[str, Tensor]:
-        return {name: p.ds_tensor.data if self.stage == 3 else p.data for name, p in self._named_parameters()}
+        if self.stage == 0:
+            return {name: parameter.data for name, parameter in self._named_parameters()}
+        return {span.name: part for span, part in self._slices}
+
+    @cached_property
+    def _slices(self) -> list[tuple[Span, Tensor]]:
+        """Stages 1 to 3: what lies in this process's slice of the float32 weights, and where in the model it is."""
+        return [
+            (span, partition.weights.data.view(-1)[span.offset : span.offset + span.length])
+            for partition in self._partitions()
+            for span in partition.spans
+        ]
 
     def sync_parameters(self) -> None:
-        if self.stage == 3 and self._optimizer.persistent_parameters:
-            # Small parameters stay gathered between steps: gather them again from the shards.
-            small = self._optimizer.persistent_parameters
-            small[0].partition(small)
-            small[0].all_gather(small)
+        if self.stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.stage == 3:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if small := self._optimizer.persistent_parameters:
+                # They stay gathered between steps: gather them again from the shards.
+                small[0].partition(small)
+                small[0].all_gather(small)
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
@@ -148,28 +179,23 @@ class DeepSpeedEngine:
                 offload._register_deepspeed_module(offload.module)
 
     def finish(self) -> None:
-        if self.stage == 3:
-            parameters = [parameter for _, parameter in self._named_parameters()]
-            parameters[0].all_gather(parameters)  # for good, unlike `gathered_parameters`
-            self._engine.destroy()  # its hooks would partition them after their first use
+        if self.stage == 0 or (self.stage < 3 and self.training.precision in ("fp32", "bf16-autocast")):
+            return  # the model has float32 weights already
+        slices = {span.name: (span, part) for span, part in self._slices}
+        whole = {name: _whole(shape, *slices.get(name, (None, None))) for name, shape in self._shapes.items()}
+        self._engine.destroy()  # its hooks would partition parameters after their first use
+        for name, parameter in self._named_parameters():
+            parameter.data = whole[name]
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
-        if self.stage != 3:
+        if self.stage == 0:
             return shards_of_replicated(values)
-        shards = []
-        for name, parameter in self._named_parameters():
-            start, length = zero_partitions.shard_of(parameter.ds_numel, values[name].numel())
-            if length:
-                shards.append(TensorShard(name, start, values[name][:length]))
-        return shards
+        return [TensorShard(span.name, span.start, values[span.name]) for span, _ in self._slices]
 
     def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
-        for name, parameter in self._named_parameters():
-            flat = values[name].view(-1)
-            start, length = 0, flat.numel()
-            if self.stage == 3:
-                start, length = zero_partitions.shard_of(parameter.ds_numel, length)
-            saved.read_into(name, start, flat[:length])
+        starts = {span.name: span.start for span, _ in self._slices} if self.stage else {}
+        for name, value in values.items():
+            saved.read_into(name, starts.get(name, 0), value.view(-1))
 
     def save(self, directory: Path) -> None:
         shards: list[TensorShard] = []
@@ -193,7 +219,7 @@ class DeepSpeedEngine:
         saved = ShardedState(directory, "training")
         for partition in self._partitions():
             zero_partitions.read_shards(partition, self._states(partition), saved)
-        self._weights_from_partitions()
+        self.sync_parameters()
         buffers = ShardedState(directory, "buffers")
         for name, buffer in self._persistent_buffers().items():
             buffers.read_into(name, 0, buffer.view(-1))
@@ -213,15 +239,6 @@ class DeepSpeedEngine:
         states: dict[str, object] = optimizer.state[partition.weights]
         return states
 
-    def _weights_from_partitions(self) -> None:
-        """Copy the optimizer's float32 weights to the model."""
-        if self.stage in (1, 2):
-            self._optimizer.update_lp_params()
-        elif self.stage == 3:
-            for group in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            self.sync_parameters()
-
     def _persistent_buffers(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.objective.named_buffers() if name in self._buffers}
 
@@ -233,20 +250,39 @@ class DeepSpeedEngine:
         return {name: state[name] for name in _LOSS_SCALER_STATE if name in state}
 
 
+def _whole(shape: list[int], span: Span | None, part: Tensor | None) -> Tensor:
+    """Collective: a parameter in float32 from the parts of it that the processes have; `part` is this process's."""
+    device = distributed.device()
+    whole = torch.zeros(math.prod(shape), device=device)
+    if span is not None and part is not None:
+        whole[span.start : span.start + span.length] = part
+    bits = distributed.sum_tensor(whole.view(torch.int32))  # as integers, because -0.0 + 0.0 is 0.0
+    return bits.view(torch.float32).view(shape)
+
+
+def clips_itself(training: TrainingConfig, config: DeepSpeedConfig, stage: int) -> bool:
+    """Does the engine clip gradients and find the steps that are not finite, on the device?
+
+    Else DeepSpeed does, and the host waits for its norm: at stage 3, with fp16's loss scale, and with offloading.
+    """
+    return training.optimizer == "adamw" and stage < 3 and training.precision != "fp16" and not config.offload_optimizer
+
+
 def deepspeed_settings(
     training: TrainingConfig, config: DeepSpeedConfig, accumulation: int, parameters: int
 ) -> dict[str, object]:
     """DeepSpeed's config for a training of `parameters` parameters, with `accumulation` micro-batches per step."""
     micro = training.batch_size // (distributed.world_size() * accumulation)
     stage = config.stage(distributed.world_size(), training.precision)
-    clips = training.optimizer == "adamw" and stage > 0  # at stage 0 the engine clips
+    clips_here = clips_itself(training, config, stage)
     zero: dict[str, object] = {
         "stage": stage,
-        "overlap_comm": config.overlap_communication,
         "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "stage3_max_live_parameters": LIVE_ELEMENTS,
     }
+    if config.overlap_communication is not None or not torch.cuda.is_available():
+        zero["overlap_comm"] = bool(config.overlap_communication)
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if training.optimizer == "muon":
@@ -254,13 +290,15 @@ def deepspeed_settings(
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.gradient_clipping if clips else 0.0,
+        "gradient_clipping": 0.0 if clips_here or training.optimizer == "muon" else training.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast, and needs no compiler
         "steps_per_print": 2**31,
     }
-    if training.precision == "bf16":
+    if training.precision == "bf16-weights":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": not clips_here}
+    elif training.precision == "bf16-autocast":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif training.precision == "fp16":
         settings["fp16"] = {"enabled": True}
@@ -268,8 +306,11 @@ def deepspeed_settings(
 
 
 def _check(training: TrainingConfig, config: DeepSpeedConfig) -> None:
-    if training.precision == "fp16" and config.zero_stage == 0:
-        raise UserError("expected deepspeed.zero_stage 1, 2 or 3 with training.precision fp16, found 0: set 1")
+    if training.precision in ("bf16-weights", "fp16") and config.zero_stage == 0:
+        raise UserError(
+            f"expected deepspeed.zero_stage 1, 2 or 3 with training.precision {training.precision}, whose float32"
+            f" weights are in ZeRO's optimizer, found 0: set 1, or training.precision=fp32"
+        )
 
 
 def _spare_the_shared_memory_build() -> None:
