@@ -55,7 +55,7 @@ class Workload:
         return {f"val/{name}": value for name, value in self.evaluation.metrics.items()}
 
     def _validation_slices(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of the validation split, each image once."""
+        """This rank's part of the validation split, each image once, in the training's micro-batches."""
         size = self.config.training.batch_size
         share = size // distributed.world_size()
         batches = self.validation.batches(0, size)
@@ -64,7 +64,8 @@ class Workload:
             left = len(self.validation) - start - distributed.rank() * share
             batch = next(batches)
             if left > 0:
-                yield {"images": batch["images"][:left]}
+                micro = self.config.training.micro_batch_size or share
+                yield from ({"images": part} for part in batch["images"][:left].split(micro))
 
     def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
         """The same images each time: training ones, then validation ones."""

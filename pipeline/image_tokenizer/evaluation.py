@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +27,25 @@ class Evaluation(NamedTuple):
     counts: list[Tensor]  # how often each code of a level occurs, float64 [K] per level
 
 
+@contextmanager
+def precision_of_codes(device: torch.device) -> Iterator[None]:
+    """Inside, codes are those that `tokenize` writes: in float32, without the training's autocast and TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 @torch.no_grad()
 def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) -> Evaluation:
     """Reconstruction and codebook metrics over the `batches` {"images": uint8 [b,3,H,W]} of all ranks. Collective.
+
+    In the precision that codes are made in, whatever the training's is.
 
     psnr: mean over images, dB, at most 100 each. ssim: mean over images (left out where they are smaller than its
     window). For each level (suffix `_0`, `_1`, … where there are several): codebook_usage, the share of codes that
@@ -40,10 +57,11 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
     images_seen = 0
     for batch in batches:
         images = _to_device(batch["images"], tokenizer)
-        codes = tokenizer.encode(images)
+        with precision_of_codes(images.device):
+            codes = tokenizer.encode(images)
+            reconstructions = tokenizer.decode(codes)
         for level_counts, level_codes in zip(counts, codes, strict=True):
             level_counts += torch.bincount(level_codes.flatten().cpu(), minlength=len(level_counts))
-        reconstructions = tokenizer.decode(codes)
         sums["psnr"] += psnr(images, reconstructions).clamp(max=_IDENTICAL_DB).sum().item()
         if "ssim" in sums:
             sums["ssim"] += ssim(images, reconstructions).sum().item()
@@ -105,7 +123,8 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
 def reconstruction_grid(tokenizer: ImageTokenizer, images: Tensor, columns: int = 16) -> Image.Image:
     """Originals, and under each row of them their reconstructions. `images`: uint8 [n,3,H,W], n ≥ 1."""
     originals = _to_device(images, tokenizer)
-    both = torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu()  # [2,n,3,H,W]
+    with precision_of_codes(originals.device):
+        both = torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu()  # [2,n,3,H,W]
     rows = [torch.cat(list(half), dim=-1) for chunk in both.split(columns, dim=1) for half in chunk]  # [3,H,w·W]
     canvas = torch.ones(3, len(rows) * rows[0].shape[1], rows[0].shape[2])
     for i, row in enumerate(rows):

@@ -178,3 +178,14 @@ def test_a_quantizer_without_a_distribution_says_that_it_has_no_samples() -> Non
     with pytest.raises(UserError, match="EmaQuantizer has no distribution over codes") as caught:
         small("vqvae").sample(torch.rand(1, 3, 16, 16))  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "two levels"])
+def test_validation_in_a_training_in_bf16_sees_the_codes_that_tokenize_writes(name: str) -> None:
+    tokenizer, images = small(name, widths=(32, 32)), torch.cat([shapes(seed) for seed in range(4)])
+    codes = tokenizer.encode(images.float() / 255)
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluation = evaluate(tokenizer, [{"images": images}])
+        assert any(not torch.equal(a, b) for a, b in zip(tokenizer.encode(images.float() / 255), codes, strict=True))
+    for count, level in zip(evaluation.counts, codes, strict=True):
+        assert torch.equal(count, torch.bincount(level.flatten(), minlength=len(count)).double())
