@@ -3,7 +3,8 @@
 Reads generate/samples (an image for each of many captions) and generate/prompts.json (the grid), prepare, and the
 models. Writes metrics.json (pipeline/evaluation/results.py says what is in it), some samples and reconstructions as
 files, and with evaluate.sweep the images of other settings of sampling and best.yaml, the best setting as a section
-of a config. Array tasks share the extraction of features and the generating of the sweep; the stage itself measures.
+of a config. Of a run on the source shapes, a judge says which images show what their prompts say. Array tasks share the
+extraction of features and the generating of the sweep; the stage itself measures.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import re
 
 from pipeline.cli.stage import run_stage
+from pipeline.config.prepare import ShapesSource
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
 from pipeline.evaluation.examples import prompt_entries, save_reconstructions, save_samples
 from pipeline.evaluation.feature_store import FeatureStore, trim
+from pipeline.evaluation.judged import judged_rows
 from pipeline.evaluation.results import FILE, Results
 from pipeline.evaluation.rows import Row
 from pipeline.evaluation.run_evaluation import (
@@ -68,6 +71,8 @@ def _measure(
             if scores is None:
                 scores, scored_by = by_clip, "CLIP score"
     rows += tokenizer_rows(tokenizer, real, store, config, seed)
+    if isinstance(run.config.prepare.source, ShapesSource) and config.judged_prompts:
+        rows += judged_rows(run, tokenizer, sets.validation)
     results: Results = {
         "rows": [row.as_json() for row in rows],
         "nearest": prompt_entries(run.input("generate"), real, store),

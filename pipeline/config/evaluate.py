@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, added, operational
 
 EXTRACTORS = ("efficientnet-lite0", "inception-v3", "clip", "dinov2")
 
@@ -50,6 +50,12 @@ class EvaluateConfig(Config):
     reconstructions_shown: int = Field(12, ge=0, description="of the validation images, for the report")
     samples_shown: int = Field(18, ge=0, description="of the generated images, drawn at random, for the report")
     inception_splits: int = Field(10, ge=1, description="parts of the Inception Score, for its spread")
+    judged_prompts: int = added(
+        40,
+        ge=0,
+        description="source shapes: prompts of each task, of seen and of held-out combinations, whose images the judge "
+        "looks at; 0: none",
+    )
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     kid_subsets: int = Field(50, ge=1, description="random subsets that the kernel distance is averaged over")
     kid_subset_size: int = Field(1000, ge=2, description="at most half of the samples are used for one subset")

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pipeline.evaluation.judged import METRIC as JUDGED
 from pipeline.evaluation.rows import Better, Row
 
 
@@ -73,6 +74,8 @@ def metrics_csv(rows: Sequence[Row]) -> str:
 
 
 def _title(metric: str, compares: str) -> str:
+    if metric.startswith(f"{JUDGED},"):
+        return "Prompts, judged by pixels"
     if "nearest training" in metric:
         return "Distance to the training images"
     if "reconstruction" in compares:
