@@ -46,6 +46,10 @@ class Objective(nn.Module, ABC):
         """The attention within `blocks`, which selective activation checkpointing recomputes; arguments as theirs."""
         return []
 
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """Buffers that learn, by their full names: a moving average of the weights is one of them, too."""
+        return {}
+
     def report(self, step: int) -> None:
         """Log what a user should know of the steps since the last call. Called on rank 0 with each line of metrics.
 

@@ -183,6 +183,10 @@ class VQVAEObjective(TokenizerObjective):
     def codebooks(self) -> list[nn.Parameter]:
         return [codebook for quantizer in self.tokenizer._quantizers() for codebook in quantizer.learned_codebooks()]
 
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        learned = {id(book) for quantizer in self.tokenizer._quantizers() for book in quantizer.averaged_codebooks()}
+        return {name: buffer for name, buffer in self.named_buffers() if id(buffer) in learned}
+
     def after_update(self, applied: bool | Tensor) -> None:
         """Codebooks of moving averages learn once per update, after it."""
         for quantizer in self.tokenizer._quantizers():

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.quantizers import CodebookConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
+from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.quantizers.ema import EmaQuantizer
 from pipeline.image_tokenizer.quantizers.gumbel import kl_of_mean_to_uniform
+from pipeline.training.ema import Ema
+from pipeline.training.engines.accelerate import AccelerateEngine
 from pipeline.training.trainer import seed_step
 
 
@@ -27,6 +31,7 @@ def main(output: str) -> None:
     assert logits.grad is not None
     # As DistributedDataParallel does: the mean over ranks of each one's gradient.
     gradient = distributed.sum_tensor(logits.grad) / world
+    states["average"] = averaged()
     torch.save(states | {"kl": kl.detach(), "gradient": gradient}, Path(output) / f"{world}-{rank}.pt")
     distributed.leave(0)
 
@@ -44,6 +49,29 @@ def learned(config: CodebookConfig, parts: int) -> dict[str, Tensor]:
             made(part, step)
         made.after_update(applied=True)
     return made.codebooks[0].state_dict()
+
+
+def averaged() -> dict[str, Tensor]:
+    """A codebook, its moving average by hand, the engine's, and what the model has once the averages are in it."""
+    quantizer = {"kind": "ema", "codebook_size": 16, "code_width": 4, "decay": 0.5}
+    model = {"kind": "vqvae", "quantizer": quantizer, "patch_size": 4, "widths": (8,), "bottleneck": 1}
+    objective = build(model, image_size=8).objective()
+    training = TrainingConfig(steps=9, batch_size=8, warmup_steps=1, precision="fp32")
+    engine = AccelerateEngine(objective, training)
+    name = "tokenizer.quantizers.0.codebooks.0.embedding"
+    book = objective.get_buffer(name)
+    ema, by_hand = Ema(engine.local_parameters, decay=0.5), book.clone()
+    for step in range(5):
+        seed_step(0, step, distributed.rank())
+        images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
+        engine.accumulate({"images": images}, step, 1.0, True)
+        applied = engine.update(1.0).applied
+        objective.after_update(applied)
+        ema.update(applied)
+        by_hand.lerp_(book, 1 - min(0.5, (2 + step) / (11 + step)))
+    found = {"raw": book.clone(), "by hand": by_hand, "average": ema.average[name].clone()}
+    ema.swap()
+    return found | {"swapped in": book.clone()}
 
 
 if __name__ == "__main__":

@@ -38,3 +38,12 @@ def test_usage_term_and_its_gradient_are_those_of_the_whole_batch(results: dict[
     for rank in (0, 1):
         torch.testing.assert_close(results[f"2-{rank}"]["kl"], results["1-0"]["kl"])
     torch.testing.assert_close(results["2-0"]["gradient"], results["1-0"]["gradient"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["1-0", "2-1"])
+def test_averaged_weights_come_with_an_averaged_codebook(results: dict[str, Any], rank: str) -> None:
+    found = results[rank]["average"]
+    torch.testing.assert_close(found["average"], found["by hand"])
+    assert torch.equal(found["swapped in"], found["average"])
+    assert not torch.equal(found["average"], found["raw"])

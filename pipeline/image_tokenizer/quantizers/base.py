@@ -80,6 +80,10 @@ class Quantizer(nn.Module, ABC):
         """The tables of codes' vectors that learn by gradient."""
         return []
 
+    def averaged_codebooks(self) -> list[Tensor]:
+        """The tables of codes' vectors that learn by moving averages: buffers."""
+        return []
+
     def after_update(self, applied: bool | Tensor) -> None:
         """Collective, once an optimizer update. `applied`: the update was finite and changed the weights."""
         return

@@ -54,3 +54,6 @@ class EmaQuantizer(CodebookQuantizer):
     """Nearest vectors of codebooks that follow the encoder by moving averages."""
 
     codebook_class = EmaCodebook
+
+    def averaged_codebooks(self) -> list[Tensor]:
+        return [codebook.embedding for codebook in self._codebooks()]
