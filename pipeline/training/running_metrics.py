@@ -72,11 +72,9 @@ class RunningMetrics:
         said = [torch.full((1,), value, dtype=torch.float64, device=device) for value in (asked_to_stop, step_s, 1)]
         self._latest = distributed.mean_tensor(torch.cat([total / len(found), *said[:2]]))
         self._asked = self._asked + self._latest[-2:-1]
-        applied = torch.as_tensor(update.applied, device=device)
-        norm = torch.as_tensor(update.gradient_norm, dtype=torch.float64, device=device)
-        more = torch.cat([self._latest[:-2], norm.view(1), said[2]])
-        self._sums = torch.where(applied, self._sums + more, self._sums)  # no product: what is skipped may be NaN
-        self._count_nonfinite(step, ~applied)
+        more = torch.cat([self._latest[:-2], update.gradient_norm.double().view(1), said[2]])
+        self._sums = torch.where(update.applied, self._sums + more, self._sums)  # what is skipped may be NaN
+        self._count_nonfinite(step, ~update.applied)
 
     def _count_nonfinite(self, step: int, skipped: Tensor) -> None:
         total, in_a_row = (self._nonfinite + skipped).unbind()

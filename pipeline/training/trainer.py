@@ -164,7 +164,7 @@ class Trainer:
         state.sums, state.count = reading.sums, reading.count
         if skipped := reading.nonfinite_steps - state.nonfinite_steps:
             log.warning(
-                "step %d: loss or gradient was not finite in %d steps since the last look (loss %s): skipped",
+                "step %d: skipped since the last look, as loss or gradient was not finite: %d (loss of the latest: %s)",
                 state.step,
                 skipped,
                 reading.nonfinite_loss,

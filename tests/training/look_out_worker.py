@@ -21,7 +21,8 @@ def main() -> None:
     for step in range(1, 200):
         time.sleep(0.002 + 0.004 * rank * (step % 7))  # each waits for the other one, but does not do as much
         asked = rank == 1 and step >= 60
-        running.add(step, [{"loss": torch.tensor(1.0)}], Update(1.0, True), asked, look_out.step_s)
+        update = Update(gradient_norm=torch.tensor(1.0), applied=torch.tensor(True))
+        running.add(step, [{"loss": torch.tensor(1.0)}], update, asked, look_out.step_s)
         if look_out.due(step):
             reading = running.read()
             look_out.looked(step, reading.step_s)

@@ -81,7 +81,7 @@ class PlainEngine:
         if applied:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return Update(1.0 if applied else float("nan"), applied)
+        return Update(torch.tensor(1.0 if applied else float("nan")), torch.tensor(applied))
 
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()
