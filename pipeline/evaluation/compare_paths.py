@@ -41,7 +41,7 @@ class ReadSets:
 def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> ReadSets:
     """Both sets, from feature files where they are such; others are extracted into `cache`, ranks sharing the work.
 
-    Collective: every process of the group calls it. Images of several sizes give a warning.
+    Collective: every process of the group calls it. Images of several sizes, and repeated ones, give a warning.
 
     Raises:
         UserError: there is nothing at a path, no image, or the sets come from different extractors.
@@ -56,6 +56,7 @@ def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> Re
     found = []
     sizes: dict[str, Sizes] = {}
     images: dict[str, ImageSet] = {}
+    repeats: list[str] = []
     for path, what in ((real, "real"), (fake, "fake")):
         if store is None or is_feature_file(path):
             found.append(read_features(path))
@@ -63,8 +64,9 @@ def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> Re
             images[what] = read_set(path)
             features, sizes[what] = _extracted(images[what].images, f"{what} images", store)
             found.append(features)
+            repeats += _repeats(images[what].images, what, store)
     check_same_extractor(found[0], found[1])
-    return ReadSets(found[0], found[1], _mixed_sizes(sizes), images)
+    return ReadSets(found[0], found[1], _mixed_sizes(sizes) + repeats, images)
 
 
 def _extracted(images: list[StoredImage], description: str, store: FeatureStore) -> tuple[FeatureSet, Sizes]:
@@ -75,6 +77,17 @@ def _extracted(images: list[StoredImage], description: str, store: FeatureStore)
         store.features(images, description)
     distributed.barrier()
     return store.features(images, description), sizes
+
+
+def _repeats(images: list[StoredImage], what: str, store: FeatureStore) -> list[str]:
+    """A warning of images that are in a set under several names: each counts as often as it is there."""
+    if not (repeats := store.repeats(images)):
+        return []
+    again, original = repeats[0]
+    return [
+        f"{what} images: {len(repeats):,} of {len(images):,} have the bytes of another one, and count again (the first:"
+        f" {visible(again.name)}, the same as {visible(original.name)})"
+    ]
 
 
 def _mixed_sizes(sizes: dict[str, Sizes]) -> list[str]:

@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +43,51 @@ PART = 1024  # images
 _IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
 
 
+@dataclass
+class _Read:
+    """What the bytes of a set of images say."""
+
+    directory: Path  # of its features
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    repeats: list[tuple[StoredImage, StoredImage]] = field(default_factory=list)
+
+
 class FeatureStore:
     """The features of one extractor in a folder that many processes, extractors and runs may share."""
 
     def __init__(self, folder: Path, extractor: Extractor) -> None:
         self.folder, self.extractor = folder, extractor
-        self._seen: dict[tuple[FileSlice, ...], tuple[Path, Counter[tuple[int, int]]]] = {}
+        self._seen: dict[tuple[FileSlice, ...], _Read] = {}
 
     def directory(self, images: Sequence[StoredImage]) -> Path:
         """The folder where the features of these images, in this order, are or will be."""
-        return self._read(images)[0]
+        return self._read(images).directory
 
     def sizes(self, images: Sequence[StoredImage]) -> Counter[tuple[int, int]]:
         """How many images there are of each width and height. Raises UserError at what is no image."""
-        return self._read(images)[1]
+        return self._read(images).sizes
 
-    def _read(self, images: Sequence[StoredImage]) -> tuple[Path, Counter[tuple[int, int]]]:
-        """The set's folder and its images' sizes, from all bytes of all images, which are read once per process."""
+    def repeats(self, images: Sequence[StoredImage]) -> list[tuple[StoredImage, StoredImage]]:
+        """Each image whose file has the bytes of one before, and that one."""
+        return self._read(images).repeats
+
+    def _read(self, images: Sequence[StoredImage]) -> _Read:
+        """What all bytes of all images, which are read once per process, say."""
         slices = tuple(image.slice for image in images)
         if slices not in self._seen:
-            digest, sizes = hashlib.sha256(_FORMAT.encode()), Counter[tuple[int, int]]()
+            digest, found = hashlib.sha256(_FORMAT.encode()), _Read(self.folder)
+            first: dict[bytes, StoredImage] = {}
             for value in asdict(self.extractor.info).values():
                 digest.update(f"\n{value}".encode())
             for image in images:
                 content = image.content()
-                digest.update(hashlib.sha256(content).digest())
-                sizes[image.size(content)] += 1
-            self._seen[slices] = self.folder / digest.hexdigest()[:32], sizes
+                of_this_one = hashlib.sha256(content).digest()
+                digest.update(of_this_one)
+                found.sizes[image.size(content)] += 1
+                if (original := first.setdefault(of_this_one, image)) is not image:
+                    found.repeats.append((image, original))
+            found.directory = self.folder / digest.hexdigest()[:32]
+            self._seen[slices] = found
         return self._seen[slices]
 
     def extract(

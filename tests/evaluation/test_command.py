@@ -167,6 +167,20 @@ def test_mixed_sizes_are_told(sets: Path, tmp_path: Path) -> None:
     output = launch(*arguments, "--real", str(sets / "real"))
     assert "warning: fake images: expected one size, found 2 (3 of 12 × 12, 3 of 16 × 12)" in output
     assert "real images: expected" not in output
+    assert "have the bytes of another one" not in output
+
+
+def test_an_image_under_two_names_is_told(sets: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    for i in range(6):
+        generated(i).save(fake / f"{i}.png")
+    (fake / "copy.png").write_bytes((fake / "2.png").read_bytes())
+    output = launch(
+        "pipeline", "evaluate", "--real", str(sets / "real"), "--fake", str(fake), "--cache", str(tmp_path / "cache")
+    )
+    copied = "1 of 7 have the bytes of another one, and count again (the first: copy.png, the same as 2.png)"
+    assert f"warning: fake images: {copied}" in output
 
 
 def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
