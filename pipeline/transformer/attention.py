@@ -63,7 +63,8 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary:
             cosine, sine = tables.rotary(start, start + length, x_BSD.dtype)
-            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+            turned = rotate(torch.cat([query, key], dim=2), cosine, sine)
+            query, key = turned.split([self.heads, self.kv_heads], dim=2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value, start)

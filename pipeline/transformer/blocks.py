@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.config.transformer import TransformerShape
 from pipeline.transformer.attention import Attention, LayerCache
 from pipeline.transformer.attention_patterns import pattern_of
+from pipeline.transformer.functional import swiglu
 from pipeline.transformer.norms import build_norm
 from pipeline.transformer.tables import Tables
 
@@ -24,8 +25,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(shape.hidden, shape.width, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        gate, value = self.gate_value(x_BSD).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
+        return self.out(swiglu(self.gate_value(x_BSD)))
 
 
 class GELU(nn.Module):

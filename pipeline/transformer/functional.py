@@ -1,7 +1,7 @@
-"""Two functions whose derivatives are written by hand, because training spends its time in them.
+"""Functions whose derivatives are written by hand, because training spends its time in them.
 
-Steps of `benchmarks/transformer.py` are a third longer without them (docs/transformer.md, "Speed"): PyTorch's RMSNorm
-on CPUs is a chain of float32 operations, and its cross-entropy keeps and copies the logits of all positions in float32.
+PyTorch's RMSNorm on CPUs is a chain of float32 operations: with it and with PyTorch's cross-entropy in place of
+`cross_entropy.py`'s, steps of `benchmarks/transformer.py` are a third longer (docs/transformer.md, "Speed").
 `tests/transformer/test_functional.py` holds both against automatic differentiation.
 """
 
@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-# Logits in float32 at one time: few enough for a CPU's cache, enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 
 class _Context(Protocol):
@@ -24,7 +22,6 @@ class _Context(Protocol):
     weight_dtype: torch.dtype
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,62 +53,36 @@ class _RMSNorm(torch.autograd.Function):
         return of_x, product.sum(0).to(ctx.weight_dtype), None
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The loss of each target, with label smoothing and z-loss, and the plain cross-entropy (no gradient), in nats.
+def swiglu(gate_value: Tensor) -> Tensor:
+    """silu(gate) * value (Shazeer 2020), the two halves of the last dimension: [..., 2 H] -> [..., H].
 
-    `hidden` [..., D], `weight` [V, D] of its dtype, `targets` int64 [...]; both losses [...], at least float32. The
-    logits are hidden weight^T, some positions at a time; kept is one tensor of their size and dtype, the gradient:
-
-        loss = (1 - smoothing) * (log Z - logit of target) + smoothing * (log Z - mean logit) + z_loss * log² Z
-        its gradient = (1 + 2 z_loss log Z) * softmax - (1 - smoothing) * one-hot - smoothing / V
+    The gradient is written into its two halves, where autograd would make each, and copy both.
     """
-    total, plain = _CrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.flatten(), smoothing, z_loss
-    )
-    return total.view_as(targets), plain.view_as(targets)
+    if torch.compiler.is_compiling():
+        gate, value = gate_value.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    gated: Tensor = _SwiGLU.apply(gate_value)
+    return gated
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float
-    ) -> tuple[Tensor, Tensor]:
-        ids = len(weight)
-        rows = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**21) // ids)
-        gradients = hidden.new_empty(len(hidden), ids)
-        workspace = hidden.new_empty(min(rows, len(hidden)), ids, dtype=_at_least_float32(hidden.dtype))
-        totals, plains = [], []
-        for inputs, target, gradient in zip(
-            hidden.split(rows), targets[:, None].split(rows), gradients.split(rows), strict=True
-        ):
-            logits = workspace[: len(inputs)].copy_(torch.mm(inputs, weight.T, out=gradient))
-            highest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
-            mean = logits.mean(dim=-1, keepdim=True) if smoothing else of_target
-            powers = logits.sub_(highest).exp_()
-            sums = powers.sum(dim=-1, keepdim=True)
-            log_z = highest + sums.log()
-            plain = log_z - of_target
-            totals.append(plain + smoothing * (of_target - mean) + z_loss * log_z.square())
-            plains.append(plain)
-            powers.mul_((1 + 2 * z_loss * log_z) / sums)
-            powers.scatter_add_(1, target, powers.new_full((), smoothing - 1).expand_as(target))
-            gradient.copy_(powers.sub_(smoothing / ids) if smoothing else powers)
-        ctx.save_for_backward(hidden, weight, gradients)
-        losses = torch.cat(totals)[:, 0], torch.cat(plains)[:, 0]
-        ctx.mark_non_differentiable(losses[1])
-        return losses
+    def forward(ctx: _Context, gate_value: Tensor) -> Tensor:
+        gate, value = gate_value.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_value, activated)
+        return activated * value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, of_total: Tensor, _of_plain: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Scales the rows of the kept gradient by `of_total`, in the smaller factors of the products."""
-        hidden, weight, gradients = ctx.saved_tensors
-        of_total = of_total[:, None]
-        of_hidden = (torch.mm(gradients, weight) * of_total).to(hidden.dtype)
-        of_weight = torch.mm(gradients.T, (hidden * of_total).to(hidden.dtype))
-        return of_hidden, of_weight, None, None, None
+    def backward(ctx: _Context, gradient: Tensor) -> Tensor:
+        gate_value, activated = ctx.saved_tensors
+        gate, value = gate_value.chunk(2, dim=-1)
+        of_both = torch.empty_like(gate_value)
+        of_gate, of_value = of_both.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        torch.mul(gradient, activated, out=of_value)
+        return of_both
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

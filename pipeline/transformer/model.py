@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     def hidden_and_head_weights(self, text_BT: Tensor, codes_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The factors of the logits, for text and for each level: hidden states [B, n, D], weights [vocabulary, D].
 
-        For a loss that never holds all logits (`functional.cross_entropy`).
+        For a loss that never holds all logits (`cross_entropy.py`).
         """
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
         x_BSD = _working_precision(x_BSD)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
-from pipeline.transformer.functional import cross_entropy
+from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
 
 
@@ -42,31 +42,27 @@ class JointObjective(Objective):
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss and metrics of `batch`: "text" int64 [B, T], "codes" int64 [B, N].
 
-        In training mode captions are dropped. In eval mode the metrics hold accuracy/image (another product with the
-        head), bits/image_token, and, as a vector [T + N], loss/position: the mean loss of each position.
+        In training mode captions are dropped. In eval mode the loss has no gradient, and the metrics hold
+        accuracy/image, bits/image_token, and, as a vector [T + N], loss/position: the mean loss of each position.
         """
         config, training = self.config, self.training
         text_BT, codes_BN = batch["text"], batch["codes"]
         if training:
             text_BT = drop_captions(text_BT, config.caption_dropout)
         smoothing, z_loss = (config.label_smoothing, config.z_loss) if training else (0.0, 0.0)
-        text, *levels = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
-        text_total, text_losses = cross_entropy(text[0], text[1], text_BT, smoothing, z_loss)
-        targets = codes_BN.split([hidden.shape[1] for hidden, _ in levels], dim=1)
-        totals, losses = [], []  # float32 [B, n] for each level: what is minimised, and the cross-entropy alone
-        for (hidden, weight), target in zip(levels, targets, strict=True):
-            total, plain = cross_entropy(hidden, weight, target, smoothing, z_loss)
-            totals.append(total)
-            losses.append(plain)
-        image_total = torch.cat(totals, dim=1)
-        loss = config.text_loss_weight * text_total.mean() + config.image_loss_weight * image_total.mean()
+        factors = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
+        targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
+        parts = [Part(*own, target) for own, target in zip(factors, targets, strict=True)]
+        with torch.set_grad_enabled(training and torch.is_grad_enabled()):
+            text = cross_entropy(parts[:1], smoothing, z_loss)
+            image = cross_entropy(parts[1:], smoothing, z_loss)
+        loss = config.text_loss_weight * text.mean + config.image_loss_weight * image.mean
         with torch.no_grad():
-            metrics = _loss_metrics(text_losses, losses)
+            metrics = _loss_metrics(text.plain[0], image.plain)
             if not training:
-                predicted = torch.cat([(hidden @ weight.T).argmax(-1) for hidden, weight in levels], dim=1)
-                metrics["accuracy/image"] = (predicted == codes_BN).float().mean()
+                metrics["accuracy/image"] = torch.cat(image.right, dim=1).float().mean()
                 metrics["bits/image_token"] = metrics["loss/image"] / math.log(2)
-                metrics["loss/position"] = torch.cat([part.mean(dim=0) for part in (text_losses, *losses)])
+                metrics["loss/position"] = torch.cat([part.mean(dim=0) for part in (*text.plain, *image.plain)])
         return loss, metrics
 
 

@@ -36,19 +36,26 @@ def rotary_angles(layout: Layout, head_width: int, device: torch.device) -> Tens
     return torch.cat(angles, dim=1).float().to(device)
 
 
+def cosine_sine(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes of `rotary_angles` [S, K / 2]: [S, K] each, the sine of a pair's first half negative."""
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([cosine, cosine], 1).to(dtype), torch.cat([-sine, sine], 1).to(dtype)
+
+
 def rotate(x_BSHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn pairs (i, i + K / 2) by the angles of their positions; cosine and sine [S, K / 2]."""
+    """Turn pairs (i, i + K / 2) by the angles of their positions: x * cosine + swapped(x) * sine.
+
+    With the halves of a head swapped: four operations over whole heads, forward and backward, where the pairs' own
+    products and sums are seven. Cosine and sine are rows of `cosine_sine`, [S, K].
+    """
     first, second = x_BSHK.chunk(2, dim=-1)
-    cosine, sine = cosine[:, None], sine[:, None]
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    swapped = torch.cat([second, first], dim=-1).mul_(sine[:, None])
+    return (x_BSHK * cosine[:, None]).add_(swapped)
 
 
 @dataclass
 class RotaryTable:
-    """`rotate` at one position, in place: x * cosine + swapped(x) * sine, with the halves of a head swapped.
-
-    Cosine and sine are [S, K] each.
-    """
+    """`rotate` at one position, in place. Cosine and sine are [S, K] each."""
 
     cosine: Tensor
     sine: Tensor
@@ -56,8 +63,7 @@ class RotaryTable:
     @classmethod
     def from_angles(cls, angles: Tensor, dtype: torch.dtype) -> RotaryTable:
         """The table of all positions from their `rotary_angles`, in `dtype`."""
-        cosine, sine = angles.cos(), angles.sin()
-        return cls(torch.cat([cosine, cosine], 1).to(dtype), torch.cat([-sine, sine], 1).to(dtype))
+        return cls(*cosine_sine(angles, dtype))
 
     def apply_(self, x_BHK: Tensor, position: int) -> None:
         swapped = x_BHK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)

@@ -17,7 +17,7 @@ from pipeline.transformer.attention_patterns import (
     seen_in_blocks,
 )
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.rotary import rotary_angles
+from pipeline.transformer.rotary import cosine_sine, rotary_angles
 
 
 class Tables:
@@ -42,10 +42,10 @@ class Tables:
 
     @torch.inference_mode(False)
     def rotary(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles of positions start .. end - 1: [S, K / 2] each."""
+        """Cosine and sine of positions start .. end - 1 for `rotate`: [S, K] each."""
         if dtype not in self._cosine_sine:
             angles = rotary_angles(self.layout, self.shape.head_width, self.device)
-            self._cosine_sine[dtype] = (angles.cos().to(dtype), angles.sin().to(dtype))
+            self._cosine_sine[dtype] = cosine_sine(angles, dtype)
         cosine, sine = self._cosine_sine[dtype]
         return cosine[start:end], sine[start:end]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.rotary import RotaryTable, rotary_angles, rotate
+from pipeline.transformer.rotary import RotaryTable, cosine_sine, rotary_angles, rotate
 
 TWO_LEVELS = Layout.of(3, 40, [(2, 2, 8), (4, 4, 16)])
 
@@ -25,7 +25,7 @@ def test_one_position_turned_in_place_is_that_of_all_turned_at_once() -> None:
     angles = rotary_angles(TWO_LEVELS, 8, torch.device("cpu"))
     torch.manual_seed(0)
     x = torch.randn(2, TWO_LEVELS.length, 3, 8)
-    expected = rotate(x, angles.cos(), angles.sin())
+    expected = rotate(x, *cosine_sine(angles, torch.float32))
     table = RotaryTable.from_angles(angles, torch.float32)
     for position in range(TWO_LEVELS.length):
         own = x[:, position].clone()
