@@ -7,9 +7,8 @@ and samples.png, the last of those images. See pipeline/transformer/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from itertools import islice
-from random import Random
 
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
 from pipeline.training.stopping import stoppable
 from pipeline.training.trainer import train
 from pipeline.transformer.layout import Layout
@@ -63,10 +62,10 @@ class Workload:
         """T + N."""
         return self.objective.transformer.layout.length
 
-    def _encode_caption(self) -> Callable[[str, Random], list[int]] | None:
+    def _encode_caption(self) -> EncodeWithDropout | None:
         """How training encodes captions anew for each sample and epoch; None: the ids of the arrays."""
-        dropout, tokenizer = self.config.bpe_dropout, self.text_tokenizer
-        return (lambda caption, rng: tokenizer.encode_with_dropout(caption, dropout, rng)) if dropout else None
+        dropout = self.config.bpe_dropout
+        return EncodeWithDropout(self.text_tokenizer, dropout) if dropout else None
 
     def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
         """This rank's "text" [B, T] and "codes" [B, N] of each global batch, from global sample `consumed` on."""

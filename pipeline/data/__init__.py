@@ -11,5 +11,7 @@ tokenize_shards     image shards -> token arrays; tokens: their format, reading,
 order               the orders of samples: pure functions of (seed, position)
 stream, sampler     image shards -> batches of images, token arrays -> batches of tokens, in those orders
 inspect, export     `smalti data inspect` and `smalti data export`
-worker_pool         work in processes; prefetch: an iterator whose items a thread makes in advance
+prefetch            batches made in advance by a thread, and put on the device; caption_workers: captions encoded in
+                    other processes
+worker_pool         work in processes
 """

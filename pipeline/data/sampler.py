@@ -10,8 +10,7 @@ number of samples, costs nothing and takes no memory. A thread gathers batches a
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,13 @@ from torch import Tensor
 from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
-from pipeline.core.seeds import random_of
+from pipeline.core.process_limits import processors
+from pipeline.data.caption_workers import CaptionWorkers, Encode
 from pipeline.data.order import GlobalOrder
 from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
+
+_MOST_WORKERS = 4  # that encode captions: 64 captions of 40 words in 20 ms
 
 
 class TokenSampler:
@@ -38,12 +40,12 @@ class TokenSampler:
         *,
         rank: int | None = None,
         world_size: int | None = None,
-        encode_caption: Callable[[str, random.Random], Sequence[int]] | None = None,
+        encode_caption: Encode | None = None,
     ) -> None:
         """`rank`, `world_size`: by default those of `pipeline.core.distributed`. Raises UserError: see TokenArrays.
 
         `encode_caption`: makes the text ids from the stored captions, with random numbers that are a function of
-        (seed, epoch, sample) (BPE dropout); None: the stored ids.
+        (seed, epoch, sample) (BPE dropout), in processes of their own (`CaptionWorkers`); None: the stored ids.
         """
         self.arrays = TokenArrays(tokenize_dir, split)
         self.order = GlobalOrder(len(self.arrays), seed)
@@ -83,13 +85,22 @@ class TokenSampler:
         return load(self._batches(consumed + self.rank * share, batch_size, share))
 
     def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
+        if self._encode_caption is None:
+            yield from self._gathered(start, stride, share, None)
+            return
+        count = min(_MOST_WORKERS, processors() - 1)
+        with CaptionWorkers(self._encode_caption, self.seed, count) as workers:
+            yield from self._gathered(start, stride, share, workers)
+
+    def _gathered(
+        self, start: int, stride: int, share: int, workers: CaptionWorkers | None
+    ) -> Generator[dict[str, Tensor], None, None]:
         while True:
             samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.
             text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops)
-            if self._encode_caption is not None:
-                names = zip(self.arrays.captions(samples), epochs.tolist(), samples.tolist(), strict=True)
-                for row, (caption, epoch, sample) in zip(text, names, strict=True):
-                    row[:] = self._encode_caption(caption, random_of("caption", self.seed, epoch, sample))
+            if workers is not None:
+                captions = self.arrays.captions(samples)
+                text[:] = workers.encode(captions, epochs.tolist(), samples.tolist())
             yield {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
             start += stride

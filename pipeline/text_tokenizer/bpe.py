@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +94,9 @@ class TextTokenizer:
         ids = [self._ids[part] for word in words for part in _merged(word, self._ranks, dropout, rng)]
         return (ids + [PAD_ID] * self.text_length)[: self.text_length]
 
+    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[Tokenizer, TextTokenizerConfig]]:
+        return TextTokenizer, (self._tokenizer, self.config)
+
     @cached_property
     def _ids(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
@@ -132,6 +136,17 @@ class TextTokenizer:
                 f"{directory}/tokenizer.json is damaged ({error}); run the text-tokenizer stage again"
             ) from error
         return cls(tokenizer, config)
+
+
+@dataclass(frozen=True)
+class EncodeWithDropout:
+    """`encode_with_dropout` of one tokenizer and one `dropout`, to be sent to other processes."""
+
+    tokenizer: TextTokenizer
+    dropout: float
+
+    def __call__(self, caption: str, rng: random.Random) -> list[int]:
+        return self.tokenizer.encode_with_dropout(caption, self.dropout, rng)
 
 
 def _merged(word: str, ranks: dict[tuple[str, str], int], dropout: float, rng: random.Random) -> list[str]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import resource
 import threading
 import time
@@ -14,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
+from pipeline.data import sampler
 from pipeline.data.order import GlobalOrder
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
+from tests.data.caption_encoders import failing, numbered, own_process
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
 
 SAMPLES = 70
@@ -230,11 +232,6 @@ def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:
 
 def test_nothing_of_a_batch_is_made_in_the_training_thread(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = set()
-
-    def encode(caption: str, rng: random.Random) -> list[int]:
-        threads.add(threading.current_thread())
-        return [1, 2, 3]
-
     gather = TokenArrays.gather
 
     def noted(*arguments: Any) -> Any:
@@ -242,12 +239,34 @@ def test_nothing_of_a_batch_is_made_in_the_training_thread(tokenized: Path, monk
         return gather(*arguments)
 
     monkeypatch.setattr(TokenArrays, "gather", noted)
-    batches = TokenSampler(tokenized, "train", seed=0, encode_caption=encode).batches(0, 8)
-    assert next(batches)["text"].tolist() == [[1, 2, 3]] * 8
+    batches = TokenSampler(tokenized, "train", seed=0).batches(0, 8)
+    next(batches)
     batches.close()
     assert threads
     assert threading.current_thread() not in threads
     assert not threads & set(threading.enumerate())  # it ends with the batches
+
+
+def test_captions_are_encoded_in_other_processes_that_end_with_the_batches(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "processors", lambda: 3)
+    batches = TokenSampler(tokenized, "train", seed=0, encode_caption=own_process).batches(0, 8)
+    processes = {high * 2**16 + low for high, low, _ in next(batches)["text"].tolist()}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert all(psutil.pid_exists(process) for process in processes)
+    batches.close()
+    assert not any(psutil.pid_exists(process) for process in processes)
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+def test_a_caption_that_cannot_be_encoded_is_an_error_of_the_training(
+    processors: int, tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "processors", lambda: processors)
+    with pytest.raises(UserError, match="no ids for"):
+        next(TokenSampler(tokenized, "train", seed=0, encode_caption=failing).batches(0, 8))
 
 
 def test_arrays_are_gathered_as_narrow_as_they_lie_on_disk(tokenized: Path) -> None:
@@ -255,23 +274,24 @@ def test_arrays_are_gathered_as_narrow_as_they_lie_on_disk(tokenized: Path) -> N
     assert (batch["text"].dtype, batch["codes"].dtype) == (torch.uint16, torch.uint32)  # 21 and 70,000 ids
 
 
-def test_captions_encoded_in_training_depend_on_epoch_and_sample_and_on_nothing_else(tokenized: Path) -> None:
-    def encode(caption: str, rng: random.Random) -> list[int]:
-        return [int(caption.split()[-1]), rng.randrange(2**16), 0]
-
+def test_captions_encoded_in_training_depend_on_epoch_and_sample_and_on_nothing_else(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def rows(world_size: int, count: int) -> list[tuple[int, ...]]:
         ranks = [
-            TokenSampler(tokenized, "train", 5, rank=rank, world_size=world_size, encode_caption=encode)
+            TokenSampler(tokenized, "train", 5, rank=rank, world_size=world_size, encode_caption=numbered)
             for rank in range(world_size)
         ]
-        parts = [list(islice(sampler.batches(0, 8), count)) for sampler in ranks]
+        parts = [list(islice(one.batches(0, 8), count)) for one in ranks]
         return [tuple(row) for batch in zip(*parts, strict=True) for part in batch for row in part["text"].tolist()]
 
-    one, two = rows(1, 20), rows(2, 20)
-    assert one == two
+    monkeypatch.setattr(sampler, "processors", lambda: 1)
+    one = rows(1, 20)
+    monkeypatch.setattr(sampler, "processors", lambda: 4)
+    assert one == rows(2, 20)  # ranks, and processes that encode
     samples = len(TokenSampler(tokenized, "train", 5))
     plain = next(TokenSampler(tokenized, "train", 5).batches(0, 8))["codes"]
-    assert torch.equal(plain, next(TokenSampler(tokenized, "train", 5, encode_caption=encode).batches(0, 8))["codes"])
+    assert torch.equal(plain, next(TokenSampler(tokenized, "train", 5, encode_caption=numbered).batches(0, 8))["codes"])
     first, second = dict(row[:2] for row in one[:samples]), dict(row[:2] for row in one[samples : 2 * samples])
     assert first.keys() >= second.keys() & first.keys()
     assert sum(first[name] == second[name] for name in second) == 0  # another draw each epoch
