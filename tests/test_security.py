@@ -51,6 +51,7 @@ PROMISES = {
     "YAML": (f"{HERE}::test_a_config_can_name_no_python_object",),
     "Passwords.": (
         "tests/core/test_urls.py::test_a_run_from_a_guarded_source_has_the_password_nowhere_and_can_be_rerun",
+        "tests/core/test_urls.py::test_a_run_from_a_signed_url_has_the_signature_nowhere_and_can_be_resumed",
     ),
     "Nothing is downloaded or sent": (f"{HERE}::test_no_loader_may_run_code", f"{HERE}::test_usage_reports_are_off"),
 }

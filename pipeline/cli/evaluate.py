@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.stage import run_stage_here
+from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.config.evaluate import EXTRACTORS
 from pipeline.core.errors import UserError
 
@@ -36,6 +36,7 @@ _CACHE = Path("runs/.cache/features")
 @click.option("--save-fake", type=_PATH, help="likewise of --fake")
 @click.option("--config", "config_path", help="instead: run the stage evaluate of this config")
 @click.option("--print-config", is_flag=True, help="with --config: print the stage's resolved config and do nothing")
+@click.option("--take-over", is_flag=True, help=f"with --config: {TAKE_OVER}")
 def evaluate(
     overrides: tuple[str, ...],
     real: Path | None,
@@ -46,6 +47,7 @@ def evaluate(
     save_fake: Path | None,
     config_path: str | None,
     print_config: bool,
+    take_over: bool,
     seed: int,
     **options: object,
 ) -> None:
@@ -61,7 +63,7 @@ def evaluate(
 
             click.echo(to_yaml(load_pipeline(config_path, overrides).evaluate), nl=False)
             return
-        run_stage_here("evaluate", ["--config", config_path, *overrides])
+        run_stage_here("evaluate", stage_arguments(config_path, take_over, overrides))
     if real is None or fake is None:
         raise UserError("expected two sets of images, found fewer: smalti evaluate --real FOLDER --fake FOLDER")
     if overrides:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.stage import run_stage_here
+from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, decode_text
 
@@ -56,14 +56,17 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the step; docs/sampling.md says when it pays")
 @click.option("--preview/--no-preview", default=None, help="watch the first image fill in; default: on a terminal")
 @click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
-def generate(arguments: tuple[str, ...], prompts_file: Path | None, config_path: str | None, **options: Any) -> None:
+@click.option("--take-over", is_flag=True, help=f"with --config: {TAKE_OVER}")
+def generate(
+    arguments: tuple[str, ...], prompts_file: Path | None, config_path: str | None, take_over: bool, **options: Any
+) -> None:
     """Generate prompts with the models of a finished run, or of a folder that `smalti export` wrote.
 
     OUTPUT is an image file (.png, .jpg, .webp), which gets all images on one sheet, or a folder, which gets each image
     (<prompt>-<rank>.png) and grid.png. Into a folder the same command resumes where it was stopped.
     """
     if config_path:
-        run_stage_here("generate", ["--config", config_path, *arguments])
+        run_stage_here("generate", stage_arguments(config_path, take_over, arguments))
     if not arguments:
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
     prompts = [*map(_prompt, arguments[1:]), *_lines(prompts_file)]

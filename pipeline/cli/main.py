@@ -34,7 +34,7 @@ from pipeline.cli.plan import plan
 from pipeline.cli.reconstruct import reconstruct
 from pipeline.cli.runs import runs
 from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
-from pipeline.cli.stage import TAKE_OVER, run_stage_here
+from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.cli.ui import ui
 from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import load_pipeline
@@ -150,7 +150,7 @@ def _stage_command(name: str) -> click.Command:
         if print_config:
             click.echo(to_yaml(load_pipeline(config_path, overrides).section(name)), nl=False)
             return
-        run_stage_here(name, ["--config", config_path, *(["--take-over"] if take_over else []), *overrides])
+        run_stage_here(name, stage_arguments(config_path, take_over, overrides))
 
     return command
 

@@ -127,6 +127,11 @@ def run_stage_here(name: str, arguments: list[str]) -> NoReturn:
     raise AssertionError("a stage ends its process")
 
 
+def stage_arguments(config_path: str, take_over: bool, overrides: tuple[str, ...]) -> list[str]:
+    """What a command passes on to the stage that it starts."""
+    return ["--config", config_path, *(["--take-over"] if take_over else []), *overrides]
+
+
 def _configure_logging(path: Path) -> None:
     """What the screen shows stays in logs/<stage>.log: rank 0's messages and progress, other ranks' errors."""
     main = os.environ.get("RANK", "0") == "0"

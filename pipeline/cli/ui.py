@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 def ui(run_directory: Path, port: int) -> None:
     """Open MLflow's page for a run. Ctrl-C ends it."""
-    from pipeline.core.urls import put_password_back
+    from pipeline.core.credentials import put_password_back
     from pipeline.orchestration.mlflow_mirror import catch_up
     from pipeline.orchestration.mlflow_store import Store
 
@@ -54,12 +54,19 @@ def _page(store: Store) -> str:
 
 def _serve(command: list[str], environment: dict[str, str]) -> int:
     """Run the server to its end; a signal ends it with all its processes, which MLflow itself leaves running."""
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    servers: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        os.killpg(server.pid, signal.SIGTERM)
+    def stop(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for server in servers:
+            os.killpg(server.pid, signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    servers.append(server)
+    if asked:  # while the server was started
+        os.killpg(server.pid, signal.SIGTERM)
     code = server.wait()
     return 0 if code in (-signal.SIGTERM, -signal.SIGINT) else code

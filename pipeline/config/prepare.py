@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.base import Config, added, operational
-from pipeline.core.urls import take_password_out
+from pipeline.core.credentials import take_password_out
 
 # What is written down of it has no name and password; this process and its children remember them.
 Url = Annotated[str, AfterValidator(take_password_out)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from pipeline.config.base import Config
-from pipeline.core.urls import CREDENTIALS_VARIABLE, take_password_out
+from pipeline.core.credentials import CREDENTIALS_VARIABLE, take_password_out
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.core.credentials import put_password_back
 from pipeline.core.lock import Lock
-from pipeline.core.urls import put_password_back
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

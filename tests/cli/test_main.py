@@ -138,6 +138,23 @@ def test_sigterm_to_ui_ends_the_server_and_the_printed_page_was_there(tiny_run: 
         time.sleep(0.2)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_ui_starts_its_server_leaves_no_server(number: signal.Signals) -> None:
+    code = f"""
+import os, signal, subprocess
+from pipeline.cli import ui
+started = subprocess.Popen
+def start_and_be_signalled(*args, **kwargs):
+    server = started(*args, **kwargs)
+    os.kill(os.getpid(), {int(number)})
+    return server
+subprocess.Popen = start_and_be_signalled
+print(ui._serve(["sleep", "60"], dict(os.environ)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=50)
+    assert done.stdout == "0\n", done.stderr
+
+
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

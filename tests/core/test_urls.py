@@ -6,6 +6,7 @@ import base64
 import http.server
 import io
 import logging
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.core.credentials import put_password_back, take_password_out
 from pipeline.core.errors import UserError
-from pipeline.core.urls import MaskingFormatter, mask, put_password_back, take_password_out
+from pipeline.core.urls import MaskingFormatter, mask
 from tests.conftest import TINY
 from tests.launch import launch
 
@@ -53,10 +55,39 @@ def test_a_password_is_put_back_for_its_own_host_alone(monkeypatch: pytest.Monke
     assert put_password_back("https://host/x") == "https://me:changed@host/x"
 
 
+def test_a_signature_is_put_back_for_its_own_url_and_host_and_missed_where_nobody_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SMALTI_CREDENTIALS", "")
+    assert take_password_out("https://h/a.tar?part=1&sig=s3cr3t-a") == "https://h/a.tar?part=1&sig=***"
+    take_password_out("https://h/b.tar?part=1&sig=s3cr3t-b")
+    assert put_password_back("https://h/a.tar?part=1&sig=***") == "https://h/a.tar?part=1&sig=s3cr3t-a"
+    take_password_out("https://me:s3cr3t@braces/{0..9}.tar?token=s3cr3t")
+    assert put_password_back("https://braces/7.tar?token=***") == "https://me:s3cr3t@braces/7.tar?token=s3cr3t"
+    for other in ("https://h.evil.org/a.tar?part=1&sig=***", "http://h/a.tar?sig=***", "https://h/a.tar?token=***"):
+        with pytest.raises(UserError, match="written down without what is secret in it: start with the config file"):
+            put_password_back(other)
+    with pytest.raises(UserError, match="at most 100,000 bytes of URLs"):
+        take_password_out(f"https://h/{'x' * 100_000}?sig=s3cr3t")
+
+
+def _tar(images: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in images.items():
+            for member, body in ((name[1:], content), (f"{name[1:-4]}.txt", f"number {name[1:-4]}".encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    return stream.getvalue()
+
+
 class _Guarded(http.server.BaseHTTPRequestHandler):
+    """Files for whoever has the password, or a signed URL."""
+
     def do_GET(self) -> None:
         expected = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
-        if self.headers.get("Authorization") != expected:
+        if self.headers.get("Authorization") != expected and f"sig={SECRET}" not in self.path:
             self.send_response(401)
             self.end_headers()
             return
@@ -81,7 +112,7 @@ class _Guarded(http.server.BaseHTTPRequestHandler):
             files[f"/{number}.png"] = stream.getvalue()
             rows.append(f"{number}.png,number {number}")
         rows.append(f"gone.gif?token={SECRET}x,lost")
-        return files | {"/table.csv": "\n".join(rows).encode()}
+        return files | {"/table.csv": "\n".join(rows).encode(), "/all.tar": _tar(files)}
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -96,6 +127,11 @@ def server() -> Iterator[int]:
     httpd.server_close()
 
 
+def _with_the_secret(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "uncommitted.patch")  # of this test
+    return [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
 @pytest.mark.slow
 def test_a_run_from_a_guarded_source_has_the_password_nowhere_and_can_be_rerun(server: int, tmp_path: Path) -> None:
     address = f"http://me:{SECRET}@127.0.0.1:{server}/table.csv"
@@ -105,8 +141,7 @@ def test_a_run_from_a_guarded_source_has_the_password_nowhere_and_can_be_rerun(s
     output = launch("pipeline", "run", str(TINY), "--only", "prepare", *options, tracking, cwd=tmp_path, check=False)
     run = tmp_path / "runs" / "tiny"
     assert (run / "prepare" / "index.json").exists(), output
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-    assert not written
+    assert not _with_the_secret(tmp_path)
     assert SECRET not in output
     again = launch(
         "pipeline",
@@ -119,3 +154,21 @@ def test_a_run_from_a_guarded_source_has_the_password_nowhere_and_can_be_rerun(s
         SMALTI_CREDENTIALS=f"http://me:{SECRET}@127.0.0.1:{server}",
     )
     assert "up to date" in again
+
+
+@pytest.mark.slow
+def test_a_run_from_a_signed_url_has_the_signature_nowhere_and_can_be_resumed(server: int, tmp_path: Path) -> None:
+    signed = f"http://127.0.0.1:{server}/all.tar?part=1&sig={SECRET}"
+    options = ["--only", "prepare", "prepare.max_rejected_fraction=0.9", "prepare.workers=1"]
+    source = f"prepare.source={{kind: webdataset, urls: '{signed}'}}"
+    output = launch("pipeline", "run", str(TINY), source, *options, cwd=tmp_path, check=False)
+    run = tmp_path / "runs" / "tiny"
+    assert (run / "prepare" / "index.json").exists(), output
+    assert not _with_the_secret(tmp_path)
+    assert SECRET not in output
+    assert "up to date" in launch("pipeline", "run", str(TINY), source, *options, cwd=tmp_path)
+    own = ["run", str(run), *options, "prepare.image_size=32"]
+    without = launch("pipeline", *own, cwd=tmp_path, check=False)
+    assert "part=1&sig=*** was written down without what is secret in it" in without
+    assert "Traceback" not in without
+    launch("pipeline", *own, cwd=tmp_path, SMALTI_CREDENTIALS=signed)

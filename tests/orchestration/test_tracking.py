@@ -24,7 +24,7 @@ from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.config.tracking import TrackingConfig
 from pipeline.core.atomic_io import write_atomic, write_json
-from pipeline.core.urls import put_password_back
+from pipeline.core.credentials import put_password_back
 from pipeline.orchestration.graph import stage_identity, stages_of
 from pipeline.orchestration.mlflow_mirror import Mirror, catch_up
 from pipeline.orchestration.mlflow_store import default_uri, legal_name

@@ -25,9 +25,10 @@ from typing import Any, Protocol
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.core.credentials import url_to_fs
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.text import visible
-from pipeline.core.urls import mask, url_to_fs
+from pipeline.core.urls import mask
 
 Stamp = list[object]  # size and version of a file: changes when the file is replaced
 
@@ -119,6 +120,8 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
     """
     try:
         files, path = url_to_fs(url)
+    except UserError:
+        raise
     except Exception as error:  # each kind of storage has its own
         raise UserError(f"prepare.source: {visible(mask(url))} cannot be opened: {mask(fault(error))}") from error
     return files, path

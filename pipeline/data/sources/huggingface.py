@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import HuggingFaceSource
+from pipeline.core.credentials import put_password_back, url_to_fs
 from pipeline.core.errors import UserError
-from pipeline.core.urls import put_password_back, url_to_fs
 from pipeline.data.sources.base import (
     Counted,
     Item,

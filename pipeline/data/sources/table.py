@@ -13,8 +13,9 @@ from functools import partial
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import TableSource
+from pipeline.core.credentials import url_to_fs
 from pipeline.core.errors import UserError
-from pipeline.core.urls import mask, url_to_fs
+from pipeline.core.urls import mask
 from pipeline.data.sources.base import (
     Counted,
     Item,

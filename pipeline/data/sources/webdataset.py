@@ -17,9 +17,10 @@ from fsspec import AbstractFileSystem
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
+from pipeline.core.credentials import without_password
 from pipeline.core.errors import UserError
 from pipeline.core.text import visible
-from pipeline.core.urls import mask, without_password
+from pipeline.core.urls import mask
 from pipeline.data.sources.base import (
     LARGEST_IMAGE,
     LARGEST_TEXT,
