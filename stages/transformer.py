@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
+from pipeline.core.errors import UserError
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
+from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.prompts import check_against_training
 from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
 from pipeline.training.stopping import stoppable
 from pipeline.training.trainer import train
@@ -110,7 +113,25 @@ class Workload:
         return images | ({"loss_by_position": self._curve} if self._curve else {})
 
 
+def _check_prompts(run: StageRun) -> None:
+    """As text-tokenizer does, which may have finished with other prompts: generate, which needs them, is hours away.
+
+    Raises, on every rank, UserError.
+    """
+    if (run.directory / "checkpoints").exists():
+        return
+    error, arrays = None, TokenArrays(run.input("tokenize"), "train")
+    if distributed.is_main() and all("captions" in shard for shard in arrays.shards):
+        try:
+            check_against_training(run.config.generate, arrays.all_captions())
+        except UserError as mistake:
+            error = mistake
+    if (told := distributed.broadcast_object(error)) is not None:
+        raise told
+
+
 def main(run: StageRun) -> None:
+    _check_prompts(run)
     workload = Workload(run)
     config = run.config.transformer
     train(run, config.training, workload, engine="deepspeed", deepspeed=config.deepspeed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -12,7 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text
 
 
-def check_against_training(config: GenerateConfig, captions: Sequence[str]) -> None:
+def check_against_training(config: GenerateConfig, captions: Iterable[str]) -> None:
     """Check that training prompts are captions of the train split and new ones are not (case and spaces aside).
 
     Raises:

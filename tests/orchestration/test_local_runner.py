@@ -115,9 +115,10 @@ def test_a_refused_stage_changes_nothing(finished: RunDirectory) -> None:
 def test_a_stage_takes_over_a_run_whose_config_file_was_renamed(finished: RunDirectory, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(TINY.read_text())
-    command = ["tokenize", "--config", str(mine), f"runs={tmp_path}"]
-    assert "or pass --take-over" in launch("pipeline", *command, check=False)
-    assert "tokenize: up to date" in launch("pipeline", *command, "--take-over")
+    config = ["--config", str(mine), f"runs={tmp_path}"]
+    assert "or pass --take-over" in launch("pipeline", "tokenize", *config, check=False)
+    for stage in ("generate", "evaluate", "tokenize"):
+        assert f"{stage}: up to date" in launch("pipeline", stage, *config, "--take-over")
 
 
 @pytest.mark.slow
@@ -203,3 +204,16 @@ def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], com
     assert complaint in output
     assert "Traceback" not in output
     assert not (tmp_path / "tiny" / "image-tokenizer").exists()
+
+
+@pytest.mark.slow
+def test_prompts_that_change_after_prepare_are_told_before_the_transformer_trains(tmp_path: Path) -> None:
+    source = f"prepare.source={{kind: folder, path: {_captioned(tmp_path / 'in', 44)}}}"
+    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8"]
+    short = ["image_tokenizer.training.steps=6", "image_tokenizer.training.evaluate_every=6"]
+    command = ["run", str(TINY), f"runs={tmp_path}", source, *fitting, *short]
+    for stage in ("prepare", "text-tokenizer", "image-tokenizer", "tokenize"):
+        launch("pipeline", *command, "--only", stage)
+    output = launch("pipeline", *command, "generate.training_prompts=[a heart]", check=False)
+    assert "generate.training_prompts: expected captions of the train split, found 'a heart'" in output
+    assert not (tmp_path / "tiny" / "transformer" / "checkpoints").exists()
