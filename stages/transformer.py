@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.cli.stage import run_stage
+from pipeline.config.training import accumulation_steps
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
@@ -79,15 +80,17 @@ class Workload:
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Mean losses over one pass of the validation split, its last batch filled up from its start.
 
-        The loss of each position becomes a plot, which `sample_images` returns.
+        In the training's micro-batches. The loss of each position becomes a plot, which `sample_images` returns.
         """
         size = self.config.training.batch_size
+        pieces = accumulation_steps(self.config.training, distributed.world_size())
         sums: dict[str, Tensor] = {}
         count = -(-len(self.validation) // size)
         for batch in stoppable(islice(self.validation.batches(0, size), count)):
-            _, metrics = objective(batch, 0)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value.double().cpu()
+            for text, codes in zip(batch["text"].chunk(pieces), batch["codes"].chunk(pieces), strict=True):
+                _, metrics = objective({"text": text, "codes": codes}, 0)
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value.double().cpu() / pieces
         positions = (sums.pop("loss/position") / count).tolist()
         curve = distributed.mean({f"{position:08d}": loss for position, loss in enumerate(positions)})
         self._curve = position_plot([curve[name] for name in sorted(curve)], self.objective.transformer.layout)
