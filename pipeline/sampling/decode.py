@@ -26,6 +26,7 @@ from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import DecodeStep, ModelStep
 from pipeline.sampling.logits import draw, guide
 from pipeline.text_tokenizer.bpe import PAD_ID
+from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Cache, Transformer
 
 UNKNOWN = -1  # in `known`: a code that is to be drawn
@@ -140,12 +141,9 @@ def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_
 
     It ranks the ways to fill a hole: a good one makes what stays behind it likely.
     """
-    _, level_logits = model(text_BT, codes_BN)
-    targets = codes_BN.split([logits.shape[1] for logits in level_logits], dim=1)
-    parts = [
-        logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
-        for logits, target in zip(level_logits, targets, strict=True)
-    ]
+    factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
+    targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
+    losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
     counted = known_N != UNKNOWN
     counted[: _given_at_start(known_N[None])] = False
-    return (torch.cat(parts, dim=1) * counted).sum(dim=1)
+    return -(torch.cat(losses.plain, dim=1) * counted).sum(dim=1)
