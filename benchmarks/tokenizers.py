@@ -2,6 +2,8 @@
 
     python -m benchmarks.tokenizers --data DIR --minutes 5         trains what is not in the results yet; the table
     python -m benchmarks.tokenizers --data DIR --minutes 2 --seeds 0,1,2 --kinds ema,fsq
+    python -m benchmarks.tokenizers --data DIR --steps 400 --micro-batches 1,4,16 --kinds ema,lfq
+                                                                   the same training with each of these per step
     python -m benchmarks.tokenizers --encode                       `encode` beside the bare encoder, K = 8192
     python -m benchmarks.tokenizers --table                        the table of what the results hold
 
@@ -15,6 +17,7 @@ docs/tokenizers.md says what they mean. What is trained: `OURS` here and the pee
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -118,7 +121,9 @@ def openmoji() -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def train(
+    kind: str, seed: int, minutes: float, steps: int | None, micro_batches: int, images: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
     """Train one kind and measure it: the line of the results."""
     train_images, val_images = images
     torch.manual_seed(seed)
@@ -141,10 +146,11 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple
             order, used = torch.randperm(len(train_images), generator=generator), 0
         batch = train_images[order[used : used + config.batch_size]]
         used += config.batch_size
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = made.loss(batch, spent)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for micro in batch.chunk(micro_batches):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = made.loss(micro, spent) / micro_batches
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0)
         if torch.isfinite(norm):
             set_learning_rates(optimizer, learning_rate_factor(config, int(spent * NOMINAL_STEPS)))
@@ -157,8 +163,9 @@ def train(kind: str, seed: int, minutes: float, steps: int | None, images: tuple
         step += 1
     seconds = time.perf_counter() - started
     if ema:
-        ema.swap_in()
+        ema.swap()
     line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
+    line["micro_batches"] = micro_batches
     line |= {"images_per_s": step * config.batch_size / seconds, "skipped": skipped}
     line["parameters"] = sum(p.numel() for p in made.module.parameters())
     return line | metrics(made, val_images)
@@ -263,6 +270,22 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def micro_batch_table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row per kind, seed and number of steps; how far the numbers of micro-batches lie apart."""
+    cells: dict[tuple[str, int, int], dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        cells.setdefault((line["kind"], line["seed"], line["steps"]), {})[line.get("micro_batches", 1)] = line
+    counts = sorted({count for row in cells.values() for count in row})
+    heads = " | ".join(f"{count}: PSNR, dB; lowest usage" for count in counts)
+    rows = [f"| kind | seed | steps | {heads} | apart |", "|---|---|---|" + "---|" * (len(counts) + 1)]
+    for (kind, seed, steps), row in cells.items():
+        decibels, usage = [line["psnr"] for line in row.values()], [min(line["usage"]) for line in row.values()]
+        found = [f"{row[c]['psnr']:.2f}; {min(row[c]['usage']):.0%}" if c in row else "–" for c in counts]
+        apart = f"{max(decibels) - min(decibels):.2f} dB; {100 * (max(usage) - min(usage)):.1f} points"
+        rows.append(f"| {kind} | {seed} | {steps} | {' | '.join(found)} | {apart} |")
+    return "\n".join(rows)
+
+
 MEDIANS = ("psnr", "ssim", "bits_per_pixel", "images_per_s", "parameters")
 
 
@@ -275,16 +298,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time of each")
     parser.add_argument("--steps", type=int, help="so many steps instead of minutes, for a machine that is not quiet")
+    parser.add_argument("--micro-batches", default="1", help="1,4,16: train with each, and compare; with --steps")
     parser.add_argument("--seeds", default="0", help="0,1,2")
     parser.add_argument("--kinds", help=f"all, or some of: {'; '.join([*OURS, *PEERS])}")
     parser.add_argument("--results", type=Path, default=Path("tokenizers.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing")
     parser.add_argument("--encode", action="store_true", help="measure the speed of encode and do nothing else")
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("KIND", "SEED", "MICRO_BATCHES"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     cache = given.results.with_suffix(".images.pt")
     if given.one:
-        line = train(given.one[0], int(given.one[1]), given.minutes, given.steps, splits(given.data, cache))
+        kind, seed, parts = given.one[0], int(given.one[1]), int(given.one[2])
+        line = train(kind, seed, given.minutes, given.steps, parts, splits(given.data, cache))
         with open(given.results, "a") as file:
             file.write(json.dumps(line) + "\n")
         return
@@ -296,17 +321,25 @@ def main() -> None:
         if unknown := [kind for kind in kinds if kind not in {*OURS, *PEERS}]:
             parser.error(f"unknown kind '{unknown[0]}'; known: {'; '.join([*OURS, *PEERS])}")
         splits(given.data, cache)
-        for seed in given.seeds.split(","):
-            for kind in kinds:
-                done = {(line["kind"], str(line["seed"]), line["minutes"]) for line in read(given.results)}
-                if (kind, seed, given.minutes) in done:
-                    continue
-                command = [sys.executable, "-m", "benchmarks.tokenizers", "--one", kind, seed, "--minutes"]
-                command += [str(given.minutes), "--results", str(given.results)]
-                command += ["--steps", str(given.steps)] if given.steps else []
-                status = subprocess.run(command).returncode
-                print(f"{kind}, seed {seed}: {'done' if status == 0 else f'failed ({status}), left out'}", flush=True)
-    print(table([line for line in read(given.results) if given.table or line["minutes"] == given.minutes]))
+        for seed, kind, parts in itertools.product(given.seeds.split(","), kinds, given.micro_batches.split(",")):
+            if any(_is_of(line, kind, seed, parts, given) for line in read(given.results)):
+                continue
+            command = [sys.executable, "-m", "benchmarks.tokenizers", "--one", kind, seed, parts, "--minutes"]
+            command += [str(given.minutes), "--results", str(given.results)]
+            command += ["--steps", str(given.steps)] if given.steps else []
+            status = subprocess.run(command).returncode
+            outcome = "done" if status == 0 else f"failed ({status}), left out"
+            print(f"{kind}, seed {seed}, {parts} micro-batches: {outcome}", flush=True)
+    lines = [line for line in read(given.results) if given.table or line["minutes"] == given.minutes]
+    if any(line.get("micro_batches", 1) > 1 for line in lines):
+        print(micro_batch_table(lines), end="\n\n")
+    print(table([line for line in lines if line.get("micro_batches", 1) == 1]))
+
+
+def _is_of(line: dict[str, Any], kind: str, seed: str, micro_batches: str, given: argparse.Namespace) -> bool:
+    asked = (kind, seed, micro_batches, given.minutes, given.steps or line["steps"])
+    found = (line["kind"], str(line["seed"]), str(line.get("micro_batches", 1)), line["minutes"], line["steps"])
+    return found == asked
 
 
 if __name__ == "__main__":
