@@ -3,6 +3,7 @@
     python -m benchmarks.sampling            # 6 layers, width 256, 4 heads, 32 text + 256 image tokens, 8,192 codes
     python -m benchmarks.sampling --no-peers # ours alone
     python -m benchmarks.sampling --no-peers --compile   # and at batch 1 through torch.compile
+    python -m benchmarks.sampling --device cuda          # on a GPU: no bars, and without dalle-pytorch
 
 Peers: `dalle-pytorch` 1.6.6 `generate_images` with its cache on, and `transformers` `generate()` on a Llama of the same
 shape (its dynamic cache, multinomial sampling). All weights are random: the work is the same. See benchmarks/peers.py.
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from types import ModuleType
-from unittest import mock
 
 import click
 import torch
@@ -26,9 +26,7 @@ from torch import Tensor
 from benchmarks.peers import dalle_pytorch
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
-from pipeline.sampling import decode
-from pipeline.sampling.decode import candidate_uniforms, draw_codes
-from pipeline.sampling.decode_step import ModelStep
+from pipeline.sampling.decode import StepKind, candidate_uniforms, draw_codes
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -45,19 +43,21 @@ BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
 @click.option("--peers/--no-peers", default=True, show_default=True)
 @click.option("--dalle-tokens", default=IMAGE, show_default=True, help="fewer: the rest is given, for a shorter run")
 @click.option("--compile", "compiled", is_flag=True, help="at batch 1 also through torch.compile, which takes minutes")
-def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: bool) -> None:
+@click.option("--device", default="cpu", show_default=True)
+def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: bool, device: str) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = _model()
+    model = _model().to(device)
     half = deepcopy(model).bfloat16()
-    others = _peers(dalle_tokens) if peers else {}
+    others = _peers(dalle_tokens, device) if peers else {}
     print(f"{threads} threads; {LAYERS} layers, width {WIDTH}, {HEADS} heads, {TEXT}+{IMAGE} tokens, {CODES} codes")
     for batch in (1, 8):
         work: dict[str, Work] = {
             "smalti fp32": partial(_ours, model, batch),
             "smalti guided": partial(_ours, model, batch, guidance=3.0),
             "smalti bf16": partial(_ours, half, batch),
-            "smalti reference step": partial(_reference, model, batch),
+            "smalti reference step": partial(_ours, model, batch, step="model"),
+            "smalti static step": partial(_ours, model, batch, step="static"),
             **{name: partial(generate, batch) for name, generate in others.items()},
         }
         if compiled and batch == 1:
@@ -81,7 +81,7 @@ def _print_rates(seconds: dict[str, float], batch: int) -> None:
             against, holds = f"smalti {own / ours:.1f} x (bar {BARS[name][batch]})", own / ours >= BARS[name][batch]
         elif name == "smalti guided":
             against, holds = _bar(own / ours, 1.9), own <= 1.9 * ours
-        elif name == "smalti reference step":
+        elif name in ("smalti reference step", "smalti static step"):
             against = f"smalti {own / ours:.1f} x"
         _row(f"{name}, batch {batch}", batch * IMAGE / own, against, holds)
 
@@ -99,17 +99,14 @@ def _ours(
     on_code: Callable[[int, Tensor], object] | None = None,
     compiled: bool = False,
     guidance: float = 1.0,
+    step: StepKind | None = None,
 ) -> Tensor:
-    text = torch.randint(1, TEXT_CODES, (batch, TEXT), generator=torch.Generator().manual_seed(0))
-    uniforms = torch.stack([candidate_uniforms(0, i, 0, IMAGE) for i in range(batch)])
-    sampling = SamplingConfig(guidance=guidance)
-    return draw_codes(model, text, torch.arange(batch), uniforms, sampling, on_code=on_code, compiled=compiled)
-
-
-def _reference(model: Transformer, batch: int) -> Tensor:
-    """`_ours` through the step that devices other than CPUs take."""
-    with mock.patch.object(decode, "build_step", lambda model, cache, _compiled: ModelStep(model, cache)):
-        return _ours(model, batch)
+    device = model.head.weight.device
+    text = torch.randint(1, TEXT_CODES, (batch, TEXT), generator=torch.Generator().manual_seed(0)).to(device)
+    uniforms = torch.stack([candidate_uniforms(0, i, 0, IMAGE) for i in range(batch)]).to(device)
+    rows, sampling = torch.arange(batch, device=device), SamplingConfig(guidance=guidance)
+    codes = draw_codes(model, text, rows, uniforms, sampling, on_code=on_code, compiled=compiled, step=step)
+    return codes.cpu()  # waits for a GPU
 
 
 def _quarters(model: Transformer, batch: int, repeats: int) -> tuple[float, float]:
@@ -133,10 +130,10 @@ def _differences(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _peers(dalle_tokens: int) -> dict[str, Callable[[int], object]]:
+def _peers(dalle_tokens: int, device: str) -> dict[str, Callable[[int], object]]:
     """The other systems: each draws the images of a batch of the size that it is called with."""
-    found: dict[str, Callable[[int], object]] = {"transformers": _llama()}
-    if (module := dalle_pytorch()) is not None:
+    found: dict[str, Callable[[int], object]] = {"transformers": _llama(device)}
+    if device == "cpu" and (module := dalle_pytorch()) is not None:
         found["dalle-pytorch"] = _dalle(module, dalle_tokens)
     return found
 
@@ -156,7 +153,7 @@ def _dalle(module: ModuleType, dalle_tokens: int) -> Callable[[int], object]:
     return generate
 
 
-def _llama() -> Callable[[int], object]:
+def _llama(device: str) -> Callable[[int], object]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS).hidden
@@ -165,13 +162,15 @@ def _llama() -> Callable[[int], object]:
             vocab_size=TEXT_CODES + CODES, hidden_size=WIDTH, intermediate_size=hidden, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, max_position_embeddings=TEXT + IMAGE, bos_token_id=0, eos_token_id=None,
         )
-    ).eval()  # fmt: skip
+    ).eval().to(device)  # fmt: skip
 
     @torch.inference_mode()
     def generate(batch: int) -> object:
-        text = torch.randint(1, TEXT_CODES, (batch, TEXT))
+        text = torch.randint(1, TEXT_CODES, (batch, TEXT), device=device)
         mask = torch.ones_like(text)
-        return llama.generate(text, attention_mask=mask, max_new_tokens=IMAGE, do_sample=True, top_k=0, pad_token_id=0)
+        return llama.generate(
+            text, attention_mask=mask, max_new_tokens=IMAGE, do_sample=True, top_k=0, pad_token_id=0
+        ).cpu()
 
     return generate
 

@@ -21,7 +21,7 @@ from pipeline.core.progress import progress
 from pipeline.data.shards import Sample, read_samples, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
-from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
+from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, sampling_dtype
 from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.sampling.save import Metadata, save_image
 
@@ -41,7 +41,9 @@ def main(run: StageRun) -> None:
     captions = [(sample.key, sample.caption) for sample in read_samples(run.input("prepare"), "train")]
     check_against_training(config, [caption for _, caption in captions])
     chosen = [captions[row] for row in sampled_rows(len(captions), config.samples, run.config.seed)]
-    pipeline = Pipeline.from_pretrained(run.input("transformer").parent, distributed.device())
+    device = distributed.device()
+    dtype = sampling_dtype(config.sampling.dtype, device)
+    pipeline = Pipeline.from_pretrained(run.input("transformer").parent, device, dtype=dtype)
     if run.array_task is None:
         _generate_prompts(run, pipeline)
     _generate_samples(run, pipeline, chosen)
@@ -55,11 +57,12 @@ def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
     if not entries:
         return
     generated = _generate(run, pipeline, [prompt for prompt, _ in entries])
+    sampling = pipeline.told(config.sampling).model_dump(mode="json")
     listed = []
     for number, ((prompt, kind), one) in enumerate(zip(entries, generated, strict=True)):
         file = f"prompts/{number:02d}.png"
         listed.append({"prompt": prompt, "kind": kind, "file": file} | _score(one))
-        common = {"prompt": prompt, "seed": run.seed, "sampling": config.sampling.model_dump(mode="json")}
+        common = {"prompt": prompt, "seed": run.seed, "sampling": sampling}
         _save(run, one.image, file, common | _origin(pipeline, one))
     write_json(run.directory / "prompts.json", listed)
     run.add_output("prompts.json", artifact=True)

@@ -145,3 +145,23 @@ def test_generate_into_a_jpg_and_into_a_folder_with_a_dot_whatever_the_prompt(ti
     for output in ("/proc/x.png", "/proc/x", tmp_path / "x.gif"):
         result = invoke("generate", tiny_run, "a", "-o", output)
         assert isinstance(result.exception, UserError)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["-o", "images.tiff"], "images.tiff: expected a file that ends in .png"),
+        (["-o", "sheet.png", "-n", 1025], "a sheet holds 1024 images, found more: give a folder"),
+        (["-o", "sheet.webp", "-n", 1000], "sheet.webp: expected at most 16,383 pixels a side"),
+        (["--keep-rows", 2], "--keep-rows needs an image to start from"),
+        (["--top-p", 2], "'top_p': Input should be less than or equal to 1"),
+    ],
+)
+def test_mistakes_of_the_command_are_told_before_the_models_load(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], complaint: str
+) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("the models were loaded"))
+    monkeypatch.chdir(tmp_path)
+    result = invoke("generate", tiny_run, "joker", *options)
+    assert isinstance(result.exception, UserError), result.output
+    assert complaint in str(result.exception)

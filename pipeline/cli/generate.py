@@ -15,7 +15,7 @@ from pipeline.core.text import clean_text, decode_text
 if TYPE_CHECKING:
     from pipeline.config.generate import SamplingConfig
     from pipeline.sampling.image_prompt import ImagePrompt
-    from pipeline.sampling.pipeline import Pipeline
+    from pipeline.sampling.model_source import ModelSource
     from pipeline.sampling.to_directory import GenerateJob
 
 Options = dict[str, Any]  # what click parsed, by name
@@ -38,8 +38,8 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--min-p", type=float)
 @click.option("--guidance", type=float, help="classifier-free guidance scale; 1: off")
 @click.option("--guidance-schedule", type=click.Choice(["constant", "linear", "cosine", "power"]))
-@click.option("--guidance-interval", type=(float, float), help="the part of the sequence that is guided, e.g. 0 0.8")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]))
+@click.option("--guidance-interval", type=(float, float), help="the part of each level that is guided, e.g. 0 0.8")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
 @click.option("--image", type=_image, help="an image to start from, with one of the next three")
 @click.option("--keep-rows", type=_count, help="complete it: rows of codes that stay, from the top")
@@ -74,14 +74,21 @@ def generate(
         raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
 
     from pipeline.core.distributed import device
-    from pipeline.sampling.pipeline import Pipeline
+    from pipeline.sampling.model_source import find_models
+    from pipeline.sampling.pipeline import Pipeline, sampling_dtype
     from pipeline.sampling.save import check_output
-    from pipeline.sampling.to_directory import generate_folder, generate_sheet
+    from pipeline.sampling.to_directory import check_sheet, generate_folder, generate_sheet
 
-    pipeline = Pipeline.from_pretrained(arguments[0], device(), reranker=options["reranker"])
-    job = _job(prompts, _sampling(Path(arguments[0]), pipeline, options), options)
-    output: Path = options["output"]
-    count = (generate_sheet if check_output(output) else generate_folder)(pipeline, job, output)
+    # What is wrong with the command is told before the models load, which takes minutes for large ones.
+    output, source = options["output"], find_models(Path(arguments[0]))
+    job = _job(prompts, _sampling(Path(arguments[0]), source, options), options)
+    is_sheet = check_output(output)
+    if is_sheet:
+        check_sheet(job, output, source)
+    where = device()
+    dtype = sampling_dtype(job.sampling.dtype, where)
+    pipeline = Pipeline.from_pretrained(arguments[0], where, options["reranker"], dtype)
+    count = (generate_sheet if is_sheet else generate_folder)(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
 
 
@@ -102,12 +109,12 @@ def _job(prompts: list[str], sampling: SamplingConfig, options: Options) -> Gene
     )
 
 
-def _sampling(run_directory: Path, pipeline: Pipeline, options: Options) -> SamplingConfig:
+def _sampling(run_directory: Path, source: ModelSource, options: Options) -> SamplingConfig:
     """The run's own settings, over them those of --best, over them the options that were given."""
     from pipeline.config.base import parse_config
     from pipeline.config.generate import SamplingConfig
 
-    values = pipeline.source.sampling.model_dump()
+    values = source.sampling.model_dump()
     if options["best"]:
         values |= _best(run_directory)
     values |= {name: options[name] for name in _SAMPLING if options[name] is not None}

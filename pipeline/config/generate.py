@@ -26,13 +26,15 @@ class SamplingConfig(Config):
         description="classifier-free guidance scale; 1: off; above 1 needs caption dropout",
     )
     guidance_schedule: Literal["constant", "linear", "cosine", "power"] = Field(
-        "constant", description="how the scale gets from 1 at the first code to `guidance` at the last one"
+        "constant", description="how the scale gets from 1 at each level's first code to `guidance` at its last one"
     )
     guidance_power: float = Field(2.0, gt=0, le=10, description="schedule power only: its exponent")
     guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="the part of the sequence that is guided; outside of it the scale is 1"
+        (0.0, 1.0), description="the part of each level that is guided; outside of it the scale is 1"
     )
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the transformer while it generates")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="precision of the transformer while it generates; auto: bf16 on GPUs, fp32 on CPUs"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
@@ -42,10 +44,11 @@ class SamplingConfig(Config):
         return self
 
     def guidance_at(self, progress: float) -> float:
-        """The guidance scale when `progress` (0 to 1) of the codes are drawn.
+        """The guidance scale when `progress` (0 to 1) of a level's codes are drawn.
 
-        Schedules after Chang et al. 2023 (Muse, section 2.7: linear) and Gao et al. 2023 (MDT, section 3.3: powers of
-        a cosine); an interval after Kynkäänniemi et al. 2024.
+        Schedules: linear after Chang et al. 2023 (Muse, section 2.7); cosine, (1 - cos(pi progress)) / 2, after Gao et
+        al. 2023 (MDT, section 3.3, whose power of the progress is 1 here); power, progress ** `guidance_power`, of no
+        paper. An interval after Kynkäänniemi et al. 2024.
         """
         begin, end = self.guidance_interval
         if not begin <= progress <= end:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,19 @@ def load_model(
             f" copy both files from one run, or run the stage {stage} again"
         ) from error
     return model.eval()
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """A copy in eval mode whose floating-point parameters and buffers are of `dtype`, without a copy as it is."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, object] = {number: _cast(tensor, dtype) for number, tensor in tensors.items()}
+    return deepcopy(model, memo).eval()
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    data = tensor.detach()
+    other = data.to(dtype) if data.is_floating_point() else data.clone()
+    return nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pipeline.evaluation.image_sets import StoredImage, images_at
 from pipeline.evaluation.results import SweepResult, SweepSetting
 from pipeline.evaluation.run_evaluation import GENERATED_OTHER, RealImages
 from pipeline.orchestration.stage_run import StageRun
-from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.pipeline import Pipeline, sampling_dtype
 
 VARIED = ("guidance", "temperature", "top_k")
 BEST = "best.yaml"
@@ -103,12 +103,14 @@ class Sweep:
             batch_size = self._run.config.generate.batch_size
             if self._pipeline is None:
                 directory = self._run.input("transformer").parent
-                self._pipeline = Pipeline.from_pretrained(directory, distributed.device())
+                device = distributed.device()
+                dtype = sampling_dtype(setting.dtype, device)  # which no sweep varies
+                self._pipeline = Pipeline.from_pretrained(directory, device, dtype=dtype)
             generated = self._pipeline.generate(captions, 1, self._run.seed, setting, batch_size=batch_size)
             images = [one.image for one in generated]
             samples = []
             for image, caption, source in zip(images, captions, self._chosen, strict=True):
-                about = {"sampling": setting.model_dump()}
+                about = {"sampling": self._pipeline.told(setting).model_dump()}
                 samples.append(Sample(source.key, png_bytes(image), caption, about))
             write_shard(path, samples)
         return images_at(path)

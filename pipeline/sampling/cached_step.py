@@ -35,8 +35,7 @@ Norm = Callable[[Tensor, Tensor], object]  # of the first argument, into the sec
 class CachedDecoder:
     """A `DecodeStep` over one cache, for as long as neither weights nor cache are replaced."""
 
-    def __init__(self, model: Transformer, cache: Cache, compiled: bool = False) -> None:
-        """`compiled`: through `torch.compile`, which takes its time at the first code."""
+    def __init__(self, model: Transformer, cache: Cache) -> None:
         layout, self._batch = model.layout, len(cache[0].keys)
         ends = [slice(o, o + n.codebook_size) for o, n in zip(layout.level_offsets, layout.levels, strict=True)]
         levels = [layout.level_at(index) for index in range(layout.image_length)]
@@ -51,7 +50,6 @@ class CachedDecoder:
             self._rotary = RotaryTable.from_angles(angles, cache[0].keys.dtype)
         self._layers = [_Layer.build(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
         self._norm, self._workspace = _norm(model.norm), _Workspace(self._layers[0], self._batch)
-        self._compiled = torch.compile(_run_layers, dynamic=True) if compiled else None
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
         """float32 [B, V]."""
@@ -64,11 +62,7 @@ class CachedDecoder:
         x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._workspace.mixed_CD)))
         if self._code_positions is not None:
             x_CD += self._code_positions[index]
-        position = self._first + index
-        if self._compiled is None:
-            _run_layers(self._layers, self._rotary, x_CD, position, self._batch, self._workspace)
-        else:
-            x_CD = self._compiled(self._layers, self._rotary, x_CD, position, self._batch)
+        _run_layers(self._layers, self._rotary, x_CD, self._first + index, self._workspace)
         self._norm(x_CD, self._workspace.normed_CD)
         return self._workspace.normed_CD[: self._batch]
 
@@ -117,15 +111,9 @@ class _Workspace:
 
 
 def _run_layers(
-    layers: list[_Layer],
-    rotary: RotaryTable | None,
-    x_CD: Tensor,
-    position: int,
-    batch: int,
-    workspace: _Workspace | None = None,
-) -> Tensor:
-    """All blocks, in place: returns `x_CD`. Without a workspace it makes one, as torch.compile likes it."""
-    workspace = workspace or _Workspace(layers[0], batch)
+    layers: list[_Layer], rotary: RotaryTable | None, x_CD: Tensor, position: int, workspace: _Workspace
+) -> None:
+    """All blocks, in place."""
     for layer in layers:
         layer.attention_norm(x_CD, workspace.normed_CD)
         _attend(layer, rotary, position, workspace)
@@ -139,7 +127,6 @@ def _run_layers(
             torch.mul(F.silu(workspace.gate_CM), workspace.value_CM, out=workspace.hidden_CM)
         torch.mm(layer.mlp.out.weight, workspace.hidden_MC, out=workspace.out_DC)
         x_CD += workspace.out_CD
-    return x_CD
 
 
 def _attend(layer: _Layer, rotary: RotaryTable | None, position: int, workspace: _Workspace) -> None:

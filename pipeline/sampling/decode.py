@@ -16,6 +16,7 @@ Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.seeds import hash64
 from pipeline.sampling.cached_step import CachedDecoder
-from pipeline.sampling.decode_step import DecodeStep, ModelStep
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.decode_step import ModelStep
+from pipeline.sampling.draw_next import UNKNOWN, Drawing, DrawNext, DrawWithNumbers, DrawWithTensors, guidance_scales
+from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Cache, Transformer
 
-UNKNOWN = -1  # in `known`: a code that is to be drawn
+StepKind = Literal["static", "cached", "model"]
 
 
 def candidate_uniforms(seed: int, prompt_index: int, candidate_index: int, count: int) -> Tensor:
@@ -48,6 +50,7 @@ def draw_codes(
     known_PN: Tensor | None = None,
     on_code: Callable[[int, Tensor], object] | None = None,
     compiled: bool = False,
+    step: StepKind | None = None,
 ) -> Tensor:
     """Draw the codes of B candidates, coarse to fine, raster order.
 
@@ -58,48 +61,47 @@ def draw_codes(
         known_PN: codes that each prompt's candidates have from the start; UNKNOWN (-1) where one is to be drawn.
         on_code: called after each code with the number of codes there are by now, and all codes [B, N].
         compiled: run the step through `torch.compile`.
+        step: which one decodes; None: what `choose_step` says.
 
     Returns:
         int64 [B, N], each level's own ids (no offsets).
     """
     count = model.layout.image_length
-    if known_PN is None:
-        known_PN = torch.full((len(text_PT), count), UNKNOWN, device=text_PT.device)
-    codes_BN = known_PN[prompt_of_B].clamp(min=0)
-    given = _given_at_start(known_PN)
+    given = 0 if known_PN is None else _given_at_start(known_PN)
+    known_BN = None if known_PN is None else known_PN[prompt_of_B]
+    codes_BN = torch.zeros_like(uniforms_BN, dtype=torch.int64) if known_BN is None else known_BN.clamp(min=0)
     if given == count:
         return codes_BN
-    forced = (known_PN != UNKNOWN).any(0).tolist()
     guided = sampling.guidance != 1.0
-    hidden, cache = _read_prompts(model, text_PT, prompt_of_B, known_PN[:, :given], guided)
-    step = build_step(model, cache, compiled)
+    step = step or choose_step(model.head.weight.device.type, compiled)
+    length = static_length(model.layout.length) if step == "static" else model.layout.length
+    given_Pn = text_PT.new_empty((len(text_PT), 0)) if known_PN is None else known_PN[:, :given]
+    hidden, cache = _read_prompts(model, text_PT, prompt_of_B, given_Pn, guided, length)
+    if uniforms_BN.device.type != "cpu":
+        uniforms_BN = uniforms_BN.float()  # as `draw` takes them there
+    drawing = Drawing(codes_BN, uniforms_BN, known_BN, sampling, guidance_scales(sampling, model.layout))
+    draw_next: DrawNext
+    if step == "static":
+        draw_next = DrawWithTensors(StaticStep(model, cache, given, compiled), hidden, drawing)
+    else:
+        draw_next = DrawWithNumbers((CachedDecoder if step == "cached" else ModelStep)(model, cache), hidden, drawing)
     for index in range(given, count):
-        logits = step.logits(hidden, index)
-        if guided:
-            prompted, unprompted = logits.chunk(2)
-            logits = guide(prompted, unprompted, sampling.guidance_at(index / max(count - 1, 1)))
-        code_B = draw(logits, uniforms_BN[:, index], sampling)
-        if forced[index]:
-            known_B = known_PN[prompt_of_B, index]
-            code_B = torch.where(known_B == UNKNOWN, code_B, known_B)
-        codes_BN[:, index] = code_B
+        draw_next(index)
         if on_code is not None:
             on_code(index + 1, codes_BN)
-        if index + 1 < count:
-            hidden = step.read(torch.cat([code_B, code_B]) if guided else code_B, index)
     return codes_BN
 
 
-def build_step(model: Transformer, cache: Cache, compiled: bool = False) -> DecodeStep:
-    """The step that decodes from `cache`, by the model's device.
+def choose_step(device: str, compiled: bool = False) -> StepKind:
+    """The step that decodes fastest on a type of device.
 
-    On CPUs `CachedDecoder`: 2.2 times as fast there as the reference at batch 1, 1.5 times at batch 8. Elsewhere the
-    reference: what `CachedDecoder` saves was measured on CPUs alone. `compiled` asks for it on any device: it is what
-    compiles.
+    static: on CUDA, where one graph replays it, and through `torch.compile` anywhere.
+    cached: on CPUs, 2.2 times as fast there as the reference at batch 1, 1.5 times at batch 8.
+    model: the reference, on other devices, and under autocast there, whose casts of weights cannot be captured.
     """
-    if compiled or model.head.weight.device.type == "cpu":
-        return CachedDecoder(model, cache, compiled)
-    return ModelStep(model, cache)
+    if device == "cpu" and not compiled:
+        return "cached"
+    return "static" if (compiled or device == "cuda") and not torch.is_autocast_enabled(device) else "model"
 
 
 def _given_at_start(known_PN: Tensor) -> int:
@@ -109,9 +111,10 @@ def _given_at_start(known_PN: Tensor) -> int:
 
 
 def _read_prompts(
-    model: Transformer, text_PT: Tensor, prompt_of_B: Tensor, given_Pn: Tensor, guided: bool
+    model: Transformer, text_PT: Tensor, prompt_of_B: Tensor, given_Pn: Tensor, guided: bool, length: int
 ) -> tuple[Tensor, Cache]:
-    """Prompts and first codes into a cache with a row per candidate, and the hidden state that predicts the next code.
+    """Prompts and first codes into a cache of `length` positions with a row per candidate, and the hidden state that
+    predicts the next code.
 
     With guidance the unprompted rows follow the prompted ones.
     """
@@ -123,15 +126,15 @@ def _read_prompts(
         rows = torch.cat([prompt_of_B, len(text_PT) + own])
         text_PT = torch.cat([text_PT, text_PT.new_full((len(first), text_PT.shape[1]), PAD_ID)])
         given_Pn = torch.cat([given_Pn, first])
-    prompt_cache = model.new_cache(len(text_PT))
+    read = model.layout.text_length + 1 + given_Pn.shape[1]
+    prompt_cache = model.new_cache(len(text_PT), read)
     hidden = model.read_text(text_PT, prompt_cache)
     if given_Pn.shape[1]:
         hidden = model.read_codes(given_Pn, 0, prompt_cache)
-    read = model.layout.text_length + 1 + given_Pn.shape[1]
-    cache = model.new_cache(len(rows))
+    cache = model.new_cache(len(rows), length)
     for own_layer, prompt in zip(cache, prompt_cache, strict=True):
-        own_layer.keys[:, :, :read] = prompt.keys[rows, :, :read]
-        own_layer.values[:, :, :read] = prompt.values[rows, :, :read]
+        own_layer.keys[:, :, :read] = prompt.keys[rows]
+        own_layer.values[:, :, :read] = prompt.values[rows]
     return hidden[rows], cache
 
 

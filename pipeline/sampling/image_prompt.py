@@ -24,7 +24,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_tensor
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
-from pipeline.sampling.decode import UNKNOWN
+from pipeline.sampling.draw_next import UNKNOWN
 
 
 @dataclass(frozen=True)

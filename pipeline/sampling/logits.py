@@ -13,14 +13,18 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 
 _NEVER = float("-inf")  # logit of a code that is left out
+_BELOW_1 = 1 - 2**-24  # the largest float32 below 1
 
 
-def guide(prompted_BV: Tensor, unprompted_BV: Tensor, scale: float) -> Tensor:
+def guide(prompted_BV: Tensor, unprompted_BV: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, equation 6): unprompted + scale * (prompted - unprompted).
 
-    `scale` is 1 + w of the paper. 1: the prompted logits themselves; 0: the unprompted ones; above 1: away from them.
+    `scale`, a number or a float32 [1], is 1 + w of the paper. 1: the prompted logits themselves; 0: the unprompted
+    ones; above 1: away from them.
     """
-    return prompted_BV if scale == 1 else torch.lerp(unprompted_BV, prompted_BV, scale)
+    if not isinstance(scale, Tensor) and scale == 1:
+        return prompted_BV
+    return torch.lerp(unprompted_BV, prompted_BV, scale)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -39,11 +43,26 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tens
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1:
         logits_BV = keep_top_p(logits_BV, sampling.top_p)
-    # float64: a sum over thousands of codes must end at 1, and the uniform has 53 bits.
+    return (invert_in_float64 if logits_BV.device.type == "cpu" else invert_in_float32)(logits_BV, uniform_B)
+
+
+def invert_in_float64(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The code at which the cumulative distribution passes the uniform number: on CPUs, where float64 costs little.
+
+    A sum over thousands of codes ends at 1, and the uniform has 53 bits.
+    """
     cumulative = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     target = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
     # side "right": a code of probability 0 is never drawn, not even by a uniform of exactly 0.
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
+
+
+def invert_in_float32(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The same on GPUs, where a parallel sum may grow by a rounding at a code of probability 0: that is left out."""
+    probability = logits_BV.softmax(dim=-1)
+    reached = probability.cumsum(dim=-1).masked_fill_(probability == 0, 0)
+    target = uniform_B.float().clamp(max=_BELOW_1)[:, None] * reached.amax(dim=-1, keepdim=True)
+    return (reached > target).byte().argmax(dim=-1)  # the first of them
 
 
 def keep_min_p(logits_BV: Tensor, share: float) -> Tensor:

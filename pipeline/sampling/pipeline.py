@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil
-from pipeline.core.iteration import batched
+from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
+from pipeline.sampling.batch_memory import batch_that_fits, bytes_per_image, free_bytes, in_batches
 from pipeline.sampling.checks import check_counts, check_prompts, check_sampling, warn_of_prompts
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
@@ -34,7 +35,8 @@ from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PIXELS_AT_ONCE = 2**20  # that the image tokenizer decodes: 16 images of 256 × 256
 Candidate = tuple[int, int]  # index of the prompt in the call, and of the candidate
 
 
@@ -64,6 +66,8 @@ class Pipeline:
         text_tokenizer, transformer, image_tokenizer: as trained, in eval mode.
         ranker: scores images against prompts; None where the run has no reranker.
         source: where the models came from: hash, default sampling, whether guidance was trained.
+
+    The transformer generates in the precision in which it was loaded; image tokenizer and ranker are in float32.
     """
 
     def __init__(
@@ -82,29 +86,36 @@ class Pipeline:
             )
         self.text_tokenizer, self.transformer, self.image_tokenizer = text_tokenizer, transformer, image_tokenizer
         self.ranker, self.source = ranker, source or ModelSource()
+        self._narrower: Transformer | None = None  # the transformer cast, once, for calls that ask for it
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: torch.device | str = "cpu", reranker: str | Path | None = None
+        cls,
+        directory: str | Path,
+        device: torch.device | str = "cpu",
+        reranker: str | Path | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Pipeline:
         """Load a run directory (runs/<name>), or a folder that `smalti export` wrote.
 
         Args:
             reranker: a folder with a pretrained CLIP that takes the place of the run's own reranker.
+            dtype: of the transformer, which is cast while it loads; None: the run's `generate.sampling.dtype`.
 
         Raises:
             UserError: no such directory, or a stage of the run that is not finished.
         """
         source = find_models(Path(directory))
         device = torch.device(device)
+        dtype = dtype or sampling_dtype(source.sampling.dtype, device)
         text_tokenizer = TextTokenizer.from_pretrained(source.text_tokenizer)
         ranker = None
         if reranker or source.reranker:
             ranker = Ranker.from_pretrained(Path(reranker or source.reranker or ""), text_tokenizer, device)
         return cls(
             text_tokenizer,
-            Transformer.from_pretrained(source.transformer).to(device),
-            ImageTokenizer.from_pretrained(source.image_tokenizer).to(device).eval(),
+            Transformer.from_pretrained(source.transformer, dtype, device),
+            ImageTokenizer.from_pretrained(source.image_tokenizer, device=device),
             ranker,
             source,
         )
@@ -136,19 +147,19 @@ class Pipeline:
                 prompt; for filled images without a reranker, those that make what stays behind the hole likeliest.
             image_prompt: an image that all prompts start from.
             first_prompt: the number of the first prompt, for a job that generates a slice of a longer list.
-            batch_size: images drawn at once.
+            batch_size: images drawn at once; on a GPU fewer if they do not fit, with a warning.
             compiled: run the step through `torch.compile` (see docs/sampling.md for when that pays).
 
         Raises:
-            UserError: see `checks.py`; an image prompt that does not fit.
+            UserError: see `checks.py`; an image prompt that does not fit; GPU memory for less than an image.
         """
         sampling = sampling or SamplingConfig()
         self._check(prompts, candidates, batch_size, sampling, keep, image_prompt)
         drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
         wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
         generated: list[GeneratedImage] = []
-        for batch in batched(wanted, batch_size):
-            codes_BN = drawing.codes(batch, callbacks or Callbacks())
+        batch_size = batch_that_fits(min(batch_size, len(wanted)), drawing.bytes_per_image, free_bytes(drawing.device))
+        for batch, codes_BN in in_batches(wanted, batch_size, partial(drawing.codes, callbacks or Callbacks())):
             images = self.decode(codes_BN)
             scores = self._scores(images, codes_BN, batch, prompts, drawing) if keep else [None] * len(batch)
             generated += [
@@ -160,11 +171,21 @@ class Pipeline:
         return generated
 
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
-        """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images."""
-        levels = list(codes_BN.split([level.positions for level in self.transformer.layout.levels], dim=1))
+        """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images, a few at a time."""
+        sizes = [level.positions for level in self.transformer.layout.levels]
+        at_once = max(_PIXELS_AT_ONCE // self.image_tokenizer.image_size**2, 1)
+        images: list[Image.Image] = []
         with torch.inference_mode():
-            images = self.image_tokenizer.decode(levels)  # [B, 3, H, W] in [0, 1]
-        return to_pil(images)
+            for part_bN in codes_BN.split(at_once):
+                images += to_pil(self.image_tokenizer.decode(list(part_bN.split(sizes, dim=1))))
+        return images
+
+    def told(self, sampling: SamplingConfig) -> SamplingConfig:
+        """`sampling` as metadata of images has it: with the precision that `auto` stands for here."""
+        if sampling.dtype != "auto":
+            return sampling
+        names = [name for name, dtype in DTYPES.items() if dtype == self.transformer.head.weight.dtype]
+        return sampling.model_copy(update={"dtype": names[0]}) if names else sampling
 
     def _check(
         self,
@@ -190,17 +211,30 @@ class Pipeline:
         first_prompt: int,
         compiled: bool,
     ) -> _Drawing:
-        model = self._transformer_in(_DTYPES[sampling.dtype])
+        model = self._transformer_in(sampling.dtype)
         device = model.head.weight.device
         text_PT = self.text_tokenizer.encode(prompts).to(device)
         known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
         return _Drawing(model, text_PT, known_N, sampling, seed, first_prompt, compiled)
 
-    def _transformer_in(self, dtype: torch.dtype) -> Transformer:
-        """The transformer; in another precision a copy of it, so that the original never loses bits."""
-        if self.transformer.head.weight.dtype == dtype:
+    def _transformer_in(self, name: str) -> Transformer:
+        """The transformer; in a narrower precision than its own a copy, which is made once.
+
+        Raises:
+            UserError: a wider precision, whose bits are not there.
+        """
+        own = self.transformer.head.weight
+        dtype = own.dtype if name == "auto" else sampling_dtype(name, own.device)
+        if own.dtype == dtype:
             return self.transformer
-        return deepcopy(self.transformer).to(dtype)
+        if own.dtype.itemsize < dtype.itemsize:
+            raise UserError(
+                f"sampling.dtype: expected auto, or the precision that the transformer was loaded in ({own.dtype}),"
+                f" found {name}; load it with Pipeline.from_pretrained(…, dtype={dtype})"
+            )
+        if self._narrower is None:
+            self._narrower = cast(self.transformer, dtype)
+        return self._narrower
 
     def _scores(
         self,
@@ -230,9 +264,18 @@ class _Drawing:
     first_prompt: int
     compiled: bool
 
-    def codes(self, batch: Sequence[Candidate], callbacks: Callbacks) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    @property
+    def bytes_per_image(self) -> int:
+        layout, shape = self.model.layout, self.model.shape
+        return bytes_per_image(layout, shape, self.model.head.weight.itemsize, self.sampling.guidance != 1)
+
+    def codes(self, callbacks: Callbacks, batch: Sequence[Candidate]) -> Tensor:
         """The codes of these candidates, int64 [B, N]."""
-        count, device = self.model.layout.image_length, self.text.device
+        count, device = self.model.layout.image_length, self.device
         uniforms = torch.stack([candidate_uniforms(self.seed, self.first_prompt + i, j, count) for i, j in batch])
         used = sorted({i for i, _ in batch})
         return draw_codes(
@@ -245,6 +288,23 @@ class _Drawing:
             on_code=_reporter(self.model.layout, len(batch), callbacks),
             compiled=self.compiled,
         )
+
+
+def sampling_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision that `generate.sampling.dtype` names: `auto` is bf16 on GPUs that compute in it, else float32.
+
+    Raises:
+        UserError: bf16 on a GPU that does not compute in it.
+    """
+    can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return torch.bfloat16 if can else torch.float32
+    if name == "bf16" and device.type == "cuda" and not can:
+        raise UserError(
+            f"sampling.dtype: expected fp32 or auto, since {torch.cuda.get_device_name(device)} does not compute in"
+            " bf16, found bf16"
+        )
+    return DTYPES[name]
 
 
 def keep_best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:

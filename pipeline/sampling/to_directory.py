@@ -9,12 +9,14 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.core.progress import progress
 from pipeline.core.version import VERSION
 from pipeline.sampling.checks import check_prompts
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt
+from pipeline.sampling.model_source import ModelSource
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.save import SHEET, Metadata, check_format, open_image, read_metadata, save_image
@@ -45,7 +47,7 @@ class GenerateJob:
     def metadata(self, prompt: int, pipeline: Pipeline) -> dict[str, object]:
         """What the metadata of all images of a prompt have in common."""
         common: dict[str, object] = {"prompt": self.prompts[prompt], "prompt_number": prompt, "seed": self.seed}
-        common |= {"candidates": self.candidates, "sampling": self.sampling.model_dump(mode="json")}
+        common |= {"candidates": self.candidates, "sampling": pipeline.told(self.sampling).model_dump(mode="json")}
         if self.keep:
             common["keep"] = self.keep
         if self.image_prompt_options:
@@ -53,16 +55,29 @@ class GenerateJob:
         return common | {"model": pipeline.source.model_hash, "smalti": VERSION}
 
 
+def check_sheet(job: GenerateJob, path: Path, source: ModelSource) -> None:
+    """Refuse a sheet that could not be written, before the models of `source` are loaded.
+
+    Raises:
+        UserError: too many images for a sheet, or for one of the format that the name says.
+    """
+    _check_sheet(job, path, read_json(source.image_tokenizer / "config.json")["image_size"])
+
+
+def _check_sheet(job: GenerateJob, path: Path, image_size: int) -> None:
+    if len(job.prompts) * job.images_per_prompt > _SHEET_LIMIT:
+        raise UserError(f"a sheet holds {_SHEET_LIMIT} images, found more: give a folder, -o images")
+    blank = Image.new("RGB", (image_size, image_size))
+    check_format(path, _sheet([(blank, prompt) for prompt in job.prompts for _ in range(job.images_per_prompt)]).size)
+
+
 def generate_sheet(pipeline: Pipeline, job: GenerateJob, path: Path) -> int:
     """Generate all images onto one sheet, the image file `path`; returns how many there are.
 
     Raises:
-        UserError: too many for a sheet, or for one of the format that the name says; before any is generated.
+        UserError: as `check_sheet`; before any is generated.
     """
-    if len(job.prompts) * job.images_per_prompt > _SHEET_LIMIT:
-        raise UserError(f"a sheet holds {_SHEET_LIMIT} images, found more: give a folder, -o images")
-    blank = Image.new("RGB", 2 * (pipeline.image_tokenizer.image_size,))
-    check_format(path, _sheet([(blank, prompt) for prompt in job.prompts for _ in range(job.images_per_prompt)]).size)
+    _check_sheet(job, path, pipeline.image_tokenizer.image_size)
     generated = [one for part in _generate(pipeline, job, range(len(job.prompts))) for one in part]
     metadata = job.metadata(0, pipeline) | {"prompts": job.prompts}
     _save_sheet([(one.image, job.prompts[one.prompt]) for one in generated], path, metadata)

@@ -49,24 +49,12 @@ GUIDED = SamplingConfig(guidance=2.0, guidance_schedule="linear", top_k=7, top_p
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sampling", [SamplingConfig(), GUIDED], ids=["plain", "guided"])
 def test_both_steps_draw_the_same_codes_in_float32(
-    layout: Layout, shape: dict[str, object], sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, shape: dict[str, object], sampling: SamplingConfig
 ) -> None:
     model = built(layout, **shape)
     text, _ = batch(layout)
+    steps: list[decode.StepKind] = ["cached", "model"]
     prompt_of = torch.tensor([0, 0, 1, 2, 2])
     uniforms = torch.stack([decode.candidate_uniforms(0, 1, j, layout.image_length) for j in range(5)])
-    drawn = []
-    for build in (CachedDecoder, ModelStep):
-        monkeypatch.setattr(decode, "build_step", lambda model, cache, _compiled, build=build: build(model, cache))
-        drawn.append(decode.draw_codes(model, text, prompt_of, uniforms, sampling))
+    drawn = [decode.draw_codes(model, text, prompt_of, uniforms, sampling, step=step) for step in steps]
     assert torch.equal(drawn[0], drawn[1])
-
-
-def test_the_step_for_cpus_is_taken_there_and_wherever_it_is_to_be_compiled() -> None:
-    model = built(LAYOUTS[0])
-    with torch.inference_mode():
-        cache = model.new_cache(1)
-        assert isinstance(decode.build_step(model, cache), CachedDecoder)
-        model.to("meta")  # stands for any other device
-        assert isinstance(decode.build_step(model, cache), ModelStep)
-        assert isinstance(decode.build_step(model, cache, compiled=True), CachedDecoder)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
-from pipeline.sampling.decode import UNKNOWN, candidate_uniforms, draw_codes
+from pipeline.sampling.decode import candidate_uniforms, draw_codes
+from pipeline.sampling.draw_next import UNKNOWN, guidance_scales
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -98,15 +99,25 @@ def test_known_codes_stay_and_what_comes_before_them_does_not_know_them() -> Non
     assert not torch.equal(filled[0, 11:], free[0, 11:])
 
 
+def test_guidance_follows_its_schedule_within_each_level() -> None:
+    sampling = SamplingConfig(guidance=5, guidance_schedule="linear")
+    scales = guidance_scales(sampling, Layout.of(4, 40, [(2, 2, 8), (1, 3, 32)]))
+    assert scales == pytest.approx([1, 1 + 4 / 3, 1 + 8 / 3, 5, 1, 3, 5])
+    early = SamplingConfig(guidance=5, guidance_interval=(0, 0.5))
+    assert guidance_scales(early, Layout.of(4, 40, [(2, 2, 8), (1, 3, 32)])) == [5, 5, 1, 1, 5, 5, 1]
+    assert guidance_scales(SamplingConfig(), LAYOUT) is None
+
+
 def test_outside_of_its_interval_guidance_is_off() -> None:
     model = built()
-    half = LAYOUT.image_length // 2
+    coarse = LAYOUT.levels[0].positions
     early, off = SamplingConfig(guidance=8, guidance_interval=(0, 0.5)), SamplingConfig()
     late = SamplingConfig(guidance=8, guidance_interval=(0.5, 1))
     pairs = [(i, 0) for i in range(3)]
     free = codes_of(model, pairs, off)
-    assert torch.equal(codes_of(model, pairs, late)[:, : half - 1], free[:, : half - 1])
+    assert torch.equal(codes_of(model, pairs, late)[:, : coarse // 2], free[:, : coarse // 2])
     known = codes_of(model, pairs, early).clone()
-    known[:, half + 1 :] = UNKNOWN
+    known[:, coarse + 8 :] = UNKNOWN
     rest = draw_codes(model, TEXT, torch.arange(3), uniforms(pairs), off, known)
     assert torch.equal(rest, codes_of(model, pairs, early))
+    assert not torch.equal(rest[:, :coarse], free[:, :coarse])

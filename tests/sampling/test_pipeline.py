@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,10 +18,14 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.errors import UserError
+from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.sampling import pipeline as generation
+from pipeline.sampling.batch_memory import bytes_per_image
+from pipeline.sampling.decode import draw_codes
 from pipeline.sampling.export import export_run
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
-from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, keep_best
+from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, keep_best, sampling_dtype
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.save import read_metadata
 from pipeline.sampling.to_directory import GenerateJob, generate_folder, generate_sheet
@@ -122,7 +127,7 @@ def test_a_stopped_job_resumes_and_other_settings_are_refused(pipeline: Pipeline
     assert metadata is not None
     assert (metadata["prompt"], metadata["candidate"], metadata["seed"]) == ("red joker", 1, 4)
     assert metadata["model"] == pipeline.source.model_hash
-    assert metadata["sampling"] == SamplingConfig().model_dump(mode="json")
+    assert metadata["sampling"] == SamplingConfig(dtype="fp32").model_dump(mode="json")  # what auto is on CPUs
     images[3].unlink()
     kept = images[0].stat().st_mtime_ns
     generate_folder(pipeline, job, tmp_path)
@@ -256,6 +261,49 @@ def test_a_variation_keeps_the_coarse_level_and_generates_the_fine_one(two_level
     assert same(
         varied, two_levels.generate(["red joker"], 3, image_prompt=ImagePrompt(image, keep_levels=1), batch_size=1)
     )
+
+
+def test_the_same_images_whatever_fits_into_memory(two_levels: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = two_levels.generate(["red joker", "Brazil"], 3, 7)
+    model = two_levels.transformer
+    image_bytes = bytes_per_image(model.layout, model.shape, 4, guided=False)
+    monkeypatch.setattr(generation, "free_bytes", lambda _: 3 * image_bytes)  # for two of the six
+    monkeypatch.setattr(generation, "_PIXELS_AT_ONCE", 16 * 16)
+    with (
+        mock.patch.object(two_levels.image_tokenizer, "decode", wraps=two_levels.image_tokenizer.decode) as decode,
+        mock.patch.object(generation, "draw_codes", wraps=draw_codes) as draw,
+    ):
+        assert same(two_levels.generate(["red joker", "Brazil"], 3, 7), expected)
+    assert [len(call.args[2]) for call in draw.call_args_list] == [2, 2, 2]
+    assert [len(call.args[0][0]) for call in decode.call_args_list] == [1] * 6
+
+
+def test_the_transformer_is_cast_once_and_never_back(two_levels: Pipeline) -> None:
+    own = two_levels.transformer
+    half = SamplingConfig(dtype="bf16")
+    with mock.patch.object(generation, "cast", wraps=cast) as casts:
+        images = [two_levels.generate(["red joker"], sampling=half) for _ in range(3)]
+    casts.assert_called_once_with(own, torch.bfloat16)
+    assert two_levels.transformer is own
+    assert own.head.weight.dtype == torch.float32
+    loaded = Pipeline(two_levels.text_tokenizer, cast(own, torch.bfloat16), two_levels.image_tokenizer)
+    assert same(loaded.generate(["red joker"]), images[0])  # auto: as it was loaded
+    assert loaded.told(SamplingConfig()).dtype == "bf16"
+    with pytest.raises(UserError, match=r"expected auto, or the precision .* \(torch.bfloat16\), found fp32; load it"):
+        loaded.generate(["red joker"], sampling=SamplingConfig(dtype="fp32"))
+
+
+def test_bf16_is_the_default_where_the_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert sampling_dtype("auto", cpu) == torch.float32
+    assert sampling_dtype("bf16", cpu) == torch.bfloat16
+    for can, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, can=can: can)
+        assert sampling_dtype("auto", gpu) == expected
+        assert sampling_dtype("fp32", gpu) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(UserError, match="expected fp32 or auto, since Tesla T4 does not compute in bf16, found bf16"):
+        sampling_dtype("bf16", gpu)
 
 
 def test_the_preview_fills_in_row_by_row_over_itself(pipeline: Pipeline) -> None:
