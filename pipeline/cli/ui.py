@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -18,7 +20,11 @@ from pipeline.core.loopback import LOOPBACK
 from pipeline.orchestration.run_directory import config_of
 
 if TYPE_CHECKING:
+    from pipeline.config.pipeline import PipelineConfig
     from pipeline.orchestration.mlflow_store import Store
+
+
+_FOLLOW_S = 5.0
 
 
 @click.command()
@@ -38,10 +44,26 @@ def ui(run_directory: Path, port: int) -> None:
         )
     if sent := catch_up(config):
         click.echo(f"sent to MLflow, which lacked something of them: {', '.join(sent)}", err=True)
+    threading.Thread(target=_follow, args=(config,), name="mlflow", daemon=True).start()
     click.echo(f"open http://{LOOPBACK}:{port}/{_page(store)} in a browser; Ctrl-C ends the server", err=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     # By the environment: the command line of a process is everybody's, and the address may hold a password.
     sys.exit(_serve(command, os.environ | {"MLFLOW_BACKEND_STORE_URI": put_password_back(store.uri)}))
+
+
+def _follow(config: PipelineConfig) -> None:
+    """Keep the database up to date with the stages of Slurm's jobs, which leave it alone."""
+    from pipeline.orchestration.mlflow_mirror import Follower
+
+    follower, warned = Follower(config), False
+    while True:
+        time.sleep(_FOLLOW_S)
+        try:
+            follower.send()
+        except Exception as error:  # MLflow's, SQLAlchemy's, of the file system: the page shows what is there
+            if not warned:
+                click.echo(f"what jobs write now is not shown ({type(error).__name__}: {error})", err=True)
+            warned = True
 
 
 def _page(store: Store) -> str:

@@ -3,21 +3,27 @@
 `mlflow.json` beside what was sent says how far that got, so a resume doubles nothing, and what is missing (the server
 was away, a process was killed) is sent by the next stage that starts, or by `smalti ui`. A background thread does it
 while a stage works; a broken server gets one warning and delays nothing.
+
+A database file is written by one process at a time, since on a network file system its own locks may not hold: Slurm's
+jobs leave it alone (`is_left_to_others`). The last stage of a run sends all of it, and `smalti ui` while they work.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.lock import Lock, owner_of
 from pipeline.core.urls import mask
+from pipeline.orchestration.environment import SUBMITTED_VARIABLE
 from pipeline.orchestration.graph import stages_of
 from pipeline.orchestration.mlflow_parent import Parent
 from pipeline.orchestration.mlflow_sender import Sender, is_refusal, reason_of
-from pipeline.orchestration.mlflow_store import Store
+from pipeline.orchestration.mlflow_store import Store, sqlite_file
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import EVENTS, Status
 
@@ -26,6 +32,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 2.0
 _RETRY_S = 30.0
 _LOCK_WAIT_S = 300.0
+_WHOLE_RUN_S = 300.0
 
 
 class Mirror:
@@ -49,15 +56,19 @@ class Mirror:
         self._thread.start()
 
     def close(self, status: Status) -> None:
-        """Send what is left and end the MLflow run; waits at most `flush_timeout_s`."""
+        """Send what is left and end the MLflow run; waits at most `flush_timeout_s`, longer if that is the whole run."""
+        patience_s = self.config.flush_timeout_s
+        if _is_shared_file(self._pipeline):
+            patience_s = max(patience_s, _WHOLE_RUN_S)
         self._status = status
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(self.config.flush_timeout_s)
+            self._thread.join(patience_s)
         if not self._done:
-            self._warn(f"it did not take everything within {self.config.flush_timeout_s:g} s")
+            self._warn(f"it did not take everything within {patience_s:g} s")
 
     def _work(self) -> None:
+        """The thread. In one of Slurm's jobs `smalti ui` may write the same database: they take turns by a lock."""
         while True:
             closing = self._wake.wait(_POLL_S)
             try:
@@ -66,9 +77,11 @@ class Mirror:
                 assert self._sender is not None
                 assert self._parent is not None
                 if self._status is None:
-                    self._sender.send()
+                    with self._turn():
+                        self._sender.send()
                 else:
-                    self._sender.finish(self._status)
+                    with self._turn():
+                        self._sender.finish(self._status)
                     with _lock(self._pipeline):
                         self._parent.update(_parent_status(self._pipeline, self._stage, self._status))
                     self._done = True
@@ -77,6 +90,9 @@ class Mirror:
                 self._warn(reason_of(error), refused=is_refusal(error))
                 if closing or self._wake.wait(_RETRY_S):
                     return
+
+    def _turn(self) -> AbstractContextManager[object]:
+        return _lock(self._pipeline) if _is_shared_file(self._pipeline) else nullcontext()
 
     def _connect(self) -> None:
         # Stages that start at the same time share one parent, and one of them sends what is missing.
@@ -101,6 +117,42 @@ class Mirror:
                 self.store.run_directory,
             )
         self._warned = True
+
+
+def is_left_to_others(config: PipelineConfig, stage: str) -> bool:
+    """Whether a stage of this name, in this process, writes its files alone and sends nothing to MLflow."""
+    return _is_shared_file(config) and stage != stages_of(config)[-1].name
+
+
+def _is_shared_file(config: PipelineConfig) -> bool:
+    return SUBMITTED_VARIABLE in os.environ and sqlite_file(Store(config).uri) is not None
+
+
+class Follower:
+    """Sends what the stages of Slurm's jobs write, again and again while they work."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config = config
+        self._senders: dict[str, Sender] = {}
+
+    def send(self) -> None:
+        """What is new. Raises what MLflow and its store raise."""
+        at_work = [name for name in _at_work(self._config) if self._is_a_job(name)]
+        self._senders = {name: sender for name, sender in self._senders.items() if name in at_work}
+        if not at_work and not _left(self._config):
+            return
+        _send_left(self._config)
+        with _lock(self._config):
+            store = Store(self._config)
+            client = store.connect()
+            for name in at_work:
+                if name not in self._senders:
+                    self._senders[name] = Sender(client, store, Parent(client, store, self._config), name)
+                self._senders[name].send()
+
+    def _is_a_job(self, stage: str) -> bool:
+        owner = owner_of(RunDirectory(self._config.run_directory).lock(stage))
+        return owner is not None and owner["slurm_job"] is not None
 
 
 def catch_up(config: PipelineConfig) -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
 from pipeline.orchestration.graph import Stage, inputs_of, stages_of
-from pipeline.orchestration.mlflow_mirror import Mirror
+from pipeline.orchestration.mlflow_mirror import Mirror, is_left_to_others
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import Tracker
 
@@ -216,5 +216,10 @@ def _add_wall_time(run: StageRun, seconds: float) -> None:
 
 def _make_tracker(stage: Stage, config: PipelineConfig, runs: RunDirectory, active: bool) -> Tracker:
     tracking = config.tracking
-    mirror = Mirror(config, stage.name) if active and tracking.enabled else None
+    mirror = None
+    if active and tracking.enabled:
+        if is_left_to_others(config, stage.name):
+            log.info("MLflow's database is filled by the last stage, and by `smalti ui` while jobs work")
+        else:
+            mirror = Mirror(config, stage.name)
     return Tracker(runs.stage(stage.name), mirror, every_s=tracking.system_metrics_every_s, active=active)
