@@ -21,6 +21,7 @@ import difflib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -114,6 +115,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="say which stages would run, and why; change nothing")
 @click.option("--print-config", is_flag=True, help="print the resolved config and do nothing")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER)
+@click.option("--hosts", "hostfile", type=click.Path(path_type=Path), help="machines, `NAME slots=PROCESSES` a line")
 def run(
     config_path: str,
     overrides: tuple[str, ...],
@@ -122,8 +124,9 @@ def run(
     dry_run: bool,
     print_config: bool,
     take_over: bool,
+    hostfile: Path | None,
 ) -> None:
-    """Run every stage that is not up to date, on this machine.
+    """Run every stage that is not up to date, on this machine; with --hosts trainings run on several.
 
     CONFIG is a config file or a run directory. With name=… or runs=… a run directory branches off: the new run starts
     with the finished stages that stay the same.
@@ -132,10 +135,12 @@ def run(
     if print_config:
         click.echo(to_yaml(config), nl=False)
         return
+    from pipeline.orchestration.hosts import read_hosts
     from pipeline.orchestration.local_runner import run_pipeline
 
     refuse_what_decides_results(os.environ)
-    run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run)
+    hosts = read_hosts(hostfile) if hostfile else ()
+    run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run, hosts=hosts)
     if not dry_run and only in (None, STAGE_NAMES[-1]):
         click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
 

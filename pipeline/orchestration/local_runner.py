@@ -1,8 +1,9 @@
 """The local runner behind `smalti run`: every stage that is not up to date, one after the other.
 
 Each stage is a process of its own, so a crash or a `kill -9` ends nothing else. With `processes` above 1 (or several
-GPUs) a stage that trains is as many processes that meet on loopback; a stage that splits runs as many array tasks side
-by side, and then the process that joins them. Imports no torch: a run with nothing to do takes a second.
+GPUs) a stage that trains is as many processes that meet on loopback, with `hosts` as many as these say, there; a stage
+that splits runs as many array tasks side by side, and then the process that joins them. Imports no torch: a run with
+nothing to do takes a second.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +25,9 @@ from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import STAGES, Stage, check_before_start, chosen_stages
+from pipeline.orchestration.hosts import Host, RemoteRanks, ranks_on
 from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, wait_for_all
 
 # A stage runs the code that runs this, and no module of the same name in the current folder, which is where an empty
 # entry of PYTHONPATH points, too.
@@ -35,10 +37,6 @@ IMPORTS_THIS_CODE = {
 }
 # What a launcher that started `smalti run` itself left; the stage's processes get their own.
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_GRACE_S = 30.0  # seconds in which the other processes of a training may end by themselves after one failed
-# Ctrl-C reaches every process of the terminal, and would end a Python that is still importing with a traceback: the
-# runner passes it on as SIGTERM, and the stage installs its own handlers.
-_DEAF_TO_CTRL_C = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh"]
 
 
 def run_pipeline(
@@ -49,8 +47,11 @@ def run_pipeline(
     first: str | None = None,
     only: str | None = None,
     dry_run: bool = False,
+    hosts: tuple[Host, ...] = (),
 ) -> None:
     """Bring the stages of the run up to date: all; from `first` to the end; or `only` one. `dry_run`: say what runs.
+
+    `hosts`: the machines that trainings run on, and nothing else; empty: this one.
 
     Raises:
         StoppedOnRequest: a signal came; the running stage has saved what it had.
@@ -58,7 +59,7 @@ def run_pipeline(
     """
     runs = RunDirectory(config.run_directory)
     stages = chosen_stages(config, first, only)
-    check_before_start(config, lambda stage: local_processes(config, stage))
+    check_before_start(config, lambda stage: _processes(config, stage, hosts))
     runs.check(source, take_over)
     if dry_run:
         _say_what_runs(config, runs, stages)
@@ -74,7 +75,7 @@ def run_pipeline(
             if stop.received:
                 raise StoppedOnRequest(f"stopped by {stop.received} before {stage.name}")
             _say(stage, _shortened(reasons))
-            _run_stage(stage, config, runs, stop)
+            _run_stage(stage, config, runs, stop, hosts)
             # An old _SUCCESS, of another config, says nothing of this stage.
             if runs.stale_reasons(config, stage) or (stop.received and runs.outside_changes(config, stage)):
                 raise StoppedOnRequest(f"{stage.name} was stopped on request")
@@ -103,12 +104,21 @@ def local_processes(config: PipelineConfig, stage: Stage) -> int:
     return config.processes or max(found, 1)
 
 
-def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest) -> None:
+def _processes(config: PipelineConfig, stage: Stage, hosts: tuple[Host, ...]) -> int:
+    return sum(host.slots for host in hosts) if hosts and stage.trains else local_processes(config, stage)
+
+
+def _run_stage(
+    stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest, hosts: tuple[Host, ...] = ()
+) -> None:
     processes = local_processes(config, stage)
     outside = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
     environment = outside | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
     arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
     single = [sys.executable, "-m", *arguments]
+    if hosts and stage.trains:
+        _run_on_hosts(stage, runs, single, hosts, stop)
+        return
     if processes == 1:
         _run_processes(stage, runs, [single], [environment], stop)
         return
@@ -122,6 +132,14 @@ def _run_stage(stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: S
     _run_processes(stage, runs, commands, [several | {"LOCAL_RANK": str(task)} for task in tasks], stop)
     if not stop.received:
         _run_processes(stage, runs, [single], [environment], stop)
+
+
+def _run_on_hosts(
+    stage: Stage, runs: RunDirectory, command: list[str], hosts: tuple[Host, ...], stop: StopRequest
+) -> None:
+    environments = [[IMPORTS_THIS_CODE | rank for rank in ranks] for ranks in ranks_on(hosts)]
+    children = [RemoteRanks(host, command, own) for host, own in zip(hosts, environments, strict=True)]
+    _wait_for(stage, runs, children, stop)
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:
@@ -140,25 +158,15 @@ def _run_processes(
         UserError: one failed, and no signal asked to stop.
     """
     children = [
-        subprocess.Popen([*_DEAF_TO_CTRL_C, *command], env=environment)
+        subprocess.Popen([*DEAF_TO_CTRL_C, *command], env=environment)
         for command, environment in zip(commands, environments, strict=True)
     ]
+    _wait_for(stage, runs, children, stop)
+
+
+def _wait_for(stage: Stage, runs: RunDirectory, children: Sequence[subprocess.Popen[bytes]], stop: StopRequest) -> None:
     stop.pass_on_to(children)
-    waiting, failed, kill_at = list(children), 0, float("inf")
-    while waiting:
-        with suppress(subprocess.TimeoutExpired):
-            waiting[0].wait(timeout=0.2 if len(children) > 1 else None)
-        for child in [child for child in waiting if child.poll() is not None]:
-            waiting.remove(child)
-            if child.returncode and not failed:
-                failed = child.returncode
-                for other in waiting:
-                    other.terminate()  # it finishes its current piece of work
-                if stage.trains:  # the others may wait for this one in a collective
-                    kill_at = time.monotonic() + _GRACE_S
-        if time.monotonic() > kill_at:
-            for other in waiting:
-                other.kill()
+    failed = wait_for_all(children, meet=stage.trains)
     if failed and not stop.received:
         how = f"was killed by {signal.Signals(-failed).name}" if failed < 0 else f"failed (exit {failed})"
         raise UserError(
@@ -172,11 +180,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None  # the name of the signal
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: Sequence[subprocess.Popen[bytes]] = ()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
-    def pass_on_to(self, children: list[subprocess.Popen[bytes]]) -> None:
+    def pass_on_to(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """From now on these processes are the stage; they get a signal that came while they were started, too."""
         self._children = children
         if self.received:

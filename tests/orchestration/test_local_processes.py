@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.orchestration import local_runner
+from pipeline.orchestration import local_runner, side_by_side
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.local_runner import StopRequest
 
@@ -24,7 +24,7 @@ def test_each_process_knows_its_rank_and_a_place_on_loopback() -> None:
 
 
 def test_a_process_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(local_runner, "_GRACE_S", 0.5)
+    monkeypatch.setattr(side_by_side, "GRACE_S", 0.5)
     monkeypatch.setattr(local_runner.signal, "signal", lambda *_: None)
     runs: Any = SimpleNamespace(path=tmp_path)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
