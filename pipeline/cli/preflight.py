@@ -1,48 +1,66 @@
-"""`python -m pipeline.cli.preflight`, which the job files call on every rank (`slurm/preflight.py`)."""
+"""`python -m pipeline.cli.preflight`, which the supervisor calls on every rank (`slurm/preflight.py`)."""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
 import click
 
-from pipeline.core import distributed, gpus
 from pipeline.slurm import preflight
-from pipeline.slurm.preflight import BAD_HOSTS, NO_HOST_TO_BLAME, check_host, meet
+from pipeline.slurm.preflight import BAD_HOSTS, Verdict, check_host, follow, lead
+from pipeline.slurm.roll_call import Announced, RollCall
 
 
 @click.command(help=preflight.__doc__)
 @click.argument("run_directory", type=click.Path(path_type=Path))
 @click.option("--stage", required=True)
-@click.option("--hosts", required=True, help="names of the hosts, in the order of ranks")
+@click.option("--hosts", required=True, help="names of the hosts of the job")
 @click.option("--min-free-gb", default=0.0)
-@click.option("--timeout-s", default=120.0, help="for all ranks to meet, and for the all-reduce")
+@click.option("--timeout-s", default=120.0, help="for all ranks to come, from the first on, and for the all-reduce")
 @click.option("--bad-hosts", required=True, type=click.Path(path_type=Path), help="file for the names of bad hosts")
 def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeout_s: float, bad_hosts: Path) -> None:
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpus.show_own_instance(os.environ)
+    here, names = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), hosts.split(",")
     started = time.monotonic()
-    problem = check_host(run_directory, stage, min_free_gb) if distributed.local_rank() == 0 else None
-    names = hosts.split(",")
-    here = names[rank * len(names) // processes]
-    if processes == 1:
-        found = {here: problem} if problem else {}
+    if rank:
+        # Rank 0 may start last, and has as much patience with the others.
+        announced = Announced(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, here, 2 * timeout_s)
+        follow(announced, rank, processes, _problem(run_directory, stage, min_free_gb), timeout_s)
+        os._exit(0)  # gloo's destructors sometimes abort
+    if processes > 1:
+        call = RollCall(int(os.environ["MASTER_PORT"]), processes)
+        call.note(0, host=here)
+        verdict = lead(call, processes, names, _problem(run_directory, stage, min_free_gb), timeout_s)
     else:
-        found = meet(rank, processes, names, problem, timeout_s)
-    for host, problem in sorted(found.items()):
-        click.echo(f"preflight: bad host {host}: {problem}", err=True)
-    if found:
-        with open(bad_hosts, "a") as file:
-            file.writelines(f"{host}\n" for host in sorted(found) if host in names)
-        os._exit(BAD_HOSTS if set(found) & set(names) else NO_HOST_TO_BLAME)
-    if rank == 0:
-        seconds = time.monotonic() - started
+        problem = _problem(run_directory, stage, min_free_gb)
+        verdict = Verdict({here: problem} if problem else {})
+    _tell(verdict, bad_hosts, names)
+    if not verdict.exit_code:
         checked = "hosts and all-reduce" if processes > 1 else "host"
         where = f"{processes} processes on {', '.join(names)}"
-        click.echo(f"preflight passed: {where} ({checked}, {seconds:.1f} s)", err=True)
-    os._exit(0)  # gloo's destructors sometimes abort
+        click.echo(f"preflight passed: {where} ({checked}, {time.monotonic() - started:.1f} s)", err=True)
+    os._exit(verdict.exit_code)
+
+
+def _problem(run_directory: Path, stage: str, min_free_gb: float) -> str | None:
+    """What is wrong with this host (one process of each looks) or with this rank's GPU. Imports torch."""
+    problem = check_host(run_directory, stage, min_free_gb) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    from pipeline.slurm.device_check import device_problem
+
+    return problem or device_problem()
+
+
+def _tell(verdict: Verdict, bad_hosts: Path, names: list[str]) -> None:
+    for host, problem in sorted(verdict.bad.items()):
+        click.echo(f"preflight: bad host {host}: {problem}", err=True)
+    for line in filter(None, [verdict.late, verdict.nobody, *verdict.notes]):
+        click.echo(f"preflight: {line}", err=True)
+    if verdict.exit_code == BAD_HOSTS:
+        with open(bad_hosts, "a") as file:
+            file.writelines(f"{host}\n" for host in sorted(verdict.bad) if host in names)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _run = click.argument("run_directory", metavar="RUN", type=click.Path(path_type=
 _stages = click.Choice(STAGE_NAMES)
 _first = click.option("--from", "first", type=_stages, help="this stage and what comes after it")
 _only = click.option("--only", type=_stages, help="this stage alone")
-_POLL_S = 2.0
+_POLL_S = 10.0  # what many people ask a controller for all day
 
 
 @click.command()
@@ -69,7 +69,7 @@ def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, o
 
 @click.command()
 @_run
-@click.option("--watch", is_flag=True, help="refresh every few seconds, until nothing is queued or running")
+@click.option("--watch", is_flag=True, help="refresh every ten seconds, until nothing is queued or running")
 @click.option("--json", "json_output", is_flag=True, help="print a list of objects, one per stage")
 def status(run_directory: Path, watch: bool, json_output: bool) -> None:
     """Show each stage's state, job, nodes, step, rate, last metric, restarts, time left and failure."""

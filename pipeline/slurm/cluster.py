@@ -140,19 +140,32 @@ class ClusterConfig(Config):
     launcher: tuple[str, ...] = Field((), description="words before python, e.g. [apptainer, exec, --nv, smalti.sif]")
     srun_flags: tuple[str, ...] = Field((), description="more options of srun, e.g. --container-image=smalti.sqsh")
 
+    supervisor_python: str | None = Field(
+        None,
+        description="Python 3.9 or newer of the nodes themselves, which starts the ranks and needs no packages; None:"
+        " `python`, or python3 where a stage runs in a container (`launcher`, --container… in `srun_flags`)",
+    )
+
     stop_ahead_s: int = Field(300, ge=10, le=65535, description="seconds before the time limit at which a stage saves")
-    max_time_limits: int = Field(20, ge=0, description="how often a job may run into its time limit before it fails")
-    max_bad_hosts: int = Field(3, ge=0, description="how often a job moves away from a bad host before it fails")
-    max_task_retries: int = Field(2, ge=0, description="how often an array task that crashed runs again by itself")
+    max_time_limits: int = Field(
+        3, ge=0, description="how often a job may run into its time limit without progress before it fails"
+    )
+    max_crashes: int = Field(
+        3, ge=0, description="how often a job whose rank crashed runs again without progress before it fails"
+    )
+    max_bad_hosts: int = Field(
+        3, ge=0, description="how often a job moves away from a bad, late or dead host without progress before it fails"
+    )
+    max_task_retries: int = Field(2, ge=0, description="`max_crashes` of an array task, which has no checkpoints")
     preflight: Literal["several", "always", "never"] = Field(
         "several", description="check the hosts before a stage starts; several: in jobs of several processes"
     )
     preflight_timeout_s: int = Field(120, ge=5, description="seconds that ranks may take to meet and to all-reduce")
     min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight expects in the run directory")
 
-    @field_validator("python", "launcher", "srun_flags")
+    @field_validator("python", "supervisor_python", "launcher", "srun_flags")
     @classmethod
-    def _one_line(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
+    def _one_line(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         return _of_one_line(value)
 
     @model_validator(mode="after")

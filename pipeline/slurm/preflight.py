@@ -2,10 +2,11 @@
 
     python -m pipeline.cli.preflight runs/x --stage transformer --hosts a,b --bad-hosts FILE     on every rank
 
-Each host checks itself: free disk in the run directory, the stage's inputs readable, its clock against the file
-system's (locks depend on it), its device. Then all ranks meet and all-reduce. Rank 0 prints which host is bad and why,
-and appends the names to FILE. Exit 0: passed; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be
-singled out.
+Ranks announce themselves (`roll_call.py`) before they import torch. Each host checks itself: free disk in the run
+directory, the stage's inputs readable, its clock against the file system's (locks depend on it), its GPUs
+(`device_check.py`). Then all ranks all-reduce and multiply matrices. Rank 0 prints which host is bad and why, and
+appends the names to FILE; a host on which somebody was late, or that only waited for it, is never among them.
+Exit 0: passed; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be singled out; 5: not all came.
 """
 
 from __future__ import annotations
@@ -14,23 +15,39 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.config.pipeline import load_pipeline
-from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from pipeline.slurm.roll_call import Announced, RollCall
 
 CLOCK_TOLERANCE_S = 10.0
 _FILES_PER_INPUT = 64
-_LAST_READS_S = 5.0
-BAD_HOSTS, NO_HOST_TO_BLAME = 3, 4
+# A rank that has announced itself lives, and may import from a cold disk for so many times the patience.
+_IMPORT_PATIENCE = 5
+BAD_HOSTS, NO_HOST_TO_BLAME, LATE = 3, 4, 5
+
+
+@dataclass
+class Verdict:
+    """What rank 0 found. `bad`: what is wrong, by host; `late`: who did not come; `notes`: what is worth telling."""
+
+    bad: dict[str, str] = field(default_factory=dict)
+    late: str = ""
+    nobody: str = ""  # what failed everywhere
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        if self.bad:
+            return BAD_HOSTS
+        if self.nobody:
+            return NO_HOST_TO_BLAME
+        return LATE if self.late else 0
 
 
 def check_host(run_directory: Path, stage: str, min_free_gb: float) -> str | None:
@@ -69,77 +86,107 @@ def _clock_skew(run_directory: Path) -> str | None:
     return None
 
 
-def meet(rank: int, processes: int, hosts: list[str], problem: str | None, timeout_s: float) -> dict[str, str]:
-    """Bad hosts and what is wrong with them, on rank 0; on the others only that rank 0 cannot be reached."""
-    import torch.distributed as dist
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=timeout_s)
-    try:
-        store = dist.TCPStore(
-            address, port, processes, is_master=rank == 0, timeout=timeout, wait_for_workers=False
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        return {hosts[0]: f"rank {rank} cannot reach {address}:{port} there ({str(error).splitlines()[0]})"}
-    store.set(f"seen/{rank}", problem or "")
-    if rank == 0:
-        found = _collect(store, "seen", processes, hosts, timeout_s, "no sign of rank {} within {:.0f} s")
-        store.set("verdict", "stop" if found else "go")
-    try:
-        go = store.get("verdict") == b"go"
-    except RuntimeError:
-        return {}
-    if go:
-        store.set(f"reduced/{rank}", _all_reduce(store, rank, processes, timeout))
-    if rank:
-        store.set(f"done/{rank}", "")
-        return {}
-    # The store ends with this process while the others may still be reading: wait for those that answered.
-    _collect(store, "done", processes, hosts, _LAST_READS_S, "", first=1)
-    if not go:
-        return found
-    failures = _collect(store, "reduced", processes, hosts, timeout_s, "rank {} did not end the all-reduce in {:.0f} s")
-    if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing shows which
-        return {
-            "(any of " + ",".join(hosts) + ")": f"the all-reduce failed everywhere: {next(iter(failures.values()))}"
-        }
-    return failures
-
-
-def _collect(
-    store: Store, prefix: str, processes: int, hosts: list[str], timeout_s: float, missing: str, first: int = 0
-) -> dict[str, str]:
-    """The problems that ranks reported, by host; `missing` where a rank did not answer. An empty report: none."""
+def lead(call: RollCall, processes: int, hosts: list[str], problem: str | None, timeout_s: float) -> Verdict:
+    """Rank 0's part, after its own check: hear all, all-reduce with all, compare."""
+    call.note(0, problem=problem or "")
+    missing = call.wait_for("host", lambda: (call.first_arrival or 0) + timeout_s)
+    if not missing:
+        missing = call.wait_for("problem", lambda: (call.last_arrival or 0) + _IMPORT_PATIENCE * timeout_s)
+    bad = _by_host(call, "problem")
+    late = _who_is_late(call, missing, hosts) if missing else ""
+    if bad or late:
+        call.tell("stop")
+        return Verdict(bad, late)
+    call.tell("go")
+    call.note(0, **_measure(0, processes, timeout_s, call.hand_over_listener()))
+    # Others may need as long again to end as rank 0 did.
     deadline = time.monotonic() + timeout_s
+    missing = call.wait_for("failure", lambda: deadline)
+    for rank in missing:
+        call.note(rank, failure=f"rank {rank} did not end the all-reduce within {timeout_s:.0f} s")
+    return _compare(call, hosts)
+
+
+def follow(announced: Announced, rank: int, processes: int, problem: str | None, timeout_s: float) -> None:
+    """The part of every other rank."""
+    # Rank 0 says nothing before it has heard all.
+    if announced.say(problem=problem or "") and announced.hear((2 + _IMPORT_PATIENCE) * timeout_s) == "go":
+        announced.say(**_measure(rank, processes, timeout_s))
+
+
+def _by_host(call: RollCall, fact: str) -> dict[str, str]:
+    """What ranks said under `fact`, by host, where it is not empty."""
     found: dict[str, str] = {}
-    for rank in range(first, processes):
-        host = hosts[rank * len(hosts) // processes]
-        left_s = max(deadline - time.monotonic(), 0.1)
-        try:
-            store.wait([f"{prefix}/{rank}"], timedelta(seconds=left_s))
-            problem = store.get(f"{prefix}/{rank}").decode()
-        except RuntimeError:
-            problem = missing.format(rank, timeout_s)
-        if problem:
-            found.setdefault(host, problem)
+    for _, facts in sorted(call.said.items()):
+        if facts.get(fact):
+            found.setdefault(facts["host"], facts[fact])
     return found
 
 
-def _all_reduce(store: Store, rank: int, processes: int, timeout: timedelta) -> str:
-    """What went wrong in an all-reduce of 1 MB; empty if every rank's number arrived."""
+def _who_is_late(call: RollCall, missing: list[int], hosts: list[str]) -> str:
+    where = call.hosts()
+    ranks = ", ".join(f"{rank} ({where.get(rank, 'not heard of')})" for rank in missing[:8])
+    silent = [host for host in hosts if host not in where.values()]
+    if died := sorted(call.died.intersection(missing)):
+        return f"rank {died[0]} on {where.get(died[0], '?')} ended during its check: see its lines"
+    started_s = time.monotonic() - (call.first_arrival or 0)
+    return (
+        f"{len(missing)} ranks did not come within {started_s:.0f} s of the first: {ranks}"
+        + (f"; nothing was heard of {', '.join(silent)}" if silent else "")
+        + ". Slow is not bad: no host is left out (preflight_timeout_s is the patience)"
+    )
+
+
+def _compare(call: RollCall, hosts: list[str]) -> Verdict:
+    """What the measurements of all ranks say."""
+    from pipeline.slurm.device_check import hardware_xids, kernel_log, slow_hosts
+
+    failures = _by_host(call, "failure")
+    if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing shows which
+        return Verdict(nobody=f"the all-reduce failed everywhere: {next(iter(failures.values()))}")
+    if failures:
+        return Verdict(failures)
+    host_of = call.hosts()
+    slow: dict[str, str] = {}
+    for fact, what, unit in (("tflops", "a matrix product", "TFLOP/s"), ("gb_per_s", "an all-reduce", "GB/s")):
+        speeds = {rank: facts[fact] for rank, facts in call.said.items() if fact in facts}
+        slow = slow_hosts(speeds, host_of, what, unit) | slow
+    notes = [f"the kernel of {host_of[0]} says: {line}" for line in hardware_xids(kernel_log())[-3:]]
+    if call.said[0].get("on_gpu"):
+        return Verdict(slow, notes=notes)
+    # Processors are shared with other jobs, and slow for a moment.
+    return Verdict(notes=[*notes, *(f"{host} is slow: {text}" for host, text in slow.items())])
+
+
+def _measure(rank: int, processes: int, timeout_s: float, listener: int | None = None) -> dict[str, object]:
+    """An all-reduce and a matrix product on this rank: `failure` (empty: none), and how fast they were."""
     import torch
     import torch.distributed as dist
 
+    from pipeline.core import distributed
+    from pipeline.slurm.device_check import matmul_tflops
+
+    address, port, on_gpu = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), torch.cuda.is_available()
+    timeout = timedelta(seconds=timeout_s)
     try:
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.set_device(distributed.device())
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=processes, timeout=timeout)
-        numbers = torch.full((1 << 18,), float(rank + 1), device=distributed.device())  # 1 MB
+        store = dist.TCPStore(
+            address, port, processes, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listener
+        )
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
+        numbers = torch.full((1 << (24 if on_gpu else 18),), float(rank + 1), device=distributed.device())
+        dist.all_reduce(numbers.clone())  # connects
+        dist.barrier()
+        started = time.perf_counter()
         dist.all_reduce(numbers)
-        total = float(numbers.double().mean())
+        total = float(numbers[:: 1 << 10].double().mean())  # waits for it
+        reduced_s = time.perf_counter() - started
+        expected = processes * (processes + 1) / 2
+        if total != expected:
+            return {"failure": f"rank {rank}: expected a sum of {expected:g}, found {total:g}"}
+        speeds = {"gb_per_s": numbers.nbytes / reduced_s / 1e9, "tflops": matmul_tflops()}
+        return {"failure": "", "on_gpu": on_gpu, **speeds}
     except Exception as error:
-        return f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    expected = processes * (processes + 1) / 2
-    return "" if total == expected else f"rank {rank}: expected a sum of {expected:g}, found {total:g}"
+        return {"failure": f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}

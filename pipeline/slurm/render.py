@@ -49,7 +49,14 @@ def render(job: JobFile, cluster: ClusterConfig, run_directory: Path, code: Path
         comment=comment(job, run_directory),
         log_pattern=f"{_percent(run_directory)}/logs/slurm/{job.stage.name}-{log}.log",
         options=_options(job.resources),
-        preflight=_wants_preflight(job, cluster),
+        preflight=_preflight(job, cluster),
+        srun=shlex.join(
+            # srun does not take the CPUs from sbatch by itself.
+            ["srun", "--label", f"--cpus-per-task={job.resources.cpus_per_task}", *(job.resources.srun_flags or ())]
+        ),
+        python=shlex.join([*(job.resources.launcher or ()), job.resources.python or "python3"]),
+        supervisor_python=_supervisor_python(job.resources, cluster),
+        max_crashes=cluster.max_task_retries if job.array_tasks else cluster.max_crashes,
     )
     return text
 
@@ -85,8 +92,17 @@ def _options(resources: Resources) -> list[str]:
     ]
 
 
-def _wants_preflight(job: JobFile, cluster: ClusterConfig) -> bool:
-    return cluster.preflight == "always" or (cluster.preflight == "several" and job.resources.world_size > 1)
+def _preflight(job: JobFile, cluster: ClusterConfig) -> str | None:
+    """The options of this job's preflight; None: without one."""
+    wanted = cluster.preflight == "always" or (cluster.preflight == "several" and job.resources.world_size > 1)
+    if not wanted:
+        return None
+    return f"--min-free-gb {cluster.min_free_gb} --timeout-s {cluster.preflight_timeout_s}"
+
+
+def _supervisor_python(resources: Resources, cluster: ClusterConfig) -> str:
+    in_container = resources.launcher or any(flag.startswith("--container") for flag in resources.srun_flags or ())
+    return cluster.supervisor_python or ("python3" if in_container else resources.python) or "python3"
 
 
 def _directive(value: object) -> str:

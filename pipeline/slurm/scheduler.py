@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
 
 ENDED = frozenset(
@@ -85,6 +86,20 @@ def submit(script: Path, after: Sequence[int], array: str | None = None) -> int:
 def cancel(ids: Sequence[int]) -> None:
     if ids:
         _call(["scancel", *map(str, ids)])
+
+
+def record_job(run_directory: Path, script: str, number: int) -> None:
+    """Add a submitted job to the jobs.json of its run."""
+    path = run_directory / "slurm" / "jobs.json"
+    known = read_json(path) if path.exists() else []
+    write_json(path, [*known, {"script": script, "id": number, "run": str(run_directory)}])
+
+
+def recorded_jobs(run_directory: Path) -> dict[str, int]:
+    """The newest job of each job file, from jobs.json. The jobs of the run that this one is a copy of are not its."""
+    path = run_directory / "slurm" / "jobs.json"
+    entries = read_json(path) if path.exists() else []
+    return {e["script"]: e["id"] for e in entries if e.get("run", str(run_directory)) == str(run_directory)}
 
 
 def _call(command: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The status of a run: Slurm's queue and accounting joined with the run directory.
 
 In this order: squeue (accurate, but forgets), sacct (remembers, lags, and many sites have none), the run
-directory (`_SUCCESS`, locks, the histories that jobs write). Either of the first two may be missing.
+directory (`_SUCCESS`, locks, what the supervisors of jobs record). Either of the first two may be missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.orchestration.graph import Stage, inputs_of, stages_of
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm import scheduler
 from pipeline.slurm.scheduler import Job
-from pipeline.slurm.submit import recorded_jobs
+from pipeline.slurm.supervisor.record import read_record, record_paths
 from pipeline.slurm.table import format_table
 
 _TAIL_BYTES = 65_536
@@ -53,7 +53,7 @@ def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
     """The status of each stage, and why Slurm could not be asked, if so."""
     runs = RunDirectory(run_directory.resolve())
     config = load_pipeline(config_of(runs.path))
-    recorded = recorded_jobs(runs.path)
+    recorded = scheduler.recorded_jobs(runs.path)
     problem = None
     jobs: list[Job] = []
     if recorded:
@@ -81,9 +81,9 @@ def _stage_status(
 ) -> StageStatus:
     status = StageStatus(stage.name)
     _add_progress(status, stage, config, runs)
-    records = _records(runs, stage.name)
-    status.restarts = sum(max(_notes(path, "started") - 1, 0) for path in records)
-    status.failure = "\n".join(_read(path.with_suffix(".failure")) for path in records).strip()
+    records = [read_record(path) for path in record_paths(runs.path, stage.name)]
+    status.restarts = sum(max(len(record.newest_chain()) - 1, 0) for record in records)
+    status.failure = "\n".join(record.failure for record in records if record.failure)
     _add_jobs(status, stage, jobs)
     if status.state == "NOT RUN" or (not _is_active(status, stage, jobs) and _is_done(status, stage, config, runs)):
         _add_what_slurm_forgot(status, stage, runs, recorded, ended)
@@ -193,22 +193,6 @@ def _metric_lines(path: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return [line for line in lines if isinstance(line, dict) and "step" in line]
-
-
-def _records(runs: RunDirectory, stage: str) -> list[Path]:
-    """The histories that the jobs of this stage write; see stage.sbatch."""
-    folder = runs.path / "slurm"
-    return [folder / f"{stage}.history", *sorted(folder.glob(f"{stage}.task-*.history"))]
-
-
-def _notes(path: Path, what: str) -> int:
-    """How often the newest job of this history noted the event `what`."""
-    lines = [line.split("\t") for line in _read(path).splitlines()]
-    return sum(line[2] == what for line in lines if line[1] == lines[-1][1])
-
-
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def as_json(statuses: list[StageStatus]) -> str:

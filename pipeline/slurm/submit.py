@@ -1,7 +1,7 @@
 """The stage graph as Slurm jobs, chained by `afterok`.
 
     runs/<name>/slurm/   <stage>.sbatch  the job files           cluster.yaml  the cluster file, resolved
-                         jobs.json       what was submitted      <stage>.history, .failure: how it went
+                         jobs.json       what was submitted      <stage>.lives.json: how it went, by the supervisor
                          dry-run/        what a dry run would have written here; it changes nothing else
     runs/<name>/code/src/                this run's copy of the code
 
@@ -21,7 +21,7 @@ import click
 
 from pipeline.config.base import differences, to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
-from pipeline.core.atomic_io import read_json, write_atomic, write_json
+from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import UserError
 from pipeline.orchestration.code_snapshot import copy_packages
 from pipeline.orchestration.graph import (
@@ -39,6 +39,7 @@ from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import ClusterConfig
 from pipeline.slurm.render import JobFile, render, script_path
 from pipeline.slurm.scheduler import Job
+from pipeline.slurm.supervisor.record import read_record, record_paths, write_record
 from pipeline.slurm.table import format_table
 
 _ENDING_PATIENCE_S = 60.0
@@ -212,26 +213,15 @@ def _submit(plan: list[Planned], runs: RunDirectory) -> None:
     for planned in plan:
         if planned.file is None:
             continue
-        for failure in (runs.path / "slurm").glob(f"{planned.file.name.removesuffix('.tasks')}*.failure"):
-            failure.unlink()
+        for path in record_paths(runs.path, planned.stage.name):
+            if (record := read_record(path)).failure:
+                record.failure = ""
+                write_record(path, record)
         after = [other.id for other in planned.after if other.id is not None]
         planned.id = scheduler.submit(script_path(planned.file, runs.path), after, planned.array)
         planned.why = "submitted"
         # At once, so that nothing that Slurm has is forgotten when the next sbatch fails.
-        record_job(runs.path, planned.file.name, planned.id)
-
-
-def record_job(run_directory: Path, script: str, number: int) -> None:
-    path = run_directory / "slurm" / "jobs.json"
-    known = read_json(path) if path.exists() else []
-    write_json(path, [*known, {"script": script, "id": number, "run": str(run_directory)}])
-
-
-def recorded_jobs(run_directory: Path) -> dict[str, int]:
-    """The newest job of each job file, from jobs.json. The jobs of the run that this one is a copy of are not its."""
-    path = run_directory / "slurm" / "jobs.json"
-    entries = read_json(path) if path.exists() else []
-    return {e["script"]: e["id"] for e in entries if e.get("run", str(run_directory)) == str(run_directory)}
+        scheduler.record_job(runs.path, planned.file.name, planned.id)
 
 
 def _table(plan: list[Planned], run_directory: Path, folder: Path) -> str:

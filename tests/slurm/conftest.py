@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -65,7 +66,9 @@ class Slurm:
         queue = self("squeue", "-t", "all", "-S", "-i", "-o", "%A %K %T %r %N %S %e %k")
         files = sorted(self.folder.glob("log/*.log"))
         if newest := re.search(r" smalti:\S+?:(.*)", queue):
-            files += sorted(Path(newest[1]).glob("slurm/*.history")) + sorted(Path(newest[1]).glob("logs/slurm/*.log"))
+            files += sorted(Path(newest[1]).glob("slurm/*.lives.json")) + sorted(
+                Path(newest[1]).glob("logs/slurm/*.log")
+            )
         tails = [(str(file), "".join(file.read_text(errors="replace").splitlines(True)[-80:])) for file in files]
         return [("squeue", queue), *tails]
 
@@ -88,6 +91,12 @@ def wait_until(what: str, condition: Callable[[], T], seconds: float = 240) -> T
 def whole_lines(path: Path) -> list[str]:
     """Of a file that is being written."""
     return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+
+
+def events(record: Path) -> list[str]:
+    """What the supervisor of a job has recorded, in order: "started", and how each life ended, if it could say so."""
+    lives = json.loads(record.read_text())["lives"] if record.exists() else []
+    return [event for life in lives for event in ("started", life["outcome"]) if event]
 
 
 def processes_of(job: int, module: str) -> list[int]:
@@ -126,6 +135,57 @@ def cluster_file(folder: Path, partition: str = "normal", **more: str) -> Path:
     path = folder / "cluster.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
     return path
+
+
+class Training:
+    """The transformer of a run, on its way through Slurm."""
+
+    def __init__(
+        self, slurm: Slurm, run: Path, processes: int = 4, partition: str = "normal", only: bool = True, **more: str
+    ) -> None:
+        self.slurm, self.run, self.processes = slurm, run, processes
+        cluster = str(cluster_file(run.parent, partition, **more))
+        slurm.smalti(
+            "submit", str(run / "config.yaml"), "--cluster", cluster, *(["--only", "transformer"] if only else [])
+        )
+        self.jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
+        self.id = self.jobs["transformer"]
+
+    def step(self) -> int:
+        lines = whole_lines(self.run / "transformer" / "metrics.jsonl")
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def wait_for_steps(self, restarts: int) -> list[int]:
+        """Wait until the job has trained a little after so many restarts; its processes, all asleep."""
+        wait_until(f"restart {restarts}", lambda: self.notes().count("started") > restarts)
+        before = self.step()
+
+        def all_beyond() -> list[int]:
+            ranks = self.ranks() if self.step() not in (before, 100) else []
+            return ranks if len(ranks) == self.processes else []
+
+        ranks = wait_until("a step", all_beyond)
+        signal_all(ranks, signal.SIGSTOP)
+        return ranks
+
+    def ranks(self) -> list[int]:
+        return processes_of(self.id, "stages.transformer")
+
+    def notes(self) -> list[str]:
+        return events(self.run / "slurm" / "transformer.lives.json")
+
+    def lives(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads((self.run / "slurm" / "transformer.lives.json").read_text())["lives"]
+        return found
+
+    def log(self) -> str:
+        return self.slurm.smalti("logs", str(self.run), "transformer", "-n", "0")
+
+    def state(self) -> str:
+        return self.slurm.job(self.id, "JobState")
+
+    def wait_for_the_end(self) -> None:
+        wait_until("the end", lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED"))
 
 
 def missing_reason() -> str | None:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.orchestration.graph import stage_named
 from pipeline.slurm.preflight import check_host
 from tests.conftest import STAGE_NAMES, TINY
-from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, processes_of, wait_until, weights
+from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, events, processes_of, wait_until, weights
 
 pytestmark = pytest.mark.slurm
 
@@ -44,10 +44,8 @@ def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitt
 
     at_work = wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
     os.kill(at_work[0], signal.SIGKILL)
-    histories = path / "slurm"
-    wait_until(
-        "its death noted", lambda: any("\tcrash\t" in f.read_text() for f in histories.glob("tokenize.task-*.history"))
-    )
+    records = path / "slurm"
+    wait_until("its death noted", lambda: any("crash" in events(f) for f in records.glob("tokenize.task-*.lives.json")))
     seen.join_state_after_death = slurm.job(jobs["tokenize"], "JobState")
 
     wait_until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"))
@@ -75,13 +73,10 @@ def test_all_stages_end_completed_with_the_weights_of_a_local_run(submitted: Sub
 
 
 def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted: Submitted) -> None:
-    events = {
-        history.name: [line.split("\t")[2] for line in history.read_text().splitlines()]
-        for history in sorted((submitted.path / "slurm").glob("tokenize.task-*.history"))
-    }
-    assert len(events) == 3
-    died = [name for name, seen in events.items() if seen == ["started", "crash", "started", "finished"]]
-    unharmed = [name for name, seen in events.items() if seen == ["started", "finished"]]
+    seen = [events(record) for record in sorted((submitted.path / "slurm").glob("tokenize.task-*.lives.json"))]
+    assert len(seen) == 3
+    died = [task for task in seen if task == ["started", "crash", "started", "finished"]]
+    unharmed = [task for task in seen if task == ["started", "finished"]]
     assert (len(died), len(unharmed)) == (1, 2)
     assert submitted.join_state_after_death == "PENDING"
 
@@ -130,7 +125,7 @@ def test_from_a_stage_on_leaves_out_what_comes_before(slurm: Slurm, run_copy: Pa
 def test_jobs_run_the_code_that_was_submitted(submitted: Submitted) -> None:
     script = (submitted.path / "slurm" / "transformer.sbatch").read_text()
     code = submitted.path / "code" / "src"
-    assert f"PYTHONPATH={code} " in script
+    assert f"\ncode={code}\nexport PYTHONPATH=$code" in script
     assert (code / "stages" / "transformer.py").is_file()
 
 

@@ -1,0 +1,146 @@
+"""This job, through Slurm's commands: what Slurm says of it, and how it comes back."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Slurm asks every process of a job that it ends to end, too; what brings the job back must outlive that.
+_DEAF = ["/bin/sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh"]
+# Slurm looks at time limits every 30 s, and may send its signal up to 60 s early.
+_EARLY_S = 90.0
+
+
+class ThisJob:
+    """The job that this process runs in, or the task of an array."""
+
+    def __init__(self) -> None:
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        self.task = int(task) if array and task else None
+        self.name = f"{array}_{task}" if self.task is not None else os.environ["SLURM_JOB_ID"]
+        self.hosts = call(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
+
+    def field(self, name: str) -> str:
+        """One word of `scontrol show job`: JobState, Reason, EndTime, …; empty if Slurm does not answer."""
+        found = re.search(rf"\b{name}=(\S+)", call(["scontrol", "show", "job", self.name]))
+        return "" if found is None or found[1] in ("(null)", "N/A", "None") else found[1]
+
+    def at_time_limit(self) -> bool:
+        return self.field("Reason") == "TimeLimit"
+
+    def near_time_limit(self, stop_ahead_s: float) -> bool:
+        end = _seconds(self.field("EndTime"))
+        return end is not None and end - time.time() <= stop_ahead_s + _EARLY_S
+
+    def preempted(self) -> bool:
+        """Where the partition has a GraceTime: the ranks were asked to stop, and have saved."""
+        started, at = _seconds(self.field("StartTime")), _seconds(self.field("PreemptTime"))
+        return started is not None and at is not None and at >= started
+
+    def dead_hosts(self) -> tuple[str, ...]:
+        """The hosts of this job on which Slurm can no longer start a process."""
+        count = str(len(self.hosts))
+        command = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
+        answered = call([*command, "sh", "-c", 'echo "$SLURMD_NODENAME"'], timeout_s=60).split()
+        return tuple(host for host in self.hosts if host not in answered)
+
+    def spare_hosts(self) -> int | None:
+        """How many hosts of the partition this job could do without, those that it leaves out already not counted."""
+        partition = self.field("Partition").split(",")[0]
+        usable = "idle,alloc,mix,comp,planned,resv"
+        up = set(call(["sinfo", "-h", "-N", "-p", partition, "-t", usable, "-o", "%N"]).split())
+        if not up:
+            return None
+        return len(up - set(self._excluded())) - len(self.hosts)
+
+    def use_up_steps(self, count: int) -> None:
+        """Start empty steps. When a node dies, Slurm keeps asking it to end its step (TERM, then KILL), even a minute
+        later; if the node is back by then, the step of the same number after the requeue gets the signal."""
+        for _ in range(count):
+            call(["srun", "--nodes=1", "--ntasks=1", "true"], timeout_s=60)
+
+    def requeue(self, exclude: Sequence[str]) -> bool:
+        """Come back under the same id; False where the site or the job forbids that. It ends this process, soon."""
+        excluded = self._excluded()
+        if not _succeeds(["scontrol", "requeue", self.name]):
+            return False
+        if exclude:
+            hosts = ",".join(dict.fromkeys([*excluded, *exclude]))
+            _succeeds(["scontrol", "update", f"jobid={self.name}", f"excnodelist={hosts}"])
+        return True
+
+    def submit_successor(self, script: Path, exclude: Sequence[str]) -> str | None:
+        """Submit the job file again, to start when this job has ended, and make what waits for this job wait for that
+        one; its name, or None if sbatch refuses."""
+        mine = self.name.split("_")[0]
+        command = ["sbatch", "--parsable", f"--dependency=afterany:{self.name}"]
+        if self.task is not None:
+            command.append(f"--array={self.task}")
+        if excluded := [*self._excluded(), *exclude]:
+            command.append("--exclude=" + ",".join(dict.fromkeys(excluded)))
+        # What this job's environment says of it (SLURM_…, SBATCH_…) would win over the job file.
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        clean |= {name: value for name, value in os.environ.items() if name in ("SLURM_CONF",)}
+        answer = call([*_DEAF, *command, str(script)], environment=clean).strip().split(";")[0]
+        if not answer.isdecimal():
+            return None
+        self._move_dependents(mine, answer)
+        return answer if self.task is None else f"{answer}_{self.task}"
+
+    def _move_dependents(self, mine: str, successor: str) -> None:
+        """A job's dependents wait for its successor instead; an array's for the other tasks and for the successor."""
+        for line in call(["squeue", "--me", "-h", "-o", "%A|%E"]).splitlines():
+            job, _, dependency = line.partition("|")
+            if job == successor:
+                continue
+            moved = moved_dependency(dependency, mine, successor, keep=self.task is not None)
+            if moved != dependency:
+                _succeeds(["scontrol", "update", f"jobid={job}", f"dependency={moved}"])
+
+    def _excluded(self) -> list[str]:
+        listed = self.field("ExcNodeList")
+        return call(["scontrol", "show", "hostnames", listed]).split() if listed else []
+
+
+def moved_dependency(dependency: str, job: str, successor: str, keep: bool) -> str:
+    """What squeue says of a dependency, `afterok:12(unfulfilled)`, with `successor` for `job`, or (`keep`) beside it.
+
+    Returns it unchanged if it does not name `job`.
+    """
+    terms = []
+    for term in dependency.split(","):
+        kind, _, rest = re.sub(r"\([^)]*\)", "", term).partition(":")
+        jobs = rest.split(":")
+        # squeue shows an array as 12_*.
+        if kind == "afterok" and (named := [name for name in jobs if name in (job, f"{job}_*")]):
+            others = [name.removesuffix("_*") for name in jobs if name not in named]
+            jobs = [*others, *([job] if keep else []), successor]
+        terms.append(":".join([kind, *jobs]) if rest else kind)
+    moved = ",".join(terms)
+    return dependency if moved == re.sub(r"\([^)]*\)", "", dependency) else moved
+
+
+def call(command: Sequence[str], timeout_s: float = 120, environment: dict[str, str] | None = None) -> str:
+    """What a command prints; empty if it fails or does not answer. A controller that is away is no reason to fail."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=timeout_s, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def _succeeds(command: Sequence[str]) -> bool:
+    return subprocess.run([*_DEAF, *command]).returncode == 0
+
+
+def _seconds(time_of_slurm: str) -> float | None:
+    try:
+        return time.mktime(time.strptime(time_of_slurm, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None

@@ -1,0 +1,76 @@
+"""Where a site's Python comes from: job files keep what `setup` made, containers are built from the constraints."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.orchestration.graph import stage_named
+from pipeline.slurm.cluster import load_cluster
+from pipeline.slurm.render import JobFile, render
+from tests.launch import ROOT
+
+
+def _job_file(cluster: Path, run: Path) -> str:
+    loaded, stage = load_cluster(cluster), stage_named("transformer")
+    return render(JobFile(stage, loaded.resources(stage)), loaded, run, ROOT, run)
+
+
+def test_what_setup_put_on_pythonpath_stays_there_behind_the_runs_own_code(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{setup: ['export PYTHONPATH=/of/a/module'], supervisor_python: /usr/bin/env}")
+    job = _job_file(tmp_path / "c.yaml", tmp_path)
+    job = re.sub(r'exec /usr/bin/env "\$code/.*', "exec printenv PYTHONPATH", job, flags=re.DOTALL)
+    clean = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a"}
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho a\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    clean["PATH"] = f"{tmp_path}:{clean['PATH']}"
+    done = subprocess.run(["bash", "-c", job], env=clean, capture_output=True, text=True)
+    assert done.stdout == f"{ROOT}:/of/a/module\n"
+
+
+def test_a_conda_that_uses_unset_variables_does_not_end_the_job(tmp_path: Path) -> None:
+    job = _job_file(ROOT / "configs" / "cluster" / "conda.yaml", tmp_path)
+    assert "set -" not in job[: job.index("conda activate")]
+
+
+def test_the_supervisor_of_a_container_is_outside_of_it_and_the_ranks_are_inside(tmp_path: Path) -> None:
+    job = _job_file(ROOT / "configs" / "cluster" / "apptainer.yaml", tmp_path)
+    assert '\nexec /usr/bin/python3 "$code/pipeline/slurm/supervisor" ' in job
+    assert "--python 'apptainer exec --nv --bind /scratch /shared/me/smalti.sif python3'" in job
+    job = _job_file(ROOT / "configs" / "cluster" / "pyxis.yaml", tmp_path)
+    assert "--srun 'srun --label --cpus-per-task=8 --container-image=/shared/me/smalti.sqsh " in job
+    (tmp_path / "c.yaml").write_text("launcher: [apptainer, exec, a.sif]")
+    assert "\nexec python3 " in _job_file(tmp_path / "c.yaml", tmp_path)
+    (tmp_path / "c.yaml").write_text("{}")
+    assert f"\nexec {sys.executable} " in _job_file(tmp_path / "c.yaml", tmp_path)
+
+
+def test_the_supervisor_needs_no_packages() -> None:
+    supervisor = ROOT / "pipeline" / "slurm" / "supervisor"
+    # -S: no site-packages.
+    done = subprocess.run(
+        [sys.executable, "-S", supervisor, "--help"], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--max-crashes" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["smalti.def", "Dockerfile"])
+def test_a_container_is_built_from_the_constraints_and_from_files_that_exist(recipe: str) -> None:
+    text = (ROOT / "slurm" / recipe).read_text()
+    assert "pip install --no-cache-dir --constraint constraints.txt '.[demo,data]'" in text
+    if recipe == "Dockerfile":
+        copied = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for name in line.split()}
+    else:
+        copied = set(re.findall(r"^    (\S+) /opt/smalti/\1$", text, re.MULTILINE))
+        script = re.search(r"%post\n(.*?)\n%", text, re.DOTALL)
+        assert script
+        shellcheck = Path(sys.executable).parent / "shellcheck"
+        subprocess.run([shellcheck, "--shell=sh", "-"], input=script[1], text=True, check=True)
+    assert {"pyproject.toml", "constraints.txt", "README.md", "pipeline", "stages"} <= copied
+    assert all((ROOT / name).exists() for name in copied)

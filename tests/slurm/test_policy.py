@@ -1,0 +1,210 @@
+"""What follows the lives of a job, by the supervisor's pure policy: recorded lives in, a decision out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import lock
+from pipeline.slurm.supervisor import policy
+from pipeline.slurm.supervisor.job import moved_dependency
+from pipeline.slurm.supervisor.policy import Budgets, Decision, Ending, Life, decide, outcome_of
+from pipeline.slurm.supervisor.ranks import first_failure
+from pipeline.slurm.supervisor.record import Record, last_step, progress, read_record, write_record
+
+BUDGETS = Budgets(max_time_limits=3, max_crashes=3, max_bad_hosts=3)
+
+
+def _life(outcome: str, before: int = 0, after: int = 0, host: str = "", error: str = "", step: int = 0) -> Life:
+    return Life(
+        *("12", 0.0, ["node1", "node2"], before, after, 1.0, outcome, 1),
+        blamed=[host] if host else [],
+        rank=2,
+        step=step,
+        error=error,
+    )
+
+
+def _decisions(lives: list[Life], spare_hosts: int | None = None) -> list[Decision]:
+    """What was decided after each of the lives, to the first that is not to be followed by another."""
+    decided = []
+    for count in range(1, len(lives) + 1):
+        decided.append(decide(lives[:count], BUDGETS, spare_hosts))
+        if decided[-1].action != "again":
+            break
+    return decided
+
+
+@pytest.mark.parametrize("outcome", [policy.TIME_LIMIT, policy.CRASH, policy.BAD_HOST, policy.DEAD_HOST])
+def test_thirty_lives_with_progress_never_fail_a_job(outcome: str) -> None:
+    lives = [_life(outcome, 10 * n, 10 * n + 10, error="OSError: x", step=10 * n + 15) for n in range(30)]
+    assert [decided.action for decided in _decisions(lives)] == ["again"] * 30
+
+
+@pytest.mark.parametrize(
+    ("outcome", "budget"),
+    [
+        (policy.TIME_LIMIT, "max_time_limits"),
+        (policy.CRASH, "max_crashes"),
+        (policy.LOCKED, "max_crashes"),
+        (policy.BAD_HOST, "max_bad_hosts"),
+        (policy.LATE_HOST, "max_bad_hosts"),
+        (policy.DEAD_HOST, "max_bad_hosts"),
+    ],
+)
+def test_the_fourth_life_without_progress_fails_a_job_and_says_so(outcome: str, budget: str) -> None:
+    lives = [_life(outcome, 10, 10, error=f"OSError: {n}", step=n) for n in range(9)]
+    decided = _decisions(lives)
+    assert [one.action for one in decided] == ["again"] * 3 + ["fail"]
+    assert decided[-1].line.endswith(f"occurrence 4 without progress: the cluster file allows 3 ({budget})")
+
+
+def test_a_life_with_progress_gives_every_budget_back() -> None:
+    stuck = [_life(policy.TIME_LIMIT, 10, 10)] * 3
+    assert decide([*stuck, _life(policy.PREEMPTED, 10, 20), *stuck], BUDGETS).action == "again"
+    assert decide([*stuck, _life(policy.PREEMPTED, 10, 10), *stuck], BUDGETS).action == "fail"
+
+
+def test_other_ends_between_them_do_not_hide_time_limits_without_progress() -> None:
+    lives = [_life(what, 10, 10) for what in (policy.TIME_LIMIT, policy.PREEMPTED, "", policy.ASKED_TO_STOP) * 4]
+    assert [one.action for one in _decisions([life for life in lives if life.outcome])][-1] == "fail"
+
+
+def test_preemptions_and_requests_to_stop_spend_no_budget() -> None:
+    for outcome in (policy.PREEMPTED, policy.ASKED_TO_STOP):
+        assert decide([_life(outcome, 10, 10)] * 900, BUDGETS).action == "again"
+
+
+def test_the_same_error_at_the_same_step_twice_is_a_bug_and_fails_with_its_line() -> None:
+    lives = [
+        _life(policy.CRASH, 0, 50, "node1", "ValueError: loss of pid 71234 at 0x7f00 is wrong", step=57),
+        _life(policy.CRASH, 50, 50, "node2", "ValueError: loss of pid 91111 at 0x8a10 is wrong", step=57),
+    ]
+    decided = _decisions(lives)
+    assert [one.action for one in decided] == ["again", "fail"]
+    assert decided[-1].line.startswith(
+        "failed: rank 2 on node2 failed first (exit 1), as before at step 57: ValueError"
+    )
+
+
+def test_a_step_that_slurm_killed_whole_is_no_bug_of_ours() -> None:
+    life = _life(policy.CRASH, 50, 50, error="killed by SIGKILL", step=57)
+    life.rank = None
+    decided = _decisions([life] * 4)
+    assert [one.action for one in decided] == ["again"] * 3 + ["fail"]
+    assert decided[-1].line.startswith("failed: the whole step was killed (exit 1), occurrence 4 without progress")
+
+
+@pytest.mark.parametrize(
+    ("error", "step"),
+    [
+        ("ValueError: the loss is wrong", 58),  # elsewhere
+        ("ValueError: the norm is wrong", 57),  # another one
+    ],
+)
+def test_another_error_or_another_step_is_tried_again(error: str, step: int) -> None:
+    first = _life(policy.CRASH, 0, 50, "node1", "ValueError: the loss is wrong", step=57)
+    assert decide([first, _life(policy.CRASH, 50, 50, "node2", error, step)], BUDGETS).action == "again"
+
+
+def test_an_error_of_the_hardware_is_no_bug_and_its_host_is_left_out_after_the_second() -> None:
+    error = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    lives = [_life(policy.CRASH, 50, 50, "node1", error, step=57)] * 2
+    assert [one.exclude for one in _decisions(lives, spare_hosts=3)] == [(), ("node1",)]
+    decided = _decisions(lives, spare_hosts=0)[-1]
+    assert decided.exclude == ()  # the job would wait for ever
+    assert decided.action == "again"
+    assert "too few other hosts are up" in decided.line
+
+
+def test_first_deaths_on_two_hosts_leave_none_out() -> None:
+    lives = [_life(policy.CRASH, 50, 50, host, host, step=n) for n, host in enumerate(("node1", "node2"))]
+    assert [one.exclude for one in _decisions(lives, 3)] == [(), ()]
+
+
+def test_a_bad_host_is_left_out_at_once_and_a_late_one_never() -> None:
+    assert decide([_life(policy.BAD_HOST, host="node1")], BUDGETS, 1).exclude == ("node1",)
+    assert decide([_life(policy.LATE_HOST, host="node1")] * 3, BUDGETS, 1) == Decision("again", "late host (node1)")
+
+
+def test_a_users_mistake_is_never_tried_again_and_a_held_lock_is() -> None:
+    assert outcome_of(Ending(False, 2, said="0: error: expected a folder")) == policy.MISTAKE
+    refusal = str(lock._refusal("stage x", lock._this_process("t"), Path("/nowhere")))
+    assert outcome_of(Ending(False, 2, said=f"0: error: {refusal}")) == policy.LOCKED
+    assert decide([_life(policy.MISTAKE, error="error: expected a folder")], BUDGETS).action == "fail"
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome"),
+    [
+        (Ending(True, 0), policy.FINISHED),
+        (Ending(True, 1), policy.FINISHED),
+        (Ending(False, 0), policy.ASKED_TO_STOP),
+        (Ending(False, 0, near_time_limit=True), policy.TIME_LIMIT),
+        (Ending(False, 0, near_time_limit=True, preempted=True), policy.PREEMPTED),
+        (Ending(False, 137, "TIMEOUT", at_time_limit=True), policy.TIME_LIMIT),
+        (Ending(False, 137, "PREEMPTED"), policy.TAKEN_AWAY),
+        (Ending(False, 0, "CANCELLED"), policy.TAKEN_AWAY),
+        (Ending(False, 137, dead_hosts=("node1",)), policy.DEAD_HOST),
+        (Ending(False, 137), policy.CRASH),
+    ],
+)
+def test_what_ended_a_life_is_told_apart(ending: Ending, outcome: str) -> None:
+    assert outcome_of(ending) == outcome
+
+
+def test_a_successor_inherits_the_lives_and_a_new_submission_does_not(tmp_path: Path) -> None:
+    record = Record([_life(policy.TIME_LIMIT)], {"15": "12", "18": "12"})
+    path = tmp_path / "x.lives.json"
+    write_record(path, record)
+    assert read_record(path) == record
+    assert len(read_record(path).chain("18")) == 1
+    assert read_record(path).chain("20") == []
+    path.write_text('{"lives": [')
+    assert read_record(path) == Record()
+
+
+@pytest.mark.parametrize(
+    ("known", "keep", "moved"),
+    [
+        ("afterok:12(unfulfilled)", False, "afterok:15"),
+        ("afterok:11(unfulfilled),afterok:12(unfulfilled)", False, "afterok:11,afterok:15"),
+        ("afterok:9_*(unfulfilled):12_*(unfulfilled)", True, "afterok:9:12:15"),
+        ("afterok:112(unfulfilled)", False, "afterok:112(unfulfilled)"),
+        ("afterany:12(unfulfilled)", False, "afterany:12(unfulfilled)"),
+        ("(null)", False, "(null)"),
+    ],
+)
+def test_what_waited_for_a_job_waits_for_its_successor(known: str, keep: bool, moved: str) -> None:
+    assert moved_dependency(known, "12", "15", keep) == moved
+
+
+def test_progress_is_the_newest_checkpoint_or_the_number_of_files(tmp_path: Path) -> None:
+    assert progress(tmp_path / "none", trains=True) == progress(tmp_path / "none", trains=False) == 0
+    for name in ("step-00000050", "step-00000100", "step-00000150.tmp", "step-00000120.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for name in ("a.tar", ".b.tar.123.tmp"):
+        (tmp_path / name).touch()
+    assert progress(tmp_path, trains=True) == 100
+    assert progress(tmp_path, trains=False) == 1
+    (tmp_path / "metrics.jsonl").write_text('{"step": 57, "loss": 1.0}\n{"step": 58, "lo')
+    assert last_step(tmp_path) == 57
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "error"),
+    [
+        (1, ["Traceback (most recent call last):", '  File "x.py"', "ValueError: bad"], "ValueError: bad"),
+        (137, ["step 5"], "killed by SIGKILL"),
+        (139, ["RuntimeError: x"], "killed by SIGSEGV, after: RuntimeError: x"),
+        (1, ["something", ""], "something"),
+    ],
+)  # fmt: skip
+def test_the_line_that_says_why_is_found(code: int, lines: list[str], error: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(
+        "3: of the life before\n" + "".join(f"03: {line}\n" for line in lines) + "13: other\n"
+    )
+    (tmp_path / "first").write_text(f"3 node1 {code}\n")
+    found = first_failure(tmp_path / "first", tmp_path / "log", len("3: of the life before\n"), code=9)
+    assert (found.rank, found.host, found.code, found.error) == (3, "node1", code, error)

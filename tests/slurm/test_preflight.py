@@ -1,0 +1,146 @@
+"""The preflight tells a bad host from a slow one, with ranks in threads of this process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.core.loopback import LOOPBACK, free_port
+from pipeline.slurm import preflight
+from pipeline.slurm.device_check import counter_fault, hardware_xids, slow_hosts
+from pipeline.slurm.preflight import BAD_HOSTS, LATE, NO_HOST_TO_BLAME, Verdict, follow, lead
+from pipeline.slurm.roll_call import Announced, RollCall
+
+Measured = dict[str, object]
+FINE: Measured = {"failure": "", "gb_per_s": 1.0, "tflops": 1.0}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Measured]:
+    """What the ranks measure, by rank, to be changed by a test."""
+    values: dict[int, Measured] = {}
+    monkeypatch.setattr(preflight, "_measure", lambda rank, *_: values.get(rank, FINE))
+    return values
+
+
+def _hold(
+    hosts: list[str],
+    timeout_s: float = 5.0,
+    problems: dict[int, str] | None = None,
+    ranks: dict[int, Callable[[Announced], None]] | None = None,
+) -> Verdict:
+    """A preflight with a rank on each of `hosts`; `ranks`: those that do something else than they should."""
+    port, problems = free_port(), problems or {}
+    call = RollCall(port, len(hosts))
+    call.note(0, host=hosts[0])
+
+    def other(rank: int) -> None:
+        announced = Announced(LOOPBACK, port, rank, hosts[rank], timeout_s)
+        if ranks and rank in ranks:
+            ranks[rank](announced)
+        else:
+            follow(announced, rank, len(hosts), problems.get(rank), timeout_s)
+
+    for rank in range(1, len(hosts)):
+        if hosts[rank]:
+            threading.Thread(target=other, args=(rank,), daemon=True).start()
+    names = ["a", "b"]
+    return lead(call, len(hosts), names, problems.get(0), timeout_s)
+
+
+def test_ranks_announce_themselves_before_they_import_torch() -> None:
+    code = "import sys, pipeline.cli.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_rank_that_takes_longer_than_the_patience_to_import_is_waited_for(measured: dict[int, Measured]) -> None:
+    def slow(announced: Announced) -> None:
+        time.sleep(1.0)
+        follow(announced, 1, 2, None, 0.4)
+
+    assert _hold(["a", "b"], 0.4, ranks={1: slow}) == Verdict()
+
+
+def test_a_host_that_does_not_come_is_late_and_not_bad(measured: dict[int, Measured]) -> None:
+    verdict = _hold(["a", ""], 0.3)
+    assert (verdict.exit_code, verdict.bad) == (LATE, {})
+    assert "1 ranks did not come" in verdict.late
+    assert "nothing was heard of b" in verdict.late
+
+
+def test_the_patience_counts_from_the_first_arrival(measured: dict[int, Measured]) -> None:
+    started = time.monotonic()
+    call = RollCall(free_port(), 2)
+    time.sleep(0.5)
+    call.note(0, host="a")
+    lead(call, 2, ["a", "b"], None, 0.5)
+    assert time.monotonic() - started >= 1.0
+
+
+def test_a_rank_that_dies_in_its_check_ends_the_wait_and_excludes_nobody(measured: dict[int, Measured]) -> None:
+    def die(announced: Announced) -> None:
+        announced._thread.join()
+        assert announced._connection
+        announced._connection.close()
+
+    verdict = _hold(["a", "b"], 60.0, ranks={1: die})
+    assert (verdict.exit_code, verdict.late) == (LATE, "rank 1 on b ended during its check: see its lines")
+
+
+def test_a_problem_is_of_the_host_that_the_rank_names_however_ranks_are_dealt_out(
+    measured: dict[int, Measured],
+) -> None:
+    verdict = _hold(["a", "b", "a", "b"], problems={2: "GPU 1 has 3 of 80 GB free"})
+    assert (verdict.exit_code, verdict.bad) == (BAD_HOSTS, {"a": "GPU 1 has 3 of 80 GB free"})
+
+
+def test_an_all_reduce_that_fails_on_one_host_or_on_all(measured: dict[int, Measured]) -> None:
+    measured[1] = {"failure": "rank 1: expected a sum of 3, found 2"}
+    assert _hold(["a", "b"]).bad == {"b": "rank 1: expected a sum of 3, found 2"}
+    measured[0] = {"failure": "rank 0: RuntimeError: connection closed"}
+    assert _hold(["a", "b"]).exit_code == NO_HOST_TO_BLAME
+
+
+def test_a_slow_gpu_makes_its_host_bad_and_a_slow_processor_is_only_told(measured: dict[int, Measured]) -> None:
+    measured.update({rank: FINE | {"on_gpu": True} for rank in range(3)})
+    measured[3] = FINE | {"on_gpu": True, "tflops": 0.4}
+    hosts = ["a", "a", "a", "b"]
+    assert _hold(hosts).bad == {"b": "a matrix product on rank 3 ran at 0.4 TFLOP/s, the median is 1"}
+    measured[0] = FINE
+    verdict = _hold(hosts)
+    assert (verdict.exit_code, len(verdict.notes)) == (0, 1)
+    assert verdict.notes[0].startswith("b is slow: a matrix product on rank 3")
+
+
+def test_half_of_the_median_is_the_limit() -> None:
+    hosts = dict(enumerate("aabbcc"))
+    assert slow_hosts(dict.fromkeys(range(6), 7.0), hosts, "x", "u") == {}
+    assert slow_hosts({0: 10, 1: 10, 2: 10, 3: 5, 4: 10, 5: 10}, hosts, "x", "u") == {}
+    found = slow_hosts({0: 10, 1: 10, 2: 10, 3: 4.9, 4: 10, 5: 1}, hosts, "x", "u")
+    assert found == {
+        "c": "x on rank 5 ran at 1 u, the median is 10",
+        "b": "x on rank 3 ran at 4.9 u, the median is 10",
+    }
+    assert slow_hosts({0: 1.0}, hosts, "x", "u") == {}  # nothing to compare with
+
+
+def test_the_drivers_counters_and_the_kernels_lines_name_broken_hardware() -> None:
+    fine = {
+        "ecc.errors.uncorrected.volatile.total": "0",
+        "retired_pages.pending": "[N/A]",
+        "remapped_rows.failure": "No",
+    }
+    assert counter_fault(fine) is None
+    assert counter_fault(fine | {"remapped_rows.failure": "Yes"}) == "remapped_rows.failure=Yes"
+    log = "\n".join(
+        [
+            "[1.0] NVRM: Xid (PCI:0000:18:00): 31, pid=1, name=python, MMU Fault",  # a bug of a program
+            "[2.0] NVRM: Xid (PCI:0000:18:00): 79, pid='<unknown>', GPU has fallen off the bus.",
+        ]
+    )
+    assert [line[:6] for line in hardware_xids(log)] == ["[2.0] "]
