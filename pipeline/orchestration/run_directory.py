@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from pipeline.config.base import differences, digest, to_yaml
 from pipeline.config.pipeline import PipelineConfig, is_run_config
@@ -27,9 +26,10 @@ from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, remove_leftovers, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
-from pipeline.core.manifest import FileRecord, first_fault, record
+from pipeline.core.manifest import first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
 from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named, stages_of
+from pipeline.orchestration.manifests import Manifest, Manifests
 from pipeline.orchestration.outside import changes, record_stamp, recorded_stamp
 
 log = logging.getLogger(__name__)
@@ -41,23 +41,12 @@ _BEFORE_A_RUN = {"locks", "slurm", "logs"}
 _OF_ONE_RUN_ALONE = shutil.ignore_patterns("mlflow.json", "checkpoints", "tasks", "_SUCCESS", ".*.tmp")
 
 
-class Manifest(TypedDict):
-    """manifest.json of a finished stage."""
-
-    stage: str
-    config: dict[str, object]  # `graph.stage_identity`
-    inputs: dict[str, str]  # the hash of each input's manifest
-    outputs: dict[str, FileRecord]
-    hash: str  # of all above: what was made from what, and no times, paths or versions
-    code: NotRequired[dict[str, object] | None]  # version.json of the run's code
-    outside: NotRequired[str]  # the stamp of what it read from outside of the run
-
-
 class RunDirectory:
     """The paths and manifests of a run, and which of its stages are up to date. Creating the object writes nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._manifests = Manifests(path)
 
     def stage(self, name: str) -> Path:
         """The directory of a stage."""
@@ -95,15 +84,15 @@ class RunDirectory:
             )
 
     @contextmanager
-    def lock_run(self) -> Iterator[None]:
-        """Hold the lock "run", whose holder may call `open`.
+    def lock_run(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the lock "run", whose holder may call `open`. `wait_s`: for another holder.
 
         Raises:
             UserError: another process holds it, or the directory cannot be written.
         """
         with writing_in(self.path):
             (self.path / "locks").mkdir(parents=True, exist_ok=True)
-            lock = Lock(self.lock("run"), f"the run in {self.path}")
+            lock = Lock(self.lock("run"), f"the run in {self.path}", wait_s)
             lock.__enter__()
         with ExitStack() as held:
             held.push(lock)
@@ -147,16 +136,12 @@ class RunDirectory:
 
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
-        success, path = self.stage(name) / "_SUCCESS", self.stage(name) / "manifest.json"
-        if not (
-            success.exists() and path.exists() and success.read_text(errors="replace").strip() == sha256_file(path)
-        ):
-            return None
-        manifest: Manifest = read_json(path)
-        return {**manifest, "config": with_current_names(manifest["config"])}
+        return self._manifests.of(name)
 
-    def identity(self, config: PipelineConfig, stage: Stage) -> dict[str, object]:
+    def identity(self, config: PipelineConfig, stage: Stage, files: bool = True) -> dict[str, object]:
         """What decides this stage's result: its config and the hashes of its finished inputs.
+
+        `files`: look at the inputs' files, too; not needed behind `stale_inputs`, and takes a while with many.
 
         Raises:
             UserError: an input is missing, unfinished or damaged.
@@ -166,12 +151,13 @@ class RunDirectory:
             manifest = self.manifest(name)
             if manifest is None:
                 raise UserError(f"{stage.name} needs {name}, which is not finished in {self.path}: run {name} first")
-            self._check_outputs(name, manifest, reader=stage.name)
+            if files:
+                self._check_outputs(name, manifest, reader=stage.name)
             inputs[name] = manifest["hash"]
         return {"config": stage_identity(config, stage.name), "inputs": inputs}
 
-    def stale_reasons(self, config: PipelineConfig, stage: Stage) -> list[str]:
-        """Why this stage must run; empty if it is up to date."""
+    def stale_reasons(self, config: PipelineConfig, stage: Stage, files: bool = True) -> list[str]:
+        """Why this stage must run; empty if it is up to date. `files`: look at its files, too."""
         manifest = self.manifest(stage.name)
         if manifest is None:
             return ["not finished"] if self.stage(stage.name).exists() else ["not run yet"]
@@ -182,7 +168,7 @@ class RunDirectory:
                 reasons.append(f"input {name} is new")
             elif current is None or manifest["inputs"][name] != current["hash"]:
                 reasons.append(f"input {name} changed")
-        if not reasons:
+        if files and not reasons:
             try:
                 self._check_outputs(stage.name, manifest, reader=stage.name)
             except UserError as error:
@@ -233,43 +219,63 @@ class RunDirectory:
         manifest = self.manifest(stage.name)
         return changes(stage.name, config, manifest.get("outside")) if manifest is not None else []
 
-    def stale_inputs(self, config: PipelineConfig, stage: Stage) -> list[str]:
-        """Why inputs of this stage, direct or not, must run first; empty if all are up to date."""
+    def stale_inputs(self, config: PipelineConfig, stage: Stage, files: bool = True) -> list[str]:
+        """Why inputs of this stage, direct or not, must run first; empty if all are up to date.
+
+        `files`: look at those of the direct inputs; nobody reads the others', of which hashes tell enough.
+        """
         reasons: list[str] = []
         for name in inputs_of(config, stage):
             upstream = stage_named(name)
-            own = [f"{name}: {reason}" for reason in self.stale_reasons(config, upstream)]
-            reasons += self.stale_inputs(config, upstream) or own
+            own = [f"{name}: {reason}" for reason in self.stale_reasons(config, upstream, files)]
+            reasons += self.stale_inputs(config, upstream, files=False) or own
         return list(dict.fromkeys(reasons))
 
-    def begin(self, config: PipelineConfig, stage: Stage) -> bool:
+    def begin(self, config: PipelineConfig, stage: Stage, identity: dict[str, object] | None = None) -> bool:
         """Make the stage directory ready; False if the stage is up to date.
 
         A directory of the same identity is continued; one of another identity is moved to `superseded/`.
+        `identity`: as `identity` returned it, which otherwise is asked.
         """
-        directory, identity = self.stage(stage.name), self.identity(config, stage)
+        identity = identity or self.identity(config, stage)
+        self._put_in_place(stage, identity)
+        if not self.stale_reasons(config, stage) and not self.outside_changes(config, stage):
+            return False
+        self._write_start(config, stage, identity)
+        return True
+
+    def begin_task(
+        self, config: PipelineConfig, stage: Stage, task: tuple[int, int], identity: dict[str, object]
+    ) -> bool:
+        """Like `begin`, for one of several array tasks: the work of the others stays.
+
+        Hold a lock meanwhile, for a moment: no file of an input or an output is looked at.
+        """
+        directory = self.stage(stage.name)
+        if not directory.exists() or _recorded_identity(directory) != identity:
+            self._put_in_place(stage, identity)
+            if self.manifest(stage.name) is None:
+                self._write_start(config, stage, identity)
+        return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
+
+    def _put_in_place(self, stage: Stage, identity: dict[str, object]) -> None:
+        """Move a directory of another identity away, and bring back one of this identity, if there is one."""
+        directory = self.stage(stage.name)
         if directory.exists() and _recorded_identity(directory) != identity:
             self._supersede(directory)
         superseded = self._superseded_path(stage.name, identity)
         if not directory.exists() and superseded.is_dir() and _recorded_identity(superseded) == identity:
             superseded.rename(directory)
             log.info("%s: restored from %s", stage.name, superseded)
-        if not self.stale_reasons(config, stage) and not self.outside_changes(config, stage):
-            return False
+
+    def _write_start(self, config: PipelineConfig, stage: Stage, identity: dict[str, object]) -> None:
+        directory = self.stage(stage.name)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "_SUCCESS").unlink(missing_ok=True)
         remove_leftovers(directory)
         write_json(directory / "identity.json", identity)
         record_stamp(directory, config)
         write_atomic(directory / "config.yaml", to_yaml(config.section(stage.name)))
-        return True
-
-    def begin_task(self, config: PipelineConfig, stage: Stage, task: tuple[int, int]) -> bool:
-        """Like `begin`, for one of several array tasks: the work of the others stays. Hold a lock meanwhile."""
-        directory = self.stage(stage.name)
-        if not directory.exists() or _recorded_identity(directory) != self.identity(config, stage):
-            self.begin(config, stage)
-        return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
 
     def finish_task(self, stage: Stage, task: tuple[int, int]) -> None:
         """Record that an array task, (index, count), has done its share."""

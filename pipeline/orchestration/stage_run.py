@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from pipeline.orchestration.tracking import Tracker
 log = logging.getLogger(__name__)
 
 _ARTIFACT_LIMIT_BYTES = 50_000_000
+_OPENING_S = 10.0  # seconds that a stage waits for another one that opens the run
 T = TypeVar("T")
 
 
@@ -144,11 +146,13 @@ def _begin(
     """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
         raise UserError(f"{stage.name} is not part of this pipeline: set {stage.section}.enabled=true")
+    checked = False
     if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # these have opened the run already
         runs.check(source, take_over)
-        with runs.lock_run():
-            if config.branched_from is None:  # a refused command changes nothing
-                _refuse_stale_inputs(stage, config, runs)
+        if config.branched_from is None:  # a refused command changes nothing
+            _refuse_stale_inputs(stage, config, runs)
+            checked = True
+        with runs.lock_run(wait_s=_OPENING_S):  # tasks that are started side by side open it one after the other
             runs.open(config, source)
     # The tasks of an array write side by side, but not beside a process that does the whole stage.
     others = (
@@ -158,16 +162,18 @@ def _begin(
     held.enter_context(Lock(runs.lock(name), f"stage {name}"))
     for other in others:
         refuse_if_held(other, f"stage {other.stem}")
-    _refuse_stale_inputs(stage, config, runs)
+    _refuse_stale_inputs(stage, config, runs, files=not checked)
     _refuse_empty_splits(stage, runs)
+    identity = runs.identity(config, stage, files=False)
     if array_task is None:
-        return runs.begin(config, stage)
-    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=120):
-        return runs.begin_task(config, stage, array_task)
+        return runs.begin(config, stage, identity)
+    # Held for a moment each, by as many tasks as there may be: none is refused for it.
+    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=math.inf):
+        return runs.begin_task(config, stage, array_task, identity)
 
 
-def _refuse_stale_inputs(stage: Stage, config: PipelineConfig, runs: RunDirectory) -> None:
-    if stale := runs.stale_inputs(config, stage):
+def _refuse_stale_inputs(stage: Stage, config: PipelineConfig, runs: RunDirectory, files: bool = True) -> None:
+    if stale := runs.stale_inputs(config, stage, files):
         raise UserError(
             f"{stage.name}: its inputs are out of date ({'; '.join(stale)}):"
             f" run those stages first, or everything with `smalti run`"

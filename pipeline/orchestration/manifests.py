@@ -1,0 +1,53 @@
+"""The manifests of a run's finished stages. Each is read and hashed once, for as long as it is the same file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from pipeline.config.renamed import with_current_names
+from pipeline.core.atomic_io import read_json, sha256_file
+from pipeline.core.manifest import FileRecord
+
+_Version = tuple[int, int, int]  # inode, time and size: files are replaced whole, never changed
+
+
+class Manifest(TypedDict):
+    """manifest.json of a finished stage."""
+
+    stage: str
+    config: dict[str, object]  # `graph.stage_identity`
+    inputs: dict[str, str]  # the hash of each input's manifest
+    outputs: dict[str, FileRecord]
+    hash: str  # of all above: what was made from what, and no times, paths or versions
+    code: NotRequired[dict[str, object] | None]  # version.json of the run's code
+    outside: NotRequired[str]  # the stamp of what it read from outside of the run
+
+
+class Manifests:
+    """Of the stages of the run directory `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read: dict[str, tuple[tuple[_Version, _Version], Manifest]] = {}
+
+    def of(self, name: str) -> Manifest | None:
+        """The manifest of a finished stage; None if it is not finished, or the manifest was changed."""
+        success, path = self.path / name / "_SUCCESS", self.path / name / "manifest.json"
+        try:
+            versions = _version(success), _version(path)
+        except FileNotFoundError:
+            return None
+        if name in self._read and self._read[name][0] == versions:
+            return self._read[name][1]
+        if success.read_text(errors="replace").strip() != sha256_file(path):
+            return None
+        manifest: Manifest = read_json(path)
+        self._read[name] = versions, {**manifest, "config": with_current_names(manifest["config"])}
+        return self._read[name][1]
+
+
+def _version(path: Path) -> _Version:
+    about = os.stat(path)
+    return about.st_ino, about.st_mtime_ns, about.st_size
