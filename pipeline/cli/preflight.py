@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.core import gpus
 from pipeline.slurm import preflight
 from pipeline.slurm.preflight import BAD_HOSTS, Verdict, check_host, follow, lead
 from pipeline.slurm.roll_call import Announced, RollCall
@@ -22,6 +23,7 @@ from pipeline.slurm.roll_call import Announced, RollCall
 @click.option("--timeout-s", default=120.0, help="for all ranks to come, from the first on, and for the all-reduce")
 @click.option("--bad-hosts", required=True, type=click.Path(path_type=Path), help="file for the names of bad hosts")
 def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeout_s: float, bad_hosts: Path) -> None:
+    gpus.show_own_instance(os.environ)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     here, names = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), hosts.split(",")
     started = time.monotonic()
