@@ -3,7 +3,8 @@
 losses = cross_entropy([Part(hidden, weight, targets)], smoothing=0.1, z_loss=1e-4)
 losses.mean.backward()
 
-Its derivatives are written by hand and held against automatic differentiation (`tests/transformer/test_functional.py`):
+(`F.linear_cross_entropy` of torch 2.13 has no z-loss, no loss of each position, and in bf16 sums the loss in bf16.) Its
+derivatives are written by hand and held against automatic differentiation (`tests/transformer/test_functional.py`):
 
     loss = (1 - smoothing) * (log Z - logit of target) + smoothing * (log Z - mean logit) + z_loss * log² Z
     its gradient = (1 + 2 z_loss log Z) * softmax - (1 - smoothing) * one-hot - smoothing / V
@@ -58,7 +59,7 @@ def cross_entropy(
 
     Args:
         counted: bool, like the targets of all parts together, [B, sum of n]: which of them count; None: all.
-        count: what the sum of losses is divided by; None: the number of targets.
+        count: what the sum of those that count is divided by; None: the number of targets.
     """
     if not torch.is_grad_enabled():
         totals, plain, right = map(
@@ -87,9 +88,9 @@ def _rows(parts: Sequence[Part], counted: Tensor | None) -> Sequence[Tensor | No
 def _mean(totals: Sequence[Tensor], counted: Tensor | None, count: float | None) -> Tensor:
     """Of losses [B, n] each, those that count."""
     losses = torch.cat(list(totals), dim=1)
-    if counted is None and count is None:
+    if counted is None:
         return losses.mean()
-    return (losses if counted is None else losses * counted).sum() / (count or losses.numel())
+    return (losses * counted).sum() / (count or losses.numel())
 
 
 def _keeps_gradient_of_logits(hidden: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 loss = text_loss_weight * mean over B*T text targets + image_loss_weight * mean over B*N code targets,
 in nats. Pads count as targets (id 0): the first one tells where the caption ends, the rest cost
-nothing, and a fixed denominator keeps the mean over processes the mean over samples.
+nothing, and a fixed denominator keeps the mean over processes the mean over samples. Captions that are
+dropped (`caption_dropout`) are no text to predict: their targets do not count, and the denominator is
+B*T times the share that is kept on average.
 
 Options, in training only: label smoothing (Szegedy et al. 2016) over the part's own vocabulary; z-loss
 (Chowdhery et al. 2022, section 5), z_loss * log(Z)^2, which holds the logits in bounds. The metrics
@@ -47,18 +49,19 @@ class JointObjective(Objective):
         """
         config, training = self.config, self.training
         text_BT, codes_BN = batch["text"], batch["codes"]
-        if training:
-            text_BT = drop_captions(text_BT, config.caption_dropout)
+        share = config.caption_dropout if training else 0.0
+        text_BT, kept_BT = drop_captions(text_BT, share)
         smoothing, z_loss = (config.label_smoothing, config.z_loss) if training else (0.0, 0.0)
         factors = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
         targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
         parts = [Part(*own, target) for own, target in zip(factors, targets, strict=True)]
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
-            text = cross_entropy(parts[:1], smoothing, z_loss)
+            text = cross_entropy(parts[:1], smoothing, z_loss, kept_BT, text_BT.numel() * (1 - share))
             image = cross_entropy(parts[1:], smoothing, z_loss)
         loss = config.text_loss_weight * text.mean + config.image_loss_weight * image.mean
         with torch.no_grad():
-            metrics = _loss_metrics(text.plain[0], image.plain)
+            kept = text.plain[0] if kept_BT is None else text.plain[0] * kept_BT / (1 - share)
+            metrics = _loss_metrics(kept, image.plain)
             if not training:
                 metrics["accuracy/image"] = torch.cat(image.right, dim=1).float().mean()
                 metrics["bits/image_token"] = metrics["loss/image"] / math.log(2)
@@ -74,9 +77,12 @@ def _loss_metrics(text_losses: Tensor, level_losses: list[Tensor]) -> dict[str, 
     return metrics
 
 
-def drop_captions(text_BT: Tensor, share: float) -> Tensor:
-    """Replace each caption by pads with probability `share` (Ho & Salimans 2022); torch's global RNG."""
+def drop_captions(text_BT: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    """Replace each caption by pads with probability `share` (Ho & Salimans 2022); torch's global RNG.
+
+    Also returns which targets are kept, bool [B, T]; None: all.
+    """
     if share == 0:
-        return text_BT
+        return text_BT, None
     dropped_B1 = torch.rand(len(text_BT), 1, device=text_BT.device) < share
-    return text_BT.masked_fill(dropped_B1, PAD_ID)
+    return text_BT.masked_fill(dropped_B1, PAD_ID), ~dropped_B1.expand_as(text_BT)

@@ -194,11 +194,30 @@ def test_an_untrained_model_predicts_uniformly() -> None:
 def test_caption_dropout_replaces_whole_captions_by_pads_at_its_rate() -> None:
     text = torch.randint(1, 40, (2000, 5), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    dropped = drop_captions(text, 0.25)
+    dropped, kept = drop_captions(text, 0.25)
     gone = (dropped == 0).all(1)
+    assert kept is not None
+    assert torch.equal(kept, ~gone[:, None].expand_as(text))
     assert torch.equal(dropped[~gone], text[~gone])
     assert 0.2 < float(gone.float().mean()) < 0.3
-    assert drop_captions(text, 0.0) is text
+    assert drop_captions(text, 0.0)[0] is text
+
+
+def test_dropped_captions_are_no_text_to_predict() -> None:
+    layout = LAYOUTS[0]
+    objective = JointObjective(built(layout), TransformerConfig(caption_dropout=0.5, image_loss_weight=1e-9)).train()
+    text, codes = (x.repeat(8, 1) for x in batch(layout))
+    torch.manual_seed(0)
+    loss, metrics = objective({"text": text, "codes": codes}, 0)
+    torch.manual_seed(0)
+    kept = drop_captions(text, 0.5)[1]
+    assert kept is not None
+    assert 0 < int(kept[:, 0].sum()) < len(text)
+    whole = JointObjective(objective.transformer, TransformerConfig(caption_dropout=0.0)).train()
+    _, of_kept = whole({"text": text[kept[:, 0]], "codes": codes[kept[:, 0]]}, 0)
+    expected = 0.125 * of_kept["loss/text"] * kept[:, 0].float().mean() / 0.5  # over what is kept on average
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(0.125 * metrics["loss/text"], expected)
 
 
 def test_caption_dropout_is_off_in_eval() -> None:
