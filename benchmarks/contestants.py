@@ -45,8 +45,8 @@ class Contestant(ABC):
 class Ours(Contestant):
     """A tokenizer of this project, from its config."""
 
-    def __init__(self, model: dict[str, object]) -> None:
-        self.tokenizer = build(model, SIZE)
+    def __init__(self, model: dict[str, object], size: int = SIZE) -> None:
+        self.tokenizer = build(model, size)
         self.module = self.objective = self.tokenizer.objective()
         self.sizes = [level.codebook_size for level in self.tokenizer.levels]
 
@@ -70,16 +70,16 @@ class Ours(Contestant):
 class DallePytorch(Contestant):
     """`DiscreteVAE` of dalle-pytorch, its defaults but for sizes; temperature falls as in its training script."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE, codes: int = K, layers: int = 2, width: int = 96) -> None:
         from benchmarks.peers import dalle_pytorch
 
         found = dalle_pytorch()
         if found is None:
             raise ModuleNotFoundError("dalle-pytorch")
         self.module = self.vae = found.DiscreteVAE(
-            image_size=SIZE, num_tokens=K, codebook_dim=96, num_layers=2, num_resnet_blocks=2, hidden_dim=96
+            image_size=size, num_tokens=codes, codebook_dim=96, num_layers=layers, num_resnet_blocks=2, hidden_dim=width
         )
-        self.sizes = [K]
+        self.sizes = [codes]
 
     def loss(self, images: Tensor, progress: float) -> Tensor:
         return self.vae(images.float() / 255, return_loss=True, temp=max(0.5, 1.0 - 0.5 * progress))

@@ -25,8 +25,8 @@ TWO_LEVELS = Layout.of(100, 40, [(16, 16, 512), (32, 32, 512)])
 ODD = Layout.of(5, 40, [(3, 4, 16)])
 
 
-def tables_of(layout: Layout) -> Tables:
-    return Tables(layout, TransformerShape(width=64, heads=4, conv_kernel=11), CPU)
+def tables_of(layout: Layout, device: torch.device = CPU) -> Tables:
+    return Tables(layout, TransformerShape(width=64, heads=4, conv_kernel=11), device)
 
 
 def blocks(mask: BlockMask) -> int:
