@@ -3,11 +3,14 @@
     with Lock(path, "stage transformer"):
         …
 
-A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine, else when its
-heartbeat is older than `STALE_AFTER_S`. When the owner is an earlier start of the same Slurm job, on another node,
-two missed beats are enough. A process that finds its lock taken over ends itself at once: it was asleep for that
-long, and another one writes now. One that cannot beat for half of `STALE_AFTER_S`, whatever the file system answers,
-ends itself too, before another one may take over.
+A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine, else when this
+process itself has seen no beat for `STALE_AFTER_S`, whatever the clocks of other hosts say. When the owner is an
+earlier start of the same Slurm job, on another node, two missed beats are enough. A process that finds its lock taken
+over ends itself at once: it was asleep for that long, and another one writes now. One that cannot beat for half of
+`STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over.
+
+filelock's `SoftFileLease` watches as well, but takes a killed process that nobody has waited for (a zombie) for alive,
+as stages of `smalti run` are for a moment, and knows nothing of Slurm's jobs.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import psutil
 
@@ -33,6 +37,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 90.0
 SAME_JOB_STALE_AFTER_S = 25.0
+_DYING_S = 0.5  # a process of this machine may just be dying
+_SILENT_S = 5.0  # seconds of waiting before a line says so
+_TRIES, _TRY_AGAIN_S = 10, 0.5
 
 
 class Owner(TypedDict):
@@ -65,18 +72,23 @@ class Lock:
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        watch, started, told = _Watch(self.path), time.monotonic(), False
         while not self._create():
-            owner = _read(self.path)
+            owner = _read_patiently(self.path)
             if owner is None:
                 continue  # released between our two looks
-            if _is_gone(owner, self.path):
+            state = watch.state(owner)
+            if state == "gone":
                 self._remove_stale(owner)
                 continue
-            # A process may just be dying; and the next beats tell whether an earlier start of this job is alive.
-            patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else 0.5)
-            if time.monotonic() - started >= patience_s:
+            waited_s = time.monotonic() - started
+            # An earlier start of this job may beat on for a while, on a node that Slurm has lost sight of.
+            patience_s = max(self.wait_s, SAME_JOB_STALE_AFTER_S + 5 if _is_same_job(owner) else _DYING_S)
+            if state == "alive" and waited_s >= patience_s:
                 raise _refusal(self.what, owner, self.path)
+            if waited_s > _SILENT_S and not told:
+                log.info("%s: its lock is held by %s: waiting", self.what, _named(owner))
+                told = True
             time.sleep(0.1)
         threading.Thread(target=self._keep_alive, name="lock heartbeat", daemon=True).start()
         return self
@@ -96,7 +108,7 @@ class Lock:
             os.link(draft, self.path)
         except FileExistsError:
             # A network file system may answer so to a link that it has made.
-            owner = _read(self.path)
+            owner = _read_patiently(self.path)
             return bool(owner and owner["token"] == self._token)
         finally:
             draft.unlink()
@@ -152,16 +164,59 @@ class Lock:
         os.utime(self.path)
 
 
+class _Watch:
+    """What this process has seen of a lock that others hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last: tuple[str, int | None] | None = None
+        self._since = time.monotonic()  # by this process's own clock
+        self._beats = 0
+
+    def state(self, owner: Owner) -> Literal["alive", "gone", "unknown"]:
+        """Whether `owner`, which the lock names now, lives; unknown: nothing tells yet."""
+        if (lives := _lives_here(owner)) is not None:
+            return "alive" if lives else "gone"
+        now, seen = time.monotonic(), (owner["token"], _beaten_ns(self.path))
+        if seen[1] is not None and seen != self._last:
+            # Another owner's beats say nothing of this one.
+            self._beats = self._beats + 1 if self._last and self._last[0] == seen[0] else 0
+            self._last, self._since = seen, now
+        # Slurm runs a job once at a time, but a node that it has lost sight of may keep running for a while.
+        if now - self._since > (SAME_JOB_STALE_AFTER_S if _is_same_job(owner) else STALE_AFTER_S):
+            return "gone"
+        return "alive" if self._beats else "unknown"
+
+
 def owner_of(path: Path) -> Owner | None:
-    """The living process that holds the lock at `path`; None if there is none."""
+    """The process that holds the lock at `path` and lives, as far as one look tells; None if there is none.
+
+    For what is shown: of other machines' processes it compares clocks.
+    """
     owner = _read(path)
-    return None if owner is None or _is_gone(owner, path) else owner
+    if owner is None:
+        return None
+    lives = _lives_here(owner)
+    return owner if lives or (lives is None and _heartbeat_age_s(path) <= STALE_AFTER_S) else None
 
 
-def refuse_if_held(path: Path, what: str) -> None:
-    """Raises UserError if another process holds the lock at `path`. `what` is locked, for the message."""
-    if owner := owner_of(path):
-        raise _refusal(what, owner, path)
+def refuse_if_held(paths: Sequence[Path], what: str) -> None:
+    """Raises UserError if another process holds one of these locks. `what` is locked, for the message.
+
+    Watches those of other machines until a beat, or the lack of one, tells.
+    """
+    watched = [(path, _Watch(path)) for path in paths]
+    while watched:
+        unknown = []
+        for path, watch in watched:
+            owner = _read_patiently(path)
+            state = watch.state(owner) if owner else "gone"
+            if owner and state == "alive":
+                raise _refusal(what, owner, path)
+            if state == "unknown":
+                unknown.append((path, watch))
+        watched = unknown
+        time.sleep(0.1 if watched else 0)
 
 
 def _refusal(what: str, owner: Owner, path: Path) -> UserError:
@@ -189,6 +244,24 @@ def _read(path: Path) -> Owner | None:
     except (ValueError, KeyError, TypeError):
         # Locks are made whole, so a machine went down while it was written, or somebody made it: the heartbeat decides.
         return {"host": "", "pid": 0, "started": 0.0, "slurm_job": None, "token": "", "processes": ""}
+
+
+def _read_patiently(path: Path) -> Owner | None:
+    """Like `_read`; what a network file system answers now and then (ESTALE, EIO) is asked again."""
+    for _ in range(_TRIES - 1):
+        try:
+            return _read(path)
+        except OSError:
+            time.sleep(_TRY_AGAIN_S)
+    return _read(path)
+
+
+def _beaten_ns(path: Path) -> int | None:
+    """When the owner said to have beaten last, by whichever clock: only a change of it counts. None: not known now."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _heartbeat_age_s(path: Path) -> float:
@@ -223,15 +296,15 @@ def _is_same_job(owner: Owner) -> bool:
     return job is not None and owner["slurm_job"] == job
 
 
-def _is_gone(owner: Owner, path: Path) -> bool:
+def _lives_here(owner: Owner) -> bool | None:
+    """Whether the owner is a living process of this machine; None if it is one of another, or of another container."""
     # Two containers may have one host name, and each knows its own processes alone.
-    if owner["host"] == socket.gethostname() and owner["processes"] in ("", _process_ids()):
-        try:
-            process = psutil.Process(owner["pid"])
-            # A process id may have been given to another process since; a zombie only waits to be reaped.
-            reused = abs(process.create_time() - owner["started"]) > 1.0
-            return reused or bool(process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
-    # Slurm runs a job once at a time, but a node that it has lost sight of may keep running for a while.
-    return _heartbeat_age_s(path) > (SAME_JOB_STALE_AFTER_S if _is_same_job(owner) else STALE_AFTER_S)
+    if owner["host"] != socket.gethostname() or owner["processes"] not in ("", _process_ids()):
+        return None
+    try:
+        process = psutil.Process(owner["pid"])
+        # A process id may have been given to another process since; a zombie only waits to be reaped.
+        reused = abs(process.create_time() - owner["started"]) > 1.0
+        return not reused and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -160,8 +160,7 @@ def _begin(
     )
     name = f"{stage.name}.task-{array_task[0]}-of-{array_task[1]}" if array_task else stage.name
     held.enter_context(Lock(runs.lock(name), f"stage {name}"))
-    for other in others:
-        refuse_if_held(other, f"stage {other.stem}")
+    refuse_if_held(others, f"stage {stage.name}")
     _refuse_stale_inputs(stage, config, runs, files=not checked)
     _refuse_empty_splits(stage, runs)
     identity = runs.identity(config, stage, files=False)

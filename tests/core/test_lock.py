@@ -1,5 +1,6 @@
 """One writer a stage."""
 
+import errno
 import json
 import os
 import signal
@@ -7,7 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,14 +60,38 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(path: Path) -> None:
     assert not path.exists()
 
 
-def test_another_hosts_lock_holds_while_its_heart_beats(path: Path) -> None:
-    path.parent.mkdir()
-    owner = {"host": "elsewhere", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}
+@contextmanager
+def _beating(path: Path, owner: dict[str, object], skew_s: float = 0.0) -> Iterator[None]:
+    """A lock of another host, whose clock is wrong by so much, and its heartbeat."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(owner))
-    with pytest.raises(UserError, match="process 1 on elsewhere"), Lock(path, "it"):
-        pass
-    long_ago = time.time() - 2 * lock.STALE_AFTER_S
-    os.utime(path, (long_ago, long_ago))
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            os.utime(path, (time.time() + skew_s, time.time() + skew_s))
+
+    os.utime(path, (time.time() + skew_s, time.time() + skew_s))
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+
+
+@pytest.mark.parametrize("skew_s", [0.0, -300.0, 300.0])
+def test_another_hosts_lock_holds_while_its_heart_beats_whatever_its_clock_says(
+    path: Path, skew_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 1.0)
+    with _beating(path, {"host": "elsewhere", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}, skew_s):
+        with pytest.raises(UserError, match="process 1 on elsewhere"), Lock(path, "it"):
+            pass
+        with pytest.raises(UserError, match="process 1 on elsewhere"):
+            lock.refuse_if_held([path], "it")
+    lock.refuse_if_held([path], "it")
     with Lock(path, "it"):
         assert json.loads(path.read_text())["host"] != "elsewhere"
 
@@ -71,14 +99,50 @@ def test_another_hosts_lock_holds_while_its_heart_beats(path: Path) -> None:
 def test_a_requeued_slurm_job_takes_its_own_lock_back_after_two_missed_beats(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path.parent.mkdir()
-    path.write_text(json.dumps({"host": "node1", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}))
+    monkeypatch.setattr(lock, "SAME_JOB_STALE_AFTER_S", 0.5)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    recently = time.time() - lock.SAME_JOB_STALE_AFTER_S + 1
-    os.utime(path, (recently, recently))
+    with _beating(path, {"host": "node1", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}):
+        pass
+    started = time.monotonic()
     with Lock(path, "it"):
-        assert time.time() > recently + lock.SAME_JOB_STALE_AFTER_S
+        assert 0.5 < time.monotonic() - started < lock.STALE_AFTER_S / 2
         assert json.loads(path.read_text())["host"] != "node1"
+
+
+def test_a_link_that_was_made_and_said_to_exist_is_ones_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def retransmitted(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(17, "File exists", str(target))
+
+    monkeypatch.setattr(os, "link", retransmitted)
+    with Lock(path, "it"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_lock_that_cannot_be_read_for_a_moment_is_read_again(
+    path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_TRY_AGAIN_S", 0.05)
+    failures = iter(range(4))
+    read = Path.read_text
+
+    def failing(self: Path, *args: Any, **options: Any) -> str:
+        if self == path and next(failures, None) is not None:
+            raise OSError(number, os.strerror(number), str(self))
+        return read(self, *args, **options)
+
+    holder = _hold_in_another_process(path)
+    monkeypatch.setattr(Path, "read_text", failing)
+    try:
+        with pytest.raises(UserError, match=f"already being written by process {holder.pid} on "), Lock(path, "it"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_a_process_that_slept_through_its_lock_does_not_go_on_writing(path: Path) -> None:
@@ -107,15 +171,14 @@ def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"host": "a', "[]", "{}", "null"])
-def test_a_lock_file_that_is_empty_or_cut_holds_as_long_as_its_heartbeat(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "stage.json"
-    path.write_text(content)
-    with pytest.raises(
-        UserError, match=r"stage x is already being written by a process that the damaged lock file does not name"
-    ):
-        Lock(path, "stage x").__enter__()
-    long_ago = time.time() - lock.STALE_AFTER_S - 1
-    os.utime(path, (long_ago, long_ago))
+def test_a_lock_file_that_is_empty_or_cut_holds_as_long_as_its_heartbeat(
+    path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 1.0)
+    with _beating(path, {}):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"already being written by a process that the damaged lock file does not"):
+            Lock(path, "stage x").__enter__()
     with Lock(path, "stage x"):
         assert lock.owner_of(path) is not None
     assert not path.exists()
@@ -171,6 +234,7 @@ def test_a_lock_that_was_removed_by_hand_is_made_again(path: Path, monkeypatch: 
 
 
 def test_the_processes_of_another_container_are_not_taken_for_dead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.1)
     with monkeypatch.context() as container:
         container.setattr(lock, "_process_ids", lambda: "boot/1")
         held = Lock(path, "it")
