@@ -160,7 +160,9 @@ class ClusterConfig(Config):
     preflight: Literal["several", "always", "never"] = Field(
         "several", description="check the hosts before a stage starts; several: in jobs of several processes"
     )
-    preflight_timeout_s: int = Field(120, ge=5, description="seconds that ranks may take to meet and to all-reduce")
+    preflight_timeout_s: int = Field(
+        120, ge=5, description="seconds that ranks may come after the first one, and then for the all-reduce"
+    )
     min_free_gb: float = Field(5.0, ge=0, description="free space that the preflight expects in the run directory")
 
     @field_validator("python", "supervisor_python", "launcher", "srun_flags")

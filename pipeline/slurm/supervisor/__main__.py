@@ -22,7 +22,8 @@ from pipeline.slurm.supervisor.record import last_step, progress, read_record, r
 
 _BAD_HOSTS, _LATE_HOSTS = 3, 5  # exit codes of the preflight
 _UNTIL_REQUEUED_S = 60.0
-_LEAVE_STEPS = ("", policy.DEAD_HOST, policy.CRASH)  # after these Slurm may still be ending a step, by its number
+# After these Slurm may still be ending a step, by its number.
+_LEAVE_STEPS = ("", policy.TAKEN_AWAY, policy.DEAD_HOST, policy.CRASH)
 _EMPTY_STEPS_PER_DEAD_LIFE, _DEAD_LIVES_AT_MOST = 3, 8
 
 
