@@ -101,6 +101,8 @@ def test_compilation_without_a_compiler_is_refused_before_training(
     assert str(missing_compiler(GPU)).startswith("a C compiler")
     monkeypatch.setenv("CC", "/bin/sh -m64")
     assert missing_compiler(GPU) is None
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert str(missing_compiler(GPU)).startswith(f"Python's headers for the compiler, {tmp_path}")
 
 
 def _kept_bytes(what: Any) -> int:
