@@ -38,6 +38,10 @@ class Contestant(ABC):
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup(list(self.module.parameters()))]
 
+    def set_micro_batches(self, count: int) -> None:
+        """Into how many micro-batches a step is cut."""
+        return
+
     def after_update(self, applied: bool) -> None:
         return
 
@@ -59,6 +63,9 @@ class Ours(Contestant):
 
     def decode(self, codes: list[Tensor]) -> Tensor:
         return self.tokenizer.decode(codes)
+
+    def set_micro_batches(self, count: int) -> None:
+        self.objective.set_micro_batches(count)
 
     def after_update(self, applied: bool) -> None:
         self.objective.after_update(applied)

@@ -128,6 +128,7 @@ def train(
     train_images, val_images = images
     torch.manual_seed(seed)
     made = contestant(kind)
+    made.set_micro_batches(micro_batches)
     settings = PEER_TRAINING if kind in PEERS else TRAINING
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
     optimizer = build_adamw(made.parameter_groups(), config)

@@ -46,6 +46,10 @@ class Objective(nn.Module, ABC):
         """The attention within `blocks`, which selective activation checkpointing recomputes; arguments as theirs."""
         return []
 
+    def set_micro_batches(self, count: int) -> None:
+        """Learn into how many micro-batches a rank's part of a step is cut. Called once, before the training."""
+        return
+
     def averaged_buffers(self) -> dict[str, Tensor]:
         """Buffers that learn, by their full names: a moving average of the weights is one of them, too."""
         return {}

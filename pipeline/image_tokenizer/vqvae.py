@@ -29,6 +29,7 @@ from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv, use_ch
 from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
+from pipeline.image_tokenizer.quantizers.step_mean import StepMean
 
 # Vectors [B,N,D] of a grid, from its index and what the coarser ones decode to, [B,C,h,w] (None for the coarsest)
 VectorsOf = Callable[[int, Tensor | None], Tensor]
@@ -161,6 +162,10 @@ class VQVAEObjective(TokenizerObjective):
         super().__init__()
         self.tokenizer = tokenizer
         self.reconstruction = ReconstructionLoss(tokenizer.config.reconstruction)
+        asking = [quantizer for quantizer in tokenizer._quantizers() if quantizer.asks_for_even_use]
+        self.step_means = nn.ModuleList(StepMean(quantizer.codebook_sizes[0]) for quantizer in asking)
+        for quantizer, mean in zip(asking, self.step_means, strict=True):
+            quantizer.step_mean = mean.forward  # no part of the tokenizer
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: images, uint8 [b,3,H,W]."""
@@ -191,3 +196,12 @@ class VQVAEObjective(TokenizerObjective):
         """Codebooks of moving averages learn once per update, after it."""
         for quantizer in self.tokenizer._quantizers():
             quantizer.after_update(applied)
+        for mean in self._step_means():
+            mean.after_update(applied)
+
+    def set_micro_batches(self, count: int) -> None:
+        for mean in self._step_means():
+            mean.micro_batches = count
+
+    def _step_means(self) -> list[StepMean]:
+        return cast("list[StepMean]", list(self.step_means))

@@ -87,6 +87,7 @@ class Trainer:
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training, distributed.world_size())
+        engine.objective.set_micro_batches(self.accumulation)
         self.ema = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
         self.state = State()

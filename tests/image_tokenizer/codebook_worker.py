@@ -26,7 +26,7 @@ def main(output: str) -> None:
     states = {f"parts {parts}": learned(config, parts) for parts in (1, 4)}
     logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mine = logits.chunk(world)[rank]
-    kl = kl_of_mean_to_uniform(mine.softmax(-1))
+    kl = kl_of_mean_to_uniform(mine.softmax(-1), distributed.mean_with_gradient)
     kl.backward()
     assert logits.grad is not None
     # As DistributedDataParallel does: the mean over ranks of each one's gradient.

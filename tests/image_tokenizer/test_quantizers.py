@@ -17,6 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
+from pipeline.image_tokenizer.quantizers.step_mean import StepMean
 from tests.fake_cuda import fake_cuda
 from tests.launches import Launches
 from tests.no_sync import no_sync
@@ -267,6 +268,31 @@ def test_entropies_of_binary_codes_are_those_of_the_whole_table() -> None:
     position, batch = made._entropies(z)  # type: ignore[operator]
     torch.testing.assert_close(position, -(p * p.log()).sum(-1).mean())
     torch.testing.assert_close(batch, -(p.mean(0) * p.mean(0).log()).sum())
+
+
+@pytest.mark.parametrize("name", ["lfq", "bsq", "gumbel"])
+def test_even_use_is_that_of_the_whole_step_however_many_micro_batches_it_has(name: str) -> None:
+    """The gradient of the entropy of a mean over micro-batches, on data that stay the same."""
+    gradients = []
+    for parts in (1, 4, 16):
+        made, mean = quantizer(name).train(), StepMean(64)
+        made.step_mean, mean.micro_batches = mean.forward, parts
+        for step in range(2):
+            made.zero_grad()
+            for part in features(16, 4).chunk(parts):
+                (made(part, step).loss / parts).backward()
+            mean.after_update(applied=torch.tensor(True))
+        gradients.append(made.project.weight.grad)  # type: ignore[union-attr]
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1:], [gradients[0]] * 2)
+
+
+def test_a_step_that_was_skipped_is_not_the_mean_of_the_next_one() -> None:
+    mean = StepMean(4)
+    for value, applied in ((0.25, True), (math.nan, False)):
+        mean(torch.full((4,), value))
+        mean.after_update(torch.tensor(applied))
+    assert mean.latest.tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("name", ["lfq", "bsq"])

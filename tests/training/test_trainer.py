@@ -305,3 +305,12 @@ def test_an_objective_is_asked_for_what_a_user_should_know_with_each_line_of_met
     monkeypatch.setattr(workload.objective, "report", asked.append)
     _train(tmp_path / "run", workload)
     assert asked == [2, 4, 6]
+
+
+def test_an_objective_is_told_how_many_micro_batches_a_step_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, told = SmallWorkload(), list[int]()
+    monkeypatch.setattr(workload.objective, "set_micro_batches", told.append)
+    _train(tmp_path / "run", workload, micro_batch_size=BATCH // 4)
+    assert told == [4]

@@ -7,11 +7,13 @@ To add one: see quantizers/__init__.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 
 
@@ -31,10 +33,14 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         codebook_sizes: K of each code of a position, coarse to fine.
         code_width: D, channels of the vectors that the decoder gets.
+        asks_for_even_use: its loss depends on the codes' mean frequencies, of which `step_mean` makes a step's.
+        step_mean: the mean [K] of a micro-batch -> that of the whole step on all ranks; see step_mean.py.
     """
 
     codebook_sizes: list[int]
     code_width: int
+    asks_for_even_use = False
+    step_mean: Callable[[Tensor], Tensor] = staticmethod(distributed.mean_with_gradient)
 
     def forward(self, features_BNC: Tensor, step: int) -> Quantized:
         """The training pass. All its randomness comes from torch's global generator."""

@@ -17,13 +17,13 @@ To add one: see quantizers/__init__.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.quantizers import GumbelConfig, GumbelSettings
-from pipeline.core import distributed
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, best_code, entropy, nearest_code
 
 
@@ -52,7 +52,9 @@ def distance_logits(z_BND: Tensor, codebook_KD: Tensor, log_scale: Tensor) -> Te
     return flat.unflatten(0, z_BND.shape[:2])
 
 
-def kl_losses(logits_BNK: Tensor, config: GumbelSettings, step: int, values: int) -> tuple[Tensor, dict[str, Tensor]]:
+def kl_losses(
+    logits_BNK: Tensor, config: GumbelSettings, step: int, values: int, step_mean: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Both KL terms of the module's docstring with their weights at step `step`, a scalar; and metrics.
 
     `values`: 3·H·W, the pixel values of an image, over which the KL of all its positions is shared out.
@@ -64,7 +66,7 @@ def kl_losses(logits_BNK: Tensor, config: GumbelSettings, step: int, values: int
         kl = kl_to_uniform(logits_BNK, q_BNK).sum(-1).mean()
     terms = beta * kl / values
     if batch_entropy_weight > 0:
-        terms = terms + batch_entropy_weight * kl_of_mean_to_uniform(q_BNK)
+        terms = terms + batch_entropy_weight * kl_of_mean_to_uniform(q_BNK, step_mean)
     return terms, {"kl_nats_per_code": kl.detach() / logits_BNK.shape[1]}
 
 
@@ -74,13 +76,12 @@ def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
     return ln_K + (q * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
 
 
-def kl_of_mean_to_uniform(q: Tensor) -> Tensor:
-    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of all the categoricals q [..., K].
+def kl_of_mean_to_uniform(q: Tensor, step_mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """KL(q̄ ‖ uniform), a scalar in nats, of the mean q̄ of the step's categoricals, of which q [..., K] are some.
 
-    0 when the codes are used evenly over the micro-batch of all ranks, ln K when all collapse into one. A small
-    micro-batch seems to use few codes: the metric depends on its size, though not on the number of ranks that share it.
+    0 when the codes are used evenly, ln K when all collapse into one. `step_mean`: see `Quantizer`.
     """
-    return math.log(q.shape[-1]) - entropy(distributed.mean_with_gradient(q.flatten(0, -2).mean(0)))
+    return math.log(q.shape[-1]) - entropy(step_mean(q.flatten(0, -2).mean(0)))
 
 
 class GumbelQuantizer(Quantizer):
@@ -92,6 +93,7 @@ class GumbelQuantizer(Quantizer):
         self.code_width = config.code_width
         self.codebook_sizes = [config.codebook_size]
         self.values_per_position = values_per_position
+        self.asks_for_even_use = max(config.batch_entropy_weight.start, config.batch_entropy_weight.end) > 0
         distance = config.logits == "distance"
         self.project = nn.Linear(in_width, config.code_width if distance else config.codebook_size)
         # Vectors about as far apart as the encoder's first outputs are: far ones would win no position.
@@ -112,7 +114,7 @@ class GumbelQuantizer(Quantizer):
         tau = self.config.temperature.at(step)
         weights_BNK = gumbel_softmax(logits_BNK, tau, hard=self.config.straight_through)
         values = logits_BNK.shape[1] * self.values_per_position
-        loss, metrics = kl_losses(logits_BNK, self.config, step, values)
+        loss, metrics = kl_losses(logits_BNK, self.config, step, values, self.step_mean)
         return Quantized(weights_BNK @ self.codebook, loss, metrics)
 
     def _codes(self, features_BNC: Tensor) -> list[Tensor]:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.quantizers import LFQConfig
-from pipeline.core import distributed
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, entropy
 
 
@@ -34,6 +33,7 @@ class LookupFreeQuantizer(Quantizer):
         self.codebook_sizes = [config.codebook_size]
         self.project = nn.Linear(in_width, config.bits)
         self.magnitude = config.bits**-0.5 if config.spherical else 1.0
+        self.asks_for_even_use = config.entropy_weight * config.diversity > 0
         self.register_buffer("powers", 2 ** torch.arange(config.bits - 1, -1, -1), persistent=False)
 
     def _project(self, features_BNC: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class LookupFreeQuantizer(Quantizer):
         position = (F.softplus(logits_nd) - p_nd * logits_nd).sum(-1).mean()
         half = self.config.bits // 2
         mean = _joint(p_nd[:, :half]).T @ _joint(p_nd[:, half:]) / len(p_nd)
-        return position, entropy(distributed.mean_with_gradient(mean.flatten()))
+        return position, entropy(self.step_mean(mean.flatten()))
 
     def _codes(self, features_BNC: Tensor) -> list[Tensor]:
         return [((self._project(features_BNC) > 0).long() * self.powers).sum(-1)]
