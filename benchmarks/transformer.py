@@ -183,7 +183,7 @@ def table(codes: int, rounds: int, steps: int, peers: bool) -> None:
     }
     work = {f"{name}, bf16": ours(codes, True, **shape) for name, shape in styles.items()}
     work["smalti, fp32"] = ours(codes, False)
-    flops = 3 * measure(objective_of(codes), batch_of(codes), "bf16").flops
+    flops = 3 * measure(objective_of(codes), batch_of(codes), "bf16")
     work["products, bf16"], product_flops = products(codes, torch.bfloat16)
     if peers:
         for bf16, kind in ((True, "bf16"), (False, "fp32")):

@@ -10,7 +10,17 @@ import click
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
-from pipeline.training.resource_plan import GPUS, Gpu, Model, checkpoint_bytes, count, duration, memory
+from pipeline.training.resource_plan import (
+    GPUS,
+    Gpu,
+    Model,
+    checkpoint_bytes,
+    count,
+    duration,
+    fitting_images,
+    fitting_micro_batch,
+    memory,
+)
 
 if TYPE_CHECKING:
     from pipeline.config.pipeline import PipelineConfig
@@ -115,26 +125,65 @@ def _time(
     ]
 
 
+_COLUMNS = (
+    "weights",
+    "optimizer",
+    "average",
+    "gradients",
+    "activations",
+    "start",
+    "step",
+    "evaluation",
+    "images",
+    "end",
+)
+
+
 def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[str]:
     section = config.transformer
-    kept = section.training.activation_checkpointing != "block"
-    recomputed = "; less with training.activation_checkpointing=block" if kept else ""
+    training, limit = section.training, gpu.memory_gb * 1e9
+    chosen = section.deepspeed.stage(gpus, model.precision)
+    recomputed = "" if training.activation_checkpointing == "block" else "; activations: less with"
+    recomputed += " training.activation_checkpointing=block" if recomputed else ""
     lines = [
-        f"memory per GPU, micro-batch {model.micro_batch}{recomputed}",
-        "ZeRO    weights  optimizer    average    buckets  gradients  activations      total",
+        f"memory per GPU, {model.precision}, micro-batch {model.micro_batch}{recomputed}",
+        "     there all the time" + " " * 17 + "in a step" + " " * 15 + "peaks",
+        "ZeRO" + "".join(f"{name:>12}" for name in _COLUMNS),
     ]
     for stage in range(4):
-        need = memory(model, section.training, section.deepspeed, stage, gpus, fused_attention=True)
-        fits = "" if need.total <= gpu.memory_gb * 1e9 else f"  more than {gpu.memory_gb:g} GB"
-        mark = "*" if stage == section.deepspeed.stage(gpus, section.training.precision) else " "
-        columns = (need.weights, need.optimizer, need.average, need.buckets, need.gradients)
-        shown = "".join(f"{_gb(column):>11}" for column in columns)
-        lines.append(f"{mark} {stage} {shown}{_gb(need.activations):>13}{_gb(need.total):>11}{fits}")
-    accumulates = model.micro_batch * gpus < section.training.batch_size
-    both = "gradients and activations add up"
-    if not accumulates:
-        both = "activations are freed as gradients appear, except at stage 3"
-    return [*lines, f"* the config's stage; {both}"]
+        if stage == 0 and model.weight_bytes == 2:
+            continue  # 16-bit weights need ZeRO's optimizer
+        need = memory(model, training, section.deepspeed, stage, gpus)
+        over = [name for name, peak in need.peaks.items() if peak > limit]
+        fits = f"  more than {gpu.memory_gb:g} GB: {', '.join(over)}" if over else ""
+        shown = "".join(f"{_gb(getattr(need, name)):>12}" for name in _COLUMNS)
+        lines.append(f"{'*' if stage == chosen else ' '} {stage} {shown}{fits}")
+    lines += ["* the config's stage; a checkpoint is written from where it lies, and takes nothing more on the GPU"]
+    return [*lines, *_smaller(config, model, chosen, gpus, limit), *_images(config, model, gpu)]
+
+
+def _smaller(config: PipelineConfig, model: Model, stage: int, gpus: int, limit: float) -> list[str]:
+    """The batch that fits, if this one does not."""
+    training = config.transformer.training
+    need = memory(model, training, config.transformer.deepspeed, stage, gpus)
+    if need.peak <= limit:
+        return []
+    if max(need.start, need.images, need.end) <= limit:
+        micro = fitting_micro_batch(config, model, stage, gpus, limit)
+        if micro is not None:
+            return [
+                f"a micro-batch of {model.micro_batch} does not fit: set transformer.training.micro_batch_size={micro}"
+            ]
+    return ["no micro-batch fits: more GPUs, a higher zero_stage, offload_optimizer or activation_checkpointing=block"]
+
+
+def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> list[str]:
+    """Keys and values of generated images, and how many fit."""
+    fitting, asked = fitting_images(model, gpu.memory_gb * 1e9), config.generate.batch_size
+    line = f"generate        {_gb(2 * model.cache_row)} of keys and values per image, with guidance; {fitting:,} fit"
+    if not fitting:
+        return [f"{line}: the weights alone fill the GPU"]
+    return [line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"]
 
 
 def _seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""FLOPs and activations of a training step, counted on fake tensors, which have shapes and no data.
+"""FLOPs of a training step, counted on fake tensors, which have shapes and no data.
 
 `smalti plan` and the training loop's MFU use it; the count follows the code, whatever the model.
 """
@@ -9,14 +9,11 @@ import copy
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 from pipeline.config.training import Precision
 from pipeline.core.objective import Objective
@@ -31,23 +28,8 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs and bytes of one forward pass on a micro-batch."""
-
-    flops: int  # of matrix products and convolutions, attention in full; a training step has three times as many
-    saved_bytes: int  # kept for the backward pass
-    scores_bytes: int  # of them: attention scores, which fused kernels on GPUs do not keep
-    block_bytes: int  # of them: the largest block's
-    all_blocks_bytes: int  # of them: all blocks'
-    blocks: int
-    after_blocks_bytes: int  # of them: the loss's, which are freed before a block has its gradients
-    between_blocks_bytes: int  # the inputs of all blocks: what activation checkpointing keeps
-    output_bytes: int  # the largest tensor up to the last block: its gradient lives at the start of the backward pass
-
-
-def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost | None:
-    """The cost of an objective with real parameters; None, with a line in the log, if it cannot run without data."""
+def flops_of(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> int | None:
+    """`measure` of an objective with real parameters; None, with a line in the log, if it cannot run without data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
     # A copy of all but the weights, because a forward pass in training may change running statistics.
@@ -64,57 +46,17 @@ def cost_of(objective: Objective, batch: dict[str, Tensor], precision: Precision
         return None
 
 
-def measure(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Cost:
-    """The cost on the CPU's code path. `batch` and the objective's parameters may be real or fake."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
-    saved: dict[int, Tensor] = {}
-    sizes: list[int] = []
-    inputs: list[int] = []
-    largest: list[int] = []
-    handles: list[RemovableHandle] = []
-    for block in objective.blocks():
-        handles.append(block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))))
-        handles.append(block.register_forward_pre_hook(lambda *_: sizes.append(-_total(saved))))
-        handles.append(block.register_forward_hook(lambda *_: sizes.append(_total(saved))))
-        handles.append(
-            block.register_forward_hook(lambda *_: largest.append(max(map(_bytes, saved.values()), default=0)))
-        )
+def measure(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> int:
+    """FLOPs of a forward pass's matrix products and convolutions, attention in full; a step has three times as many.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in parameters:
-            saved[storage] = tensor
-        return tensor
-
-    autocast = nullcontext() if precision == "fp32" else torch.autocast("cpu", _DTYPES[precision])
+    On the CPU's code path. `batch` and the objective's parameters may be real or fake.
+    """
+    autocast = torch.autocast("cpu", _DTYPES[precision]) if precision in _DTYPES else nullcontext()
     counter = FlopCounterMode(display=False)
-    try:
-        with autocast, counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-            objective(batch, 0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    blocks = [end + start for start, end in zip(sizes[::2], sizes[1::2], strict=True)]
-    tensors = list(saved.values())
-    return Cost(
-        flops=counter.get_total_flops(),
-        saved_bytes=_total(saved),
-        scores_bytes=sum(_bytes(t) for t in tensors if t.ndim >= 3 and t.shape[-1] == t.shape[-2] > 1),
-        block_bytes=max(blocks, default=0),
-        all_blocks_bytes=sum(blocks),
-        blocks=len(blocks),
-        after_blocks_bytes=_total(saved) - sizes[-1] if sizes else 0,
-        between_blocks_bytes=sum(inputs),
-        output_bytes=max(largest or map(_bytes, tensors), default=0),
-    )
-
-
-def _total(tensors: dict[int, Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    with autocast, counter:
+        objective(batch, 0)
+    flops: int = counter.get_total_flops()
+    return flops
 
 
 def matmul_flops_per_s(precision: Precision, device: torch.device, seconds: float = 0.2) -> float:

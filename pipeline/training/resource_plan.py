@@ -1,32 +1,41 @@
 """The plan of a transformer's training before it starts: parameters, FLOPs, memory, time (`smalti plan`).
 
-The objective of the config is built and run on fake tensors (`flops.py`), so parameters, FLOPs and activations are
-counted and not estimated by a formula of one model. What DeepSpeed keeps beside them is known (`memory`), and compared
-with measured memory in `benchmarks/plan_memory.py`. Time comes from the peak rate of the GPU and the utilisation that
-you expect of it; `mfu` in a run's metrics says what it was.
+The objective of the config is built and run on fake tensors of the training's precision, on the GPU's path
+(`live_memory.py`, `core/fake_cuda.py`), so parameters, FLOPs and activations are counted and not estimated by a formula
+of one model. What DeepSpeed keeps beside them is known (`memory`). Time comes from the peak rate of the GPU and the
+utilisation that you expect of it; `mfu` in a run's metrics says what it was.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.training import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
     DeepSpeedConfig,
+    Precision,
     TrainingConfig,
     accumulation_steps,
+    resolved_precision,
+    samples_per_process,
 )
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config.pipeline import PipelineConfig
-    from pipeline.training.flops import Cost
-    from pipeline.transformer.layout import Layout
+    from torch import Tensor
 
-FLOAT32 = 4  # bytes; weights, gradients and optimizer states are float32 with bf16 autocast, too
+    from pipeline.config.pipeline import PipelineConfig
+    from pipeline.training.live_memory import Passes
+    from pipeline.transformer.layout import Layout
+    from pipeline.transformer.objective import JointObjective
+
+FLOAT32 = 4  # bytes
+SAMPLE_IMAGES = 8  # that the transformer's stage generates at a time while it trains
 # Seconds before the end of a job at which Slurm signals it: `stop_ahead_s`'s default, see pipeline/slurm/stage.sbatch.
 STOP_MARGIN_S = 300
 START_S = 60  # from the start of a job to its first step: imports, data, checkpoint
@@ -62,42 +71,55 @@ class Model:
     """The counts of a config's transformer."""
 
     layout: Layout
+    precision: Precision  # on that device: never bf16
     parameters: int
     muon_parameters: int  # those of them that Muon would train
+    largest_parameter: int
     micro_batch: int  # samples per GPU and pass
-    cost: Cost  # of one micro-batch
+    flops: int  # of the forward pass of one micro-batch
+    passes: Passes  # of one micro-batch
+    cache_row: int  # bytes of one sequence's keys and values while it is generated
+    image_tokenizer: int  # bytes of its weights, which are there for sample images
 
     @property
     def flops_per_token(self) -> float:
         """FLOPs of a training step per token: forward, and twice as many backward."""
-        return 3 * self.cost.flops / (self.micro_batch * self.layout.length)
+        return 3 * self.flops / (self.micro_batch * self.layout.length)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight, and of its gradient, in the model."""
+        return 2 if self.precision in ("bf16-weights", "fp16") else FLOAT32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the peak of a training step."""
+    """Bytes on one GPU: what is there all the time, and the peaks of what a training does."""
 
-    weights: float
-    gradients: float
-    optimizer: float
+    weights: float  # of the model
+    optimizer: float  # float32 weights and moments
     average: float
-    buckets: float  # of gradients on their way to other processes
-    activations: float
-    head: float  # the part of them that is freed before buckets are in use
-    last_block: float  # the block that is recomputed last, and the gradients that exist by then
-    together: bool  # gradients and activations at once; else activations are freed as gradients appear
+    gradients: float
+    activations: float  # kept for the backward pass
+    start: float
+    step: float
+    evaluation: float
+    images: float
+    end: float
 
     @property
-    def total(self) -> float:
-        if self.together:
-            passing = self.gradients + self.activations + self.buckets
-        else:
-            passing = max(self.gradients, self.activations - self.head, self.last_block) + self.buckets
-        return self.weights + self.optimizer + self.average + max(passing, self.activations)
+    def peak(self) -> float:
+        """The most that it ever takes."""
+        return max(self.peaks.values())
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """By what the training does then. A checkpoint takes nothing on the GPU: it is written as it lies there."""
+        return {name: getattr(self, name) for name in ("start", "step", "evaluation", "images", "end")}
 
 
-def count(config: PipelineConfig, gpus: int) -> Model:
-    """Build the config's transformer without data, and run one micro-batch of it.
+def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "cuda") -> Model:
+    """Build the config's transformer without data, and run one micro-batch of it, as it would run on `device`.
 
     Raises:
         UserError: the GPUs do not divide the batch.
@@ -109,28 +131,81 @@ def count(config: PipelineConfig, gpus: int) -> Model:
     from pipeline.training.flops import measure
     from pipeline.training.optimizer import muon_matrices
     from pipeline.transformer.layout import Layout
+
+    section, text = config.transformer, config.text_tokenizer
+    training = section.training
+    precision = resolved_precision(training.precision, device == "cuda", "deepspeed")
+    micro = training.batch_size // gpus // accumulation_steps(training, gpus)
+    with torch.device("meta"):
+        image_tokenizer = build(config.image_tokenizer.model, config.prepare.image_size)
+    layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
+    with FakeTensorMode():
+        objective = _objective(config, layout)
+        flops = measure(objective, _batch(layout, micro, "cpu"), precision)
+    key_or_value = section.layers * section.key_value_heads * layout.length * section.head_width
+    return Model(
+        layout=layout,
+        precision=precision,
+        parameters=sum(p.numel() for p in objective.parameters()),
+        muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
+        largest_parameter=max(p.numel() for p in objective.parameters()),
+        micro_batch=micro,
+        flops=flops,
+        passes=_passes(config, layout, precision, micro, device),
+        cache_row=2 * key_or_value * (FLOAT32 if precision == "fp32" else 2),
+        image_tokenizer=FLOAT32 * sum(p.numel() for p in image_tokenizer.parameters()),
+    )
+
+
+def _passes(config: PipelineConfig, layout: Layout, precision: Precision, micro: int, device: str) -> Passes:
+    """Memory of a step's passes on fake tensors of the device."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
+    from pipeline.training.activation_checkpointing import checkpoint_activations
+    from pipeline.training.live_memory import passes
+
+    on_gpu = device == "cuda"
+    dtype = {"bf16-weights": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with fake_cuda() if on_gpu else FakeTensorMode(), _flex_attention_as_one_kernel() if on_gpu else nullcontext():
+        objective = _objective(config, layout)
+        to_fake_cuda(objective, dtype, device)
+        recomputed = config.transformer.training.activation_checkpointing
+        if recomputed != "none":
+            checkpoint_activations(objective, recomputed)
+        return passes(objective, _batch(layout, micro, device), precision)
+
+
+def _objective(config: PipelineConfig, layout: Layout) -> JointObjective:
     from pipeline.transformer.model import Transformer
     from pipeline.transformer.objective import JointObjective
 
-    training, text = config.transformer.training, config.text_tokenizer
-    micro = training.batch_size // gpus // accumulation_steps(training, gpus)
-    with torch.device("meta"):
-        levels = build(config.image_tokenizer.model, config.prepare.image_size).levels
-    layout = Layout.of(text.text_length, text.vocab_size, levels)
-    with FakeTensorMode():
-        objective = JointObjective(Transformer(layout, config.transformer), config.transformer)
-        batch = {
-            "text": torch.zeros(micro, layout.text_length, dtype=torch.long),
-            "codes": torch.zeros(micro, layout.image_length, dtype=torch.long),
-        }
-        cost = measure(objective, batch, training.precision)
-    return Model(
-        layout=layout,
-        parameters=sum(p.numel() for p in objective.parameters()),
-        muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
-        micro_batch=micro,
-        cost=cost,
-    )
+    return JointObjective(Transformer(layout, config.transformer), config.transformer)
+
+
+def _batch(layout: Layout, samples: int, device: str) -> dict[str, Tensor]:
+    import torch
+
+    lengths = {"text": layout.text_length, "codes": layout.image_length}
+    return {name: torch.zeros(samples, n, dtype=torch.long, device=device) for name, n in lengths.items()}
+
+
+@contextmanager
+def _flex_attention_as_one_kernel() -> Iterator[None]:
+    """Compiled FlexAttention keeps what FlashAttention keeps: inputs, output and a number per query."""
+    from unittest.mock import patch
+
+    import torch.nn.functional as F
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, enable_gqa: bool, **_: object) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+
+    with (
+        patch("pipeline.transformer.attention._compiled_flex", lambda: attention),
+        patch("pipeline.transformer.tables.Tables.block_mask", lambda *_: None),
+    ):
+        yield
 
 
 def optimizer_elements(model: Model, training: TrainingConfig) -> int:
@@ -144,48 +219,87 @@ def checkpoint_bytes(model: Model, training: TrainingConfig) -> int:
     return FLOAT32 * (model.parameters + optimizer_elements(model, training) + average)
 
 
-def memory(
-    model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, stage: int, gpus: int, fused_attention: bool
-) -> Memory:
-    """Memory of one of `gpus` processes at ZeRO `stage`. Attention that is not fused keeps its scores."""
-    number = 2 if training.precision == "fp16" else FLOAT32  # bytes of a weight and its gradient in the model
+def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, stage: int, gpus: int) -> Memory:
+    """Memory of one of `gpus` processes at ZeRO `stage`."""
+    number, passes = model.weight_bytes, model.passes
     full, shard = number * model.parameters, number * model.parameters / gpus
-    master = FLOAT32 * model.parameters / gpus  # the optimizer works on a copy of its shard
-    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0  # one process uses its shard as it is
-    states = FLOAT32 * optimizer_elements(model, training) / (gpus if stage else 1)
+    slices = gpus if stage else 1
+    float32 = FLOAT32 * model.parameters / slices
+    optimizer = FLOAT32 * optimizer_elements(model, training) / slices + (float32 if stage else 0.0)
+    average = float32 if training.ema_decay else 0.0
     if stage and deepspeed.offload_optimizer:
-        master = states = 0.0
-    bucket: float = number * min(model.parameters, BUCKET_ELEMENTS)
-    if training.precision == "bf16":  # autocast's parameters have a bucket of their own, at stage 3 in bf16
-        bucket *= 1.5 if stage == 3 else 2
-    average = FLOAT32 * model.parameters / (gpus if stage == 3 else 1) if training.ema_decay else 0.0
-    last_block = 0.0
-    if training.activation_checkpointing == "block":
-        cost = model.cost
-        scores = cost.scores_bytes / cost.blocks if fused_attention else 0
-        last_block = (full if stage < 2 else shard) * (1 - 1 / cost.blocks)
-        last_block += cost.block_bytes - scores + cost.output_bytes
+        optimizer = average = 0.0
+    # One process uses its shard as it is; of several, each has gathered this much at a time.
+    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0
+    weights = full if stage < 3 else shard + live
+    there = weights + optimizer + average + model.image_tokenizer
+    whole = full + shard + model.image_tokenizer  # stage 3 partitions weights that lie on the GPU
+    exchanged = FLOAT32 * model.largest_parameter / slices if training.ema_decay else 0
+    rows = 2 * SAMPLE_IMAGES  # guidance needs two
+    gathered = full - live if stage == 3 and gpus > 1 else 0
     return Memory(
-        weights={0: full, 1: full + master, 2: full + master, 3: shard + master + live}[stage],
-        gradients={0: 2 * full, 1: full + shard, 2: shard, 3: shard}[stage],
-        optimizer=states,
+        weights=weights,
+        optimizer=optimizer,
         average=average,
-        buckets=bucket if stage else 0.0,
-        activations=activations(model, training, fused_attention),
-        head=model.cost.after_blocks_bytes,
-        last_block=last_block,
-        together=stage == 3 or model.micro_batch * gpus < training.batch_size,
+        gradients={0: full, 1: full + shard, 2: shard, 3: shard}[stage],
+        activations=passes.kept,
+        start=max(whole, there) if stage == 3 else there,
+        step=there + _step(model, training, stage, gpus),
+        evaluation=there + max(passes.evaluation * _share(model, training, gpus), exchanged),
+        images=there + gathered + rows * model.cache_row,
+        end=there + (2 * FLOAT32 * model.largest_parameter if stage else 0),
     )
 
 
-def activations(model: Model, training: TrainingConfig, fused_attention: bool) -> float:
-    """Bytes of activations on one GPU at the start of the backward pass; with attention recomputed, as with nothing."""
-    cost = model.cost
-    scores = cost.scores_bytes if fused_attention else 0
-    if training.activation_checkpointing != "block":
-        return cost.saved_bytes - scores + cost.output_bytes
-    outside = cost.saved_bytes - cost.all_blocks_bytes
-    return outside + cost.between_blocks_bytes + cost.block_bytes - scores / cost.blocks + cost.output_bytes
+def _share(model: Model, training: TrainingConfig, gpus: int) -> float:
+    """A process evaluates its samples of a batch at once: how many micro-batches that is."""
+    return samples_per_process(training.batch_size, gpus) / model.micro_batch
+
+
+def _step(model: Model, training: TrainingConfig, stage: int, gpus: int) -> float:
+    """The peak of a step beside weights, optimizer and average: in the backward pass, or when gradients are used."""
+    number, passes = model.weight_bytes, model.passes
+    full, shard = number * model.parameters, number * model.parameters / gpus
+    accumulates = model.micro_batch * gpus < training.batch_size
+    in_float32 = FLOAT32 * model.parameters / gpus if number < FLOAT32 else 0.0  # the optimizer's form of its gradients
+    bucket: float = number * min(model.parameters, BUCKET_ELEMENTS)
+    if model.precision == "bf16-autocast":  # its parameters have a bucket of their own, at stage 3 in bf16
+        bucket *= 1.5 if stage == 3 else 2
+    backward: float = passes.with_gradients if stage < 2 else passes.without_gradients
+    used: float
+    if stage == 0:  # reduced gradients are copies
+        used, bucket = 2 * full, 0.0
+    elif stage == 1:
+        used = full + shard + in_float32
+    else:
+        used = shard + in_float32
+    there = (full if stage < 2 else shard) if accumulates or stage == 3 else 0.0  # from the micro-batch before
+    if there:
+        backward = passes.without_gradients
+    early = bucket if stage == 3 else 0  # it makes its bucket at the start
+    return max(passes.before_gradients + there + early, backward + there + bucket, used + bucket)
+
+
+def fitting_micro_batch(config: PipelineConfig, model: Model, stage: int, gpus: int, limit: float) -> int | None:
+    """The largest micro-batch below the config's whose training fits into `limit` bytes; None if not even 1 does."""
+    training = config.transformer.training
+    per_process = samples_per_process(training.batch_size, gpus)
+    for micro in sorted((n for n in range(1, model.micro_batch) if per_process % n == 0), reverse=True):
+        smaller = training.model_copy(update={"micro_batch_size": micro})
+        found = replace(
+            model,
+            micro_batch=micro,
+            passes=_passes(config, model.layout, model.precision, micro, "cuda"),
+        )
+        if memory(found, smaller, config.transformer.deepspeed, stage, gpus).peak <= limit:
+            return micro
+    return None
+
+
+def fitting_images(model: Model, limit: float) -> int:
+    """How many images one GPU of `limit` bytes generates at once, in bf16 and with guidance, beside the weights."""
+    left = limit - 2 * model.parameters - model.image_tokenizer
+    return max(0, int(left // (2 * model.cache_row)))
 
 
 @dataclass(frozen=True)

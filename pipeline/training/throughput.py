@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
-from pipeline.training.flops import cost_of, matmul_flops_per_s
+from pipeline.training.flops import flops_of, matmul_flops_per_s
 
 if TYPE_CHECKING:
     from pipeline.training.workload import Workload
@@ -33,9 +33,9 @@ class Speedometer:
         self._tokens_per_sample = workload.tokens_per_sample
         with closing(workload.batches(0)) as batches:
             batch = {name: tensor.cpu() for name, tensor in next(batches).items()}  # like the weights, until now
-        cost = cost_of(workload.objective, batch, training.precision)
+        flops = flops_of(workload.objective, batch, training.precision)
         samples = next(iter(batch.values())).shape[0]
-        self._flops_per_sample = 3 * cost.flops / samples if cost else None
+        self._flops_per_sample = 3 * flops / samples if flops else None
         self._peak_tflops = training.peak_tflops
         self._precision = training.precision
         self._peak = 0.0

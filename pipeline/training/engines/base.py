@@ -57,7 +57,7 @@ class Engine(Protocol):
         """The training precision, for evaluation."""
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """The float32 weights that this process's optimizer updates, by the parameter's name, and what else is averaged.
+        """This process's float32 weights, as its optimizer updates them, by name, and what else is averaged.
 
         Not a copy. Whole parameters, or with ZeRO the flat part of each that lies in this process's slice; on
         accelerate's engine `Objective.averaged_buffers`, too.
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Collective; inside, `objective` is a plain module with all its weights that one process may call alone."""
 
     def finish(self) -> None:
-        """Collective: end the training; on every process `objective` has all weights, in float32."""
+        """Collective: end the training. On the main process `objective` has all weights then, in float32."""
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         """What this process writes to a checkpoint of `values`, which are shaped like `local_parameters`."""

@@ -10,6 +10,7 @@ any stage.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -47,6 +48,7 @@ from pipeline.training.engines.zero_partitions import Partition, Span
 from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
+log = logging.getLogger(__name__)
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16": torch.float16}
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -182,10 +184,20 @@ class DeepSpeedEngine:
         if self.stage == 0 or (self.stage < 3 and self.training.precision in ("fp32", "bf16-autocast")):
             return  # the model has float32 weights already
         slices = {span.name: (span, part) for span, part in self._slices}
-        whole = {name: _whole(shape, *slices.get(name, (None, None))) for name, shape in self._shapes.items()}
+        whole = {}
+        for name, shape in self._shapes.items():
+            gathered = _whole(shape, *slices.get(name, (None, None)))
+            if distributed.is_main():
+                whole[name] = gathered.cpu()  # all at once may not fit beside what a GPU has at the end
         self._engine.destroy()  # its hooks would partition parameters after their first use
+        self._engine = self._optimizer = None
         for name, parameter in self._named_parameters():
-            parameter.data = whole[name]
+            if distributed.is_main():
+                parameter.data = whole[name]
+        try:
+            self.objective.to(distributed.device())
+        except torch.OutOfMemoryError:
+            log.warning("the final weights in float32 do not fit into the GPU: they stay in the host's memory")
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         if self.stage == 0:
@@ -263,7 +275,8 @@ def _whole(shape: list[int], span: Span | None, part: Tensor | None) -> Tensor:
 def clips_itself(training: TrainingConfig, config: DeepSpeedConfig, stage: int) -> bool:
     """Does the engine clip gradients and find the steps that are not finite, on the device?
 
-    Else DeepSpeed does, and the host waits for its norm: at stage 3, with fp16's loss scale, and with offloading.
+    Else DeepSpeed does, and the host waits for its norm: at stage 3, with fp16's loss scale, and with offloading. With
+    float32 weights at stages 1 and 2 it waits, too, and the engine only spares it a second look.
     """
     return training.optimizer == "adamw" and stage < 3 and training.precision != "fp16" and not config.offload_optimizer
 
