@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.compilation import missing_compiler
 from pipeline.transformer.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,12 @@ def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: b
             f"guidance {sampling.guidance:g} needs a transformer trained with transformer.caption_dropout above 0;"
             " this one was not: train it again, or leave guidance at 1"
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError if torch.compile cannot compile for `device` here."""
+    if missing := missing_compiler(device):
+        raise UserError(f"--compile (generate.compile): expected {missing}, found none: install it, or leave it out")
 
 
 def warn_of_prompts(prompts: Sequence[str], tokenizer: TextTokenizer) -> None:

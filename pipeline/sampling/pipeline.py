@@ -27,7 +27,7 @@ from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
 from pipeline.sampling.batch_memory import batch_that_fits, bytes_per_image, free_bytes, in_batches
-from pipeline.sampling.checks import check_counts, check_prompts, check_sampling, warn_of_prompts
+from pipeline.sampling.checks import check_compiler, check_counts, check_prompts, check_sampling, warn_of_prompts
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.model_source import ModelSource, find_models
@@ -155,6 +155,8 @@ class Pipeline:
         """
         sampling = sampling or SamplingConfig()
         self._check(prompts, candidates, batch_size, sampling, keep, image_prompt)
+        if compiled:
+            check_compiler(self.transformer.head.weight.device)
         drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
         wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
         generated: list[GeneratedImage] = []

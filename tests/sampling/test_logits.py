@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guide, invert_in_float32, invert_in_float64
+
+INVERSIONS = pytest.mark.parametrize("invert", [invert_in_float64, invert_in_float32])
+Invert = Callable[[Tensor, Tensor], Tensor]
 
 
-def test_draws_follow_the_distribution() -> None:
+@INVERSIONS
+def test_draws_follow_the_distribution(invert: Invert) -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     n = 20_000
-    drawn = draw(probabilities.log().expand(n, 4), torch.linspace(0, 1, n + 1)[:-1], SamplingConfig())
+    drawn = invert(probabilities.log().expand(n, 4), torch.linspace(0, 1, n + 1)[:-1])
     torch.testing.assert_close(drawn.bincount(minlength=4) / n, probabilities, atol=1e-3, rtol=0)
+
+
+def test_both_precisions_draw_the_same_but_where_a_number_falls_between_two_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 8192, generator=generator)
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    assert torch.equal(invert_in_float32(logits, uniforms), invert_in_float64(logits, uniforms))
 
 
 def test_filters_keep_exactly_the_codes_they_promise() -> None:
@@ -39,10 +52,21 @@ def test_filters_keep_exactly_the_codes_they_promise() -> None:
         assert set(draw(logits, spread, sampling).tolist()) == expected, name
 
 
-def test_extreme_uniforms_never_draw_impossible_codes() -> None:
-    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
-    for uniform in (0.0, math.nextafter(1.0, 0.0)):
-        assert draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig()).tolist() == [1]
+@INVERSIONS
+def test_extreme_uniforms_never_draw_impossible_codes(invert: Invert) -> None:
+    logits = torch.full((1, 5000), -math.inf)
+    logits[0, 1000:3000] = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    for uniform, expected in ((0.0, 1000), (math.nextafter(1.0, 0.0), 2999)):
+        assert invert(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [expected]
+
+
+def test_a_sum_that_grows_at_an_impossible_code_does_not_draw_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As parallel sums do, which add up each prefix in an order of its own."""
+    logits = torch.tensor([[0.0, -math.inf, 0.0, -math.inf]])
+    rounded = torch.tensor([[0.5, 0.5 + 2**-20, 1.0, 1.0 + 2**-20]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda _self, dim: rounded.clone())
+    for uniform, expected in ((0.5, 2), (0.5 + 2**-22, 2), (math.nextafter(1.0, 0.0), 2)):
+        assert invert_in_float32(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [expected]
 
 
 def test_guidance_goes_from_the_unprompted_logits_through_the_prompted_ones_and_beyond() -> None:

@@ -306,6 +306,12 @@ def test_bf16_is_the_default_where_the_device_computes_in_it(monkeypatch: pytest
         sampling_dtype("bf16", gpu)
 
 
+def test_compile_without_a_compiler_is_one_line(two_levels: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--compile \(generate.compile\): expected a C\+\+ compiler .* found none"):
+        two_levels.generate(["red joker"], compiled=True)
+
+
 def test_the_preview_fills_in_row_by_row_over_itself(pipeline: Pipeline) -> None:
     stream = io.StringIO()
     pipeline.generate(["joker"], callbacks=Callbacks(on_row=Preview(pipeline, stream)))
