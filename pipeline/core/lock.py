@@ -9,8 +9,8 @@ earlier start of the same Slurm job, on another node, two missed beats are enoug
 over ends itself at once: it was asleep for that long, and another one writes now. One that cannot beat for half of
 `STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over.
 
-filelock's lease (SoftFileLease) watches as well, but takes a killed process that nobody has waited for (a zombie) for alive,
-as stages of `smalti run` are for a moment, and knows nothing of Slurm's jobs.
+filelock's lease (SoftFileLease) watches as well, but takes a killed process that nobody has waited for (a zombie) for
+alive, as stages of `smalti run` are for a moment, and knows nothing of Slurm's jobs.
 """
 
 from __future__ import annotations
