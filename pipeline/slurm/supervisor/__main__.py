@@ -54,7 +54,8 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.budgets = Budgets(options.max_time_limits, options.max_crashes, options.max_bad_hosts)
+        crashes_key = "max_task_retries" if options.array_tasks else "max_crashes"
+        self.budgets = Budgets(options.max_time_limits, options.max_crashes, options.max_bad_hosts, crashes_key)
         self.interrupt = Interrupt()
         self.job = ThisJob()
         run, stage, task = options.run, options.stage, self.job.task
