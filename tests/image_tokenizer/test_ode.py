@@ -15,6 +15,7 @@ from pipeline.config.ode import OdeConfig
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.ode import OdeStack
+from pipeline.training.activation_checkpointing import checkpoint_activations
 
 GAIN, WIDTH = 0.5, 6
 
@@ -199,3 +200,19 @@ def test_a_tokenizer_with_euler_blocks_is_the_one_with_residual_blocks(tmp_path:
     assert torch.equal(residual.decode([codes]), euler.decode([codes]))
     euler.save_pretrained(tmp_path)
     assert torch.equal(ImageTokenizer.from_pretrained(tmp_path).decode([codes]), euler.decode([codes]))
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_activation_checkpointing_changes_no_gradient_of_it(adjoint: bool) -> None:
+    model = {"kind": "vqvae", "patch_size": 2, "widths": (8, 8), "bottleneck": 1, "block": "ode"}
+    model |= {"ode": {"adjoint": adjoint}, "quantizer": {"kind": "fsq", "channels": (4, 4)}}
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        objective = build(model, image_size=16).objective()
+        if recompute:
+            checkpoint_activations(objective)
+        loss, _ = objective({"images": torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)}, 0)
+        loss.backward()
+        found.append([p.grad for p in objective.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
