@@ -97,8 +97,10 @@ def lead(call: RollCall, processes: int, hosts: list[str], problem: str | None, 
     if bad or late:
         call.tell("stop")
         return Verdict(bad, late)
+    # First: who hears "go" connects to the store at once.
+    listener = call.hand_over_listener()
     call.tell("go")
-    call.note(0, **_measure(0, processes, timeout_s, call.hand_over_listener()))
+    call.note(0, **_measure(0, processes, timeout_s, listener))
     # Others may need as long again to end as rank 0 did.
     deadline = time.monotonic() + timeout_s
     missing = call.wait_for("failure", lambda: deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -104,6 +105,30 @@ def test_an_all_reduce_that_fails_on_one_host_or_on_all(measured: dict[int, Meas
     assert _hold(["a", "b"]).bad == {"b": "rank 1: expected a sum of 3, found 2"}
     measured[0] = {"failure": "rank 0: RuntimeError: connection closed"}
     assert _hold(["a", "b"]).exit_code == NO_HOST_TO_BLAME
+
+
+def test_who_connects_as_soon_as_it_may_reaches_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = threading.Event()
+
+    def eager(announced: Announced) -> None:
+        announced.say(problem="")
+        assert announced.hear(5.0) == "go"
+        with socket.create_connection((LOOPBACK, announced._port)):
+            connected.set()
+            time.sleep(0.3)
+            announced.say(**FINE)
+            time.sleep(0.3)
+
+    def serve(rank: int, _processes: int, _timeout_s: float, listener: int | None = None) -> Measured:
+        assert connected.wait(5.0)
+        time.sleep(0.3)  # the roll call would have taken it meanwhile
+        with socket.socket(fileno=listener) as store:
+            store.settimeout(5.0)
+            store.accept()
+        return FINE
+
+    monkeypatch.setattr(preflight, "_measure", serve)
+    assert _hold(["a", "b"], ranks={1: eager}) == Verdict()
 
 
 def test_a_slow_gpu_makes_its_host_bad_and_a_slow_processor_is_only_told(measured: dict[int, Measured]) -> None:
