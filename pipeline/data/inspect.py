@@ -16,6 +16,7 @@ from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data.images import grid
 from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard, read_samples, read_shard
+from pipeline.data.sources.base import fault
 from pipeline.data.splits import SPLITS
 from pipeline.data.tokens import TokenIndex, TokenShard, check_arrays
 
@@ -135,8 +136,8 @@ def _array(path: Path) -> NDArray[np.uint16 | np.uint32]:
     try:
         array: NDArray[np.uint16 | np.uint32] = np.load(path, mmap_mode="r")
         return array
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
+    except Exception as error:  # numpy reads a header as Python, which fails in some ten ways
+        raise UserError(f"{path} is missing or damaged: {fault(error)}: run the stage tokenize again") from error
 
 
 def _counted(counts: dict[str, int]) -> str:

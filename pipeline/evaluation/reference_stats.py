@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ def reference_gaussian(features: Tensor, folder: Path | None) -> Gaussian:
             mean, root, trace = (torch.from_numpy(kept[name]).to(features.device) for name in ("mean", "root", "trace"))
         os.utime(path)  # for `feature_store.trim`
         return Gaussian(mean, root, trace)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged: it is made anew
+    except Exception:  # not there, or damaged, which numpy tells in some ten ways: it is made anew
         pass
     made = Gaussian.of(features)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -55,6 +55,10 @@ def test_inspect_names_a_replaced_tar_and_a_flipped_byte(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"train/000000\.codes\.0\.npy is damaged: expected sha256"):
         _smalti("inspect", run)
     _smalti("inspect", "--no-verify", run)
+    array.write_bytes(content.replace(b"}", b"(", 1))  # numpy reads the header as Python
+    with pytest.raises(UserError, match=r"train/000000\.codes\.0\.npy is missing or damaged: "):
+        _smalti("inspect", "--no-verify", run)
+    array.write_bytes(content)
     tar = run / "prepare/train/000000.tar"
     tar.write_bytes(tar.read_bytes()[:-512] + b"x" * 512)
     with pytest.raises(UserError, match=r"train/000000\.tar is not the shard that prepare wrote"):
