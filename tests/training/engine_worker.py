@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
+from tests.no_sync import HostSync
+from tests.no_sync import _Operations as no_wait  # DeepSpeed moves tensors to where they are, by name
 
 STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
 
@@ -39,6 +42,7 @@ class Case:
     recompute: bool = False
     dropout: bool = False
     average: bool = False  # of weights: what the training ends with, and what is saved beside the weights
+    may_wait: bool = True  # False: a step after the first two that waits for the device is an error
     poisoned_step: int | None = None  # one sample of the last process is not a number
     first_step: int = 0
     last_step: int = STEPS
@@ -124,13 +128,18 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     norms, applied = [], []
     for step in range(case.first_step, case.last_step):
         torch.manual_seed(step)
+        waits = nullcontext() if case.may_wait or step < 2 else no_wait("cpu")
         mine = global_batch(step, step == case.poisoned_step)["x"].chunk(world)[rank]
-        for index, micro in enumerate(mine.chunk(micro_batches)):
-            last = index == micro_batches - 1
-            engine.accumulate({"x": micro}, step, 1 / micro_batches, last)
-        update = engine.update(learning_rate_factor(config, step))
-        if ema:
-            ema.update(update.applied)
+        try:
+            with waits:
+                for index, micro in enumerate(mine.chunk(micro_batches)):
+                    last = index == micro_batches - 1
+                    engine.accumulate({"x": micro}, step, 1 / micro_batches, last)
+                update = engine.update(learning_rate_factor(config, step))
+                if ema:
+                    ema.update(update.applied)
+        except HostSync as error:
+            return {"error": str(error)}
         norms.append(float(update.gradient_norm))
         applied.append(bool(update.applied))
     if case.save:

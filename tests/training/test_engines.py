@@ -54,6 +54,12 @@ AVERAGED = [
     *(Case(zero=zero, average=True) for zero in ZERO),
     *(Case(zero=zero, average=True, precision="bf16-weights") for zero in (1, 2, 3)),
 ]
+WAITS_FOR_NOTHING = [
+    Case(kind="accelerate", zero=0, average=True, may_wait=False),
+    Case(zero=0, average=True, may_wait=False),
+    *(Case(zero=zero, average=True, precision="bf16-weights", accumulation=2, may_wait=False) for zero in (1, 2)),
+]
+WAITS = Case(zero=3, precision="bf16-weights", may_wait=False)
 BF16 = [Case(zero=zero, precision="bf16", poisoned_step=POISONED) for zero in ZERO]  # last: it is global in DeepSpeed
 
 
@@ -95,7 +101,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     """Results by number of processes and name of the case."""
     folder = tmp_path_factory.mktemp("engine")
     everywhere = PARITY + MUON + POISON + BF16_WEIGHTS + AVERAGED
-    one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *BF16], folder, 1)
+    one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
     two = _train([*everywhere, *BY_TWO, *BY_TWO_AFTER_ONE, *BY_TWO_AFTER_TWO, *ONLY_READ, *BF16], folder, 2)
     return {1: one | _train([*BY_ONE_AFTER_TWO, *OTHER_STAGE], folder, 1), 2: two}
 
@@ -188,6 +194,18 @@ def test_a_step_that_is_not_finite_on_one_process_is_applied_on_none(
     if case.optimizer == "adamw":
         distance = _distance(found["weights"], _plain_pytorch(skipped_step=POISONED)[0])
         assert distance < (1e-6 if case.precision == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("case", WAITS_FOR_NOTHING, ids=lambda case: case.name)
+@pytest.mark.slow
+def test_a_step_waits_for_nothing_on_the_device(case: Case, trained: dict[int, Results]) -> None:
+    assert "error" not in trained[1][case.name], trained[1][case.name]["error"]
+    assert all(trained[1][case.name]["applied"])
+
+
+@pytest.mark.slow
+def test_a_step_of_zero_3_waits_for_deepspeeds_norm_of_gradients(trained: dict[int, Results]) -> None:
+    assert "makes the host wait for a value" in trained[1][WAITS.name]["error"]
 
 
 @pytest.mark.parametrize("case", RECOMPUTED, ids=lambda case: case.name)
