@@ -81,6 +81,7 @@ def test_a_thread_that_hangs_is_left_behind_with_a_line(
     assert _soon(lambda: not [thread for thread in threading.enumerate() if thread.name == "batches"])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu_are_what_was_sent() -> None:
     made: list[int] = []
