@@ -19,7 +19,7 @@ from pipeline.core import distributed
 from pipeline.core.objective import Objective
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Engine
-from pipeline.training.flops import cost_of, matmul_flops_per_s
+from pipeline.training.flops import flops_of, matmul_flops_per_s
 from pipeline.training.resource_plan import GPUS
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -119,7 +119,7 @@ def peak_flops_per_s() -> float:
     """The card's rate of dense bf16 products as its data sheet has it; of an unknown card and a CPU, measured."""
     name = card_name().replace(" ", "").upper()
     known = [gpu for short, gpu in GPUS.items() if short.partition("-")[0].upper() in name]
-    return known[0].tflops * 1e12 if known else matmul_flops_per_s("bf16", distributed.device())
+    return known[0].tflops * 1e12 if known else matmul_flops_per_s("bf16-weights", distributed.device())
 
 
 def bandwidth() -> float:
@@ -209,9 +209,9 @@ def step_of(engine: Engine, batch: dict[str, Tensor]) -> Run:
 
 def flops_of_a_step(objective: Objective, batch: dict[str, Tensor]) -> float:
     """Of the model's products, forward and twice as many backward; before an engine has the objective."""
-    cost = cost_of(objective, batch, "bf16")
-    assert cost is not None
-    return 3.0 * cost.flops
+    flops = flops_of(objective, batch, "bf16-autocast")
+    assert flops is not None
+    return 3.0 * flops
 
 
 def parameters_of(module: nn.Module) -> int:
