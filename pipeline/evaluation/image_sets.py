@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.core.errors import UserError
 from pipeline.core.text import decode_text, visible
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
-from pipeline.evaluation.tar_members import tar_members
+from pipeline.data.sources.tar_members import DamagedTar, Member, locate_members
 from pipeline.sampling.save import SHEET, read_metadata
 
 _SIDECARS = (".txt", ".json")
@@ -223,15 +223,26 @@ def _is_hidden(name: str) -> bool:
 
 def _add_tar(found: ImageSet, path: Path, prefix: str) -> None:
     entries = []
-    for member in tar_members(path):
-        name = f"{path}: {member.name}"
-        if any(map(_is_hidden, PurePosixPath(member.name).parts)):
+    for member in _members(path):
+        inner = member.name.removeprefix("./")
+        name = f"{path}: {inner}"
+        if any(map(_is_hidden, PurePosixPath(inner).parts)):
             found.left_out.append((name, "hidden"))
-        elif member.is_file:
-            entries.append((member.name, FileSlice(path, name, member.offset, member.size)))
-        elif PurePosixPath(member.name).suffix.lower() in EXTENSIONS:
-            found.left_out.append((name, "a link in a tar"))
+        elif not member.problem:
+            entries.append((inner, FileSlice(path, name, member.offset, member.size)))
+        elif PurePosixPath(inner).suffix.lower() in EXTENSIONS:
+            found.left_out.append((name, "no regular file in a tar"))
     _add_entries(found, entries, prefix)
+
+
+def _members(path: Path) -> Iterator[Member]:
+    try:
+        yield from locate_members(path)
+    except DamagedTar as damage:
+        raise UserError(
+            f"{path}: expected an uncompressed tar of images, found something else or a damaged one ({damage});"
+            " write it again"
+        ) from damage
 
 
 def _add_entries(found: ImageSet, entries: Iterable[tuple[str, FileSlice]], prefix: str = "") -> None:

@@ -143,7 +143,7 @@ def test_links_and_folders_above_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     found = read_set(tmp_path / "in")
     assert [one.content() for one in found.images] == [encoded(image(n)) for n in (13, 15, 5)]
-    assert [reason for _, reason in found.left_out] == ["a link in a tar"]
+    assert [reason for _, reason in found.left_out] == ["no regular file in a tar"]
     assert sorted(tmp_path.rglob("*")) == before
 
 

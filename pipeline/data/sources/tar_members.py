@@ -1,7 +1,8 @@
-"""The files of a tar, front to back, from any stream: plain or compressed, several tars one behind the other.
+"""The files of a tar: read front to back from any stream, plain or compressed, or located on the disk.
 
-Python's `tarfile` parses the headers. What is here is what it leaves open: it ends without a word at a damaged header
-and at the first end mark, and reads members of any size.
+Python's `tarfile` parses the headers. What is here is what it leaves open, and with it `webdataset`, which reads by it:
+it ends without a word at a damaged header and at the first end mark of several tars one behind the other, and reads
+members of any size.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import gzip
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from pipeline.core.errors import UserError
@@ -30,6 +33,8 @@ class Member:
     name: str
     content: bytes | None
     problem: str = ""
+    offset: int = 0  # of its content in the tar, in bytes
+    size: int = 0
 
 
 class DamagedTar(Exception):
@@ -38,6 +43,11 @@ class DamagedTar(Exception):
 
 class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
+
+
+class _File(_Readable, Protocol):
+    def tell(self) -> int: ...
+    def seek(self, position: int, /) -> int: ...
 
 
 def read_members(stream: BinaryIO, url: str, largest: Callable[[str], int]) -> Iterator[Member]:
@@ -52,31 +62,51 @@ def read_members(stream: BinaryIO, url: str, largest: Callable[[str], int]) -> I
         DamagedTar: after what could be read.
         UserError: the stream failed.
     """
+    with _told():
+        yield from _members(_Forward(_decompressed(_Source(stream, url))), largest)
+
+
+def locate_members(path: Path) -> Iterator[Member]:
+    """The regular files and links of all tars in an uncompressed file of this disk, in their order; none is read.
+
+    Raises:
+        DamagedTar: after what could be found.
+    """
+    with _told(), open(path, "rb") as file:
+        yield from _members(file, lambda _: 0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Whatever `tarfile` and the decompressors raise as DamagedTar."""
     try:
-        forward = _Forward(_decompressed(_Source(stream, url)))
-        tars = 0
-        while True:
-            zeros, more = _skip_zeros(forward)
-            if tars and not zeros:
-                at = forward.tell()
-                raise DamagedTar(
-                    f"no member at byte {at}: what lies behind it is not read"
-                    if more
-                    else f"ends at byte {at} without an end mark, as if it were cut"
-                )
-            if not more:
-                if not zeros:
-                    raise DamagedTar("empty file")
-                return
-            tars += 1
-            yield from _one_tar(forward, largest)
+        yield
     except (DamagedTar, UserError, GeneratorExit):
         raise
-    except Exception as error:  # tarfile and the decompressors raise some ten kinds
+    except Exception as error:  # some ten kinds
         raise DamagedTar(fault(error)) from error
 
 
-def _one_tar(forward: _Forward, largest: Callable[[str], int]) -> Iterator[Member]:
+def _members(forward: _File, largest: Callable[[str], int]) -> Iterator[Member]:
+    tars = 0
+    while True:
+        zeros, more = _skip_zeros(forward)
+        if tars and not zeros:
+            at = forward.tell()
+            raise DamagedTar(
+                f"no member at byte {at}: what lies behind it is not read"
+                if more
+                else f"ends at byte {at} without an end mark, as if it were cut"
+            )
+        if not more:
+            if not zeros:
+                raise DamagedTar("empty file")
+            return
+        tars += 1
+        yield from _one_tar(forward, largest)
+
+
+def _one_tar(forward: _File, largest: Callable[[str], int]) -> Iterator[Member]:
     """The members up to the end mark, or to whatever is no header; leaves `forward` there."""
     tar = tarfile.TarFile(fileobj=cast(BinaryIO, forward), tarinfo=_Header)
     while (header := tar.next()) is not None:
@@ -86,10 +116,13 @@ def _one_tar(forward: _Forward, largest: Callable[[str], int]) -> Iterator[Membe
         limit = largest(header.name)
         if header.islnk() or header.issym():
             yield Member(header.name, None, f"a link to {header.linkname}")
-        elif not header.isreg():
+        elif header.isdir():
             continue
+        elif not header.isreg():
+            yield Member(header.name, None, "no regular file")
         elif not limit:
-            yield Member(header.name, None)
+            problem = "a sparse file" if header.sparse is not None else ""
+            yield Member(header.name, None, problem, header.offset_data, header.size)
         elif header.size > limit:
             yield Member(header.name, None, f"{header.size} bytes, at most {limit} are read")
         else:
@@ -97,7 +130,7 @@ def _one_tar(forward: _Forward, largest: Callable[[str], int]) -> Iterator[Membe
     forward.seek(tar.offset)
 
 
-def _content(tar: tarfile.TarFile, header: tarfile.TarInfo, forward: _Forward) -> bytes:
+def _content(tar: tarfile.TarFile, header: tarfile.TarInfo, forward: _File) -> bytes:
     """The bytes of a regular file."""
     if header.sparse is not None:
         file = tar.extractfile(header)
@@ -126,7 +159,7 @@ class _Header(tarfile.TarInfo):
         return member
 
 
-def _skip_zeros(forward: _Forward) -> tuple[int, bool]:
+def _skip_zeros(forward: _File) -> tuple[int, bool]:
     """Read over blocks of zeros; returns how many there were, and whether something comes behind them."""
     zeros = 0
     while block := forward.read(_BLOCK):
