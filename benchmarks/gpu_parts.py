@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 from benchmarks.contestants import Contestant, DallePytorch, Ours, PlainVectorQuantize
 from benchmarks.gpu_models import (
@@ -42,14 +44,19 @@ from benchmarks.gpu_models import (
 )
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.pipeline import load_pipeline
+from pipeline.config.transformer import TransformerShape
 from pipeline.core import distributed
 from pipeline.image_tokenizer.base import build
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
 from pipeline.training.optimizer import build_adamw
 from pipeline.training.resource_plan import count, memory
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.tables import Tables
+from tests.launches import Launches
 
 ROOT = Path(__file__).resolve().parents[1]
+# Calls in inductor's code: kernels that it made, and those of libraries and FlexAttention's templates.
+_FUSED, _PRODUCTS = r"^\s+(?:cpp_\w+\(|triton_(?!tem)\w+\.run\()", r"extern_kernels\.\w+\(|triton_tem\w+\.run\("
 _SAVED, _KILLED, _STEPS = 2, 3, 5  # of `resume`: optimizer updates
 
 
@@ -269,7 +276,35 @@ def _child(what: str, scale: Scale, *arguments: str) -> str:
     return done.stdout.split()[-1] if done.returncode == 0 else ""
 
 
+def launches(scale: Scale) -> list[Row]:
+    """Operations that a training step of one layer starts, forward and backward, as written and compiled."""
+    rows, device = [], distributed.device()
+    for style in ("modern", "classic"):
+        model = Transformer(scale.layout, TransformerShape.model_validate({"style": style, "width": 64, "heads": 2}))
+        block = model.to(device).train().blocks[1]  # in the classic style a column layer
+        block.get_submodule("attention").make_tables(model.tables, torch.bfloat16)
+
+        def forward(run: Callable[..., Tensor], tables: Tables) -> Tensor:
+            x = torch.randn(2, scale.length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+            with torch.autocast(device.type, torch.bfloat16):
+                return run(x, tables)
+
+        forward(block, model.tables).sum().backward()  # gradients are there
+        model.zero_grad()
+        with Launches() as written:
+            forward(block, model.tables).sum().backward()
+        compiled = torch.compile(block.forward, dynamic=False)
+        _, code = run_fw_bw_and_get_code(partial(forward, compiled, model.tables))
+        fused, products = (len(re.findall(calls, "".join(code), re.MULTILINE)) for calls in (_FUSED, _PRODUCTS))
+        shown = f"{fused + products}: {products} products, {fused} fused"
+        rows.append(
+            row(f"operations of a {style} layer, forward and backward", str(written.total), f"compiled {shown}")
+        )
+    return rows
+
+
 PARTS: dict[str, Callable[[Scale], list[Row]]] = {
+    "launches": launches,
     "step-125m": partial(train, large=False),
     "step-1.3b": partial(train, large=True),
     "tokenizer": train_tokenizer,
