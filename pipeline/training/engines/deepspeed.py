@@ -103,12 +103,12 @@ class DeepSpeedEngine:
             return self._update_without_zero()
         self._engine.step()
         # Infinite where a gradient was not finite: then ZeRO's optimizers leave everything as it was.
-        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=distributed.device())
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=distributed.device())
         return Update(norm, norm.isfinite())
 
     def _before_a_group_steps(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Clip and check on the device what ZeRO would clip and check on the host; same arithmetic."""
-        norm = torch.as_tensor(self._optimizer._global_grad_norm, dtype=torch.float32)
+        norm = torch.as_tensor(self._optimizer._global_grad_norm)
         skip_unless(norm.isfinite(), optimizer)
         if limit := self.training.gradient_clipping:
             excess = torch.clamp((norm + 1e-6) / limit, min=1.0)
