@@ -245,15 +245,10 @@ def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, s
         activations=passes.kept,
         start=max(whole, there) if stage == 3 else there,
         step=there + _step(model, training, stage, gpus),
-        evaluation=there + max(passes.evaluation * _share(model, training, gpus), exchanged),
+        evaluation=there + max(passes.evaluation, exchanged),
         images=there + gathered + rows * model.cache_row,
         end=there + (2 * FLOAT32 * model.largest_parameter if stage else 0),
     )
-
-
-def _share(model: Model, training: TrainingConfig, gpus: int) -> float:
-    """A process evaluates its samples of a batch at once: how many micro-batches that is."""
-    return samples_per_process(training.batch_size, gpus) / model.micro_batch
 
 
 def _step(model: Model, training: TrainingConfig, stage: int, gpus: int) -> float:
