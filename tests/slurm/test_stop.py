@@ -52,8 +52,10 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     # The preflight has tests of its own; here it would only lengthen each start.
     training = Training(slurm, run_copy, partition="preempt", preflight="never")
     ranks = training.wait_for_steps(0)
-    # As good a moment as any: nobody else may write here.
+    # As good a moment as any: nobody else may write here. Rank 0 waits for the others, and its lock beats meanwhile.
+    signal_all(ranks[:1], signal.SIGCONT)
     refused = slurm.smalti("--config", str(run_copy / "config.yaml"), module="stages.transformer", check=False)
+    signal_all(ranks[:1], signal.SIGSTOP)
     assert "stage transformer is already being written by process" in refused
     assert f"(Slurm job {training.id})" in refused
     _run_into_the_time_limit(training, ranks)
