@@ -56,7 +56,7 @@ class Mirror:
         self._thread.start()
 
     def close(self, status: Status) -> None:
-        """Send what is left and end the MLflow run; waits at most `flush_timeout_s`, longer if that is the whole run."""
+        """Send what is left and end the MLflow run; waits at most `flush_timeout_s`, for a whole run longer."""
         patience_s = self.config.flush_timeout_s
         if _is_shared_file(self._pipeline):
             patience_s = max(patience_s, _WHOLE_RUN_S)
