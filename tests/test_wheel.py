@@ -98,7 +98,7 @@ def test_submit_writes_job_files_that_run_a_copy_of_the_installed_code(elsewhere
     assert output.count("written: ") == len(STAGE_NAMES)
     code = elsewhere / "runs" / "queued" / "code" / "src"
     job = elsewhere / "runs" / "queued" / "slurm" / "dry-run" / "transformer.sbatch"
-    assert f"PYTHONPATH={code} " in job.read_text()
+    assert f"code={code}\n" in job.read_text()
     python = elsewhere / ".venv" / "bin" / "python"
     copy = "import sys; from pathlib import Path; from pipeline.orchestration.code_snapshot import copy_packages;"
     _call([str(python), "-c", f"{copy} copy_packages(Path(sys.argv[1]))", str(code)], cwd=code.parents[1])

@@ -136,12 +136,15 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 def options() -> list[tuple[tuple[str, ...], str, int]]:
-    """Every option of every command: the command's words, the option, and how many values it takes."""
+    """Every option of every command: the command's words, the option, and how many values it takes.
+
+    But for the doctor's, to whom a mistake is one finding of several (tests/doctor).
+    """
     return [
         (path, max(parameter.opts, key=len), 0 if parameter.is_flag else parameter.nargs)
         for path, command in commands(cli)
         for parameter in command.params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and path != ("doctor",)
     ]
 
 
@@ -173,7 +176,7 @@ def test_any_value_of_any_option_is_one_line(
 
 
 @MANY
-@given(words=st.lists(st.one_of(TEXT, st.sampled_from(sorted(cli.commands))), min_size=1, max_size=3))
+@given(words=st.lists(st.one_of(TEXT, st.sampled_from(sorted({*cli.commands} - {"doctor"}))), min_size=1, max_size=3))
 def test_any_words_are_one_line(smalti: Any, words: list[str]) -> None:
     code, _, err = smalti(*words)
     assert code == 2 or words[0] in ("-h", "--help", "--version"), err

@@ -28,7 +28,7 @@ def test_a_misspelt_key_of_a_union_gets_its_neighbour_of_the_same_kind() -> None
 
 
 def test_a_section_without_its_kind_lists_the_kinds() -> None:
-    assert "with a kind (folder, huggingface, openmoji, table" in complaint("prepare.source={path: x}")
+    assert "with a kind (folder, huggingface, openmoji, shapes, table" in complaint("prepare.source={path: x}")
     assert "'prepare.source': expected a section of keys, found 8" in complaint("prepare.source=8")
 
 

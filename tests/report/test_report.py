@@ -342,16 +342,16 @@ def test_best_setting_generates(tiny_run: Path, tmp_path: Path) -> None:
 
 
 def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
-    wanted = SweepConfig(temperature=[0.2, 1.0], top_k=[1, None], samples=16)
+    wanted = SweepConfig(temperature=[0.7, 1.0], top_k=[1, None], samples=16)
     swept = changed(config, sweep=wanted, feature_cache=tmp_path / "cache")
     evaluate.main(again(tiny_run, tmp_path, swept, "evaluate", array_task=(1, 2)))
     run = again(tiny_run, tmp_path, swept, "evaluate")
     shared = {path.name for path in (run.directory / "sweep").glob("*.tar")}
-    assert shared == {f"guidance-1.0-temperature-{t}-top_k-all.tar" for t in (0.2, 1.0)}
+    assert shared == {f"guidance-1.0-temperature-{t}-top_k-all.tar" for t in (0.7, 1.0)}
     evaluate.main(run)
     sweep = json.loads((run.directory / "metrics.json").read_text())["sweep"]
     tried = [(setting["temperature"], setting["top_k"]) for setting in sweep["settings"]]
-    assert tried == [(0.2, 1), (0.2, None), (1.0, 1), (1.0, None)]
+    assert tried == [(0.7, 1), (0.7, None), (1.0, 1), (1.0, None)]
     distances = [setting["metrics"]["FD (Lite0)"] for setting in sweep["settings"]]
     assert distances[0] == distances[2]  # of one code, temperature changes nothing
     assert len(set(distances)) == 3
