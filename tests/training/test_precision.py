@@ -133,3 +133,13 @@ def test_a_batch_that_does_not_fit_says_a_smaller_one() -> None:
         device_errors_in_a_line(CONFIG),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+
+def test_an_optimizer_of_another_version_is_one_line(tmp_path: Path) -> None:
+    engine = build_engine("accelerate", SmallObjective(), CONFIG, None, tmp_path)
+    engine.save(tmp_path)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    state["optimizer"]["param_groups"].append(state["optimizer"]["param_groups"][0])
+    torch.save(state, tmp_path / "training.pt")
+    with pytest.raises(UserError, match="has the optimizer of another version .* to start over"):
+        engine.load(tmp_path)

@@ -106,7 +106,13 @@ class AccelerateEngine:
     def load(self, directory: Path) -> None:
         state = torch.load(directory / "training.pt", map_location=distributed.device(), weights_only=True)
         _load_weights(self.objective, state["model"], directory)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # other groups of parameters
+            raise UserError(
+                f"the checkpoint {directory} has the optimizer of another version ({error}): remove {directory.parent}"
+                " to start over"
+            ) from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
