@@ -22,6 +22,7 @@ from pipeline.slurm.supervisor.record import read_record, record_paths
 from pipeline.slurm.table import format_table
 
 _TAIL_BYTES = 65_536
+_LAST_LINES = 5
 _NOT_METRICS = {"step", "time", *LOOP_METRICS, *CLOCK_METRICS}
 _WAITING = ("Dependency", "Priority", "Resources", "BeginTime")
 
@@ -89,10 +90,20 @@ def _stage_status(
         _add_what_slurm_forgot(status, stage, runs, recorded, ended)
     if status.state in ("FINISHED", "RUNNING", "PENDING"):
         status.failure = ""
-    elif status.failure:
+    elif status.state == "FAILED" and not status.failure:
+        status.failure = _last_words(runs, status)
+    if status.failure:
         status.reason = status.failure.splitlines()[0].removeprefix("smalti: ").removeprefix(f"{stage.name} ")
         status.reason = status.reason.removesuffix("; its last lines:")
     return status
+
+
+def _last_words(runs: RunDirectory, status: StageStatus) -> str:
+    """Of a job that failed before its supervisor ran: it has left nothing but its log. Empty if there is none."""
+    logs = sorted((runs.path / "logs" / "slurm").glob(f"{status.stage}-{status.job}*.log"))
+    lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()[-_LAST_LINES:]]
+    said = "\n".join(lines[-_LAST_LINES:])
+    return f"smalti: {status.stage} failed before it began; its last lines:\n{said}" if status.job and said else ""
 
 
 def _mark_stale(listed: list[StageStatus], config: PipelineConfig, runs: RunDirectory) -> None:
