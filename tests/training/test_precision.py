@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, resolved_precision
 from pipeline.core.arithmetic import prepare_determinism, set_arithmetic
@@ -135,6 +136,15 @@ def test_a_batch_that_does_not_fit_says_a_smaller_one() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
 
+@pytest.fixture
+def accelerator() -> Iterator[None]:
+    """Accelerate keeps one state a process, of the precision that came first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerator")
 def test_an_optimizer_of_another_version_is_one_line(tmp_path: Path) -> None:
     engine = build_engine("accelerate", SmallObjective(), CONFIG, None, tmp_path)
     engine.save(tmp_path)
