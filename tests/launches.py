@@ -5,7 +5,7 @@ with Launches() as launches:
     loss.backward()
 assert launches.total <= 900, launches
 
-On CPU tensors, and on the fake CUDA tensors of `tests/fake_cuda.py`, where the code takes its path for GPUs.
+On CPU tensors, and on the fake CUDA tensors of `pipeline/core/fake_cuda.py`, where the code takes its path for GPUs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fails where a program would wait for the GPU: `.item()`, `nonzero`, a copy to the CPU, a branch on a tensor.
 
-with no_sync():            # fake CUDA tensors (tests/fake_cuda.py), or real ones
+with no_sync():            # fake CUDA tensors (pipeline/core/fake_cuda.py), or real ones
     loss, _ = objective(batch, 0)
     loss.backward()
 with no_sync("cpu"):       # CPU tensors stand for those of a GPU

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.fake_cuda import fake_cuda, to_fake_cuda
+from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
 from tests.launches import Launches
 from tests.no_sync import HostSync, no_sync
 

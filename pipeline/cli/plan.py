@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
+from pipeline.slurm.cluster import seconds
 from pipeline.training.resource_plan import (
     GPUS,
     Gpu,
@@ -188,11 +188,13 @@ def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> list[str]:
 
 def _seconds(text: str) -> float:
     """Seconds of a time limit in Slurm's form. Raises UserError when it is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-    if not match:
+    try:
+        found = seconds(text)
+    except ValueError:
+        found = math.inf
+    if not 0 < found < math.inf:
         raise UserError(f"--time-limit {text}: expected HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return found
 
 
 def _si(value: float) -> str:

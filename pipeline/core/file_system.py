@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+CLOCK_TOLERANCE_S = 10.0  # a lock is stale after 90 s without a heartbeat
+
 
 def clock_skew_s(folder: Path) -> float:
     """Seconds that this machine's clock is ahead of the one by which the file system of `folder` dates files."""

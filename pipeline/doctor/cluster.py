@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.doctor.finding import Finding, fail, note, ok
 from pipeline.orchestration.graph import STAGES
-from pipeline.slurm.cluster import ClusterConfig, Resources, load_cluster
-
-_TIMEOUT_S = 30
-_TIME = re.compile(r"^(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})$")
+from pipeline.slurm.cluster import ClusterConfig, Resources, load_cluster, seconds
+from pipeline.slurm.scheduler import call
 
 
 def cluster(path: Path | None) -> Iterator[Finding]:
@@ -27,8 +23,8 @@ def cluster(path: Path | None) -> Iterator[Finding]:
             yield note("slurm", f"{text}: jobs are submitted from a login node")
         return
     try:
-        version = _said("sinfo", "--version").strip()
-        _said("scontrol", "ping")
+        version = call(["sinfo", "--version"]).strip()
+        call(["scontrol", "ping"])
         partitions = _partitions()
     except UserError as error:
         yield fail("slurm", str(error)) if path else note("slurm", f"Slurm's commands are here, but {error}")
@@ -65,7 +61,7 @@ def _problem(resources: Resources, partitions: dict[str, float]) -> str | None:
     if resources.time and (asked := seconds(resources.time)) > longest:
         return f"time: expected at most {longest / 3600:g} hours, the limit of the partition, found {asked / 3600:g}"
     try:
-        _said("sbatch", "--test-only", *_flags(resources), "--wrap=true")
+        call(["sbatch", "--test-only", *_flags(resources), "--wrap=true"])
     except UserError as error:
         return str(error)
     return None
@@ -84,34 +80,5 @@ def _flags(resources: Resources) -> list[str]:
 
 def _partitions() -> dict[str, float]:
     """The time limit of each partition, in seconds."""
-    lines = _said("sinfo", "--noheader", "--format=%R|%l").split()
+    lines = call(["sinfo", "--noheader", "--format=%R|%l"]).split()
     return {name: seconds(limit) for name, limit in (line.split("|", 1) for line in lines)}
-
-
-def seconds(time: str) -> float:
-    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    found = _TIME.match(time)
-    if found is None:
-        return float("inf")  # UNLIMITED, infinite
-    parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"] is not None:
-        hours, minutes, rest = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, rest = parts
-    else:
-        hours, (minutes, rest) = 0, (*parts, 0)[:2]
-    return int(found["days"] or 0) * 86400.0 + hours * 3600 + minutes * 60 + rest
-
-
-def _said(*command: str) -> str:
-    """What a command of Slurm prints. Raises UserError with what it says when it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except FileNotFoundError:
-        raise UserError(f"expected Slurm's {command[0]} beside sbatch, found none") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} gave no answer for {_TIMEOUT_S} s: is Slurm's controller up?") from None
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
-        raise UserError(f"`{command[0]}` refuses: {said}")
-    return done.stdout

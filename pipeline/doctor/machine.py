@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -87,14 +86,16 @@ def open_files() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """What `--compile` and training.compile need on a CPU."""
-    found = next(
-        (path for name in (os.environ.get("CXX", ""), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
-    if found:
-        yield ok("compiler", found)
+    """What `--compile` and training.compile need on this machine's device."""
+    import torch
+
+    from pipeline.training.compilation import missing_compiler
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if missing := missing_compiler(device):
+        yield note("compiler", f"no {missing.removeprefix('a ')}: models cannot be compiled here")
     else:
-        yield note("compiler", "no C++ compiler (g++, clang++, $CXX): compiling models is not possible here")
+        yield ok("compiler", f"models can be compiled for {device.type}")
 
 
 def interfaces() -> Iterator[Finding]:

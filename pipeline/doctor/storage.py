@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.core.file_system import clock_skew_s
+from pipeline.core.file_system import CLOCK_TOLERANCE_S, clock_skew_s
 from pipeline.core.lock import Lock
 from pipeline.doctor.finding import Finding, fail, ok, warn
 
@@ -21,7 +21,6 @@ _LITTLE_ROOM_GB = 5.0
 _SLOW_MB_PER_S = 50.0  # a checkpoint of a 100 M transformer, 1.2 GB, takes 24 s
 _SLOW_FILE_S = 0.05
 _LONG_NAME = 200
-CLOCK_TOLERANCE_S = 10.0  # a lock is stale after 90 s without a heartbeat
 
 
 def storage(directory: Path) -> Iterator[Finding]:

@@ -129,7 +129,7 @@ def _is_shared_file(config: PipelineConfig) -> bool:
 
 
 class Follower:
-    """Sends what the stages of Slurm's jobs write, again and again while they work."""
+    """Sends what stages write that leave MLflow to others, again and again while they work."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self._config = config
@@ -137,9 +137,10 @@ class Follower:
 
     def send(self) -> None:
         """What is new. Raises what MLflow and its store raise."""
-        at_work = [name for name in _at_work(self._config) if self._is_a_job(name)]
+        runs = RunDirectory(self._config.run_directory)
+        at_work = [name for name in _at_work(self._config) if Sender.is_left(runs.stage(name))]
         self._senders = {name: sender for name, sender in self._senders.items() if name in at_work}
-        if not at_work and not _left(self._config):
+        if not self._config.tracking.enabled or not (at_work or _left(self._config)):
             return
         _send_left(self._config)
         with _lock(self._config):
@@ -149,10 +150,6 @@ class Follower:
                 if name not in self._senders:
                     self._senders[name] = Sender(client, store, Parent(client, store, self._config), name)
                 self._senders[name].send()
-
-    def _is_a_job(self, stage: str) -> bool:
-        owner = owner_of(RunDirectory(self._config.run_directory).lock(stage))
-        return owner is not None and owner["slurm_job"] is not None
 
 
 def catch_up(config: PipelineConfig) -> list[str]:

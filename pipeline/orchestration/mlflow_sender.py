@@ -153,6 +153,12 @@ class Sender:
         )
 
     @staticmethod
+    def is_left(directory: Path) -> bool:
+        """Whether the stage's last process sends nothing itself."""
+        started = [event for event in _events(directory) if "started" in event]
+        return bool(started) and started[-1].get("mirrored") is False
+
+    @staticmethod
     def recorded_end(directory: Path) -> Status | None:
         """How the stage's last process said that it ended; None if it was killed before."""
         ended = next((e.get("ended") for e in reversed(_events(directory)) if "ended" in e or "started" in e), None)

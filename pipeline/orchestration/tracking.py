@@ -1,7 +1,8 @@
 """Tracking: what a stage appends to two files is the truth, MLflow its mirror (`mlflow_mirror.py`).
 
     metrics.jsonl    a line a step: {"step": 20, "time": …, "loss": …}
-    tracking.jsonl   the rest: {"started": …}, {"artifact": "images/a.png", "folder": "images"}, {"ended": "FINISHED"}
+    tracking.jsonl   the rest: {"started": …, "mirrored": true}, {"artifact": "images/a.png", "folder": "images"},
+                     {"ended": "FINISHED"}
 
 So whatever MLflow could not take, a later process finds here and sends.
 """
@@ -81,7 +82,7 @@ class Tracker:
 
     def start(self) -> None:
         """Record that the stage starts, and start the mirror."""
-        self._event({"started": time.time()})
+        self._event({"started": time.time(), "mirrored": self._mirror is not None})
         if self._mirror:
             self._mirror.start()
 

@@ -36,7 +36,7 @@ _SAID = {  # each relation in several ways
     "below": ("below", "under"),
 }
 _TOGETHER = ("and", "with", "together with")
-_OPENINGS = ("", "", "", "a picture of ", "an image with ")
+_OPENINGS = ("", "", "", "an image of ", "an image with ")
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 _NOUN = re.compile(
     rf"(?P<number>{'|'.join(_WORDS)}) (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<color>{'|'.join(COLORS)}) )?"

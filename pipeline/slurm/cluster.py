@@ -206,5 +206,27 @@ class ClusterConfig(Config):
         return merged.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus": min(merged.gpus, 1)})
 
 
+def seconds(time: str) -> float:
+    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Infinite for UNLIMITED.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _TIME.match(time):
+        raise ValueError(f"expected a time as Slurm writes it, found '{time}'")
+    days, _, clock = time.rpartition("-")
+    if not clock.replace(":", "").isdigit():
+        return float("inf")
+    parts = [int(part) for part in clock.split(":")]
+    # Behind days the first number is hours; alone it is minutes.
+    if days:
+        hours, minutes, rest = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, rest = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+    return int(days or 0) * 86400.0 + hours * 3600 + minutes * 60 + rest
+
+
 def load_cluster(path: str | Path) -> ClusterConfig:
     return load_config(ClusterConfig, path)

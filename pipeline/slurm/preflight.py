@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,11 +20,11 @@ from pathlib import Path
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
+from pipeline.core.file_system import CLOCK_TOLERANCE_S, clock_skew_s
 from pipeline.orchestration.graph import inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm.roll_call import Announced, RollCall
 
-CLOCK_TOLERANCE_S = 10.0
 _FILES_PER_INPUT = 64
 # A rank that has announced itself lives, and may import from a cold disk for so many times the patience.
 _IMPORT_PATIENCE = 5
@@ -76,11 +75,9 @@ def _unreadable_input(run_directory: Path, stage: str) -> str | None:
 
 
 def _clock_skew(run_directory: Path) -> str | None:
-    probe = run_directory / "slurm" / f".clock-{socket.gethostname()}-{os.getpid()}"
-    probe.parent.mkdir(exist_ok=True)
-    probe.write_text("?")
-    skew_s = time.time() - probe.stat().st_mtime
-    probe.unlink()
+    folder = run_directory / "slurm"
+    folder.mkdir(exist_ok=True)
+    skew_s = clock_skew_s(folder)
     if abs(skew_s) > CLOCK_TOLERANCE_S:
         return f"its clock is {skew_s:+.0f} s off the file system's"
     return None

@@ -48,7 +48,7 @@ def jobs_of(run_directory: Path) -> list[Job]:
     Raises:
         UserError: there is no Slurm, or its controller does not answer.
     """
-    answer = _call(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%F|%K|%T|%r|%N|%L|%k"])
+    answer = call(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%F|%K|%T|%r|%N|%L|%k"])
     jobs = []
     for line in answer.splitlines():
         job, task, state, reason, nodes, time_left, comment = line.split("|", 6)
@@ -65,7 +65,7 @@ def ended_states(ids: Sequence[int]) -> dict[str, str]:
         return {}
     listed = ",".join(map(str, ids))
     try:
-        answer = _call(["sacct", "-n", "-P", "-X", "-j", listed, "-o", "JobID,State"])
+        answer = call(["sacct", "-n", "-P", "-X", "-j", listed, "-o", "JobID,State"])
     except UserError:
         return {}
     # "CANCELLED by 1000" is one state.
@@ -80,12 +80,12 @@ def submit(script: Path, after: Sequence[int], array: str | None = None) -> int:
         command.append("--dependency=afterok:" + ":".join(map(str, after)))
     if array:
         command.append(f"--array={array}")
-    return int(_call([*command, str(script)]).strip().split(";")[0])
+    return int(call([*command, str(script)]).strip().split(";")[0])
 
 
 def cancel(ids: Sequence[int]) -> None:
     if ids:
-        _call(["scancel", *map(str, ids)])
+        call(["scancel", *map(str, ids)])
 
 
 def record_job(run_directory: Path, script: str, number: int) -> None:
@@ -102,7 +102,8 @@ def recorded_jobs(run_directory: Path) -> dict[str, int]:
     return {e["script"]: e["id"] for e in entries if e.get("run", str(run_directory)) == str(run_directory)}
 
 
-def _call(command: list[str]) -> str:
+def call(command: list[str]) -> str:
+    """What a command of Slurm prints. Raises UserError where it is missing, silent, or fails, with what it says."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:

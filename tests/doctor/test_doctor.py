@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor.cluster import seconds
+from pipeline.slurm.cluster import seconds
 from tests.conftest import TINY
 from tests.launch import environment
 
@@ -64,7 +64,7 @@ def test_thirteen_planted_faults_are_each_named(tmp_path: Path) -> None:
         "extra data": ("note", "missing pyarrow"),
         "environment": ("FAIL", "`unset NVIDIA_TF32_OVERRIDE`"),
         "open files": ("warn", "found 512"),
-        "compiler": ("note", "no C++ compiler"),
+        "compiler": ("note", "no C++ compiler (g++, clang++, or $CXX)"),
         "gpus": ("FAIL", "the driver shows 1 GPU, but this torch is built for CPUs"),
         "network": ("FAIL", "no interface nosuch0 here"),
         "disk": ("FAIL", "expected to write in /proc"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
+from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
 from pipeline.core.objective import Objective
 from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.image_losses import ImageLosses, add_image_losses
-from tests.fake_cuda import fake_cuda, to_fake_cuda
 from tests.image_tokenizer.test_quantizers import KINDS
 from tests.no_sync import no_sync
 

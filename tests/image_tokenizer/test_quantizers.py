@@ -14,11 +14,11 @@ from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
 from pipeline.config.quantizers import CodebookConfig, QuantizerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.fake_cuda import fake_cuda
 from pipeline.image_tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
 from pipeline.image_tokenizer.quantizers.step_mean import StepMean
-from tests.fake_cuda import fake_cuda
 from tests.launches import Launches
 from tests.no_sync import no_sync
 

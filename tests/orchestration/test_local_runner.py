@@ -12,27 +12,18 @@ import pytest
 from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
-from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm.status import as_json, run_status
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import ROOT, environment, launch
+from tests.orchestration.recorded_run import recorded_run
 
 LAYERS = "transformer.layers=3"
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> RunDirectory:
-    """A run whose stages are finished, as far as their records say."""
-    config = load_pipeline(TINY, [f"runs={tmp_path}"])
-    runs = RunDirectory(config.run_directory)
-    runs.open(config, "tiny.yaml")
-    for name in STAGE_NAMES:
-        runs.begin(config, stage_named(name))
-        output = runs.stage(name) / "output.txt"
-        output.write_text(f"made by {name}")
-        runs.finish(stage_named(name), {output: None})
-    return runs
+    return recorded_run(tmp_path)
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

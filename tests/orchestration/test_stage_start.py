@@ -17,24 +17,16 @@ from pipeline.core import lock, manifest
 from pipeline.orchestration import run_directory, stage_run
 from pipeline.orchestration.graph import Stage, inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory
-from tests.conftest import STAGE_NAMES, TINY
+from tests.conftest import TINY
+from tests.orchestration.recorded_run import recorded_run
 
 GENERATE = stage_named("generate")
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A run whose stages are finished, as far as their records say."""
     monkeypatch.setenv("SMALTI_SUBMITTED", "1")
-    config = load_pipeline(TINY, [f"runs={tmp_path}"])
-    runs = RunDirectory(config.run_directory)
-    runs.open(config, "tiny.yaml")
-    for name in STAGE_NAMES:
-        runs.begin(config, stage_named(name))
-        output = runs.stage(name) / "output.txt"
-        output.write_text(f"made by {name}")
-        runs.finish(stage_named(name), {output: None})
-    return runs
+    return recorded_run(tmp_path)
 
 
 def _changed(runs: RunDirectory) -> PipelineConfig:

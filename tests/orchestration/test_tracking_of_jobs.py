@@ -48,11 +48,13 @@ def test_a_job_leaves_the_database_alone_and_that_of_the_last_stage_sends_every_
 
 
 @pytest.mark.slow
-def test_what_a_job_writes_is_sent_while_it_works_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_job_writes_is_sent_while_it_works_once(run: Path) -> None:
     config: PipelineConfig = load_pipeline(run / "config.yaml")
     metrics = run / "transformer" / "metrics.jsonl"
     (run / "transformer" / "_SUCCESS").unlink()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")  # of the process that holds the lock
+    events = run / "transformer" / "tracking.jsonl"
+    with open(events, "a") as file:
+        file.write('{"started": 1.0, "mirrored": false}\n')
     with Lock(run / "locks" / "transformer.json", "transformer"):
         follower = Follower(config)
         follower.send()
@@ -69,3 +71,11 @@ def test_what_a_job_writes_is_sent_while_it_works_once(run: Path, monkeypatch: p
     assert len(history) == len(set(history))
     follower.send()
     assert statuses(run)["transformer"] != "RUNNING"
+
+    with Lock(run / "locks" / "transformer.json", "transformer"):
+        with open(events, "a") as file:
+            file.write('{"started": 2.0, "mirrored": true}\n')  # a process that sends its own
+        with open(metrics, "a") as file:
+            file.write(json.dumps({"step": 33, "time": 1.0, "loss": 1.0}) + "\n")
+        follower.send()
+    assert max(m.step for m in client.get_metric_history(record["run_id"], "loss")) == 32

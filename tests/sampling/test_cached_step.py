@@ -13,6 +13,7 @@ from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import DecodeStep, ModelStep
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Cache, Transformer
+from tests.sampling.full_pass import assert_logits_of_the_full_pass
 from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
 
 Build = Callable[[Transformer, Cache], DecodeStep]
@@ -34,12 +35,7 @@ def test_logits_of_the_step_equal_the_full_pass_at_every_position(
     if given:
         hidden = model.read_codes(codes[:, :given], 0, cache)
     step = build(model, cache)
-    for index in range(given, layout.image_length):
-        level = layout.level_at(index)
-        logits = step.logits(hidden, index)
-        torch.testing.assert_close(logits, expected[level][:, index - layout.level_starts[level]], atol=1e-4, rtol=1e-4)
-        if index + 1 < layout.image_length:
-            hidden = step.read(codes[:, index], index)
+    assert_logits_of_the_full_pass(step, hidden, layout, codes, expected, given)
 
 
 GUIDED = SamplingConfig(guidance=2.0, guidance_schedule="linear", top_k=7, top_p=0.95, temperature=0.9)

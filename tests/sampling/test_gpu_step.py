@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
 from pipeline.sampling import draw_next
 from pipeline.sampling.cuda_graph import Replayed
 from pipeline.sampling.decode import draw_codes
@@ -20,7 +21,6 @@ from pipeline.sampling.draw_next import Drawing, DrawNext, DrawWithNumbers, Draw
 from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
-from tests.fake_cuda import fake_cuda, to_fake_cuda
 from tests.launches import Launches
 from tests.no_sync import no_sync
 

@@ -14,6 +14,7 @@ from pipeline.sampling.decode import StepKind, candidate_uniforms, draw_codes
 from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.transformer.layout import Layout
+from tests.sampling.full_pass import assert_logits_of_the_full_pass
 from tests.sampling.graph_on_cpu import graphs_on_cpu
 from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
 
@@ -71,12 +72,7 @@ def test_logits_of_the_static_step_equal_the_full_pass_at_every_position(
     if given:
         hidden = model.read_codes(codes[:, :given], 0, cache)
     step = StaticStep(model, cache, given)
-    for index in range(given, layout.image_length):
-        level = layout.level_at(index)
-        logits = step.logits(hidden, index)
-        torch.testing.assert_close(logits, expected[level][:, index - layout.level_starts[level]], atol=1e-4, rtol=1e-4)
-        if index + 1 < layout.image_length:
-            hidden = step.read(codes[:, index], index)
+    assert_logits_of_the_full_pass(step, hidden, layout, codes, expected, given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["one level", "three levels"])

@@ -83,7 +83,7 @@ def test_a_comment_that_the_site_demands_stands_before_the_mark_of_the_run(
     assert f'--comment="project:x y; smalti:prepare:{run}"' in text
     assert "#SBATCH --exclusive" in text
     answer = f"7|N/A|RUNNING|None|node1|1:00|{comment(job, run)}\n8|N/A|RUNNING|None|node1|1:00|smalti:prepare:/other\n"
-    monkeypatch.setattr(scheduler, "_call", lambda command: answer)
+    monkeypatch.setattr(scheduler, "call", lambda command: answer)
     assert [(found.id, found.script) for found in scheduler.jobs_of(run)] == [(7, "prepare")]
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config.transformer import TransformerConfig
+from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
 from pipeline.transformer import attention, cross_entropy
 from pipeline.transformer.attention_patterns import Pattern
 from pipeline.transformer.layout import Layout
@@ -21,7 +22,6 @@ from pipeline.transformer.model import Transformer
 from pipeline.transformer.norms import LayerNorm, RMSNorm
 from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.tables import Tables
-from tests.fake_cuda import fake_cuda, to_fake_cuda
 from tests.launches import Launches
 from tests.no_sync import no_sync
 

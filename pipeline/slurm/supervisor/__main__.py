@@ -191,7 +191,10 @@ class Supervisor:
         self.record.jobs[successor] = self.record.jobs.get(self.job.name, self.job.name)
         write_record(self.record_path, self.record)
         record_job(self.options.run, script, int(successor.split("_")[0]))
-        print(f"smalti: requeue is not allowed here: job {successor} goes on, and what waited waits for it", flush=True)
+        print(
+            f"smalti: requeue is not allowed here: job {successor} resumes, and what waited waits for it",
+            flush=True,
+        )
         return 0
 
     def _first_failure(self, code: int) -> FirstFailure:

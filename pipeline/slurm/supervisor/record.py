@@ -52,7 +52,7 @@ def record_paths(run_directory: Path, stage: str) -> list[Path]:
 
 
 def read_record(path: Path) -> Record:
-    """The record; an empty one if there is none, or if it is damaged: then budgets begin anew, and the job goes on."""
+    """The record; an empty one if there is none, or if it is damaged: then budgets begin anew."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         known = {item.name for item in fields(Life)}
