@@ -1,7 +1,8 @@
 """Stage prepare: captioned images from any source -> image shards.
 
 Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every image once; splits by a
-hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png.
+hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png. Array tasks
+share the parts of the source; the stage itself, after the tasks, looks for duplicates and makes the index.
 See pipeline/data/prepare.py.
 """
 
@@ -10,12 +11,15 @@ from __future__ import annotations
 from PIL import Image
 
 from pipeline.cli.stage import run_stage
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import prepare, prepare_share
 from pipeline.orchestration.stage_run import StageRun
 
 
 def main(run: StageRun) -> None:
-    """Run the stage in `run`; rank 0 does the work."""
+    """Run the stage, or an array task of it, in `run`; rank 0 does the work."""
+    if run.array_task is not None:
+        prepare_share(run.directory, run.config.prepare, run.seed, run.my_share)
+        return
     # Imported here: worker processes import this file, too, and need no torch.
     from pipeline.core import distributed
 

@@ -7,13 +7,16 @@ interrupted and however many workers made it.
 
 Whether an earlier part has the same key or image is known when all parts are made. So each leaves its hashes in
 `parts/`, `duplicates.py` compares them, and the parts that hold duplicates are written again without them.
+
+Parts are a function of the source, whoever makes them: array tasks take a share each (`prepare_share`), and `prepare`,
+which follows, finds them finished.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
@@ -46,7 +49,6 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
-    opened_source.cache_clear()  # it may have changed since an earlier call in this process
     tasks = [PartTask(directory, config, seed, part) for part in _parts(config)]
     _make_parts(tasks, config.workers, "prepare")
     again = _tasks_with_duplicates(tasks, config.filters.near_duplicate_bits)
@@ -55,8 +57,27 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     return write_index(directory, config, tasks)
 
 
+def prepare_share(
+    directory: Path, config: PrepareConfig, seed: int, share: Callable[[Sequence[Part]], Sequence[Part]]
+) -> None:
+    """Make some parts of the source in `directory`, where others may be making the others; without index.
+
+    Raises:
+        UserError: the source is not usable or went away.
+        StoppedOnRequest: asked to stop; finished parts are kept.
+    """
+    parts = _parts(config)
+    mine = share(parts)
+    if not mine:
+        found = "1 part, which another task makes" if len(parts) == 1 else f"{len(parts)} parts, fewer than tasks"
+        log.info("prepare: the source has %s: nothing to do here", found)
+        return
+    _make_parts([PartTask(directory, config, seed, part) for part in mine], config.workers, "prepare")
+
+
 def _parts(config: PrepareConfig) -> list[Part]:
     """The parts of the source. Whatever its storage raises when it is listed is told in one line."""
+    opened_source.cache_clear()  # it may have changed since an earlier call in this process
     try:
         return list(opened_source(config.source, config.image_size).parts(config.shard_size))
     except (UserError, StoppedOnRequest):

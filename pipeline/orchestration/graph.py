@@ -25,6 +25,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     trains: bool = False  # runs as one process per GPU of its job; its section has a `training`
     shards: bool = False  # its work can be split into independent array tasks
+    workers: bool = False  # one process of it fills a machine's cores by itself: array tasks are for several machines
 
     @property
     def section(self) -> str:
@@ -38,7 +39,7 @@ class Stage:
 
 
 _WORK = (
-    Stage("prepare"),
+    Stage("prepare", shards=True, workers=True),
     Stage("text-tokenizer", inputs=("prepare",)),
     Stage("image-tokenizer", inputs=("prepare",), trains=True),
     Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),

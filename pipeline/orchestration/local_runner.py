@@ -2,7 +2,8 @@
 
 Each stage is a process of its own, so a crash or a `kill -9` ends nothing else. With `processes` above 1 (or several
 GPUs) a stage that trains is as many processes that meet on loopback, with `hosts` as many as these say, there; a stage
-that splits runs as many array tasks side by side, and then the process that joins them. Imports no torch: a run with
+that splits runs as many array tasks side by side, and then the process that joins them (prepare is one process, whose
+workers are on all cores). Imports no torch: a run with
 nothing to do takes a second.
 """
 
@@ -96,7 +97,7 @@ def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Sta
 
 def local_processes(config: PipelineConfig, stage: Stage) -> int:
     """How many processes this stage runs as on this machine. Raises UserError if a training's would share GPUs."""
-    if not (stage.trains or stage.shards):
+    if stage.workers or not (stage.trains or stage.shards):
         return 1
     found = len(_gpus())
     if stage.trains and config.processes:

@@ -247,15 +247,15 @@ class RunDirectory:
     def begin_task(
         self, config: PipelineConfig, stage: Stage, task: tuple[int, int], identity: dict[str, object]
     ) -> bool:
-        """Like `begin`, for one of several array tasks: the work of the others stays.
-
-        Hold a lock meanwhile, for a moment: no file of an input or an output is looked at.
-        """
+        """Like `begin` for one of several array tasks, whose work stays. Hold a lock: it looks at no input's files."""
         directory = self.stage(stage.name)
-        if not directory.exists() or _recorded_identity(directory) != identity:
+        is_new = not directory.exists() or _recorded_identity(directory) != identity
+        if is_new:
             self._put_in_place(stage, identity)
-            if self.manifest(stage.name) is None:
-                self._write_start(config, stage, identity)
+        if changed := self.outside_changes(config, stage):  # since it was finished
+            shutil.rmtree(directory / "tasks", ignore_errors=True)
+        if changed or (is_new and self.manifest(stage.name) is None):
+            self._write_start(config, stage, identity)
         return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
 
     def _put_in_place(self, stage: Stage, identity: dict[str, object]) -> None:
@@ -288,8 +288,9 @@ class RunDirectory:
 
     def missing_tasks(self, config: PipelineConfig, stage: Stage, tasks: int) -> list[int]:
         """The array tasks that have not done their share yet. The inputs must be finished."""
-        same = _recorded_identity(self.stage(stage.name)) == self.identity(config, stage)
-        return [i for i in range(tasks) if not (same and self.task_marker(stage.name, (i, tasks)).exists())]
+        known = _recorded_identity(self.stage(stage.name)) == self.identity(config, stage)
+        known = known and not self.outside_changes(config, stage)
+        return [i for i in range(tasks) if not (known and self.task_marker(stage.name, (i, tasks)).exists())]
 
     def finish(self, stage: Stage, outputs: dict[Path, str | None]) -> None:
         """Write manifest.json and then _SUCCESS. `outputs`: each path, with its SHA-256 if that is known already."""
