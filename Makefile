@@ -4,17 +4,22 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CONFIG ?= configs/openmoji.yaml
-# Tests side by side, one to a core; those that start a real Slurm have the machine to themselves.
+# Tests side by side, one to a core; those on a real Slurm, which mostly wait, one after the other beside them.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-fast lint slurm-packages format docs clean
+.PHONY: demo test test-local test-slurm test-fast lint slurm-packages format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
 
 test: $(VENV)/.test lint slurm-packages
+	$(MAKE) --jobs=2 test-slurm test-local
+
+test-local: $(VENV)/.test
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not slurm"
+
+test-slurm: $(VENV)/.test
 	$(PYTEST) -m slurm
 
 test-fast: $(VENV)/.test

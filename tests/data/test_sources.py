@@ -275,7 +275,10 @@ def test_thousands_of_tars_are_listed_without_opening_one(tmp_path: Path) -> Non
         "zip://a::/b",
     ],
 )
-def test_a_place_that_is_no_source_is_told_in_one_line(tmp_path: Path, kind: str, url: str) -> None:
+def test_a_place_that_is_no_source_is_told_in_one_line(
+    tmp_path: Path, kind: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # nobody's real one is read through
     source = {"kind": kind, "urls" if kind == "webdataset" else "path": url}
     source |= {"path": url + ".csv", "path_column": "x"} if kind == "table" else {}
     with pytest.raises(UserError) as told:

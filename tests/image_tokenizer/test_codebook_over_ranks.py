@@ -10,6 +10,8 @@ import torch
 
 from tests.launch import launch
 
+pytestmark = pytest.mark.slow  # the processes take their time, not the tests
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -19,7 +21,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.slow
 def test_all_ranks_hold_the_same_codebook_to_the_last_bit(results: dict[str, Any]) -> None:
     first, second = results["2-0"]["parts 1"], results["2-1"]["parts 1"]
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -27,7 +28,6 @@ def test_all_ranks_hold_the_same_codebook_to_the_last_bit(results: dict[str, Any
     assert first["ema_counts"].sum() == pytest.approx(160, rel=0.3)  # positions of both ranks
 
 
-@pytest.mark.slow
 def test_ranks_and_micro_batches_change_no_codebook(results: dict[str, Any]) -> None:
     whole = results["1-0"]["parts 1"]
     for other in (results["1-0"]["parts 4"], results["2-0"]["parts 1"], results["2-0"]["parts 4"]):
@@ -40,7 +40,6 @@ def test_usage_term_and_its_gradient_are_those_of_the_whole_batch(results: dict[
     torch.testing.assert_close(results["2-0"]["gradient"], results["1-0"]["gradient"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["1-0", "2-1"])
 def test_averaged_weights_come_with_an_averaged_codebook(results: dict[str, Any], rank: str) -> None:
     found = results[rank]["average"]

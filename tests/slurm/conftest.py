@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -216,6 +217,18 @@ def slurm() -> Iterator[Slurm]:
     testbed = start()
     yield testbed
     stop(testbed)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails leaves jobs that hold the nodes, or a node that is down: the next one must not fail for it."""
+    testbed: Slurm | None = request.getfixturevalue("slurm") if "slurm" in request.fixturenames else None
+    yield
+    if testbed and testbed("squeue", "-h", "--me").strip():
+        testbed("scancel", "--user", getpass.getuser())
+        for node in testbed("sinfo", "-h", "-N", "-t", "down", "-o", "%n").split():
+            testbed.testbed("boot", node)
+        wait_until("the end of what a test left behind", lambda: not testbed("squeue", "-h", "--me").strip(), 60)
 
 
 @pytest.fixture(scope="session")

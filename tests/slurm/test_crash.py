@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Slurm, Training, wait_until, weights
+from tests.slurm.conftest import Slurm, Training, signal_all, wait_until, weights
 
 pytestmark = pytest.mark.slurm
 
@@ -30,7 +30,9 @@ def test_ranks_that_die_by_a_signal_or_an_error_come_back_and_change_no_bit(
     )
     more = {"preflight": "never", "launcher": launcher, "supervisor_python": sys.executable}
     training = Training(slurm, run_copy, **more)
-    os.kill(training.wait_for_steps(0)[1], signal.SIGSEGV)
+    first = training.wait_for_steps(0)
+    os.kill(first[1], signal.SIGSEGV)
+    signal_all(first, signal.SIGCONT)  # a process that is stopped dies of KILL alone
     ranks = training.wait_for_steps(1)
     (run_copy.parent / "break").touch()
     os.kill(ranks[2], signal.SIGKILL)

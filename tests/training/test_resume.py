@@ -18,9 +18,20 @@ from pipeline.core.metric_names import CLOCK_METRICS
 from tests.conftest import TINY
 from tests.launch import ROOT, command, environment, kill_all, launch, wait_for_end
 
+BEFORE_THE_TRANSFORMER = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
+NO_TRACKING = "tracking.enabled=false"  # MLflow would take seconds more, and has tests of its own
+# ZeRO-3 with an average: everything is sharded. What is drawn at random depends on the number of processes.
+SHARDED = [
+    "transformer.deepspeed.zero_stage=3",
+    "transformer.training.ema_decay=0.9",
+    "transformer.training.precision=fp32",
+    "transformer.caption_dropout=0",
+    NO_TRACKING,
+]
+
 
 def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    arguments = ["run", str(TINY), f"runs={folder}", *overrides]
+    arguments = ["run", str(TINY), f"runs={folder}", NO_TRACKING, *overrides]
     return subprocess.Popen(
         command("pipeline", arguments),
         env=environment(),
@@ -96,8 +107,16 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path)
             _killed(folder, stage, moment)
         # A save is over in no time: with many of them, one is seen.
         _killed(folder, stage, _during_a_later_save, f"{stage.replace('-', '_')}.training.checkpoint_every=1")
-    launch("pipeline", "run", str(TINY), f"runs={folder}")
+    launch("pipeline", "run", str(TINY), f"runs={folder}", NO_TRACKING)
     return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """A run whose transformer two processes have trained without a break, with `SHARDED`."""
+    run = _prepared(tiny_run, tmp_path_factory.mktemp("undisturbed"), *BEFORE_THE_TRANSFORMER)
+    launch("stages.transformer", "--config", str(run / "config.yaml"), *SHARDED, processes=2)
+    return run
 
 
 @pytest.mark.parametrize("stage", ["image-tokenizer", "transformer"])
@@ -116,24 +135,16 @@ def test_a_killed_runner_takes_its_stage_along_and_the_next_resumes_at_once(tmp_
     runner.kill()
     runner.communicate()
     wait_for_end([stage], seconds=10)
-    config = ["--config", str(tmp_path / "tiny" / "config.yaml")]
+    config = ["--config", str(tmp_path / "tiny" / "config.yaml"), NO_TRACKING]
     assert "resuming from step" in launch("stages.image_tokenizer", *config)
     assert _outputs(tmp_path / "tiny", "image-tokenizer") == _outputs(tiny_run, "image-tokenizer")
 
 
 def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_process_with_the_same_losses(
-    tmp_path: Path, tiny_run: Path
+    tmp_path: Path, tiny_run: Path, undisturbed_on_two: Path
 ) -> None:
-    finished = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
-    undisturbed, killed = (_prepared(tiny_run, tmp_path / name, *finished) for name in ("undisturbed", "killed"))
-    # ZeRO-3 with an average: everything is sharded. What is drawn at random depends on the number of processes.
-    overrides = [
-        "transformer.deepspeed.zero_stage=3",
-        "transformer.training.ema_decay=0.9",
-        "transformer.training.precision=fp32",
-        "transformer.caption_dropout=0",
-    ]
-    arguments = ["--config", str(killed / "config.yaml"), *overrides]
+    undisturbed, killed = undisturbed_on_two, _prepared(tiny_run, tmp_path / "killed", *BEFORE_THE_TRANSFORMER)
+    arguments = ["--config", str(killed / "config.yaml"), *SHARDED]
     launcher = subprocess.Popen(
         command("stages.transformer", arguments, processes=2), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -145,12 +156,11 @@ def test_two_processes_killed_in_the_middle_end_with_the_same_bits_and_one_proce
     (tmp_path / "alone").mkdir()
     alone = Path(shutil.copytree(killed, tmp_path / "alone" / "tiny"))
     assert "resuming from step" in launch("stages.transformer", *arguments, processes=2)
-    launch("stages.transformer", "--config", str(undisturbed / "config.yaml"), *overrides, processes=2)
     assert _outputs(killed, "transformer") == _outputs(undisturbed, "transformer")
     assert _metrics(killed, "transformer") == _metrics(undisturbed, "transformer")
 
-    overrides[0] = "transformer.deepspeed.zero_stage=1"
-    assert "resuming from step" in launch("stages.transformer", "--config", str(alone / "config.yaml"), *overrides)
+    fewer = ["--config", str(alone / "config.yaml"), *SHARDED, "transformer.deepspeed.zero_stage=1"]
+    assert "resuming from step" in launch("stages.transformer", *fewer)
     for found, expected in zip(_metrics(alone, "transformer"), _metrics(undisturbed, "transformer"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
     assert sorted(_files(alone)) == sorted(_files(undisturbed))
@@ -179,23 +189,17 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
 
 @pytest.mark.parametrize(("stage", "processes"), [("image-tokenizer", 1), ("transformer", 2)])
 def test_one_process_asked_to_stop_inside_an_evaluation_stops_all_after_that_batch_and_it_is_done_again(
-    stage: str, processes: int, tmp_path: Path, tiny_run: Path
+    stage: str, processes: int, tmp_path: Path, tiny_run: Path, request: pytest.FixtureRequest
 ) -> None:
-    finished = ("prepare", "text-tokenizer") + (("image-tokenizer", "tokenize") if stage == "transformer" else ())
-    overrides = ["transformer.deepspeed.zero_stage=3", "transformer.training.ema_decay=0.9"] * (processes > 1)
-    run = _prepared(tiny_run, tmp_path / "stopped", *finished)
-    arguments = ["--config", str(run / "config.yaml"), *overrides]
+    run = _prepared(tiny_run, tmp_path / "stopped", *BEFORE_THE_TRANSFORMER[: 2 if processes == 1 else None])
+    arguments = ["--config", str(run / "config.yaml"), *(SHARDED if processes > 1 else [NO_TRACKING])]
     output = launch("tests.training.stopped_evaluation_worker", stage, *arguments, processes=processes)
     assert "stopped at step 20/30: SIGUSR2" in output
     assert [f"rank {rank}: batch 0" in output for rank in range(processes)] == [True] * processes
     assert "batch 1" not in output  # there are two
     assert not [line for line in _metrics(run, stage) if any(name.startswith("val/") for name in line)]
     assert "resuming from step 20" in launch(f"stages.{stage.replace('-', '_')}", *arguments, processes=processes)
-    undisturbed = tiny_run
-    if processes > 1:
-        undisturbed = _prepared(tiny_run, tmp_path / "undisturbed", *finished)
-        config = ["--config", str(undisturbed / "config.yaml")]
-        launch(f"stages.{stage}", *config, *overrides, processes=processes)
+    undisturbed: Path = request.getfixturevalue("undisturbed_on_two") if processes > 1 else tiny_run
     assert _outputs(run, stage) == _outputs(undisturbed, stage)
     assert _metrics(run, stage) == _metrics(undisturbed, stage)
     assert sorted(p.name for p in (run / stage / "images").iterdir()) == sorted(
@@ -231,7 +235,7 @@ def test_a_disk_that_fills_up_gets_one_line_and_the_run_resumes_when_there_is_ro
     small_disk: Path, tiny_run: Path
 ) -> None:
     run = _prepared(tiny_run, small_disk, "prepare", "text-tokenizer", "image-tokenizer", "tokenize")
-    config = ["--config", str(run / "config.yaml")]
+    config = ["--config", str(run / "config.yaml"), NO_TRACKING]
     output = launch("stages.transformer", *config, check=False)  # its second checkpoint does not fit
     assert "error: no space left for" in output
     assert "Traceback" not in output

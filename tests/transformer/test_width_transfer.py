@@ -98,6 +98,7 @@ def loss_after_training(width: int, base_width: int | None, learning_rate: float
     return sum(losses[-4:]) / 4
 
 
+@pytest.mark.slow
 def test_with_base_width_the_best_learning_rate_stays_and_without_it_moves() -> None:
     rates = [2.0**-5, 2.0**-7, 2.0**-9]
 
