@@ -92,6 +92,7 @@ def test_two_ranks_share_the_features(sets: Path, tmp_path: Path) -> None:
     assert {name: row["value"] for name, row in one.items()} == {name: row["value"] for name, row in two.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +159,7 @@ def test_features_of_another_extractor_are_refused(sets: Path, tmp_path: Path, e
     check_same_extractor(ours, read_features(tmp_path / "ours.npz"))
 
 
+@pytest.mark.slow
 def test_mixed_sizes_are_told(sets: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()
@@ -170,6 +172,7 @@ def test_mixed_sizes_are_told(sets: Path, tmp_path: Path) -> None:
     assert "have the bytes of another one" not in output
 
 
+@pytest.mark.slow
 def test_an_image_under_two_names_is_told(sets: Path, tmp_path: Path) -> None:
     fake = tmp_path / "fake"
     fake.mkdir()
@@ -183,6 +186,7 @@ def test_an_image_under_two_names_is_told(sets: Path, tmp_path: Path) -> None:
     assert f"warning: fake images: {copied}" in output
 
 
+@pytest.mark.slow
 def test_features_that_are_nan_are_an_error(tmp_path: Path) -> None:
     features = np.ones((9, 8), np.float32)
     np.savez(tmp_path / "real.npz", features=features)

@@ -93,6 +93,7 @@ def test_clip_score_and_retrieval_of_known_embeddings() -> None:
     assert own_caption_ranks(same, same).tolist() == [0, 0]  # two images of one caption are both right
 
 
+@pytest.mark.slow
 def test_fid_is_inceptions(tmp_path: Path) -> None:
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(seeded.weights(InceptionV3().state_dict()), path)

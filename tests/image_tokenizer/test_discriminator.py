@@ -277,6 +277,7 @@ def test_a_far_too_strong_discriminator_does_not_wreck_a_good_reconstruction(
         assert after > 2 * before
 
 
+@pytest.mark.slow
 def test_only_the_tokenizer_is_exported(trained: ImageTokenizer, tmp_path_factory: pytest.TempPathFactory) -> None:
     tokenizer = copy.deepcopy(trained)
     add_image_losses(tokenizer.objective(), SIDE, None, adversarial())

@@ -120,6 +120,7 @@ def test_saved_tokenizer_loads_alone_and_gives_equal_codes(tmp_path: Path, logit
     assert loaded.levels == tokenizer.levels
 
 
+@pytest.mark.slow
 def test_loading_needs_neither_deepspeed_nor_accelerate(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     script = (
@@ -220,6 +221,7 @@ def test_schedule_goes_from_start_to_end_along_a_cosine_and_stays() -> None:
     assert CosineRamp(start=1.0, end=0.5, steps=0).at(0) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -80,6 +80,7 @@ def test_levels_are_coarse_to_fine_and_codes_make_images(name: str) -> None:
     torch.testing.assert_close(tokenizer.encode(images[1:2])[-1], codes[-1][1:2])  # beside no other image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqvae", "residual", "two levels"])
 def test_training_learns_and_the_saved_tokenizer_gives_equal_codes(name: str, tmp_path: Path) -> None:
     tokenizer, before = learned(name)

@@ -62,6 +62,7 @@ def test_inception_network_from_its_state_dict() -> None:
         )
 
 
+@pytest.mark.slow
 def test_lpips_with_the_packages_own_heads(tmp_path: Path) -> None:
     import torchmetrics.functional.image as heads_are_here
 

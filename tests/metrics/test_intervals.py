@@ -30,6 +30,7 @@ def test_bootstrap_deviation_is_that_of_new_samples() -> None:
     assert 0.6 < estimated / anew.std().item() < 1.7
 
 
+@pytest.mark.slow
 def test_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(100):

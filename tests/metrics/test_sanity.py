@@ -55,6 +55,7 @@ def noisy(image: Image.Image, sigma: float) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_more_noise_is_farther(
     extractor: Extractor, images: list[Image.Image], real: FeatureSet, other: FeatureSet
 ) -> None:
@@ -66,6 +67,7 @@ def test_more_noise_is_farther(
     assert steps[0]["coverage"] > steps[2]["coverage"]
 
 
+@pytest.mark.slow
 def test_more_blur_is_farther(
     extractor: Extractor, images: list[Image.Image], real: FeatureSet, other: FeatureSet
 ) -> None:
@@ -91,6 +93,7 @@ def test_memorised_images_come_nearer_than_real_ones_do(real: FeatureSet, other:
     assert copied["FD"] < metrics(real, other)["FD"]
 
 
+@pytest.mark.slow
 def test_two_iterables_of_images_are_enough(images: list[Image.Image]) -> None:
     rows = compare_images(iter(images[:20]), iter(images[20:44]), CONFIG, seed=0)
     assert {row.metric for row in rows} >= {"FD (Lite0)", "KID (Lite0)", "IS (Lite0)", "recall k=3 (Lite0)"}

@@ -122,6 +122,7 @@ def test_sparse_attention_is_one_graph_for_the_compiler() -> None:
     torch.testing.assert_close(found, attend(query, key, value, 0.25, "column", tables, "sdpa"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "pattern"), [(LARGE_IMAGE, "column"), (LARGE_IMAGE, "convolution"), (HUGE_IMAGE, "column")]
 )
