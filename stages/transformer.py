@@ -19,6 +19,7 @@ from pipeline.config.training import accumulation_steps
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
+from pipeline.core.initial_values import initial_values
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.data.tokens import TokenArrays
@@ -51,8 +52,8 @@ class Workload:
         self.validation.verify()
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
-        torch.manual_seed(run.config.seed)
-        self.objective = JointObjective(Transformer(layout, self.config), self.config)
+        with initial_values(run.config.seed) as self.initial:
+            self.objective = JointObjective(Transformer(layout, self.config), self.config)
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
         self._curve: Image.Image | None = None
@@ -137,7 +138,14 @@ def main(run: StageRun) -> None:
     _check_prompts(run)
     workload = Workload(run)
     config = run.config.transformer
-    train(run, config.training, workload, engine="deepspeed", deepspeed=config.deepspeed)
+    train(
+        run,
+        config.training,
+        workload,
+        engine="deepspeed",
+        deepspeed=config.deepspeed,
+        initial=workload.initial,
+    )
     if not distributed.is_main():
         return
     workload.objective.transformer.save_pretrained(run.directory / "model")

@@ -25,12 +25,13 @@ from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulati
 from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.initial_values import InitialValues
 from pipeline.core.progress import progress
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine, device_errors_in_a_line
-from pipeline.training.engines.base import Batch, Engine, Metrics
+from pipeline.training.engines.base import Batch, Engine, Metrics, Start
 from pipeline.training.running_metrics import Reading, RunningMetrics
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
@@ -61,10 +62,14 @@ def train(
     *,
     engine: Literal["accelerate", "deepspeed"],
     deepspeed: DeepSpeedConfig | None = None,
+    initial: InitialValues | None = None,
 ) -> None:
     """Train to the last step, resuming from the newest checkpoint if there is one.
 
     At the end `workload.objective` has the result, the averaged weights with `training.ema_decay`.
+
+    Args:
+        initial: of an objective that was built without memory, on deepspeed; drawn where there is no checkpoint.
 
     Raises:
         StoppedOnRequest: asked to stop; everything is in a checkpoint.
@@ -72,8 +77,15 @@ def train(
     """
     with device_errors_in_a_line(training):
         speed = Speedometer(training, workload)
-        built = build_engine(engine, workload.objective, training, deepspeed, run.directory)
+        start = Start(initial, drawn=not _resumes(run)) if initial else None
+        built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
         Trainer(run, training, workload, built, speed).run()
+
+
+def _resumes(run: StageRun) -> bool:
+    """Whether a checkpoint will be restored: `Checkpoints.restore` raises where there are some and none is usable."""
+    folders = (run.directory / "checkpoints").glob("step-*") if distributed.is_main() else ()
+    return distributed.broadcast_object(any(folder.name.removeprefix("step-").isdigit() for folder in folders))
 
 
 class Trainer:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.initial_values import initial_values
 from pipeline.core.objective import Objective
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
+from pipeline.training.engines.base import Start
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, write_shards
 from tests.no_sync import HostSync
@@ -41,6 +43,7 @@ class Case:
     offload: bool = False
     recompute: bool = False
     dropout: bool = False
+    without_memory: bool = False  # built so; its initial weights are drawn by the engine, or come from a checkpoint
     average: bool = False  # of weights: what the training ends with, and what is saved beside the weights
     may_wait: bool = True  # False: a step after the first two that waits for the device is an error
     poisoned_step: int | None = None  # one sample of the last process is not a number
@@ -107,14 +110,16 @@ def training(case: Case, processes: int) -> TrainingConfig:
 def run(case: Case, folder: Path) -> dict[str, Any]:
     config = training(case, distributed.world_size())
     torch.manual_seed(0)
-    objective = SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+    with initial_values(0) if case.without_memory else nullcontext() as initial:
+        objective = SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
     zero = DeepSpeedConfig(
         zero_stage=case.zero,
         overlap_communication=case.overlap,
         offload_optimizer=case.offload,
     )
     try:
-        engine = build_engine(case.kind, objective, config, zero, folder)
+        start = Start(initial, drawn=not case.load) if initial else None
+        engine = build_engine(case.kind, objective, config, zero, folder, start)
         ema = Ema(engine.local_parameters, 0.8) if case.average else None
         if case.load:
             engine.load(folder / case.load)

@@ -44,6 +44,8 @@ POISON = [Case(zero=zero, poisoned_step=POISONED) for zero in ZERO] + [
     Case(zero=3, optimizer="muon", poisoned_step=POISONED),
     Case(kind="accelerate", zero=0, poisoned_step=POISONED),
 ]
+BEGINNINGS = [Case(zero=zero, without_memory=True, last_step=0) for zero in ZERO]
+BEGINNINGS += [Case(zero=3, precision="bf16-weights", average=True, without_memory=True)]
 RECOMPUTED = [Case(zero=zero, recompute=True) for zero in (0, 3)]
 DROPPED = [Case(zero=zero, dropout=True) for zero in (0, 3)]
 BF16_WEIGHTS = [
@@ -79,6 +81,7 @@ BY_TWO = [_first_half(case, 2) for case in RESUMED]
 BY_TWO_AFTER_ONE = [_second_half(case, by=1) for case in RESUMED]
 BY_ONE_AFTER_TWO = [_second_half(case, by=2) for case in RESUMED]
 BY_TWO_AFTER_TWO = [_second_half(case, by=2) for case in RESUMED]
+WITHOUT_MEMORY = [dataclasses.replace(case, without_memory=True) for case in BY_TWO_AFTER_TWO]
 OTHER_STAGE = [_second_half(case, by=2, zero=(case.zero + 1) % 4) for case in RESUMED[:4]]
 OTHER_STAGE += [_second_half(case, by=2, zero=case.zero % 3 + 1) for case in RESUMED[-3:]]
 # Saved by one process and at once read by two at another stage: what is not trained in between must be the same bits.
@@ -100,10 +103,40 @@ def _train(cases: list[Case], folder: Path, processes: int) -> Results:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     """Results by number of processes and name of the case."""
     folder = tmp_path_factory.mktemp("engine")
-    everywhere = PARITY + MUON + POISON + BF16_WEIGHTS + AVERAGED
+    everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + AVERAGED
     one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
-    two = _train([*everywhere, *BY_TWO, *BY_TWO_AFTER_ONE, *BY_TWO_AFTER_TWO, *ONLY_READ, *BF16], folder, 2)
+    resumed = BY_TWO_AFTER_ONE + BY_TWO_AFTER_TWO + WITHOUT_MEMORY
+    two = _train([*everywhere, *BY_TWO, *resumed, *ONLY_READ, *BF16], folder, 2)
     return {1: one | _train([*BY_ONE_AFTER_TWO, *OTHER_STAGE], folder, 1), 2: two}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_initial_weights_are_the_same_bits_at_every_stage_and_number_of_processes(
+    trained: dict[int, Results], processes: int
+) -> None:
+    torch.manual_seed(0)
+    drawn = dict(SmallObjective().named_parameters())
+    for case in BEGINNINGS[:4]:
+        _expect_same_bits(trained[processes][case.name]["weights"], drawn)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_built_without_memory_trains_to_the_same_bits(trained: dict[int, Results], processes: int) -> None:
+    built, whole = BEGINNINGS[-1], dataclasses.replace(BEGINNINGS[-1], without_memory=False)
+    _expect_same_bits(trained[processes][built.name]["weights"], trained[processes][whole.name]["weights"])
+
+
+@pytest.mark.parametrize("case", WITHOUT_MEMORY, ids=lambda case: case.name)
+def test_a_resumed_training_draws_no_initial_weights_and_ends_with_the_same_bits(
+    trained: dict[int, Results], case: Case
+) -> None:
+    drawn = dataclasses.replace(case, without_memory=False)
+    _expect_same_bits(trained[2][case.name]["weights"], trained[2][drawn.name]["weights"])
+
+
+def _expect_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], list[float]]:

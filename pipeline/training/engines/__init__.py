@@ -26,7 +26,7 @@ from pipeline.core.objective import Objective
 from pipeline.training.activation_checkpointing import checkpoint_activations
 from pipeline.training.compilation import compile_blocks
 from pipeline.training.engines.accelerate import AccelerateEngine
-from pipeline.training.engines.base import Engine
+from pipeline.training.engines.base import Engine, Start
 
 log = logging.getLogger(__name__)
 _MEANING = {
@@ -41,12 +41,14 @@ def build_engine(
     training: TrainingConfig,
     deepspeed: DeepSpeedConfig | None,
     directory: Path,
+    start: Start | None = None,
 ) -> Engine:
     """The engine of a training. It may change the objective's modules.
 
     Args:
         deepspeed: settings of that engine; by default those of an empty section.
         directory: the stage's, where the engine may note its settings.
+        start: of an objective that was built without memory (`pipeline.core.initial_values`), for deepspeed alone.
 
     Raises:
         UserError: the device or the engine has no such precision, the engine no such optimizer or batch, the objective
@@ -63,7 +65,7 @@ def build_engine(
         return AccelerateEngine(objective, training)
     from pipeline.training.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory)
+    return DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory, start)
 
 
 def _precision(kind: Literal["accelerate", "deepspeed"], training: TrainingConfig) -> Precision:

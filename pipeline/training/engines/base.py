@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.initial_values import InitialValues
 from pipeline.core.objective import Objective
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
@@ -29,6 +30,14 @@ class Update:
 
     gradient_norm: Tensor  # before clipping; a scalar
     applied: Tensor  # a scalar; false: a gradient was not finite, the weights are as before
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the parameters of a model that was built without memory begin with."""
+
+    initial: InitialValues
+    drawn: bool  # False: a checkpoint will give them their values
 
 
 class Engine(Protocol):

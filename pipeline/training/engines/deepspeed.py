@@ -38,18 +38,21 @@ from pipeline.training.engines import zero_partitions
 from pipeline.training.engines.base import (
     Batch,
     Metrics,
+    Start,
     Update,
     expect_all_processes,
     expect_same_shapes,
     shapes_of,
     shards_of_replicated,
 )
+from pipeline.training.engines.partitioned_start import give_memory, give_shards
 from pipeline.training.engines.zero_partitions import Partition, Span
 from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
 
 log = logging.getLogger(__name__)
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS = {"bf16-weights": torch.bfloat16, "fp16": torch.float16}
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -57,7 +60,12 @@ class DeepSpeedEngine:
     """DeepSpeed's engine and optimizer at one ZeRO stage. See `pipeline.training.engines.base.Engine`."""
 
     def __init__(
-        self, objective: Objective, training: TrainingConfig, config: DeepSpeedConfig, directory: Path
+        self,
+        objective: Objective,
+        training: TrainingConfig,
+        config: DeepSpeedConfig,
+        directory: Path,
+        start: Start | None = None,
     ) -> None:
         os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.pop("DEEPSPEED_TIMEOUT", None)  # of a group that it makes; it gets ours
@@ -81,13 +89,22 @@ class DeepSpeedEngine:
         self._buffers = set(objective.state_dict()) - set(self._shapes)
         if training.compile and self.stage == 3:  # gather whole blocks: hooks on layers within break compiled code up
             deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in objective.blocks()}))
-        optimizer = build_optimizer(objective, training)
+        optimizer = build_optimizer(objective, training)  # while parameters have their shapes
+        if start is not None:
+            self._give_memory(start, settings)
         started = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self._engine, self._optimizer = started[:2]
         if self._clips and self.stage:
             optimizer.register_step_pre_hook(self._before_a_group_steps)
         self.model: nn.Module = self._engine if self.stage == 3 else objective
         expect_all_processes(self._engine.world_size)
+
+    def _give_memory(self, start: Start, settings: dict[str, object]) -> None:
+        if self.stage < 3:
+            give_memory(self.objective, start.initial, start.drawn)
+        else:
+            dtype = _WEIGHTS.get(self.training.precision, torch.float32)
+            give_shards(self.objective, start.initial, start.drawn, settings, dtype)
 
     def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
         self._engine.set_gradient_accumulation_boundary(last)
