@@ -2,7 +2,7 @@
 
 The same as `decode_step.ModelStep`, the reference. At one position per row, what an operation costs to start outweighs
 what it computes (1 to 5 µs each on a CPU), and a view costs as much as a sum. So this step spends one operation where
-the general form takes five, and writes into a `_Workspace` whose views are made once.
+the general form takes five, and writes into a `Workspace` whose views are made once.
 `tests/sampling/test_cached_step.py` holds it to the full pass at every position of every shape, and to the reference.
 
 Shapes: B rows, C = max(B, 2) rows of which the second may be a copy, D width, M hidden width of the MLP, H heads,
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,24 +38,21 @@ class CachedDecoder:
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         layout, self._batch = model.layout, len(cache[0].keys)
-        ends = [slice(o, o + n.codebook_size) for o, n in zip(layout.level_offsets, layout.levels, strict=True)]
+        embeddings, heads = level_weights(model)
         levels = [layout.level_at(index) for index in range(layout.image_length)]
-        embeddings, heads = [model.embedding.weight[s] for s in ends], [model.head.weight[s] for s in ends]
         self._embeddings, self._heads = [embeddings[level] for level in levels], [heads[level] for level in levels]
-        grids = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
-        self._code_positions = torch.cat(grids).unbind() if grids else None
+        positions = code_positions(model)
+        self._code_positions = None if positions is None else positions.unbind()
         self._first = layout.text_length + 1
-        self._rotary = None
-        if model.shape.positions == "rotary":
-            angles = rotary_angles(layout, model.shape.head_width, model.embedding.weight.device)
-            self._rotary = RotaryTable.from_angles(angles, cache[0].keys.dtype)
-        self._layers = [_Layer.build(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
-        self._norm, self._workspace = _norm(model.norm), _Workspace(self._layers[0], self._batch)
+        self._rotary = rotary_table(model, cache[0].keys.dtype)
+        self._layers = [Layer.build(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
+        self._norm = norm_of(model.norm)
+        self._workspace = Workspace(self._layers[0], self._batch, max(self._batch, 2))
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
         """float32 [B, V]."""
         self._workspace.mixed_CD.copy_(hidden_BD)
-        logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC)
+        logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC[0])
         return logits_VC[:, : self._batch].t().float().contiguous()
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
@@ -62,13 +60,36 @@ class CachedDecoder:
         x_CD = self._embeddings[index].index_select(0, code_B.expand(len(self._workspace.mixed_CD)))
         if self._code_positions is not None:
             x_CD += self._code_positions[index]
-        _run_layers(self._layers, self._rotary, x_CD, self._first + index, self._workspace)
+        position = self._first + index
+        rotate = None if self._rotary is None else partial(self._rotary.apply_, position=position)
+        run_layers(self._layers, x_CD, self._workspace, rotate, partial(attend_at, position))
         self._norm(x_CD, self._workspace.normed_CD)
         return self._workspace.normed_CD[: self._batch]
 
 
+def level_weights(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
+    """Embedding and head of each level's codes, [codebook size, D] each."""
+    layout = model.layout
+    ends = [slice(o, o + n.codebook_size) for o, n in zip(layout.level_offsets, layout.levels, strict=True)]
+    return [model.embedding.weight[s] for s in ends], [model.head.weight[s] for s in ends]
+
+
+def code_positions(model: Transformer) -> Tensor | None:
+    """What is added to each code's embedding, [N, D]; None where positions are rotary."""
+    grids = [(r[:, None] + c[None]).flatten(0, 1) for r, c in zip(model.rows, model.columns, strict=True)]
+    return torch.cat(grids) if grids else None
+
+
+def rotary_table(model: Transformer, dtype: torch.dtype) -> RotaryTable | None:
+    """Of all positions; None where they are learned."""
+    if model.shape.positions != "rotary":
+        return None
+    angles = rotary_angles(model.layout, model.shape.head_width, model.embedding.weight.device)
+    return RotaryTable.from_angles(angles, dtype)
+
+
 @dataclass
-class _Layer:
+class Layer:
     """A block and its cache, with norms that suit one position."""
 
     attention: Attention
@@ -80,74 +101,100 @@ class _Layer:
     cache: LayerCache
 
     @classmethod
-    def build(cls, model: Transformer, block: nn.Module, cache: LayerCache) -> _Layer:
+    def build(cls, model: Transformer, block: nn.Module, cache: LayerCache) -> Layer:
         assert isinstance(block, Block)
         own = block.attention
         bias = None if own.pattern == "full" else model.tables.bias(own.pattern, cache.keys.dtype)
-        return cls(own, block.mlp, _norm(block.attention_norm), _qk_norm(own), _norm(block.mlp_norm), bias, cache)
+        norms = norm_of(block.attention_norm), _qk_norm(own), norm_of(block.mlp_norm)
+        return cls(own, block.mlp, *norms, bias, cache)
 
     @property
     def mlp_in(self) -> Tensor:
         return (self.mlp.hidden if isinstance(self.mlp, GELU) else self.mlp.gate_value).weight
 
 
-class _Workspace:
-    """The tensors that a layer writes its results into, and views of them; all layers share one."""
+class Workspace:
+    """The tensors that a layer writes its results into, and views of them; all layers share one.
 
-    def __init__(self, layer: _Layer, batch: int) -> None:
-        own, rows = layer.attention, max(batch, 2)
-        new = own.qkv.weight.new_empty
+    Products are taken of `columns` rows at a time, and each block of so many has its result apart: names ending in
+    LDC hold L blocks of columns, [L, D, columns], and lists of theirs are named after one, DC.
+    """
+
+    def __init__(self, layer: Layer, batch: int, columns: int) -> None:
+        own, blocks = layer.attention, -(-batch // columns)
+        rows = blocks * columns
+        new = own.qkv.weight.new_zeros  # rows that fill up a block are computed, too
         (qkv_width, width), up_width, hidden = own.qkv.weight.shape, len(layer.mlp_in), layer.mlp.out.weight.shape[1]
         self.normed_CD, self.mixed_CD, self.hidden_CM = new(rows, width), new(rows, width), new(rows, hidden)
-        self.normed_DC, self.mixed_DC, self.hidden_MC = self.normed_CD.t(), self.mixed_CD.t(), self.hidden_CM.t()
-        self.qkv_EC, self.out_DC, self.up_MC = new(qkv_width, rows), new(width, rows), new(up_width, rows)
-        self.out_CD, self.up_CM = self.out_DC.t(), self.up_MC.t()
-        self.gate_CM, self.value_CM = self.up_CM[:, :hidden], self.up_CM[:, -hidden:]
-        heads, with_keys = own.heads, own.heads + own.kv_heads
-        qkv = self.qkv_EC[:, :batch].t().unflatten(1, (-1, own.head_width))  # [B, H + 2 G, K]
-        self.projected, self.value = qkv[:, :with_keys], qkv[:, with_keys:]
-        self.query_key = new(batch, with_keys, own.head_width)  # normed and rotated
-        self.query, self.key = self.query_key[:, :heads].unflatten(1, (own.kv_heads, -1)), self.query_key[:, heads:]
+        normed, mixed, hiddens = (x.split(columns) for x in (self.normed_CD, self.mixed_CD, self.hidden_CM))
+        self.normed_DC, self.mixed_DC, self.hidden_MC = ([x.t() for x in all_] for all_ in (normed, mixed, hiddens))
+        qkv, out, up = new(blocks, qkv_width, columns), new(blocks, width, columns), new(blocks, up_width, columns)
+        self.qkv_EC, self.out_DC, self.up_MC = list(qkv), list(out), list(up)
+        self.out_LCD, self.up_LCM = out.transpose(1, 2), up.transpose(1, 2)
+        self.gate_LCM, self.value_LCM = self.up_LCM[..., :hidden], self.up_LCM[..., -hidden:]
+        self.hidden_LCM = self.hidden_CM.unflatten(0, (blocks, columns))
+        heads, with_keys, used = own.heads, own.heads + own.kv_heads, batch if blocks == 1 else columns
+        by_head = qkv.transpose(1, 2)[:, :used].unflatten(2, (-1, own.head_width))  # [L, used, H + 2 G, K]
+        self.projected, self.value = by_head[:, :, :with_keys], by_head[:, :, with_keys:]
+        query_key = new(blocks * used, with_keys, own.head_width)  # normed and rotated
+        self.query_key_L, self.query_key = query_key.unflatten(0, (blocks, used)), query_key
+        self.query, self.key = query_key[:, :heads].unflatten(1, (own.kv_heads, -1)), query_key[:, heads:]
 
 
-def _run_layers(
-    layers: list[_Layer], rotary: RotaryTable | None, x_CD: Tensor, position: int, workspace: _Workspace
+def run_layers(
+    layers: list[Layer],
+    x_CD: Tensor,
+    workspace: Workspace,
+    rotate: Callable[[Tensor], object] | None,
+    attend: Callable[[Layer, Workspace], object],
 ) -> None:
-    """All blocks, in place."""
+    """All blocks, in place.
+
+    Args:
+        rotate: turns `workspace.query_key` in place by its rows' positions.
+        attend: puts keys and values into the cache, and attention over what is there into `workspace.mixed_CD`.
+    """
+    x_LCD = x_CD.unflatten(0, workspace.out_LCD.shape[:2])
     for layer in layers:
         layer.attention_norm(x_CD, workspace.normed_CD)
-        _attend(layer, rotary, position, workspace)
-        torch.mm(layer.attention.out.weight, workspace.mixed_DC, out=workspace.out_DC)
-        x_CD += workspace.out_CD
-        layer.mlp_norm(x_CD, workspace.normed_CD)
-        torch.mm(layer.mlp_in, workspace.normed_DC, out=workspace.up_MC)
-        if isinstance(layer.mlp, GELU):
-            workspace.hidden_CM.copy_(F.gelu(workspace.up_CM))
+        _multiply(layer.attention.qkv.weight, workspace.normed_DC, workspace.qkv_EC)
+        if layer.qk_norm is not None:
+            layer.qk_norm(workspace.projected, workspace.query_key_L)
         else:
-            torch.mul(F.silu(workspace.gate_CM), workspace.value_CM, out=workspace.hidden_CM)
-        torch.mm(layer.mlp.out.weight, workspace.hidden_MC, out=workspace.out_DC)
-        x_CD += workspace.out_CD
+            workspace.query_key_L.copy_(workspace.projected)
+        if rotate is not None:
+            rotate(workspace.query_key)
+        attend(layer, workspace)
+        _multiply(layer.attention.out.weight, workspace.mixed_DC, workspace.out_DC)
+        x_LCD += workspace.out_LCD
+        layer.mlp_norm(x_CD, workspace.normed_CD)
+        _multiply(layer.mlp_in, workspace.normed_DC, workspace.up_MC)
+        if isinstance(layer.mlp, GELU):
+            workspace.hidden_LCM.copy_(F.gelu(workspace.up_LCM))
+        else:
+            torch.mul(F.silu(workspace.gate_LCM), workspace.value_LCM, out=workspace.hidden_LCM)
+        _multiply(layer.mlp.out.weight, workspace.hidden_MC, workspace.out_DC)
+        x_LCD += workspace.out_LCD
 
 
-def _attend(layer: _Layer, rotary: RotaryTable | None, position: int, workspace: _Workspace) -> None:
-    """Attention at one position over what its pattern shows of the cache, into `workspace.mixed_CD`."""
-    own, cache, end = layer.attention, layer.cache, position + 1
-    torch.mm(own.qkv.weight, workspace.normed_DC, out=workspace.qkv_EC)
-    if layer.qk_norm is not None:
-        layer.qk_norm(workspace.projected, workspace.query_key)
-    else:
-        workspace.query_key.copy_(workspace.projected)
-    if rotary is not None:
-        rotary.apply_(workspace.query_key, position)
-    cache.keys.select(2, position).copy_(workspace.key)
-    cache.values.select(2, position).copy_(workspace.value)
+def _multiply(weight: Tensor, blocks: list[Tensor], out: list[Tensor]) -> None:
+    """weight @ block for each block of columns."""
+    for block, own in zip(blocks, out, strict=True):
+        torch.mm(weight, block, out=own)
+
+
+def attend_at(position: int, layer: Layer, workspace: Workspace) -> None:
+    """Attention of all rows at one position over what its pattern shows of the cache, into `workspace.mixed_CD`."""
+    own, cache, end, batch = layer.attention, layer.cache, position + 1, len(layer.cache.keys)
+    cache.keys.select(2, position).copy_(workspace.key[:batch])
+    cache.values.select(2, position).copy_(workspace.value.flatten(0, 1)[:batch])
     mask = None if layer.bias is None else layer.bias[position : position + 1, :end]
     keys, values = cache.keys.narrow(2, 0, end), cache.values.narrow(2, 0, end)
-    mixed = attend_last(workspace.query, keys, values, own.scale, mask)
-    workspace.mixed_CD.copy_(mixed.reshape(len(workspace.query), -1))
+    mixed = attend_last(workspace.query[:batch], keys, values, own.scale, mask)
+    workspace.mixed_CD[:batch] = mixed.reshape(batch, -1)
 
 
-def _norm(norm: nn.Module) -> Norm:
+def norm_of(norm: nn.Module) -> Norm:
     if isinstance(norm, RMSNorm):
         return _fast_rms(norm.weight, norm.eps)
     return lambda x, out: out.copy_(norm(x))

@@ -67,7 +67,7 @@ def draw_codes(
         int64 [B, N], each level's own ids (no offsets).
     """
     count = model.layout.image_length
-    given = 0 if known_PN is None else _given_at_start(known_PN)
+    given = 0 if known_PN is None else given_at_start(known_PN)
     known_BN = None if known_PN is None else known_PN[prompt_of_B]
     codes_BN = torch.zeros_like(uniforms_BN, dtype=torch.int64) if known_BN is None else known_BN.clamp(min=0)
     if given == count:
@@ -76,7 +76,7 @@ def draw_codes(
     step = step or choose_step(model.head.weight.device.type, compiled)
     length = static_length(model.layout.length) if step == "static" else model.layout.length
     given_Pn = text_PT.new_empty((len(text_PT), 0)) if known_PN is None else known_PN[:, :given]
-    hidden, cache = _read_prompts(model, text_PT, prompt_of_B, given_Pn, guided, length)
+    hidden, cache = read_prompts(model, text_PT, prompt_of_B, given_Pn, guided, length)
     if uniforms_BN.device.type != "cpu":
         uniforms_BN = uniforms_BN.float()  # as `draw` takes them there
     drawing = Drawing(codes_BN, uniforms_BN, known_BN, sampling, guidance_scales(sampling, model.layout))
@@ -104,13 +104,13 @@ def choose_step(device: str, compiled: bool = False) -> StepKind:
     return "static" if (compiled or device == "cuda") and not torch.is_autocast_enabled(device) else "model"
 
 
-def _given_at_start(known_PN: Tensor) -> int:
+def given_at_start(known_PN: Tensor) -> int:
     """How many codes from the first on every prompt has."""
     holes = (known_PN == UNKNOWN).any(0).nonzero()
     return int(holes[0]) if len(holes) else known_PN.shape[1]
 
 
-def _read_prompts(
+def read_prompts(
     model: Transformer, text_PT: Tensor, prompt_of_B: Tensor, given_Pn: Tensor, guided: bool, length: int
 ) -> tuple[Tensor, Cache]:
     """Prompts and first codes into a cache of `length` positions with a row per candidate, and the hidden state that
@@ -148,5 +148,5 @@ def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_
     targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
     losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
     counted = known_N != UNKNOWN
-    counted[: _given_at_start(known_N[None])] = False
+    counted[: given_at_start(known_N[None])] = False
     return -(torch.cat(losses.plain, dim=1) * counted).sum(dim=1)
