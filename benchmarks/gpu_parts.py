@@ -48,6 +48,7 @@ from pipeline.config.transformer import TransformerShape
 from pipeline.core import distributed
 from pipeline.image_tokenizer.base import build
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
+from pipeline.training.checkpoint_files import write_files
 from pipeline.training.optimizer import build_adamw
 from pipeline.training.resource_plan import count, memory
 from pipeline.transformer.model import Transformer
@@ -259,9 +260,8 @@ def _resume_process(scale: Scale, folder: str, how: str) -> str:
         torch.manual_seed(step)
         step_of(engine, batch_of(scale, scale.small.batch))()
         if step + 1 == _SAVED:
-            engine.save(saved)
-    engine.finish()
-    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in objective.parameters())
+            write_files(saved, engine.checkpoint_files())
+    weights = b"".join(p.float().cpu().numpy().tobytes() for p in engine.local_parameters().values())
     return hashlib.sha256(weights).hexdigest()
 
 

@@ -7,6 +7,7 @@ and samples.png, the last of those images. See pipeline/transformer/.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
 from itertools import islice
 
@@ -20,6 +21,7 @@ from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
+from pipeline.core.weights import model_files
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.data.tokens import TokenArrays
@@ -29,6 +31,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.prompts import check_against_training
 from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
+from pipeline.training.consolidate import consolidate
 from pipeline.training.stopping import stoppable
 from pipeline.training.trainer import train
 from pipeline.transformer.layout import Layout
@@ -138,7 +141,7 @@ def main(run: StageRun) -> None:
     _check_prompts(run)
     workload = Workload(run)
     config = run.config.transformer
-    train(
+    checkpoint = train(
         run,
         config.training,
         workload,
@@ -148,10 +151,11 @@ def main(run: StageRun) -> None:
     )
     if not distributed.is_main():
         return
-    workload.objective.transformer.save_pretrained(run.directory / "model")
-    with torch.no_grad(), atomic_path(run.directory / "samples.png") as temporary:
-        workload.sample_images(workload.objective.eval())["samples"].save(temporary, format="png")
-    for name in ("model/model.safetensors", "model/config.json", "samples.png"):
+    consolidate(checkpoint, run.directory / "model")
+    last_images = run.tracker.image_path("samples", config.training.steps)
+    with atomic_path(run.directory / "samples.png") as temporary:
+        shutil.copyfile(last_images, temporary)
+    for name in (*(f"model/{file}" for file in model_files(run.directory / "model")), "samples.png"):
         run.add_output(name, artifact=True)
 
 

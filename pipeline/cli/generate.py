@@ -45,6 +45,7 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--keep-rows", type=_count, help="complete it: rows of codes that stay, from the top")
 @click.option("--keep-levels", type=_count, help="vary it: coarse levels that stay")
 @click.option("--mask", type=_image, help="fill it: an image, white where new pixels are wanted")
+@click.option("--step", type=_count, help="with the transformer of this checkpoint of the run; it may be in training")
 @click.option("--reranker", type=_image, help="folder of a pretrained CLIP, in place of the run's own reranker")
 @click.option(
     "--batch-size",
@@ -80,14 +81,14 @@ def generate(
     from pipeline.sampling.to_directory import check_sheet, generate_folder, generate_sheet
 
     # What is wrong with the command is told before the models load, which takes minutes for large ones.
-    output, source = options["output"], find_models(Path(arguments[0]))
+    output, source = options["output"], find_models(Path(arguments[0]), options["step"])
     job = _job(prompts, _sampling(Path(arguments[0]), source, options), options)
     is_sheet = check_output(output)
     if is_sheet:
         check_sheet(job, output, source)
     where = device()
     dtype = sampling_dtype(job.sampling.dtype, where)
-    pipeline = Pipeline.from_pretrained(arguments[0], where, options["reranker"], dtype)
+    pipeline = Pipeline.from_pretrained(arguments[0], where, options["reranker"], dtype, options["step"])
     count = (generate_sheet if is_sheet else generate_folder)(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
 

@@ -5,6 +5,7 @@ Knows no torch, so that the command line and the Slurm layer can read configs in
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,8 @@ from pipeline.config.base import Config, added, operational
 from pipeline.core.errors import UserError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 Precision = Literal["fp32", "bf16", "bf16-autocast", "bf16-weights", "fp16"]
 
 
@@ -90,8 +93,24 @@ class TrainingConfig(Config):
     log_every: int = operational(10, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = operational(500, ge=1, description="steps between passes over the validation split")
     log_images_every: int = operational(500, ge=1, description="steps between logged images")
-    checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
+    checkpoint_every: int | str = operational(200, description="steps between checkpoints, or time: 90s, 10min, 2h")
     keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints that stay on disk")
+    keep_every: int | None = operational(
+        None, ge=1, description="the first checkpoint of each this many steps stays on disk, too. None: of none"
+    )
+    keep_optimizer: bool = operational(
+        True,
+        description="false: no optimizer states after the last step; of the newest checkpoints, that alone stays",
+    )
+    async_checkpoints: bool = operational(
+        True, description="train on while a copy of the state in the host's memory is written. false: wait for it"
+    )
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _is_interval(cls, value: int | str) -> int | str:
+        steps_or_seconds(value)
+        return value
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -107,6 +126,20 @@ class TrainingConfig(Config):
         except UserError as error:
             raise ValueError(str(error)) from error
         return self
+
+
+def steps_or_seconds(interval: int | str) -> tuple[int | None, float | None]:
+    """The steps, or else the seconds, of a `checkpoint_every`.
+
+    Raises:
+        ValueError: it is neither a number of steps nor a time.
+    """
+    if isinstance(interval, int) and interval >= 1:
+        return interval, None
+    found = _TIME.fullmatch(str(interval))
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"expected a number of steps from 1 on, or a time such as 90s, 10min or 2h, found {interval}")
+    return None, float(found[1]) * _SECONDS[found[2]]
 
 
 def samples_per_process(batch_size: int, processes: int, micro_batch_size: int | None = None) -> int:

@@ -21,6 +21,14 @@ class ParameterGroup:
     adversary: bool = False  # learns against the rest: its gradient norm is clipped apart
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What of an objective's state becomes a model's folder (`core/pretrained.py`)."""
+
+    prefix: str  # of its names in the objective, "transformer."
+    config: dict[str, object]  # its config.json
+
+
 class Objective(nn.Module, ABC):
     """A model and its loss. All its randomness comes from torch's global generator.
 
@@ -53,6 +61,10 @@ class Objective(nn.Module, ABC):
     def averaged_buffers(self) -> dict[str, Tensor]:
         """Buffers that learn, by their full names: a moving average of the weights is one of them, too."""
         return {}
+
+    def exported(self) -> Exported | None:
+        """What a checkpoint of this training can be exported to; None: it cannot be."""
+        return None
 
     def report(self, step: int) -> None:
         """Log what a user should know of the steps since the last call. Called on rank 0 with each line of metrics.

@@ -1,5 +1,7 @@
 """A trained model as a folder: model.safetensors, its weights, and config.json, all that it takes to build it again.
 
+Weights above 5 GB are in several files, which model.safetensors.index.json lists: as Hugging Face has them.
+
 save_model(model, {"layout": …, "shape": …}, "runs/openmoji/transformer/model")
 model = load_model("runs/openmoji/transformer/model", "transformer", ("layout", "shape"), build)
 """
@@ -9,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from pipeline.core.atomic_io import atomic_path, expect_files, read_json, write_json
+from pipeline.core.atomic_io import expect_files, read_json, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.tensor_file import TensorLayout
+from pipeline.core.weights import weight_files, write_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,20 +32,15 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_model(model: nn.Module, config: Mapping[str, object], directory: str | Path) -> None:
     """Write both files. Weights of any precision are written in float32, other buffers as they are."""
     directory = Path(directory)
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    state = {name: (v.float() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
-    with atomic_path(directory / "model.safetensors") as temporary:
-        save_file(state, temporary)
+    state = model.state_dict()
+
+    def exported(name: str) -> torch.Tensor:
+        value: torch.Tensor = state[name]
+        return value.float() if value.is_floating_point() else value
+
+    layouts = {name: TensorLayout.of(value).exported for name, value in state.items()}
+    write_weights(directory, layouts, exported)
     write_json(directory / "config.json", config)
-
-
-def count_parameters(weights: Path) -> int:
-    """How many numbers a safetensors file holds. Reads its header alone. Raises UserError when that is damaged."""
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 – no dict
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged ({error}): restore it, or remove it and run its stage again") from error
 
 
 def load_model(
@@ -66,8 +64,8 @@ def load_model(
         UserError: a file is missing or damaged, or the two do not belong together.
     """
     directory = Path(directory)
-    expect_files(directory, stage, "model.safetensors", "config.json")
     config, weights = directory / "config.json", directory / "model.safetensors"
+    expect_files(directory, stage, *(weight_files(directory) or [weights.name]), config.name)
     values = read_json(config)
     if not isinstance(values, dict) or not set(keys) <= values.keys():
         found = ", ".join(values) or "none" if isinstance(values, dict) else type(values).__name__
@@ -76,7 +74,9 @@ def load_model(
         model = build(values, str(config))
     _give_memory(model, dtype, device)
     try:
-        model.load_state_dict(load_file(weights))  # which maps the file, and reads what is copied
+        # Mapped files, of which is read what is copied: at no time is there a second copy of the model.
+        files = [load_file(directory / name) for name in weight_files(directory)]
+        model.load_state_dict({name: value for file in files for name, value in file.items()})
     except (SafetensorError, RuntimeError) as error:
         # torch lists every key that differs, a line each; the first difference tells enough.
         reason = [line.strip() for line in str(error).splitlines()][:2][-1]

@@ -70,8 +70,11 @@ class ImageTokenizer(nn.Module, ABC):
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes model.safetensors and config.json."""
-        config = {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
-        save_model(self, config, directory)
+        save_model(self, self.exported_config(), directory)
+
+    def exported_config(self) -> dict[str, object]:
+        """Its config.json."""
+        return {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
 
     @staticmethod
     def from_pretrained(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.config.image_tokenizer import ModelConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
+from pipeline.core.objective import Exported
 from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv, use_channels_last
 from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
@@ -178,6 +179,9 @@ class VQVAEObjective(TokenizerObjective):
             metrics |= {f"{name}{suffix}": value for name, value in quantized.metrics.items()}
             metrics[f"quantizer_loss{suffix}"] = quantized.loss.detach()
         return loss, metrics
+
+    def exported(self) -> Exported:
+        return Exported("tokenizer.", self.tokenizer.exported_config())
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks of encoder and decoder."""

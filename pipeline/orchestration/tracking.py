@@ -61,10 +61,14 @@ class Tracker:
         """Save an image of this step under images/ and as an artifact."""
         if not self.active:
             return
-        path = self.directory / "images" / f"{name}-{step:08d}.png"
+        path = self.image_path(name, step)
         path.parent.mkdir(exist_ok=True)
         image.save(path)
         self.artifact(path, folder="images")
+
+    def image_path(self, name: str, step: int) -> Path:
+        """Where `log_image` saves."""
+        return self.directory / "images" / f"{name}-{step:08d}.png"
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Name a file of the stage that MLflow gets, in this folder there."""

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from pipeline.core.atomic_io import read_json
-from pipeline.core.pretrained import count_parameters
+from pipeline.core.weights import count_parameters
 from pipeline.orchestration.graph import STAGES
 
 _PACKAGES = (
@@ -84,12 +84,11 @@ def read_facts(directories: Mapping[str, Path]) -> RunFacts:
 
 def _stage(name: str, directory: Path) -> StageFacts:
     timing = _json(directory / "timing.json") or _json(directory / "manifest.json")
-    weights = directory / "model" / "model.safetensors"
     outputs = _json(directory / "manifest.json").get("outputs", {})
     return StageFacts(
         name=name,
         wall_time_s=timing.get("wall_time_s"),
-        parameters=count_parameters(weights) if weights.is_file() else None,
+        parameters=count_parameters(directory / "model"),
         output_bytes=sum(output["bytes"] for output in outputs.values()),
         history=_history(directory / "metrics.jsonl"),
     )

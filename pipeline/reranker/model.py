@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.config.base import parse_config
 from pipeline.config.reranker import TowerConfig
 from pipeline.core.errors import UserError
-from pipeline.core.objective import Objective, ParameterGroup
+from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
 
@@ -67,14 +67,17 @@ class TwoTowers(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        config = {
+        save_model(self, self.exported_config(), directory)
+
+    def exported_config(self) -> dict[str, object]:
+        """Its config.json."""
+        return {
             "kind": "towers",
             "model": self.config.model_dump(),
             "image_size": self.image_size,
             "text_length": self.text_length,
             "text_vocab_size": self.text_vocab_size,
         }
-        save_model(self, config, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TwoTowers:
@@ -101,6 +104,9 @@ class ContrastiveObjective(Objective):
     def __init__(self, towers: TwoTowers) -> None:
         super().__init__()
         self.towers = towers
+
+    def exported(self) -> Exported:
+        return Exported("towers.", self.towers.exported_config())
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss in nats, and metrics, of `batch`: "images" uint8 [B, 3, H, W], "text" int64 [B, T]."""

@@ -1,4 +1,5 @@
-"""`smalti export RUN DIR`: the models of a run as one folder that needs nothing else.
+"""`smalti export RUN DIR`: the models of a run as one folder that needs nothing else; with `--step N`, one of them
+(`training/consolidate.py`).
 
     DIR/  README.md  pipeline.json  text-tokenizer/  image-tokenizer/  transformer/  reranker/  prompts.png
 
@@ -8,13 +9,13 @@ Weights are safetensors, everything else is JSON or text: loading it runs no cod
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from pipeline.core.atomic_io import atomic_path, fsync_directory, read_json, write_atomic, write_json
+from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
-from pipeline.core.writable import check_writable
+from pipeline.core.weights import model_files
+from pipeline.core.writable import new_folder
 
 
 def export_run(run_directory: Path, target: Path) -> None:
@@ -30,36 +31,26 @@ def export_run(run_directory: Path, target: Path) -> None:
     from pipeline.transformer.model import EXPORTED_TYPE
 
     source = find_models(run_directory)
-    target = Path(os.path.abspath(target))  # "." has no name to put a draft beside
-    check_writable(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"expected a new or empty folder at {target}, found something there: choose another")
-    draft = target.with_name(f".{target.name}.exporting")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    _copy(source.text_tokenizer, draft / "text-tokenizer", "tokenizer.json", "config.json")
-    _copy(source.image_tokenizer, draft / "image-tokenizer", "model.safetensors", "config.json")
-    _copy(source.transformer, draft / "transformer", "model.safetensors")
-    config = read_json(source.transformer / "config.json")
-    write_json(draft / "transformer" / "config.json", config | {"model_type": EXPORTED_TYPE})
-    if source.reranker:
-        _export_reranker(source.reranker, draft / "reranker")
-    grid = run_directory / "generate" / "prompts.png"
-    has_grid = grid.is_file() and RunDirectory(run_directory).is_of_these_inputs("generate")
-    if has_grid:
-        _copy(grid.parent, draft, grid.name)
-    record = {
-        "model_hash": source.model_hash,
-        "guidance_trained": source.guidance_trained,
-        "sampling": source.sampling.model_dump(mode="json"),
-        "smalti": VERSION,
-    }
-    write_json(draft / EXPORT_RECORD, record)
-    write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=has_grid))
-    if target.exists():
-        target.rmdir()
-    draft.rename(target)
-    fsync_directory(target.parent)
+    with new_folder(target) as draft:
+        _copy(source.text_tokenizer, draft / "text-tokenizer", "tokenizer.json", "config.json")
+        _copy(source.image_tokenizer, draft / "image-tokenizer", *model_files(source.image_tokenizer))
+        _copy(source.transformer, draft / "transformer", *model_files(source.transformer))
+        config = read_json(source.transformer / "config.json")
+        write_json(draft / "transformer" / "config.json", config | {"model_type": EXPORTED_TYPE})
+        if source.reranker:
+            _export_reranker(source.reranker, draft / "reranker")
+        grid = run_directory / "generate" / "prompts.png"
+        has_grid = grid.is_file() and RunDirectory(run_directory).is_of_these_inputs("generate")
+        if has_grid:
+            _copy(grid.parent, draft, grid.name)
+        record = {
+            "model_hash": source.model_hash,
+            "guidance_trained": source.guidance_trained,
+            "sampling": source.sampling.model_dump(mode="json"),
+            "smalti": VERSION,
+        }
+        write_json(draft / EXPORT_RECORD, record)
+        write_atomic(draft / "README.md", model_card(run_directory, source, has_grid=has_grid))
 
 
 def _copy(source: Path, target: Path, *names: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json
-from pipeline.core.pretrained import count_parameters
+from pipeline.core.weights import count_parameters
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.orchestration.tracking import metrics_of
@@ -112,10 +112,8 @@ def _models(
 
 
 def _parameters(folder: Path) -> str:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        return "–"
-    return f"{count_parameters(path):,}"
+    count = count_parameters(folder)
+    return "–" if count is None else f"{count:,}"
 
 
 def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:

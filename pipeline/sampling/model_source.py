@@ -14,15 +14,15 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
+from pipeline.core.manifest import record as record_of
+from pipeline.core.weights import model_files
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
+from pipeline.training.consolidate import export_step
 
 EXPORT_RECORD = "pipeline.json"
-_WEIGHTS = {  # stage -> the files that decide what it generates
-    "text-tokenizer": ("tokenizer.json",),
-    "image-tokenizer": ("model/model.safetensors", "model/config.json"),
-    "transformer": ("model/model.safetensors", "model/config.json"),
-}
+_STAGES = {"text-tokenizer": "tokenizer.json", "image-tokenizer": "model/", "transformer": "model/"}
+# stage -> what decides what it generates: the outputs whose names begin so
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,23 @@ class ModelSource:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the run's own
 
 
-def find_models(directory: Path) -> ModelSource:
+def find_models(directory: Path, step: int | None = None) -> ModelSource:
     """The models of a finished run or of an export.
 
+    Args:
+        step: of a run, take the transformer as it was after this many steps, whose stage need not be finished.
+
     Raises:
-        UserError: `directory` is neither.
+        UserError: `directory` is neither, or has no checkpoint of that step.
     """
     record = directory / EXPORT_RECORD
     if record.is_file():
+        if step is not None:
+            raise UserError(f"--step: expected a run, found an export, {directory}, which has no checkpoints")
         return _in_export(directory, record)
     if not directory.is_dir():
         raise UserError(f"no run directory at {directory}: expected one that `smalti run` or `smalti export` made")
-    return _in_run(directory)
+    return _in_run(directory, step)
 
 
 def _in_export(directory: Path, record: Path) -> ModelSource:
@@ -65,20 +70,26 @@ def _in_export(directory: Path, record: Path) -> ModelSource:
     )
 
 
-def _in_run(directory: Path) -> ModelSource:
+def _in_run(directory: Path, step: int | None) -> ModelSource:
     config = load_pipeline(config_of(directory))
     runs = RunDirectory(directory)
     hashes = {}
-    for stage, files in _WEIGHTS.items():
-        outputs = runs.usable(config, stage_named(stage))["outputs"]
-        hashes[stage] = {file: outputs[file]["sha256"] if file in outputs else None for file in files}
+    transformer = directory / "transformer" / ("model" if step is None else f"exported/step-{step:08d}")
+    for stage, prefix in _STAGES.items():
+        if stage == "transformer" and step is not None:
+            if not transformer.is_dir():
+                export_step(directory, stage, step)
+            hashes[stage] = {name: record_of(transformer / name)["sha256"] for name in model_files(transformer)}
+        else:
+            outputs = runs.usable(config, stage_named(stage))["outputs"]
+            hashes[stage] = {name: output["sha256"] for name, output in outputs.items() if name.startswith(prefix)}
     ranked = config.reranker.enabled and runs.manifest("reranker") is not None
     if ranked:
         runs.usable(config, stage_named("reranker"))
     return ModelSource(
         text_tokenizer=directory / "text-tokenizer",
         image_tokenizer=directory / "image-tokenizer" / "model",
-        transformer=directory / "transformer" / "model",
+        transformer=transformer,
         reranker=directory / "reranker" / "model" if ranked else None,
         model_hash=digest(hashes)[:16],
         guidance_trained=config.transformer.caption_dropout > 0,

@@ -95,17 +95,19 @@ class Pipeline:
         device: torch.device | str = "cpu",
         reranker: str | Path | None = None,
         dtype: torch.dtype | None = None,
+        step: int | None = None,
     ) -> Pipeline:
         """Load a run directory (runs/<name>), or a folder that `smalti export` wrote.
 
         Args:
             reranker: a folder with a pretrained CLIP that takes the place of the run's own reranker.
             dtype: of the transformer, which is cast while it loads; None: the run's `generate.sampling.dtype`.
+            step: of a run, the transformer as it was after this many steps; None: the finished one.
 
         Raises:
             UserError: no such directory, or a stage of the run that is not finished.
         """
-        source = find_models(Path(directory))
+        source = find_models(Path(directory), step)
         device = torch.device(device)
         dtype = dtype or sampling_dtype(source.sampling.dtype, device)
         text_tokenizer = TextTokenizer.from_pretrained(source.text_tokenizer)

@@ -1,19 +1,24 @@
 """Checkpoints: atomic; incomplete ones are ignored.
 
-    checkpoints/step-00001000.tmp/   each rank writes its files into a folder of its own there, hashes and fsyncs them,
-                                     moves them up and sends (name, size, SHA-256) to rank 0, which compares
-                                     that with the files on disk, and writes and fsyncs manifest.json
+    checkpoints/step-00001000.tmp/   each rank writes its files into a folder of its own there, hashes and fsyncs them
+                                     while it writes, and moves them up
+      -> rank 0 hears (name, size, SHA-256) of all, compares that with the files on disk, and writes manifest.json
       -> rename to step-00001000 -> fsync of the folder
 
 | file                          | written, hashed and fsynced by    | holds                                     |
 |-------------------------------|-----------------------------------|-------------------------------------------|
 | `trainer.json`                | rank 0, `trainer.py`              | step, non-finite steps, running means     |
+| `model.json`                  | rank 0, `trainer.py`              | what an export needs: `Exported`          |
 | `ema-<rank>.safetensors`      | each rank, `trainer.py`           | with `ema_decay`: shards of the average   |
 | `training.pt`                 | rank 0, `engines/accelerate.py`   | weights, buffers, optimizer, fp16 scaler  |
 | `training-<rank>.safetensors` | each rank, `engines/deepspeed.py` | shards of weights and optimizer states    |
 | `buffers-00000.safetensors`   | rank 0, `engines/deepspeed.py`    | persistent buffers                        |
 | `engine.json`                 | rank 0, `engines/deepspeed.py`    | shapes, optimizer's name, fp16 loss scale |
 | `manifest.json`               | rank 0, this module, last         | step; size and SHA-256 of all the others  |
+
+In the background, a thread of each rank writes what was copied to the host's memory, while the training goes on. The
+ranks speak with each other only where they all are at the same step: `save`, `poll` and `finish`. One save is under way
+at most.
 
 Shards: `sharded_state.py`. Random numbers and the order of samples need no file: both are functions of the step.
 
@@ -26,82 +31,148 @@ left of that, or of a save, is deleted at the next start.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.core import distributed
 from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, first_fault
+from pipeline.training.checkpoint_files import Files, HostCopy, write_files
 
 log = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d+)")
 _LISTING_TIMEOUT_S = 90.0  # a client of a network file system may show a listing of up to a minute ago
+_LOOKS_APART_S = 10.0  # while all wait for a save: the ranks meet more often than a collective times out
+Records = dict[str, FileRecord]
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    step: int
+    temporary: Path
+    final: Path
+    job: Future[Records | UserError | None]  # of this rank: its files; then, of rank 0, the rest
+    written: list[Records] | None = None  # of all ranks; None: not all are done
 
 
 class Checkpoints:
-    """The checkpoints of one stage, of which the newest `keep` stay. Every method is collective: all ranks call it."""
+    """The checkpoints of one stage. Every method is collective: all ranks call it."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, keep_every: int | None = None, in_background: bool = False) -> None:
+        """`keep`: how many of the newest stay; `keep_every`: and the first one of each that many steps, for good."""
         self.directory = directory
         self.keep = keep
+        self.keep_every = keep_every
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._host = HostCopy()
+        self._under_way: _Save | None = None
         self._damaged: set[Path] = set()  # those that could not be moved aside
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Save the training after `step` steps; returns the checkpoint's folder.
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` steps."""
+        return self.directory / f"step-{step:08d}"
+
+    def save(self, step: int, files: Files) -> None:
+        """Save the training after `step` steps; in the background, once `files` are copied to the host's memory.
 
         Args:
-            write: `write(directory)` is called on every rank, and writes this rank's files there, without folders. No
-                two ranks write files of the same name.
+            files: this rank's. No two ranks write files of the same name.
 
         Raises:
-            UserError: the disk of a rank is full, or rank 0 does not see the files of all ranks; on every rank.
+            UserError: a rank could not write its files, or rank 0 does not see those of all; on every rank. In the
+                background it is raised by a later call of `save`, `poll` or `finish`.
         """
-        final = self.directory / f"step-{step:08d}"
+        self.finish()
+        final = self.path(step)
         temporary = final.with_suffix(".tmp")
         if distributed.is_main():
             if temporary.exists():
                 _delete(temporary)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        outcomes = distributed.all_gather_objects(_write_own(temporary, write, final))
-        written: list[dict[str, FileRecord]] = []
+        copied = self._host.of(files) if self._thread else files
+        self._under_way = _Save(step, temporary, final, self._start(partial(_write_own, temporary, copied, final)))
+        if not self._thread:
+            self.finish()
+
+    def poll(self) -> None:
+        """Carry on the save that is under way, if there is one, without waiting for it. Raises as `save`."""
+        if save := self._under_way:
+            self._carry_on(save)
+
+    def finish(self) -> None:
+        """Wait until the save that is under way, if there is one, is complete. Raises as `save`."""
+        while save := self._under_way:
+            wait([save.job], _LOOKS_APART_S)
+            self._carry_on(save)
+
+    def _start(self, job: Callable[[], Records | UserError | None]) -> Future[Records | UserError | None]:
+        if self._thread:
+            return self._thread.submit(job)
+        done: Future[Records | UserError | None] = Future()
+        done.set_result(job())
+        return done
+
+    def _carry_on(self, save: _Save) -> None:
+        """What all ranks' files are written of, rank 0 completes; when that is done, nothing is under way."""
+        is_done = save.job.done()
+        if save.written is None:
+            outcomes = distributed.all_gather_objects(save.job.result() if is_done else None)
+            self._raise_if_wrong(outcomes)
+            written = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+            if len(written) == len(outcomes):
+                save.written = written
+                if distributed.is_main():
+                    save.job = self._start(partial(self._complete, save.step, save.temporary, save.final, written))
+            return
+        done, outcome = distributed.broadcast_object((is_done, save.job.result() if is_done else None))
+        self._raise_if_wrong([outcome])
+        if done:
+            self._under_way = None
+
+    def _raise_if_wrong(self, outcomes: Sequence[Records | UserError | None]) -> None:
         for outcome in outcomes:
             if isinstance(outcome, UserError):
+                self._under_way = None
                 raise outcome
-            written.append(outcome)
-        mistake = self._commit(step, temporary, final, written) if distributed.is_main() else None
-        if mistake := distributed.broadcast_object(mistake):
-            raise mistake
-        return final
 
-    def _commit(
-        self, step: int, temporary: Path, final: Path, written: Sequence[dict[str, FileRecord]]
-    ) -> UserError | None:
+    def _complete(self, step: int, temporary: Path, final: Path, written: Sequence[Records]) -> UserError | None:
         """On rank 0: record what all ranks wrote, give it its name, and forget the oldest ones; or what is wrong."""
         try:
             _expect_on_disk(temporary, sorted(name for of_rank in written for name in of_rank))
             files = {name: of_rank[name] for of_rank in written for name in sorted(of_rank)}
             write_json(temporary / "manifest.json", {"step": step, "files": files})
+            if final.exists():
+                _delete(final)
+            temporary.rename(final)
+            fsync_directory(self.directory)
         except UserError as error:
             return error
-        if final.exists():
-            _delete(final)
-        temporary.rename(final)
-        fsync_directory(self.directory)
-        # What is of a later step, or damaged, is nothing to resume from: it neither counts nor goes.
-        usable = [path for path in self._complete() if step_of(path) <= step and path not in self._damaged]
-        for old in usable[self.keep :]:
-            _delete(old)
+        except OSError as error:
+            return _not_written(final, error)
+        self._forget_old(step)
         return None
+
+    def _forget_old(self, step: int) -> None:
+        """What is of a later step, or damaged, is nothing to resume from: it neither counts nor goes."""
+        usable = [path for path in self._found() if step_of(path) <= step and path not in self._damaged]
+        first = {step_of(path) // self.keep_every: path for path in usable} if self.keep_every else {}
+        milestones = {path for number, path in first.items() if number > 0}
+        for old in usable[self.keep :]:
+            if old not in milestones:
+                _delete(old)
 
     def restore(self, read: Callable[[Path], None]) -> int | None:
         """Load the newest usable checkpoint with `read(directory)` on every rank; its step, or None if there is none.
@@ -112,7 +183,7 @@ class Checkpoints:
         if distributed.is_main():
             for leftover in sorted([*self.directory.glob("step-*.trash"), *self.directory.glob("step-*.tmp")]):
                 _delete(leftover)
-        found = distributed.broadcast_object(self._complete() if distributed.is_main() else [])
+        found = distributed.broadcast_object(self._found() if distributed.is_main() else [])
         problems: dict[Path, str] = {}
         for path in found:
             everywhere = [damage for damage in distributed.all_gather_objects(_damage(path)) if damage]
@@ -132,7 +203,7 @@ class Checkpoints:
             )
         return None
 
-    def _complete(self) -> list[Path]:
+    def _found(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
         return sorted((p for p in self.directory.glob("step-*") if _COMPLETE.fullmatch(p.name)), key=step_of)[::-1]
 
@@ -142,14 +213,13 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _write_own(temporary: Path, write: Callable[[Path], None], final: Path) -> dict[str, FileRecord] | UserError:
-    """Write this rank's files and make them durable; their records, or the error of a full disk."""
+def _write_own(temporary: Path, files: Files, final: Path) -> Records | UserError:
+    """Write this rank's files and make them durable; their records, or why that failed."""
     # A folder of its own: the listing of one that other machines write to may be old on a network file system.
     own = temporary / f"rank-{distributed.rank():05d}"
     try:
         own.mkdir()
-        write(own)
-        records = {path.name: _durable_record(path) for path in sorted(own.iterdir())}
+        records = write_files(own, files)
         for name in records:
             (own / name).rename(temporary / name)
         own.rmdir()
@@ -157,16 +227,17 @@ def _write_own(temporary: Path, write: Callable[[Path], None], final: Path) -> d
     except Exception as error:
         if is_full(temporary, error):
             return no_space(final)
+        if isinstance(error, OSError):
+            return _not_written(final, error)
         raise
     return records
 
 
-def _durable_record(path: Path) -> FileRecord:
-    """Hash a file that this process has just written, from the page cache, and wait until it is on the disk."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+def _not_written(final: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{final}: expected to write this checkpoint, found that the file system refuses ({error}): see to it, then run"
+        " the same command again; the checkpoints of before are as they were"
+    )
 
 
 def _expect_on_disk(temporary: Path, written: list[str]) -> None:

@@ -23,18 +23,20 @@ import torch
 from pipeline.config.base import digest
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed, signals
-from pipeline.core.atomic_io import read_json, write_json
+from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
 from pipeline.core.progress import progress
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.base import Batch, Engine, Metrics, Start
 from pipeline.training.running_metrics import Reading, RunningMetrics
+from pipeline.training.save_interval import SaveInterval
 from pipeline.training.schedule import learning_rate_factor
-from pipeline.training.sharded_state import ShardedState, write_shards
+from pipeline.training.sharded_state import ShardedState, shards_file
 from pipeline.training.stopping import EvaluationStopped, LookOut, stop_if_asked
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
@@ -63,10 +65,11 @@ def train(
     engine: Literal["accelerate", "deepspeed"],
     deepspeed: DeepSpeedConfig | None = None,
     initial: InitialValues | None = None,
-) -> None:
-    """Train to the last step, resuming from the newest checkpoint if there is one.
+) -> Path:
+    """Train to the last step, resuming from the newest checkpoint if there is one; returns the last checkpoint.
 
-    At the end `workload.objective` has the result, the averaged weights with `training.ema_decay`.
+    That has the result (`training/consolidate.py`). On accelerate's engine `workload.objective` has it, too: the averaged
+    weights with `training.ema_decay`.
 
     Args:
         initial: of an objective that was built without memory, on deepspeed; drawn where there is no checkpoint.
@@ -79,7 +82,7 @@ def train(
         speed = Speedometer(training, workload)
         start = Start(initial, drawn=not _resumes(run)) if initial else None
         built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
-        Trainer(run, training, workload, built, speed).run()
+        return Trainer(run, training, workload, built, speed).run()
 
 
 def _resumes(run: StageRun) -> bool:
@@ -101,7 +104,13 @@ class Trainer:
         self.accumulation = accumulation_steps(training, distributed.world_size())
         engine.objective.set_micro_batches(self.accumulation)
         self.ema = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
-        self.checkpoints = Checkpoints(run.directory / "checkpoints", training.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            run.directory / "checkpoints",
+            training.keep_checkpoints,
+            training.keep_every,
+            in_background=training.async_checkpoints,
+        )
+        self._interval = SaveInterval(training.checkpoint_every)
         self.state = State()
         self._running = RunningMetrics(training.max_nonfinite_steps)
         self._look_out = LookOut(training.stop_check_every)
@@ -110,7 +119,7 @@ class Trainer:
         self._logged: tuple[int, dict[str, float]] = (-1, {})  # step and content of the last line of training metrics
         self._speed = speed
 
-    def run(self) -> None:
+    def run(self) -> Path:
         """Train from the newest checkpoint to the last step. See `train`."""
         self._restore()
         training, state = self.training, self.state
@@ -136,10 +145,11 @@ class Trainer:
                 self._at_intervals()
                 self._stop_if_asked()
         self._save()
+        self.checkpoints.finish()
         if self.ema:
             self.ema.swap()
             self.engine.sync_parameters()
-        self.engine.finish()
+        return self.checkpoints.path(state.step)
 
     def _step(self, batch: Batch) -> None:
         """One optimizer update. It waits for nothing on the device: what it found is there until the next look."""
@@ -174,6 +184,8 @@ class Trainer:
         state, reading = self.state, self._running.read()
         self._look_out.looked(state.step, reading.step_s)
         self._asked_to_stop |= reading.asked_to_stop
+        self.checkpoints.poll()
+        self._interval.looked()
         state.sums, state.count = reading.sums, reading.count
         if skipped := reading.nonfinite_steps - state.nonfinite_steps:
             log.warning(
@@ -219,7 +231,7 @@ class Trainer:
                 self.state.evaluation_stopped = self._logged[1] if self._logged[0] == step else {}
                 self._asked_to_stop = True
                 return
-        if step % training.checkpoint_every == 0:
+        if self._interval.due(step) and not at_end:
             self._save()
 
     def _resume_evaluation(self) -> None:
@@ -280,23 +292,31 @@ class Trainer:
             return
         asked = signals.describe(distributed.all_gather_objects(signals.requested()))
         self._save()
+        self.checkpoints.finish()
         raise StoppedOnRequest(f"{self.stage.name}: stopped at step {self.state.step}/{self.training.steps}: {asked}")
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
             self._look()
             started = time.monotonic()
-            self.checkpoints.save(self.state.step, self._write)
+            self.checkpoints.save(self.state.step, self._files())
             self._saved_step = self.state.step
+            self._interval.saved()
             self._speed.leave_out(time.monotonic() - started)
 
-    def _write(self, directory: Path) -> None:
+    def _files(self) -> Files:
         """This rank's files of a checkpoint; their table is in `checkpoint.py`."""
-        self.engine.save(directory)
+        training, at_end = self.training, self.state.step == self.training.steps
+        if at_end and not training.keep_optimizer:
+            self.checkpoints.keep = 1  # nothing is resumed from those of before
+        files = self.engine.checkpoint_files(with_optimizer=training.keep_optimizer or not at_end)
         if self.ema:
-            write_shards(directory, "ema", self.engine.local_shards(self.ema.average))
+            files |= [shards_file("ema", self.engine.local_shards(self.ema.average))]
         if distributed.is_main():
-            write_json(directory / "trainer.json", vars(self.state))
+            files["trainer.json"] = vars(self.state)
+            if exported := self.engine.objective.exported():
+                files["model.json"] = vars(exported)
+        return files
 
     def _restore(self) -> None:
         step = self.checkpoints.restore(self._read)

@@ -196,8 +196,12 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors (float32) and config.json."""
+        save_model(self, self.exported_config(), directory)
+
+    def exported_config(self) -> dict[str, object]:
+        """Its config.json."""
         shape = self.shape.model_dump(include=set(_SHAPE_FIELDS))
-        save_model(self, {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}, directory)
+        return {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}
 
     @classmethod
     def from_pretrained(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.transformer import TransformerConfig
-from pipeline.core.objective import Objective, ParameterGroup
+from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
@@ -31,6 +31,9 @@ class JointObjective(Objective):
     def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
         super().__init__()
         self.transformer, self.config = transformer, config
+
+    def exported(self) -> Exported:
+        return Exported("transformer.", self.transformer.exported_config())
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return self.transformer.parameter_groups()

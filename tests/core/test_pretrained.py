@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.errors import UserError
-from pipeline.core.pretrained import count_parameters, load_model, save_model
+from pipeline.core.pretrained import load_model, save_model
+from pipeline.core.weights import count_parameters
 from pipeline.image_tokenizer.base import ImageTokenizer, build
-from pipeline.training.sharded_state import TensorShard, write_shards
+from pipeline.training.checkpoint_files import write_files
+from pipeline.training.sharded_state import TensorShard, shards_file
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -53,7 +55,7 @@ def test_a_colleague_can_read_a_model_and_a_checkpoint_if_the_umask_lets(tmp_pat
     try:
         save_model(_network(), {"size": 1}, tmp_path / "model")
         (tmp_path / "checkpoint").mkdir()
-        write_shards(tmp_path / "checkpoint", "training", [TensorShard("a", 0, torch.zeros(3))])
+        write_files(tmp_path / "checkpoint", dict([shards_file("training", [TensorShard("a", 0, torch.zeros(3))])]))
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -64,10 +66,10 @@ def test_a_colleague_can_read_a_model_and_a_checkpoint_if_the_umask_lets(tmp_pat
 def test_a_damaged_header_is_one_line_wherever_parameters_are_counted(tmp_path: Path) -> None:
     save_model(nn.Linear(3, 2), {}, tmp_path)
     weights = tmp_path / "model.safetensors"
-    assert count_parameters(weights) == 8
+    assert count_parameters(tmp_path) == 8
     weights.write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        count_parameters(weights)
+        count_parameters(tmp_path)
 
 
 def test_loading_initialises_nothing_and_casts_while_it_reads(tmp_path: Path) -> None:

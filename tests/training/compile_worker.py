@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 from pipeline.config.transformer import TransformerConfig
+from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines import build_engine
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -55,14 +56,13 @@ def train(kind: Any, zero: int, folder: Path, first: int = 0, **settings: Any) -
         losses.append(float(engine.accumulate(batch(step), step, 1.0, True)["loss"]))
         engine.update(1.0)
         if step == SAVED_AFTER and not settings:
-            engine.save(folder)
+            write_files(folder, engine.checkpoint_files())
     with torch.no_grad(), engine.gathered_parameters():  # not compiled: sampling calls blocks position by position
         model, codes = objective.eval().transformer, batch(0)["codes"]
         cache = model.new_cache(BATCH)
         model.read_text(batch(0)["text"], cache)
         for index in range(8):
             model.read_code(codes[:, index], index, cache)
-    engine.finish()
     return {
         "losses": losses,
         "same_names": names == list(objective.state_dict()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulati
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
-from pipeline.core.objective import Objective
+from pipeline.core.objective import Exported, Objective
+from pipeline.training.checkpoint_files import write_files
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
-from pipeline.training.engines.base import Start
+from pipeline.training.engines.base import Engine, Start, shapes_of
 from pipeline.training.schedule import learning_rate_factor
-from pipeline.training.sharded_state import ShardedState, write_shards
+from pipeline.training.sharded_state import ShardedState, shards_file
 from tests.no_sync import HostSync
 from tests.no_sync import _Operations as no_wait  # DeepSpeed moves tensors to where they are, by name
 
@@ -78,6 +80,9 @@ class SmallObjective(Objective):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
+    def exported(self) -> Exported:
+        return Exported("", {"small": True})
+
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].to(self.head.weight.dtype)  # in bf16 with bf16-weights
         for block in self.layers:
@@ -112,6 +117,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     with initial_values(0) if case.without_memory else nullcontext() as initial:
         objective = SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+    shapes = shapes_of(objective)
     zero = DeepSpeedConfig(
         zero_stage=case.zero,
         overlap_communication=case.overlap,
@@ -147,22 +153,45 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             return {"error": str(error)}
         norms.append(float(update.gradient_norm))
         applied.append(bool(update.applied))
-    if case.save:
-        if distributed.is_main():
-            (folder / case.save).mkdir(parents=True)
-        distributed.barrier()
-        engine.save(folder / case.save)
-        if ema:
-            write_shards(folder / case.save, "ema", engine.local_shards(ema.average))
-        distributed.barrier()
+    if case.save or case.average:
+        _save(engine, ema, folder / (case.save or f"{case.name} at the end of {world}"))
     averaged = sum(part.numel() for part in ema.average.values()) if ema else 0
     dtypes = {parameter.dtype for parameter in objective.parameters()}
+    weights = not_averaged = _gathered(engine, shapes)
     if ema:
         ema.swap()
-        engine.sync_parameters()
-    engine.finish()
-    weights = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    return {"weights": weights, "norms": norms, "applied": applied, "averaged": averaged, "dtypes": dtypes}
+        weights = _gathered(engine, shapes)
+    return {
+        "weights": weights,
+        "not averaged": not_averaged,
+        "norms": norms,
+        "applied": applied,
+        "averaged": averaged,
+        "dtypes": dtypes,
+    }
+
+
+def _save(engine: Engine, ema: Ema | None, folder: Path) -> None:
+    if distributed.is_main():
+        folder.mkdir(parents=True)
+    distributed.barrier()
+    files = engine.checkpoint_files()
+    if ema:
+        files |= [shards_file("ema", engine.local_shards(ema.average))]
+    if distributed.is_main():
+        files["model.json"] = vars(engine.objective.exported())
+    write_files(folder, files)
+    distributed.barrier()
+
+
+def _gathered(engine: Engine, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Every parameter in float32, from what the processes hold now."""
+    mine = [(shard.name, shard.start, shard.value) for shard in engine.local_shards(engine.local_parameters())]
+    weights = {name: torch.full([math.prod(shape)], torch.nan) for name, shape in shapes.items()}
+    for of_rank in distributed.all_gather_objects(mine):
+        for name, start, value in of_rank:
+            weights[name][start : start + value.numel()] = value.flatten()
+    return {name: weights[name].view(shape) for name, shape in shapes.items()}
 
 
 def main(cases: str, folder: str) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core.errors import UserError
+from pipeline.core.weights import weight_files
+from pipeline.training.consolidate import consolidate
 from pipeline.training.engines import build_engine
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
@@ -56,6 +59,7 @@ AVERAGED = [
     *(Case(zero=zero, average=True) for zero in ZERO),
     *(Case(zero=zero, average=True, precision="bf16-weights") for zero in (1, 2, 3)),
 ]
+CONSOLIDATED = [*AVERAGED, Case(kind="accelerate", zero=0, average=True)]
 WAITS_FOR_NOTHING = [
     Case(kind="accelerate", zero=0, average=True, may_wait=False),
     Case(zero=0, average=True, may_wait=False),
@@ -100,10 +104,15 @@ def _train(cases: list[Case], folder: Path, processes: int) -> Results:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the trainings save."""
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[int, Results]:
     """Results by number of processes and name of the case."""
-    folder = tmp_path_factory.mktemp("engine")
-    everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + AVERAGED
+    everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + CONSOLIDATED
     one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
     resumed = BY_TWO_AFTER_ONE + BY_TWO_AFTER_TWO + WITHOUT_MEMORY
     two = _train([*everywhere, *BY_TWO, *resumed, *ONLY_READ, *BF16], folder, 2)
@@ -305,6 +314,33 @@ def test_the_average_is_that_of_the_float32_weights_and_lies_on_the_optimizers_s
     assert _distance(found["weights"], average) < (1e-6 if case.precision == "fp32" else 0.01)
     on_one = parameters / (processes if case.zero else 1)
     assert found["averaged"] == pytest.approx(on_one, abs=20)  # slices are cut at multiples of a few elements
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", CONSOLIDATED, ids=lambda case: case.name)
+@pytest.mark.slow
+def test_a_consolidated_checkpoint_has_the_gathered_weights_bit_for_bit(
+    case: Case, processes: int, trained: dict[int, Results], folder: Path, tmp_path: Path
+) -> None:
+    _expect_gathered(trained[processes][case.name], folder / f"{case.name} at the end of {processes}", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_consolidated_checkpoint_of_four_processes_has_the_gathered_weights_bit_for_bit(tmp_path: Path) -> None:
+    found = _train(AVERAGED[:4], tmp_path, 4)
+    for case in AVERAGED[:4]:
+        _expect_gathered(found[case.name], tmp_path / f"{case.name} at the end of 4", tmp_path / "model")
+
+
+def _expect_gathered(found: dict[str, Any], checkpoint: Path, model: Path) -> None:
+    for averaged, weights in ((None, found["weights"]), (False, found["not averaged"])):
+        assert consolidate(checkpoint, model, averaged, shard_bytes=800) == (averaged is None)
+        files = weight_files(model)
+        assert len(files) > 2
+        consolidated = {name: value for file in files for name, value in load_file(model / file).items()}
+        assert consolidated.keys() == weights.keys()
+        assert all(torch.equal(consolidated[name], weights[name]) for name in weights)
+    assert not torch.equal(found["weights"]["head.weight"], found["not averaged"]["head.weight"])
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, resolved_precision
 from pipeline.core.arithmetic import prepare_determinism, set_arithmetic
 from pipeline.core.errors import UserError
+from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.deepspeed import clips_itself, deepspeed_settings
 from tests.training.engine_worker import BATCH, SmallObjective
@@ -147,7 +148,7 @@ def accelerator() -> Iterator[None]:
 @pytest.mark.usefixtures("accelerator")
 def test_an_optimizer_of_another_version_is_one_line(tmp_path: Path) -> None:
     engine = build_engine("accelerate", SmallObjective(), CONFIG, None, tmp_path)
-    engine.save(tmp_path)
+    write_files(tmp_path, engine.checkpoint_files())
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     state["optimizer"]["param_groups"].append(state["optimizer"]["param_groups"][0])
     torch.save(state, tmp_path / "training.pt")

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.core.errors import UserError
+from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines.base import expect_same_shapes
-from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
+from pipeline.training.sharded_state import ShardedState, TensorShard, shards_file
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_what_nobody_wrote_is_told(three_processes: Path) -> None:
 
 def test_what_is_written_comes_back_bit_by_bit(tmp_path: Path) -> None:
     value = torch.randn(3, 5).T  # not contiguous
-    write_shards(tmp_path, "ema", [TensorShard("blocks.0.weight", 0, value)])
+    write_files(tmp_path, dict([shards_file("ema", [TensorShard("blocks.0.weight", 0, value)])]))
     out = torch.empty(15)
     ShardedState(tmp_path, "ema").read_into("blocks.0.weight", 0, out)
     assert torch.equal(out.view(5, 3), value)

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainingConfig
 from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest, UserError
+from pipeline.core.manifest import FileRecord
 from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.core.objective import Objective
 from pipeline.data.prefetch import load
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.engines.base import Batch, Metrics, Update, shards_of_replicated
 from pipeline.training.sharded_state import ShardedState, TensorShard
 from pipeline.training.stopping import LookOut, stoppable
@@ -94,8 +97,6 @@ class PlainEngine:
     def gathered_parameters(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def finish(self) -> None: ...
-
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         return shards_of_replicated(values)
 
@@ -103,8 +104,8 @@ class PlainEngine:
         for name, value in values.items():
             saved.read_into(name, 0, value.view(-1))
 
-    def save(self, directory: Path) -> None:
-        torch.save([self.objective.state_dict(), self.optimizer.state_dict()], directory / "training.pt")
+    def checkpoint_files(self, with_optimizer: bool = True) -> Files:
+        return {"training.pt": [self.objective.state_dict(), self.optimizer.state_dict()][: 1 + with_optimizer]}
 
     def load(self, directory: Path) -> None:
         model, optimizer = torch.load(directory / "training.pt")
@@ -224,14 +225,47 @@ def test_asked_to_stop_before_an_evaluation_no_batch_of_it_is_computed(
 def test_the_time_of_checkpoints_and_evaluations_is_not_in_samples_per_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow_save(directory: Path) -> None:
+    def slow_save(engine: PlainEngine, with_optimizer: bool) -> Files:
         time.sleep(0.5)
+        return {}
 
-    monkeypatch.setattr(PlainEngine, "save", lambda engine, directory: slow_save(directory))
+    monkeypatch.setattr(PlainEngine, "checkpoint_files", slow_save)
     workload = SmallWorkload(lambda step, number: time.sleep(0.1))
     lines = _train(tmp_path, workload, steps=3, log_every=3, evaluate_every=2, checkpoint_every=1)
     (speed,) = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
     assert speed > 3 * BATCH / 0.5  # three steps of milliseconds, around two checkpoints and an evaluation
+
+
+def test_the_end_waits_for_its_checkpoint_and_a_finished_training_may_drop_what_only_a_resume_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write_files
+
+    def write_slowly(directory: Path, files: Files) -> dict[str, FileRecord]:
+        time.sleep(0.2)
+        return write(directory, files)
+
+    monkeypatch.setattr(checkpoint, "write_files", write_slowly)
+    _train(tmp_path / "kept", SmallWorkload(), steps=7, log_every=7, evaluate_every=7, checkpoint_every=3)
+    assert _steps_on_disk(tmp_path / "kept") == [6, 7]
+    settings = {"steps": 7, "log_every": 7, "evaluate_every": 7, "checkpoint_every": 3, "keep_optimizer": False}
+    _train(tmp_path / "dropped", SmallWorkload(), **settings)
+    assert _steps_on_disk(tmp_path / "dropped") == [7]
+    saved = [torch.load(tmp_path / run / "checkpoints/step-00000007/training.pt") for run in ("kept", "dropped")]
+    assert [len(state) for state in saved] == [2, 1]
+    assert all(torch.equal(saved[0][0][name], saved[1][0][name]) for name in saved[0][0])
+
+
+def test_a_stop_waits_for_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ask_to_stop(monkeypatch)
+    with pytest.raises(StoppedOnRequest):
+        _train(tmp_path, SmallWorkload())
+    assert len(_steps_on_disk(tmp_path)) == 1
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def _steps_on_disk(run: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in (run / "checkpoints").glob("step-????????"))
 
 
 def test_a_line_has_the_mean_of_the_finite_steps_since_the_line_before(tmp_path: Path) -> None:

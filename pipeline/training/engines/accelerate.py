@@ -12,6 +12,7 @@ from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, shards_of_replicated
 from pipeline.training.optimizer import build_adamw, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard
@@ -85,9 +86,6 @@ class AccelerateEngine:
     def gathered_parameters(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def finish(self) -> None:
-        return
-
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         return shards_of_replicated(values)
 
@@ -95,19 +93,22 @@ class AccelerateEngine:
         for name, value in values.items():
             saved.read_into(name, 0, value.view(-1))
 
-    def save(self, directory: Path) -> None:
+    def checkpoint_files(self, with_optimizer: bool = True) -> Files:
         if not distributed.is_main():
-            return
-        state = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+            return {}
+        state = {"model": self.objective.state_dict()}
+        if with_optimizer:
+            state["optimizer"] = self.optimizer.state_dict()
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        torch.save(state, directory / "training.pt")
+        return {"training.pt": state}
 
     def load(self, directory: Path) -> None:
         state = torch.load(directory / "training.pt", map_location=distributed.device(), weights_only=True)
         _load_weights(self.objective, state["model"], directory)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            if "optimizer" in state:  # it is not after the last step, with keep_optimizer: false
+                self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:  # other groups of parameters
             raise UserError(
                 f"the checkpoint {directory} has the optimizer of another version ({error}): remove {directory.parent}"

@@ -18,6 +18,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import InitialValues
 from pipeline.core.objective import Objective
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
 Batch = dict[str, Tensor]
@@ -78,20 +79,17 @@ class Engine(Protocol):
     def gathered_parameters(self) -> AbstractContextManager[None]:
         """Collective; inside, `objective` is a plain module with all its weights that one process may call alone."""
 
-    def finish(self) -> None:
-        """Collective: end the training. On the main process `objective` has all weights then, in float32."""
-
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         """What this process writes to a checkpoint of `values`, which are shaped like `local_parameters`."""
 
     def read_shards(self, values: dict[str, Tensor], saved: ShardedState) -> None:
         """Read into `values`, which are shaped like `local_parameters`, what `local_shards` gave on all processes."""
 
-    def save(self, directory: Path) -> None:
-        """Collective: every process writes its files of model and optimizer. See `pipeline/training/checkpoint.py`."""
+    def checkpoint_files(self, with_optimizer: bool = True) -> Files:
+        """This process's files of model and optimizer, not copied. See `pipeline/training/checkpoint.py`."""
 
     def load(self, directory: Path) -> None:
-        """Collective: read what `save` wrote. Raises UserError when it is of another model or version."""
+        """Collective: read what `checkpoint_files` gave. Raises UserError when it is of another model or version."""
 
 
 def shards_of_replicated(values: dict[str, Tensor], all_of_them: bool = False) -> list[TensorShard]:

@@ -11,7 +11,6 @@ any stage.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ from pipeline.core import distributed
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.engines import zero_partitions
 from pipeline.training.engines.base import (
     Batch,
@@ -48,7 +48,7 @@ from pipeline.training.engines.base import (
 from pipeline.training.engines.partitioned_start import give_memory, give_shards
 from pipeline.training.engines.zero_partitions import Partition, Span
 from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
-from pipeline.training.sharded_state import ShardedState, TensorShard, write_shards
+from pipeline.training.sharded_state import ShardedState, TensorShard, shards_file
 
 log = logging.getLogger(__name__)
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16": torch.float16}
@@ -197,25 +197,6 @@ class DeepSpeedEngine:
             finally:
                 offload._register_deepspeed_module(offload.module)
 
-    def finish(self) -> None:
-        if self.stage == 0 or (self.stage < 3 and self.training.precision in ("fp32", "bf16-autocast")):
-            return  # the model has float32 weights already
-        slices = {span.name: (span, part) for span, part in self._slices}
-        whole = {}
-        for name, shape in self._shapes.items():
-            gathered = _whole(shape, *slices.get(name, (None, None)))
-            if distributed.is_main():
-                whole[name] = gathered.cpu()  # all at once may not fit beside what a GPU has at the end
-        self._engine.destroy()  # its hooks would partition parameters after their first use
-        self._engine = self._optimizer = None
-        for name, parameter in self._named_parameters():
-            if distributed.is_main():
-                parameter.data = whole[name]
-        try:
-            self.objective.to(distributed.device())
-        except torch.OutOfMemoryError:
-            log.warning("the final weights in float32 do not fit into the GPU: they stay in the host's memory")
-
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         if self.stage == 0:
             return shards_of_replicated(values)
@@ -226,16 +207,22 @@ class DeepSpeedEngine:
         for name, value in values.items():
             saved.read_into(name, starts.get(name, 0), value.view(-1))
 
-    def save(self, directory: Path) -> None:
+    def checkpoint_files(self, with_optimizer: bool = True) -> Files:
         shards: list[TensorShard] = []
         for partition in self._partitions():
             if partition.written:
-                shards += zero_partitions.local_shards(partition, self._states(partition))
-        write_shards(directory, "training", shards)
+                shards += zero_partitions.local_shards(partition, self._states(partition) if with_optimizer else {})
+        files: Files = dict([shards_file("training", shards)])
         if distributed.is_main():
-            write_shards(directory, "buffers", shards_of_replicated(self._persistent_buffers(), all_of_them=True))
-            state = {"shapes": self._shapes, "optimizer": self.training.optimizer, "loss_scale": self._loss_scale()}
-            write_json(directory / "engine.json", state)
+            buffers = self._persistent_buffers()
+            files |= [shards_file("buffers", shards_of_replicated(buffers, all_of_them=True))]
+            files["engine.json"] = {
+                "shapes": self._shapes,
+                "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+                "optimizer": self.training.optimizer,
+                "loss_scale": self._loss_scale(),
+            }
+        return files
 
     def load(self, directory: Path) -> None:
         if not (directory / "engine.json").exists():
@@ -277,16 +264,6 @@ class DeepSpeedEngine:
             return {}
         state = vars(self._optimizer.loss_scaler)  # a dynamic scaler has all of these, a static one only the first
         return {name: state[name] for name in _LOSS_SCALER_STATE if name in state}
-
-
-def _whole(shape: list[int], span: Span | None, part: Tensor | None) -> Tensor:
-    """Collective: a parameter in float32 from the parts of it that the processes have; `part` is this process's."""
-    device = distributed.device()
-    whole = torch.zeros(math.prod(shape), device=device)
-    if span is not None and part is not None:
-        whole[span.start : span.start + span.length] = part
-    bits = distributed.sum_tensor(whole.view(torch.int32))  # as integers, because -0.0 + 0.0 is 0.0
-    return bits.view(torch.float32).view(shape)
 
 
 def clips_itself(training: TrainingConfig, config: DeepSpeedConfig, stage: int) -> bool:
