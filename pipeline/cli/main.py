@@ -38,12 +38,12 @@ from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
 from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.cli.ui import ui
 from pipeline.config.base import to_yaml
-from pipeline.config.pipeline import load_pipeline
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.text import one_line
 from pipeline.core.version import VERSION
-from pipeline.orchestration.graph import STAGE_NAMES, STAGES
+from pipeline.orchestration.graph import STAGE_NAMES, STAGES, stages_of
 from pipeline.orchestration.run_directory import source_name
 
 EXIT_USER_ERROR = 2
@@ -142,7 +142,16 @@ def run(
     hosts = read_hosts(hostfile) if hostfile else ()
     run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run, hosts=hosts)
     if not dry_run and only in (None, STAGE_NAMES[-1]):
+        _say_what_is_worth_a_look(config)
         click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
+
+
+def _say_what_is_worth_a_look(config: PipelineConfig) -> None:
+    from pipeline.orchestration.worth_a_look import worth_a_look
+
+    directories = {stage.name: config.run_directory / stage.name for stage in stages_of(config)}
+    if found := worth_a_look(config, directories):
+        click.echo("worth a look:\n" + "\n".join(f"  {line}" for line in found), err=True)
 
 
 def _stage_command(name: str) -> click.Command:

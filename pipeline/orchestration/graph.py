@@ -91,14 +91,15 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
     """Check what a pipeline of all stages needs and its config alone decides: better now than hours later.
 
     Raises:
-        UserError: a stage's processes do not divide its batch (`where`: what decides their number), or there is no
-            validation split, which every training measures itself on.
+        UserError: a stage's processes do not divide its batch (`where`: what decides their number), there is no
+            validation split, which every training measures itself on, or guidance that no training prepares.
     """
     if config.prepare.validation_fraction == 0:
         raise UserError(
             "prepare.validation_fraction: expected more than 0, since the stages that train evaluate on the validation"
             " split, found 0: set it to 0.02, say"
         )
+    _check_guidance(config)
     for stage in stages_of(config):
         training = config.training(stage.section)
         if training is not None:
@@ -106,6 +107,20 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
                 accumulation_steps(training, processes_of(stage))
             except UserError as error:
                 raise UserError(f"{stage.name}: {error}{where}") from error
+
+
+def _check_guidance(config: PipelineConfig) -> None:
+    if config.transformer.caption_dropout > 0:
+        return
+    scales = {"generate.sampling.guidance": [config.generate.sampling.guidance]}
+    if config.evaluate.sweep is not None:
+        scales["evaluate.sweep.guidance"] = config.evaluate.sweep.guidance
+    for key, values in scales.items():
+        if other := [scale for scale in values if scale != 1]:
+            raise UserError(
+                f"{key}: expected 1 without transformer.caption_dropout, found {other[0]:g}: set"
+                " transformer.caption_dropout=0.1, say, or leave guidance at 1"
+            )
 
 
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ import yaml
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.evaluation.results import Results, read_results, rows_in
 from pipeline.evaluation.rows import warnings
+from pipeline.orchestration.worth_a_look import worth_a_look
 from pipeline.report.numbers import count, duration, metric, size
 from pipeline.report.plots import Panel, panels, standalone
 from pipeline.report.run_facts import RunFacts, read_facts
@@ -45,7 +46,8 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     sweep = sweep_facts(results["sweep"]) if "sweep" in results else None
     files: dict[str, str | bytes] = {**_plots(curves, sweep), **images.sheets()}
     files |= {"metrics.csv": metrics_csv(rows_in(results)), "costs.json": _costs(facts)}
-    return Report(_page(config, facts, results, images, curves, sweep), files)
+    findings = worth_a_look(config, directories)
+    return Report(_page(config, facts, results, images, curves, sweep, findings), files)
 
 
 def _page(
@@ -55,6 +57,7 @@ def _page(
     images: ShownImages,
     curves: Mapping[str, list[Panel]],
     sweep: SweepFacts | None,
+    findings: list[str],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -77,6 +80,7 @@ def _page(
         scored_by=results["scored_by"],
         candidates=config.generate.candidates,
         warnings=warnings(rows),
+        findings=findings,
         config=_config(config),
         credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),

@@ -152,6 +152,10 @@ def test_an_empty_entry_of_pythonpath_is_not_the_current_folder() -> None:
         ("transformer.training.micro_batch_size=5", "expected batch_size to be a multiple of 1 process × micro"),
         ("processes=3", "image-tokenizer: expected batch_size to be a multiple of 3 processes, found 16"),
         ("prepare.validation_fraction=0", "prepare.validation_fraction: expected more than 0"),
+        (
+            "transformer.caption_dropout=0 generate.sampling.guidance=3",
+            "generate.sampling.guidance: expected 1 without transformer.caption_dropout, found 3",
+        ),
         (f"seed={2**63}", "seed"),
         ("runs=/proc/x", "expected a run directory that can be made and written at /proc/x/tiny"),
     ],
@@ -163,7 +167,7 @@ def test_what_config_alone_decides_is_told_before_the_first_stage(
     for command in (["run", str(TINY)], ["submit", str(TINY), "--cluster", str(tmp_path / "c.yaml")]):
         if override.startswith("processes") and command[0] == "submit":
             continue  # the cluster file says how many
-        output = launch("pipeline", *command, f"runs={tmp_path}", override, check=False)
+        output = launch("pipeline", *command, f"runs={tmp_path}", *override.split(), check=False)
         assert output.startswith("error: ")
         assert len(output.splitlines()) == 1
         assert complaint in output
