@@ -118,6 +118,19 @@ def metrics_of(line: str) -> tuple[int, float, dict[str, float]] | None:
     return (int(step), at, numbers) if math.isfinite(step) and math.isfinite(at) else None
 
 
+def read_history(directory: Path) -> list[dict[str, float]]:
+    """A stage's metrics.jsonl: "step", "time" and the metrics of each step, in order of steps.
+
+    A killed stage may have left half a line, and lines of steps that it repeated later: the later value holds.
+    """
+    path, lines = directory / METRICS, dict[int, dict[str, float]]()
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        if found := metrics_of(text):
+            step, at, metrics = found
+            lines[step] = lines.get(step, {}) | {"step": step, "time": at} | metrics
+    return [lines[step] for step in sorted(lines)]
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")

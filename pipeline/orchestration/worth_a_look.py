@@ -7,13 +7,13 @@ Read from the records of its stages; imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.atomic_io import read_json
 from pipeline.orchestration.graph import stages_of
-from pipeline.orchestration.tracking import METRICS, metrics_of
+from pipeline.orchestration.tracking import read_history
 
 _CUT = 0.01  # the share of captions that a window may cut
 _RISE = 0.05  # by how much of its minimum a validation loss may rise before it is more than noise
@@ -26,17 +26,6 @@ def worth_a_look(config: PipelineConfig, directories: Mapping[str, Path]) -> lis
         if stage.trains and stage.name in directories:
             found += _rising_validation(stage.name, read_history(directories[stage.name]))
     return found
-
-
-def read_history(directory: Path) -> dict[int, dict[str, float]]:
-    """The metrics of a stage's metrics.jsonl, by step, in order. A killed stage may have left half a line, and lines of
-    steps that it repeated later: of two values the later one holds."""
-    path = directory / METRICS
-    lines: dict[int, dict[str, float]] = {}
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        if line := metrics_of(text):
-            lines.setdefault(line[0], {}).update(line[2])
-    return {step: lines[step] for step in sorted(lines)}
 
 
 def _captions_cut(config: PipelineConfig, directories: Mapping[str, Path]) -> list[str]:
@@ -55,7 +44,7 @@ def _low_usage(config: PipelineConfig, directories: Mapping[str, Path]) -> list[
     if "image-tokenizer" not in directories:
         return []
     usage: dict[str, float] = {}  # by level, the last that was measured
-    for metrics in read_history(directories["image-tokenizer"]).values():
+    for metrics in read_history(directories["image-tokenizer"]):
         usage |= {name: value for name, value in metrics.items() if name.startswith("val/codebook_usage")}
     floor = config.image_tokenizer.usage_floor
     low = [f"{value:.0%}{_level(name)}" for name, value in usage.items() if value < floor]
@@ -72,14 +61,13 @@ def _level(name: str) -> str:
     return f" on level {level[1]}" if level else ""
 
 
-def _rising_validation(stage: str, history: Mapping[int, Mapping[str, float]]) -> list[str]:
+def _rising_validation(stage: str, history: Sequence[Mapping[str, float]]) -> list[str]:
     """Of each loss that is both trained and validated: whether the one rose while the other fell."""
     found = []
-    for name in sorted({name for metrics in history.values() for name in metrics if name.startswith("val/loss")}):
-        validated = {step: metrics[name] for step, metrics in history.items() if name in metrics}
+    for name in sorted({name for metrics in history for name in metrics if name.startswith("val/loss")}):
+        validated, trained = _by_step(history, name), _by_step(history, name.removeprefix("val/"))
         best = min(validated, key=lambda step: validated[step])
         last = max(validated)
-        trained = {s: m[name.removeprefix("val/")] for s, m in history.items() if name.removeprefix("val/") in m}
         then = [value for step, value in trained.items() if step <= best]
         if validated[last] > (1 + _RISE) * validated[best] and then and trained[max(trained)] < then[-1]:
             found.append(
@@ -88,3 +76,7 @@ def _rising_validation(stage: str, history: Mapping[int, Mapping[str, float]]) -
                 " samples, or dropout"
             )
     return found
+
+
+def _by_step(history: Sequence[Mapping[str, float]], name: str) -> dict[int, float]:
+    return {int(metrics["step"]): metrics[name] for metrics in history if name in metrics}

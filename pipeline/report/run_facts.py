@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from pipeline.core.atomic_io import read_json
 from pipeline.core.weights import count_parameters
 from pipeline.orchestration.graph import STAGES
+from pipeline.orchestration.tracking import read_history
 
 _PACKAGES = (
     "torch",
@@ -90,26 +90,13 @@ def _stage(name: str, directory: Path) -> StageFacts:
         wall_time_s=timing.get("wall_time_s"),
         parameters=count_parameters(directory / "model"),
         output_bytes=sum(output["bytes"] for output in outputs.values()),
-        history=_history(directory / "metrics.jsonl"),
+        history=read_history(directory),
     )
 
 
 def _json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = read_json(path) if path.is_file() else {}
     return value
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    """metrics.jsonl, one dict per step. A killed stage may have left half a line, and lines of steps that were
-    then repeated."""
-    lines: dict[int, dict[str, float]] = {}
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        lines[line["step"]] = lines.get(line["step"], {}) | line
-    return [lines[step] for step in sorted(lines)]
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.pipeline import load_pipeline
-from pipeline.orchestration.worth_a_look import read_history, worth_a_look
+from pipeline.orchestration.tracking import read_history
+from pipeline.orchestration.worth_a_look import worth_a_look
 from tests.conftest import TINY
 from tests.launch import launch
 
@@ -64,7 +65,7 @@ def test_of_steps_that_were_repeated_the_later_values_hold_and_half_a_line_is_no
     )
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss"')
-    assert read_history(folder) == {1: {"loss": 2.0}, 2: {"loss": 1.0}}
+    assert read_history(folder) == [{"step": 1, "time": 1, "loss": 2}, {"step": 2, "time": 1, "loss": 1}]
 
 
 def test_run_ends_with_the_list_and_the_report_begins_with_it(tiny_run: Path) -> None:
