@@ -7,7 +7,8 @@ A lock whose owner is gone is taken over: at once when the owner is a dead proce
 process itself has seen no beat for `STALE_AFTER_S`, whatever the clocks of other hosts say. When the owner is an
 earlier start of the same Slurm job, on another node, two missed beats are enough. A process that finds its lock taken
 over ends itself at once: it was asleep for that long, and another one writes now. One that cannot beat for half of
-`STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over.
+`STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over; one that was
+stopped (SIGSTOP, Ctrl-Z) looks before it does anything else.
 
 filelock's lease (SoftFileLease) watches as well, but takes a killed process that nobody has waited for (a zombie) for
 alive, as stages of `smalti run` are for a moment, and knows nothing of Slurm's jobs.
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -25,11 +28,12 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Literal, TypedDict
 
 import psutil
 
+from pipeline.core import signals
 from pipeline.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ STALE_AFTER_S = 90.0
 SAME_JOB_STALE_AFTER_S = 25.0
 _DYING_S = 0.5  # a process of this machine may just be dying
 _SILENT_S = 5.0  # seconds of waiting before a line says so
+_POLL_S = 0.1
 _TRIES, _TRY_AGAIN_S = 10, 0.5
 
 
@@ -54,7 +59,11 @@ class Owner(TypedDict):
 
 
 class Lock:
-    """A lock file, held inside of `with`. Raises UserError on entry if another process holds it."""
+    """A lock file, held inside of `with`.
+
+    Raises on entry UserError if another process holds it; StoppedOnRequest if this one is asked to stop while it waits
+    for as long as it takes (`wait_s` infinite).
+    """
 
     def __init__(self, path: Path, what: str, wait_s: float = 0.0) -> None:
         """
@@ -68,7 +77,9 @@ class Lock:
         self.wait_s = wait_s
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
-        self._beating = threading.Lock()
+        self._beating = threading.RLock()  # a signal may come while its thread holds it
+        self._beaten, self._told = time.monotonic(), False
+        self._process = os.getpid()
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +90,7 @@ class Lock:
                 continue  # released between our two looks
             state = watch.state(owner)
             if state == "gone":
-                self._remove_stale(owner)
+                self._remove_stale(owner, watch.last_beat_ns)
                 continue
             waited_s = time.monotonic() - started
             # An earlier start of this job may beat on for a while, on a node that Slurm has lost sight of.
@@ -89,12 +100,16 @@ class Lock:
             if waited_s > _SILENT_S and not told:
                 log.info("%s: its lock is held by %s: waiting", self.what, _named(owner))
                 told = True
-            time.sleep(0.1)
+            _pause(self.wait_s)
+        self._beaten = time.monotonic()
+        _held.add(self)
+        _look_when_continued()
         threading.Thread(target=self._keep_alive, name="lock heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._released.set()
+        _held.discard(self)
         with self._beating:
             owner = _read(self.path)
             if owner and owner["token"] == self._token:
@@ -114,7 +129,7 @@ class Lock:
             draft.unlink()
         return True
 
-    def _remove_stale(self, owner: Owner) -> None:
+    def _remove_stale(self, owner: Owner, last_beat_ns: int | None) -> None:
         """Move a dead owner's lock away. Of two processes that try, the rename lets one win."""
         stale = self.path.with_name(f".{self.path.name}.{self._token}.stale")
         try:
@@ -122,46 +137,70 @@ class Lock:
         except FileNotFoundError:
             return
         moved = _read(stale)
-        if moved and moved["token"] != owner["token"]:  # another process was quicker and holds it now: give it back
+        # Another process was quicker and holds it now, or the owner has beaten once more: give it back.
+        if moved and (moved["token"] != owner["token"] or last_beat_ns not in (None, _beaten_ns(stale))):
             with suppress(FileExistsError):  # it has made it again itself
                 os.link(stale, self.path)
         stale.unlink()
 
     def _keep_alive(self) -> None:
-        beaten, told = time.monotonic(), False
         while not self._released.wait(HEARTBEAT_S):
-            try:
-                with self._beating:
-                    self._beat()
-                beaten, told = time.monotonic(), False
-                continue
-            except (OSError, ValueError) as error:  # of a network file system, now and then
-                if not told:
-                    log.warning("%s: the heartbeat of its lock %s failed (%s): trying on", self.what, self.path, error)
-                told = True
-            if time.monotonic() - beaten > STALE_AFTER_S / 2:
-                log.critical(
-                    "%s: no heartbeat of %s for %.0f s: this process ends before another one takes over",
-                    self.what,
-                    self.path,
-                    time.monotonic() - beaten,
-                )
-                os._exit(1)
+            self.beat_or_end()
+
+    def beat_or_end(self) -> None:
+        """Show that the owner lives; end this process if that failed for so long that another one may take over."""
+        try:
+            with self._beating:
+                self._beat()
+            self._told = False
+            return
+        except (OSError, ValueError) as error:  # of a network file system, now and then
+            if not self._told:
+                log.warning("%s: the heartbeat of its lock %s failed (%s): trying on", self.what, self.path, error)
+            self._told = True
+        if self._silent_s() > STALE_AFTER_S / 2:
+            log.critical(
+                "%s: no heartbeat of %s for %.0f s: this process ends before another one takes over",
+                self.what,
+                self.path,
+                self._silent_s(),
+            )
+            os._exit(1)
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._beaten
 
     def _beat(self) -> None:
         """Show that the owner lives. Raises OSError or ValueError when that cannot be shown."""
-        if self._released.is_set():
+        if self._released.is_set() or self._process != os.getpid():
             return
+        with suppress(FileNotFoundError):
+            os.utime(self.path)
+        # Looked at only now: who finds it stale before the beat, and moves it away after it, gives it back.
         owner = _read(self.path)
-        if owner is None:  # removed by hand, or another process is just moving it
-            self._create()
-            return
-        if not owner["token"]:
+        if owner is None and not self._create():  # removed by hand, or another process is just moving it
+            owner = _read(self.path)
+        if owner and not owner["token"]:
             raise ValueError("it is damaged")
-        if owner["token"] != self._token:
+        if owner and owner["token"] != self._token:
             log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
             os._exit(1)
-        os.utime(self.path)
+        self._beaten = time.monotonic()
+
+
+_held: set[Lock] = set()
+
+
+def _look_when_continued() -> None:
+    """From now on a process that goes on after a stop (SIGSTOP, Ctrl-Z) beats or ends before it writes anything."""
+    # Only a main thread may set it; what somebody else has set stays.
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCONT) == signal.SIG_DFL:
+        signal.signal(signal.SIGCONT, _on_continue)
+
+
+def _on_continue(_number: int, _frame: FrameType | None) -> None:
+    for lock in list(_held):
+        lock.beat_or_end()
 
 
 class _Watch:
@@ -172,6 +211,11 @@ class _Watch:
         self._last: tuple[str, int | None] | None = None
         self._since = time.monotonic()  # by this process's own clock
         self._beats = 0
+
+    @property
+    def last_beat_ns(self) -> int | None:
+        """The newest beat that was seen, by the owner's clock; None: none was looked for."""
+        return self._last[1] if self._last else None
 
     def state(self, owner: Owner) -> Literal["alive", "gone", "unknown"]:
         """Whether `owner`, which the lock names now, lives; unknown: nothing tells yet."""
@@ -200,23 +244,34 @@ def owner_of(path: Path) -> Owner | None:
     return owner if lives or (lives is None and _heartbeat_age_s(path) <= STALE_AFTER_S) else None
 
 
-def refuse_if_held(paths: Sequence[Path], what: str) -> None:
+def refuse_if_held(paths: Sequence[Path], what: str, wait_s: float = 0.0) -> None:
     """Raises UserError if another process holds one of these locks. `what` is locked, for the message.
 
-    Watches those of other machines until a beat, or the lack of one, tells.
+    Watches those of other machines until a beat, or the lack of one, tells; waits `wait_s` for one that is held.
     """
-    watched = [(path, _Watch(path)) for path in paths]
+    watched, started, told = [(path, _Watch(path)) for path in paths], time.monotonic(), False
     while watched:
-        unknown = []
+        held = []
         for path, watch in watched:
             owner = _read_patiently(path)
             state = watch.state(owner) if owner else "gone"
-            if owner and state == "alive":
+            waited_s = time.monotonic() - started
+            if owner and state == "alive" and waited_s >= wait_s:
                 raise _refusal(what, owner, path)
-            if state == "unknown":
-                unknown.append((path, watch))
-        watched = unknown
-        time.sleep(0.1 if watched else 0)
+            if owner and state != "gone":
+                held.append((path, watch))
+                if waited_s > _SILENT_S and not told:
+                    log.info("%s: its lock is held by %s: waiting", what, _named(owner))
+                    told = True
+        watched = held
+        if watched:
+            _pause(wait_s)
+
+
+def _pause(wait_s: float) -> None:
+    if wait_s == math.inf:  # shorter waits end by themselves
+        signals.check()
+    time.sleep(_POLL_S)
 
 
 def _refusal(what: str, owner: Owner, path: Path) -> UserError:

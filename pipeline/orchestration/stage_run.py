@@ -146,28 +146,29 @@ def _begin(
     """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
         raise UserError(f"{stage.name} is not part of this pipeline: set {stage.section}.enabled=true")
+    # The tasks of an array are many, and find a lock taken now and then: they wait, and none is refused for it.
+    patience_s = 0.0 if array_task is None else math.inf
     checked = False
     if not (os.environ.get(RUNNER_VARIABLE) or os.environ.get(SUBMITTED_VARIABLE)):  # these have opened the run already
         runs.check(source, take_over)
         if config.branched_from is None:  # a refused command changes nothing
             _refuse_stale_inputs(stage, config, runs)
             checked = True
-        with runs.lock_run(wait_s=_OPENING_S):  # tasks that are started side by side open it one after the other
+        with runs.lock_run(wait_s=max(patience_s, _OPENING_S)):  # those started side by side open it one by one
             runs.open(config, source)
     # The tasks of an array write side by side, but not beside a process that does the whole stage.
     others = (
         [runs.lock(stage.name)] if array_task else sorted(runs.lock(stage.name).parent.glob(f"{stage.name}.task-*"))
     )
     name = f"{stage.name}.task-{array_task[0]}-of-{array_task[1]}" if array_task else stage.name
-    held.enter_context(Lock(runs.lock(name), f"stage {name}"))
-    refuse_if_held(others, f"stage {stage.name}")
+    held.enter_context(Lock(runs.lock(name), f"stage {name}", patience_s))
+    refuse_if_held(others, f"stage {stage.name}", patience_s)
     _refuse_stale_inputs(stage, config, runs, files=not checked)
     _refuse_empty_splits(stage, runs)
     identity = runs.identity(config, stage, files=False)
     if array_task is None:
         return runs.begin(config, stage, identity)
-    # Held for a moment each, by as many tasks as there may be: none is refused for it.
-    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", wait_s=math.inf):
+    with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", patience_s):
         return runs.begin_task(config, stage, array_task, identity)
 
 

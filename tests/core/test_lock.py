@@ -2,21 +2,21 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.core import lock
-from pipeline.core.errors import UserError
+from pipeline.core import lock, signals
+from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock
 
 HOLDER = """
@@ -60,52 +60,70 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(path: Path) -> None:
     assert not path.exists()
 
 
-@contextmanager
-def _beating(path: Path, owner: dict[str, object], skew_s: float = 0.0) -> Iterator[None]:
-    """A lock of another host, whose clock is wrong by so much, and its heartbeat."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(owner))
-    ended = threading.Event()
+class AnotherHost:
+    """A lock of another host, whose clock may be wrong, and a clock of ours that runs only while we sleep."""
 
-    def beat() -> None:
-        while not ended.wait(0.05):
-            os.utime(path, (time.time() + skew_s, time.time() + skew_s))
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.now_s, self.beats, self.skew_s = path, 0.0, False, 0.0
+        ours = SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._sleep, time=time.time)
+        monkeypatch.setattr(lock, "time", ours)
+        monkeypatch.setattr(lock, "_POLL_S", 0.5)
 
-    os.utime(path, (time.time() + skew_s, time.time() + skew_s))
-    heart = threading.Thread(target=beat)
-    heart.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        heart.join()
+    def hold(self, content: str, skew_s: float = 0.0) -> None:
+        """Write the lock file, and keep its heart beating until `die`."""
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(content)
+        self.beats, self.skew_s = True, skew_s
+        self._beat()
+
+    def die(self) -> None:
+        self.beats = False
+
+    def _sleep(self, seconds: float) -> None:
+        before, self.now_s = self.now_s, self.now_s + seconds
+        if self.beats and before // lock.HEARTBEAT_S != self.now_s // lock.HEARTBEAT_S:
+            self._beat()
+
+    def _beat(self) -> None:
+        beaten_s = 1_700_000_000 + self.now_s + self.skew_s
+        os.utime(self.path, (beaten_s, beaten_s))
+
+
+@pytest.fixture
+def elsewhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> AnotherHost:
+    return AnotherHost(path, monkeypatch)
+
+
+def _owner(host: str = "elsewhere") -> str:
+    return json.dumps({"host": host, "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"})
 
 
 @pytest.mark.parametrize("skew_s", [0.0, -300.0, 300.0])
 def test_another_hosts_lock_holds_while_its_heart_beats_whatever_its_clock_says(
-    path: Path, skew_s: float, monkeypatch: pytest.MonkeyPatch
+    path: Path, skew_s: float, elsewhere: AnotherHost
 ) -> None:
-    monkeypatch.setattr(lock, "STALE_AFTER_S", 1.0)
-    with _beating(path, {"host": "elsewhere", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}, skew_s):
-        with pytest.raises(UserError, match="process 1 on elsewhere"), Lock(path, "it"):
+    elsewhere.hold(_owner(), skew_s)
+    for wait_s in (0.0, 3 * lock.STALE_AFTER_S):
+        with pytest.raises(UserError, match="process 1 on elsewhere"), Lock(path, "it", wait_s):
             pass
         with pytest.raises(UserError, match="process 1 on elsewhere"):
-            lock.refuse_if_held([path], "it")
+            lock.refuse_if_held([path], "it", wait_s)
+    elsewhere.die()
+    died_s = elsewhere.now_s
     lock.refuse_if_held([path], "it")
+    assert lock.STALE_AFTER_S - lock.HEARTBEAT_S < elsewhere.now_s - died_s < lock.STALE_AFTER_S + 1
     with Lock(path, "it"):
         assert json.loads(path.read_text())["host"] != "elsewhere"
 
 
 def test_a_requeued_slurm_job_takes_its_own_lock_back_after_two_missed_beats(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, elsewhere: AnotherHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "SAME_JOB_STALE_AFTER_S", 0.5)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with _beating(path, {"host": "node1", "pid": 1, "started": 0.0, "slurm_job": "7", "token": "t"}):
-        pass
-    started = time.monotonic()
+    elsewhere.hold(_owner("node1"))
+    elsewhere.die()
     with Lock(path, "it"):
-        assert 0.5 < time.monotonic() - started < lock.STALE_AFTER_S / 2
+        assert 2 * lock.HEARTBEAT_S < elsewhere.now_s < 3 * lock.HEARTBEAT_S
         assert json.loads(path.read_text())["host"] != "node1"
 
 
@@ -162,9 +180,9 @@ def test_a_process_that_slept_through_its_lock_does_not_go_on_writing(path: Path
 
 def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
     holder = _hold_in_another_process(path)
-    with pytest.raises(UserError, match="already being written"), Lock(path, "it", wait_s=0.5):
+    with pytest.raises(UserError, match="already being written"), Lock(path, "it", wait_s=0.6):
         pass
-    threading.Timer(0.5, holder.terminate).start()
+    threading.Timer(0.2, holder.terminate).start()
     with Lock(path, "it", wait_s=20):
         pass
     holder.wait()
@@ -172,16 +190,46 @@ def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", '{"host": "a', "[]", "{}", "null"])
 def test_a_lock_file_that_is_empty_or_cut_holds_as_long_as_its_heartbeat(
-    path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+    path: Path, content: str, elsewhere: AnotherHost
 ) -> None:
-    monkeypatch.setattr(lock, "STALE_AFTER_S", 1.0)
-    with _beating(path, {}):
-        path.write_text(content)
-        with pytest.raises(UserError, match=r"already being written by a process that the damaged lock file does not"):
-            Lock(path, "stage x").__enter__()
+    elsewhere.hold(content)
+    with pytest.raises(UserError, match=r"already being written by a process that the damaged lock file does not"):
+        Lock(path, "stage x").__enter__()
+    elsewhere.die()
     with Lock(path, "stage x"):
         assert lock.owner_of(path) is not None
     assert not path.exists()
+
+
+def test_an_owner_that_beats_again_at_the_last_moment_keeps_its_lock(path: Path, elsewhere: AnotherHost) -> None:
+    elsewhere.hold(_owner())
+    elsewhere.die()
+    contender, removed = Lock(path, "it"), Lock._remove_stale
+
+    def too_late(lock: Lock, *found: Any) -> None:
+        elsewhere.hold(_owner())  # between the decision of the other and its deed
+        removed(lock, *found)
+
+    contender._remove_stale = MethodType(too_late, contender)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="process 1 on elsewhere"), contender:
+        pass
+    assert path.read_text() == _owner()
+
+
+def test_who_waits_as_long_as_it_takes_can_be_asked_to_stop(
+    path: Path, elsewhere: AnotherHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere.hold(_owner())
+    monkeypatch.setattr(signals, "check", lambda: _stop_after(elsewhere, 3 * lock.STALE_AFTER_S))
+    with pytest.raises(StoppedOnRequest), Lock(path, "it", math.inf):
+        pass
+    with pytest.raises(StoppedOnRequest):
+        lock.refuse_if_held([path], "it", math.inf)
+
+
+def _stop_after(elsewhere: AnotherHost, seconds: float) -> None:
+    if elsewhere.now_s > seconds:
+        raise StoppedOnRequest("asked to stop")
 
 
 FAILING = """
@@ -199,8 +247,11 @@ def fail(path):
 os.utime = fail
 with lock.Lock(Path(sys.argv[1]), "it"):
     before = os.stat(sys.argv[1]).st_mtime
-    time.sleep(1.5)
-    print("beaten again" if os.stat(sys.argv[1]).st_mtime > before else "no beat")
+    for _ in range(500):
+        time.sleep(0.02)
+        if os.stat(sys.argv[1]).st_mtime > before:
+            print("beaten again")
+            break
 """
 
 

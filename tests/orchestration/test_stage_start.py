@@ -68,12 +68,12 @@ def test_a_task_that_finds_the_start_locked_waits_for_it_as_long_as_it_takes(
 
     def slow(*arguments: Any) -> bool:
         turns.append(threading.active_count())
-        lock.time.sleep(0.3)
+        lock.time.sleep(0.1)
         return begin(*arguments)
 
     clock = lock.time.monotonic
     monkeypatch.setattr(RunDirectory, "begin_task", slow)
-    monkeypatch.setattr(lock.time, "monotonic", lambda: 1_000 * clock())  # 0.3 s are five minutes
+    monkeypatch.setattr(lock.time, "monotonic", lambda: 1_000 * clock())  # 0.1 s are two minutes
     monkeypatch.setattr(lock, "STALE_AFTER_S", 1e9)
     refused: list[BaseException] = []
 
@@ -90,3 +90,27 @@ def test_a_task_that_finds_the_start_locked_waits_for_it_as_long_as_it_takes(
         one.join()
     assert not refused
     assert len(turns) == 4
+
+
+@pytest.mark.parametrize("name", ["generate", "generate.task-0-of-2", "generate.begin", "run"])
+def test_a_task_waits_for_any_lock_that_it_finds_taken(
+    name: str, runs: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SMALTI_SUBMITTED")  # it opens the run itself
+    monkeypatch.setattr(stage_run, "_OPENING_S", 0.0)
+    held, waits = lock.Lock(runs.lock(name), "another process's"), Counter[str]()
+    pause = lock._pause
+
+    def pause_until_the_tenth(wait_s: float) -> None:
+        waits["in all"] += 1
+        if waits["in all"] == 10:  # a second, longer than any patience of a process that is no task
+            held.__exit__(None, None, None)
+        pause(wait_s)
+
+    monkeypatch.setattr(lock, "_pause", pause_until_the_tenth)
+    monkeypatch.setattr(lock, "_POLL_S", 0.06)
+    held.__enter__()
+    begun = []
+    stage_run.execute(GENERATE, _changed(runs), "tiny.yaml", (0, 2), begun.append)
+    assert begun
+    assert waits["in all"] == 10

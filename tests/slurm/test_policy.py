@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def test_a_users_mistake_is_never_tried_again_and_a_held_lock_is() -> None:
     refusal = str(lock._refusal("stage x", lock._this_process("t"), Path("/nowhere")))
     assert outcome_of(Ending(False, 2, said=f"0: error: {refusal}")) == policy.LOCKED
     assert decide([_life(policy.MISTAKE, error="error: expected a folder")], BUDGETS).action == "fail"
+
+
+def test_a_held_lock_never_fails_a_task_of_an_array() -> None:
+    budgets = Budgets(max_crashes=0, of_array=True)
+    assert decide([_life(policy.LOCKED) for _ in range(100)], budgets).action == "again"
+    line = decide([_life(policy.CRASH) for _ in range(2)], replace(budgets, max_crashes=1)).line
+    assert "max_task_retries" in line
 
 
 @pytest.mark.parametrize(

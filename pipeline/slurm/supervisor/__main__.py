@@ -54,8 +54,8 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        crashes_key = "max_task_retries" if options.array_tasks else "max_crashes"
-        self.budgets = Budgets(options.max_time_limits, options.max_crashes, options.max_bad_hosts, crashes_key)
+        limits = (options.max_time_limits, options.max_crashes, options.max_bad_hosts)
+        self.budgets = Budgets(*limits, of_array=bool(options.array_tasks))
         self.interrupt = Interrupt()
         self.job = ThisJob()
         run, stage, task = options.run, options.stage, self.job.task

@@ -63,14 +63,16 @@ class Budgets:
     max_time_limits: int = 3
     max_crashes: int = 3
     max_bad_hosts: int = 3
-    crashes_key: str = "max_crashes"  # in the cluster file
+    of_array: bool = False  # of a task of an array; its `max_crashes` is `max_task_retries` in the cluster file
 
     def of(self, outcome: str) -> tuple[str, int]:
         """The budget that an outcome spends: its name in the cluster file, and how much it is."""
         if outcome == TIME_LIMIT:
             return "max_time_limits", self.max_time_limits
+        if outcome == LOCKED and self.of_array:  # by the stage itself, or by another array
+            return "", _STOPS_WITHOUT_PROGRESS
         if outcome in (CRASH, LOCKED):
-            return self.crashes_key, self.max_crashes
+            return "max_task_retries" if self.of_array else "max_crashes", self.max_crashes
         if outcome in (BAD_HOST, LATE_HOST, DEAD_HOST):
             return "max_bad_hosts", self.max_bad_hosts
         return "", _STOPS_WITHOUT_PROGRESS
