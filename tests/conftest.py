@@ -17,6 +17,7 @@ from pipeline.orchestration.graph import stages_of
 from tests.launch import ROOT, launch
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+NO_TRACKING = "tracking.enabled=false"  # MLflow takes two seconds of each stage, and has tests of its own
 STAGE_NAMES = tuple(stage.name for stage in stages_of(load_pipeline(TINY)))
 
 

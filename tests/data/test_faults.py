@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenize_shards import TokenizeJob, all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
-from tests.conftest import STAGE_NAMES, TINY
+from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
 from tests.data.small_run import make_small_run, tokenize_job
 from tests.launch import command, environment, launch
@@ -180,7 +180,7 @@ def test_tokenize_in_two_processes_one_of_them_killed_resumes_and_ends_with_the_
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
     before = tree_bytes(run / "tokenize")
     shutil.rmtree(run / "tokenize")
-    smalti = command("pipeline", ["run", str(TINY), f"runs={tmp_path}", "processes=2"])
+    smalti = command("pipeline", ["run", str(TINY), f"runs={tmp_path}", "processes=2", NO_TRACKING])
     process = subprocess.Popen(smalti, env=environment(), stderr=subprocess.PIPE, text=True)
     records = sorted(name for name in before if re.fullmatch(r"(train|val)/\d+\.json", name))
     second = next(run / "tokenize" / name for name in records[1::2])  # the first shard of the second task
@@ -215,7 +215,7 @@ def test_a_flipped_byte_stops_the_transformer_before_it_trains_and_is_made_good(
     array = run / "tokenize/train/000001.codes.0.npy"
     whole = array.read_bytes()
     array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    arguments = [str(TINY), f"runs={tmp_path}", "transformer.layers=1"]  # another model, on the same arrays
+    arguments = [str(TINY), f"runs={tmp_path}", "transformer.layers=1", NO_TRACKING]  # another model, same arrays
     output = launch("stages.transformer", "--config", *arguments, check=False)
     assert "train/000001.codes.0.npy is damaged: expected sha256" in output
     assert not list((run / "transformer").glob("checkpoints/*"))

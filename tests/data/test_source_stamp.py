@@ -20,7 +20,7 @@ from pipeline.data.shards import read_index
 from pipeline.data.source_stamp import source_stamp
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.data.sample_images import encoded, image, write_folder, write_tar
 from tests.launch import ROOT, launch
 
@@ -138,7 +138,7 @@ def test_the_stamp_of_a_source_needs_no_torch_and_no_packages_of_sources(tmp_pat
 @pytest.mark.slow
 def test_run_prepares_what_was_added_to_the_source(tmp_path: Path) -> None:
     source = json.dumps(_folder(tmp_path, 0))
-    arguments = ["run", str(TINY), "--only", "prepare", f"runs={tmp_path}", f"prepare.source={source}"]
+    arguments = ["run", str(TINY), "--only", "prepare", f"runs={tmp_path}", f"prepare.source={source}", NO_TRACKING]
     launch("pipeline", *arguments)
     assert "up to date" in launch("pipeline", *arguments)
     _folder(tmp_path, 3)

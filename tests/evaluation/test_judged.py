@@ -11,7 +11,7 @@ from pipeline.evaluation.image_sets import images_at
 from pipeline.evaluation.judged import COMBINATIONS, RECONSTRUCTED, judged_prompts
 from pipeline.shapes.judge import judge
 from pipeline.shapes.prompts import TASKS, read
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import launch
 
 
@@ -32,7 +32,7 @@ def test_a_run_on_shapes_reports_the_share_of_right_images(tmp_path: Path) -> No
         "image_tokenizer.model.patch_size=4", "evaluate.judged_prompts=2", "generate.samples=8",
         "generate.training_prompts=[]", "generate.new_prompts=[a red circle]", "text_tokenizer.text_length=16",
     ]  # fmt: skip
-    launch("pipeline", "run", str(TINY), *changes, cwd=tmp_path)
+    launch("pipeline", "run", str(TINY), NO_TRACKING, *changes, cwd=tmp_path)
     run = tmp_path / "runs" / "tiny"
     rows = json.loads((run / "evaluate" / "metrics.json").read_text())["rows"]
     shares = {(row["metric"], row["compares"]): row for row in rows if row["metric"].startswith("right, ")}

@@ -22,7 +22,7 @@ from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, bu
 from pipeline.image_tokenizer.discriminator import Adversary, Guard, PatchDiscriminator
 from pipeline.image_tokenizer.image_losses import ImageLosses, add_image_losses
 from pipeline.training.optimizer import build_adamw
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import launch
 
 SIDE = 16
@@ -305,7 +305,7 @@ def test_with_every_extra_two_processes_resume_to_the_same_bits_and_export_the_t
         "image_tokenizer.training.micro_batch_size": 4,
         "image_tokenizer.training.checkpoint_every": 8,
     }
-    arguments = ["--config", str(TINY), *(f"{key}={value}" for key, value in settings.items())]
+    arguments = ["--config", str(TINY), NO_TRACKING, *(f"{key}={value}" for key, value in settings.items())]
     stage = run / "image-tokenizer"
 
     def train_to_the_end() -> tuple[bytes, list[dict[str, float]]]:

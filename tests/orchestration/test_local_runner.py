@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.config.pipeline import load_pipeline
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm.status import as_json, run_status
-from tests.conftest import STAGE_NAMES, TINY
+from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.launch import ROOT, environment, launch
 from tests.orchestration.recorded_run import recorded_run
 
@@ -194,7 +194,7 @@ def _captioned(folder: Path, count: int) -> Path:
 )
 def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], complaint: str, tmp_path: Path) -> None:
     source = f"prepare.source={{kind: folder, path: {_captioned(tmp_path / 'in', 44)}}}"
-    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8"]
+    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8", NO_TRACKING]
     output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", source, *fitting, *overrides, check=False)
     assert complaint in output
     assert "Traceback" not in output
@@ -204,7 +204,7 @@ def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], com
 @pytest.mark.slow
 def test_prompts_that_change_after_prepare_are_told_before_the_transformer_trains(tmp_path: Path) -> None:
     source = f"prepare.source={{kind: folder, path: {_captioned(tmp_path / 'in', 44)}}}"
-    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8"]
+    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8", NO_TRACKING]
     short = ["image_tokenizer.training.steps=6", "image_tokenizer.training.evaluate_every=6"]
     command = ["run", str(TINY), f"runs={tmp_path}", source, *fitting, *short]
     for stage in ("prepare", "text-tokenizer", "image-tokenizer", "tokenize"):

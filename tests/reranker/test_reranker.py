@@ -21,7 +21,7 @@ from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.activation_checkpointing import checkpoint_activations
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import launch
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (120, 120, 120)}
@@ -113,7 +113,7 @@ def test_recomputed_activations_change_no_gradient() -> None:
 
 def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
-    config = ["--config", str(run / "config.yaml"), "reranker.enabled=true", "generate.candidates=2"]
+    config = ["--config", str(run / "config.yaml"), "reranker.enabled=true", "generate.candidates=2", NO_TRACKING]
     config += ["reranker.model.width=32", "reranker.model.layers=1", "reranker.model.heads=2"]
     config += ["reranker.training.steps=8", "reranker.training.batch_size=32", "reranker.training.warmup_steps=2"]
     launch("stages.reranker", *config)

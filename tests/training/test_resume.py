@@ -15,11 +15,10 @@ import psutil
 import pytest
 
 from pipeline.core.metric_names import CLOCK_METRICS
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import ROOT, command, environment, kill_all, launch, wait_for_end
 
 BEFORE_THE_TRANSFORMER = ("prepare", "text-tokenizer", "image-tokenizer", "tokenize")
-NO_TRACKING = "tracking.enabled=false"  # MLflow would take seconds more, and has tests of its own
 # ZeRO-3 with an average: everything is sharded. What is drawn at random depends on the number of processes.
 SHARDED = [
     "transformer.deepspeed.zero_stage=3",
