@@ -30,14 +30,16 @@ def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeou
     if rank:
         # Rank 0 may start last, and has as much patience with the others.
         announced = Announced(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, here, 2 * timeout_s)
-        follow(announced, rank, processes, _problem(run_directory, stage, min_free_gb), timeout_s)
+        problem, gpu = _looked_at(run_directory, stage, min_free_gb)
+        follow(announced, rank, processes, problem, timeout_s, gpu)
         os._exit(0)  # gloo's destructors sometimes abort
     if processes > 1:
         call = RollCall(int(os.environ["MASTER_PORT"]), processes)
         call.note(0, host=here)
-        verdict = lead(call, processes, names, _problem(run_directory, stage, min_free_gb), timeout_s)
+        problem, gpu = _looked_at(run_directory, stage, min_free_gb)
+        verdict = lead(call, processes, names, problem, timeout_s, gpu)
     else:
-        problem = _problem(run_directory, stage, min_free_gb)
+        problem, _ = _looked_at(run_directory, stage, min_free_gb)
         verdict = Verdict({here: problem} if problem else {})
     _tell(verdict, bad_hosts, names)
     if not verdict.exit_code:
@@ -47,18 +49,19 @@ def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeou
     os._exit(verdict.exit_code)
 
 
-def _problem(run_directory: Path, stage: str, min_free_gb: float) -> str | None:
-    """What is wrong with this host (one process of each looks) or with this rank's GPU. Imports torch."""
+def _looked_at(run_directory: Path, stage: str, min_free_gb: float) -> tuple[str | None, str]:
+    """What is wrong with this host (one process of each looks) or this rank's GPU; and which GPU. Imports torch."""
     problem = check_host(run_directory, stage, min_free_gb) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    from pipeline.slurm.device_check import device_problem
+    from pipeline.slurm.device_check import device_identity, device_problem
 
-    return problem or device_problem()
+    problem = problem or device_problem()
+    return problem, "" if problem else device_identity()
 
 
 def _tell(verdict: Verdict, bad_hosts: Path, names: list[str]) -> None:
     for host, problem in sorted(verdict.bad.items()):
         click.echo(f"preflight: bad host {host}: {problem}", err=True)
-    for line in filter(None, [verdict.late, verdict.nobody, *verdict.notes]):
+    for line in filter(None, [verdict.late, verdict.nobody, *verdict.notes, verdict.mistake]):
         click.echo(f"preflight: {line}", err=True)
     if verdict.exit_code == BAD_HOSTS:
         with open(bad_hosts, "a") as file:

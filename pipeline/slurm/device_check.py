@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from pipeline.core import distributed
+from pipeline.core import distributed, gpus
 
 _FREE_FRACTION = 0.8  # of a GPU's memory: what is left is the driver's and this process's own
 _SLOW_FRACTION = 0.5  # of the median
@@ -43,6 +43,13 @@ def device_problem() -> str | None:
     if fault := counter_fault(_counters(f"GPU-{torch.cuda.get_device_properties(mine).uuid}")):
         return f"GPU {mine}: the driver says {fault}"
     return None
+
+
+def device_identity() -> str:
+    """What tells this rank's GPU from those of all others; empty where there are no GPUs."""
+    if not torch.cuda.is_available():
+        return ""
+    return gpus.identity(os.environ, str(torch.cuda.get_device_properties(distributed.device()).uuid))
 
 
 def counter_fault(counters: Mapping[str, str]) -> str | None:

@@ -6,7 +6,8 @@ Ranks announce themselves (`roll_call.py`) before they import torch. Each host c
 directory, the stage's inputs readable, its clock against the file system's (locks depend on it), its GPUs
 (`device_check.py`). Then all ranks all-reduce and multiply matrices. Rank 0 prints which host is bad and why, and
 appends the names to FILE; a host on which somebody was late, or that only waited for it, is never among them.
-Exit 0: passed; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be singled out; 5: not all came.
+Exit 0: passed; 2: two ranks have one GPU; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be singled
+out; 5: not all came.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from pipeline.config.pipeline import load_pipeline
+from pipeline.core import gpus
 from pipeline.core.errors import UserError
 from pipeline.core.file_system import CLOCK_TOLERANCE_S, clock_skew_s
 from pipeline.orchestration.graph import inputs_of, stage_named
@@ -28,17 +30,21 @@ from pipeline.slurm.roll_call import Announced, RollCall
 _FILES_PER_INPUT = 64
 # A rank that has announced itself lives, and may import from a cold disk for so many times the patience.
 _IMPORT_PATIENCE = 5
-BAD_HOSTS, NO_HOST_TO_BLAME, LATE = 3, 4, 5
+MISTAKE, BAD_HOSTS, NO_HOST_TO_BLAME, LATE = 2, 3, 4, 5
 
 
 @dataclass
 class Verdict:
-    """What rank 0 found. `bad`: what is wrong, by host; `late`: who did not come; `notes`: what is worth telling."""
+    """What rank 0 found.
+
+    `bad`: what is wrong, by host; `late`: who did not come; `notes`: what is worth telling; `mistake`: the user's.
+    """
 
     bad: dict[str, str] = field(default_factory=dict)
     late: str = ""
     nobody: str = ""  # what failed everywhere
     notes: list[str] = field(default_factory=list)
+    mistake: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -46,6 +52,8 @@ class Verdict:
             return BAD_HOSTS
         if self.nobody:
             return NO_HOST_TO_BLAME
+        if self.mistake:
+            return MISTAKE
         return LATE if self.late else 0
 
 
@@ -83,17 +91,20 @@ def _clock_skew(run_directory: Path) -> str | None:
     return None
 
 
-def lead(call: RollCall, processes: int, hosts: list[str], problem: str | None, timeout_s: float) -> Verdict:
-    """Rank 0's part, after its own check: hear all, all-reduce with all, compare."""
-    call.note(0, problem=problem or "")
+def lead(
+    call: RollCall, processes: int, hosts: list[str], problem: str | None, timeout_s: float, gpu: str = ""
+) -> Verdict:
+    """Rank 0's part, after its own check: hear all, all-reduce with all, compare. `gpu`: as in `follow`."""
+    call.note(0, problem=problem or "", gpu=gpu)
     missing = call.wait_for("host", lambda: (call.first_arrival or 0) + timeout_s)
     if not missing:
         missing = call.wait_for("problem", lambda: (call.last_arrival or 0) + _IMPORT_PATIENCE * timeout_s)
     bad = _by_host(call, "problem")
     late = _who_is_late(call, missing, hosts) if missing else ""
-    if bad or late:
+    shared = "" if bad or late else _shared_gpu(call)
+    if bad or late or shared:
         call.tell("stop")
-        return Verdict(bad, late)
+        return Verdict(bad, late, mistake=shared)
     # First: who hears "go" connects to the store at once.
     listener = call.hand_over_listener()
     call.tell("go")
@@ -106,10 +117,12 @@ def lead(call: RollCall, processes: int, hosts: list[str], problem: str | None, 
     return _compare(call, hosts)
 
 
-def follow(announced: Announced, rank: int, processes: int, problem: str | None, timeout_s: float) -> None:
-    """The part of every other rank."""
+def follow(
+    announced: Announced, rank: int, processes: int, problem: str | None, timeout_s: float, gpu: str = ""
+) -> None:
+    """The part of every other rank. `gpu`: the `gpus.identity` of its GPU; empty: it has none."""
     # Rank 0 says nothing before it has heard all.
-    if announced.say(problem=problem or "") and announced.hear((2 + _IMPORT_PATIENCE) * timeout_s) == "go":
+    if announced.say(problem=problem or "", gpu=gpu) and announced.hear((2 + _IMPORT_PATIENCE) * timeout_s) == "go":
         announced.say(**_measure(rank, processes, timeout_s))
 
 
@@ -120,6 +133,17 @@ def _by_host(call: RollCall, fact: str) -> dict[str, str]:
         if facts.get(fact):
             found.setdefault(facts["host"], facts[fact])
     return found
+
+
+def _shared_gpu(call: RollCall) -> str:
+    """Which ranks have the same GPU, of which NCCL would only say that it failed; empty: none."""
+    host_of = call.hosts()
+    gpu_of = {rank: facts.get("gpu") or f"none of rank {rank}" for rank, facts in call.said.items()}
+    try:
+        gpus.refuse_shared([(host_of[rank], gpu_of[rank]) for rank in sorted(host_of)])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _who_is_late(call: RollCall, missing: list[int], hosts: list[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.slurm import preflight
 from pipeline.slurm.device_check import counter_fault, hardware_xids, slow_hosts
-from pipeline.slurm.preflight import BAD_HOSTS, LATE, NO_HOST_TO_BLAME, Verdict, follow, lead
+from pipeline.slurm.preflight import BAD_HOSTS, LATE, MISTAKE, NO_HOST_TO_BLAME, Verdict, follow, lead
 from pipeline.slurm.roll_call import Announced, RollCall
 
 Measured = dict[str, object]
@@ -34,8 +34,10 @@ def _hold(
     timeout_s: float = 5.0,
     problems: dict[int, str] | None = None,
     ranks: dict[int, Callable[[Announced], None]] | None = None,
+    gpus: list[str] | None = None,
 ) -> Verdict:
     """A preflight with a rank on each of `hosts`; `ranks`: those that do something else than they should."""
+    gpus = gpus or [""] * len(hosts)
     port, problems = free_port(), problems or {}
     call = RollCall(port, len(hosts))
     call.note(0, host=hosts[0])
@@ -45,13 +47,13 @@ def _hold(
         if ranks and rank in ranks:
             ranks[rank](announced)
         else:
-            follow(announced, rank, len(hosts), problems.get(rank), timeout_s)
+            follow(announced, rank, len(hosts), problems.get(rank), timeout_s, gpus[rank])
 
     for rank in range(1, len(hosts)):
         if hosts[rank]:
             threading.Thread(target=other, args=(rank,), daemon=True).start()
     names = ["a", "b"]
-    return lead(call, len(hosts), names, problems.get(0), timeout_s)
+    return lead(call, len(hosts), names, problems.get(0), timeout_s, gpus[0])
 
 
 def test_ranks_announce_themselves_before_they_import_torch() -> None:
@@ -98,6 +100,13 @@ def test_a_problem_is_of_the_host_that_the_rank_names_however_ranks_are_dealt_ou
 ) -> None:
     verdict = _hold(["a", "b", "a", "b"], problems={2: "GPU 1 has 3 of 80 GB free"})
     assert (verdict.exit_code, verdict.bad) == (BAD_HOSTS, {"a": "GPU 1 has 3 of 80 GB free"})
+
+
+def test_ranks_on_one_gpu_are_a_mistake_that_is_told_before_nccl_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_measure", lambda *_: pytest.fail("the all-reduce was tried"))
+    verdict = _hold(["a", "b", "b"], gpus=["GPU-1", "GPU-2", "GPU-2"])
+    assert (verdict.exit_code, verdict.bad) == (MISTAKE, {})
+    assert "found ranks 1 and 2 on the same one (GPU-2 of b)" in verdict.mistake
 
 
 def test_an_all_reduce_that_fails_on_one_host_or_on_all(measured: dict[int, Measured]) -> None:

@@ -20,7 +20,7 @@ from pipeline.slurm.supervisor.policy import Budgets, Decision, Ending, Life, de
 from pipeline.slurm.supervisor.ranks import FirstFailure, Interrupt, first_failure, run_ranks
 from pipeline.slurm.supervisor.record import last_step, progress, read_record, record_path, write_record
 
-_BAD_HOSTS, _LATE_HOSTS = 3, 5  # exit codes of the preflight
+_MISTAKE, _BAD_HOSTS, _LATE_HOSTS = 2, 3, 5  # exit codes of the preflight
 _UNTIL_REQUEUED_S = 60.0
 # After these Slurm may still be ending a step, by its number.
 _LEAVE_STEPS = ("", policy.TAKEN_AWAY, policy.DEAD_HOST, policy.CRASH)
@@ -111,7 +111,8 @@ class Supervisor:
             self.life.outcome, self.life.blamed = policy.BAD_HOST, bad
             return self._follow(code, first)
         # Which rank srun tells of is chance: one says who is late, the others that they waited in vain.
-        self.life.outcome = policy.LATE_HOST if _LATE_HOSTS in (code, first.code) else policy.CRASH
+        known = {_LATE_HOSTS: policy.LATE_HOST, _MISTAKE: policy.MISTAKE}
+        self.life.outcome = known.get(first.code, known.get(code, policy.CRASH))
         return self._follow(code, first)
 
     def _run_ranks(self, srun_flags: list[str], module: str, arguments: list[str]) -> int:

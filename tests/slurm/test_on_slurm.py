@@ -1,0 +1,44 @@
+"""What asks a real Slurm: the doctor of a cluster file, and prepare as an array."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tests.slurm.conftest import Slurm, cluster_file, events, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+def test_the_doctor_names_what_the_cluster_would_refuse_or_let_wait_for_ever(slurm: Slurm, tmp_path: Path) -> None:
+    asks = {
+        "prepare": {"partition": "gpu"},
+        "tokenize": {"time": "1-00:00:00"},
+        "generate": {"account": "nobody"},
+        "evaluate": {"memory": "4T"},
+        "report": {"partition": "normal", "time": "01:00:00"},
+    }
+    cluster = cluster_file(tmp_path, stages=json.dumps(asks))
+    output = slurm.smalti("doctor", str(TINY), "--cluster", str(cluster), check=False)
+    told = [line[30:].strip() for line in output.splitlines() if "cluster file" in line[:30]]
+    assert told[0] == "prepare: partition: expected one of normal, preempt, found 'gpu'"
+    assert told[1] == "tokenize: time: expected at most 2 hours, the limit of the partition, found 24"
+    assert [line.partition(":")[0] for line in told] == ["prepare", "tokenize", "evaluate"]
+    assert "not available" in told[2]
+
+
+def test_prepare_as_an_array_makes_the_bytes_of_one_process(slurm: Slurm, local_run: Path, tmp_path: Path) -> None:
+    cluster = cluster_file(tmp_path, stages="{prepare: {array: 3}}")
+    slurm.smalti(
+        *("submit", str(local_run / "config.yaml"), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare")
+    )
+    run = tmp_path / "tiny"
+    jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
+    wait_until("the join's end", lambda: slurm.states()[jobs["prepare"]] not in ("PENDING", "RUNNING", "COMPLETING"))
+    lives = [events(record) for record in sorted((run / "slurm").glob("prepare.task-*.lives.json"))]
+    assert lives == [["started", "finished"]] * 3
+    made, locally = (json.loads((path / "prepare" / "manifest.json").read_text()) for path in (run, local_run))
+    assert made["hash"] == locally["hash"]
