@@ -38,9 +38,13 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     config = run.config.generate
-    captions = [(sample.key, sample.caption) for sample in read_samples(run.input("prepare"), "train")]
-    check_against_training(config, [caption for _, caption in captions])
-    chosen = [captions[row] for row in sampled_rows(len(captions), config.samples, run.config.seed)]
+    known: list[str] = []
+    first: list[tuple[str, str]] = []  # key, caption
+    for sample in read_samples(run.input("prepare"), "train"):
+        known += sample.captions
+        first.append((sample.key, sample.caption))
+    check_against_training(config, known)
+    chosen = [first[row] for row in sampled_rows(len(first), config.samples, run.config.seed)]
     device = distributed.device()
     dtype = sampling_dtype(config.sampling.dtype, device)
     pipeline = Pipeline.from_pretrained(run.input("transformer").parent, device, dtype=dtype)

@@ -8,6 +8,7 @@ image of the validation split finds its caption, and vice versa. See pipeline/re
 from __future__ import annotations
 
 from collections.abc import Generator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
+from pipeline.data.order import caption_in_epoch
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
 from pipeline.orchestration.stage_run import StageRun
@@ -41,20 +43,22 @@ class Workload:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         self.stream = ImageStream(run.input("prepare"), "train", run.config.seed, beside=self._captions)
-        captions = [sample.caption for sample in read_samples(run.input("prepare"), "train")]
-        self.text_NT = self.text_tokenizer.encode(captions).to(torch.int32)
-        self.first_row = np.cumsum([0, *(shard.samples for shard in self.stream.shards)])
+        of_samples = [sample.captions for sample in read_samples(run.input("prepare"), "train")]
+        self.text_CT = self.text_tokenizer.encode(list(chain.from_iterable(of_samples))).to(torch.int32)
+        self.caption_counts = np.array([len(captions) for captions in of_samples], dtype=np.int64)
+        self.first_caption = np.cumsum(self.caption_counts) - self.caption_counts
         torch.manual_seed(run.config.seed)
         text = self.text_tokenizer
         self.towers = TwoTowers(self.config.model, self.stream.image_size, text.text_length, text.vocab_size)
         self.objective = ContrastiveObjective(self.towers)
 
     def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
-        """Images in the stream's order, each with its caption's ids."""
+        """Images in the stream's order, each with the ids of one of its captions, another one each epoch."""
         return self.stream.batches(consumed, self.config.training.batch_size)
 
-    def _captions(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        return {"text": self.text_NT[self.first_row[shards] + rows]}
+    def _captions(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> dict[str, Tensor]:
+        which = caption_in_epoch(self.run.config.seed, samples, epochs, self.caption_counts[samples])
+        return {"text": self.text_CT[self.first_caption[samples] + which]}
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""

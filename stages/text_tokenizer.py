@@ -25,10 +25,11 @@ def main(run: StageRun) -> None:
     if not is_main():
         return
     samples = read_samples(run.input("prepare"), "train")
-    captions = [sample.caption for sample in progress(samples, description="captions", unit="caption")]
+    of_samples = [sample.captions for sample in progress(samples, description="captions", unit="sample")]
+    captions = [caption for own in of_samples for caption in own]
     # Nothing but captions decides this, and generate, which needs it, comes hours later.
     check_against_training(run.config.generate, captions)
-    sampled_rows(len(captions), run.config.generate.samples, run.seed)
+    sampled_rows(len(of_samples), run.config.generate.samples, run.seed)
     tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
     stats = _statistics(tokenizer, captions)
     log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))

@@ -16,6 +16,7 @@ from pipeline.core import distributed, signals
 from pipeline.core.arithmetic import set_arithmetic
 from pipeline.core.progress import progress
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
+from pipeline.data.tokens import caption_count
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.text_tokenizer import TextTokenizer
@@ -63,7 +64,7 @@ def _join(run: StageRun, job: TokenizeJob) -> None:
             "%s: %d of %d captions are longer than the window of %d tokens and were cut",
             split,
             found["captions_cut"],
-            found["samples"],
+            caption_count(found),
             job.encoders.text_length,
         )
     log.info("codes were made in %s, without TF32", index.get("precision"))

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Generator
 from itertools import islice
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -49,7 +48,8 @@ class Workload:
         self.run, self.config = run, run.config.transformer
         tokens = run.input("tokenize")
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
-        self.train = TokenSampler(tokens, "train", run.config.seed, encode_caption=self._encode_caption())
+        encode = self._encode_caption()
+        self.train = TokenSampler(tokens, "train", run.config.seed, encode_caption=encode, draw_captions=True)
         self.validation = TokenSampler(tokens, "val", run.config.seed)
         self.train.verify()
         self.validation.verify()

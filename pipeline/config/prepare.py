@@ -171,8 +171,10 @@ class PrepareConfig(Config):
     crop: Literal["center", "random"] = Field(
         "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
     )
-    caption: Literal["first", "all"] = added(
-        "first", description="of several captions of an image: the first one, or all, a sample each (in the same split)"
+    caption: Literal["first", "all", "random"] = added(
+        "first",
+        description="of several captions of an image: the first one; all, a sample each (in the same split); random: "
+        "all, of which training takes another one each epoch, and everything else the first",
     )
     shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeGuard
 
@@ -14,6 +14,8 @@ from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
+from pipeline.data import shards as image_shards
+from pipeline.data import tokens
 from pipeline.data.images import grid
 from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard, read_samples, read_shard
 from pipeline.data.sources.base import fault
@@ -57,7 +59,9 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
     for split in SPLITS:
         entry = index["splits"][split]
         shards = [Shard(**shard) for shard in entry["shards"]]
-        yield f"  {split:<6}{entry['samples']:>12,} samples in {len(shards):,} shards, {_size(entry['bytes'])}"
+        captions = _with_captions(entry["samples"], image_shards.caption_count(entry))
+        count = f"{entry['samples']:>12,} samples{captions}"
+        yield f"  {split:<6}{count} in {len(shards):,} shards, {_size(entry['bytes'])}"
         if shards:
             yield f"        captions: {_captions(folder, split)}"
         if verify:
@@ -91,7 +95,8 @@ def _spread(folder: Path, index: PrepareIndex) -> Iterator[Sample]:
 
 
 def _captions(folder: Path, split: str) -> str:
-    captions = [sample.caption for sample in islice(read_samples(folder, split), _CAPTIONS)]
+    of_samples = (sample.captions for sample in read_samples(folder, split))
+    captions = list(islice(chain.from_iterable(of_samples), _CAPTIONS))
     lengths = np.array([len(caption) for caption in captions])
     part = f" (of the first {_CAPTIONS:,})" if len(captions) == _CAPTIONS else ""
     return (
@@ -108,8 +113,9 @@ def _tokens(folder: Path, index: TokenIndex, verify: bool) -> Iterator[str]:
         names = [name for shard in entry["shards"] for name in shard["sha256"]]
         size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
         crops = entry["shards"][0]["crops"] if entry["shards"] else 0
+        captions = _with_captions(entry["samples"], tokens.caption_count(entry))
         yield (
-            f"  {split:<6}{entry['samples']:>12,} samples in {len(entry['shards']):,} shards, "
+            f"  {split:<6}{entry['samples']:>12,} samples{captions} in {len(entry['shards']):,} shards, "
             f"{crops} crop{'s' if crops != 1 else ''} each, {_size(size)}"
         )
         if entry["shards"]:
@@ -138,6 +144,10 @@ def _array(path: Path) -> NDArray[np.uint16 | np.uint32]:
         return array
     except Exception as error:  # numpy reads a header as Python, which fails in some ten ways
         raise UserError(f"{path} is missing or damaged: {fault(error)}: run the stage tokenize again") from error
+
+
+def _with_captions(samples: int, captions: int) -> str:
+    return f" with {captions:,} captions" if captions != samples else ""
 
 
 def _counted(counts: dict[str, int]) -> str:

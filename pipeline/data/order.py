@@ -2,10 +2,12 @@
 
     ShardOrder([1000, 1000, 731], seed=0).locate(positions)     # images: (shard, row); stays close together on disk
     GlobalOrder(2731, seed=0).locate(positions)                 # tokens: (sample, epoch); shuffled over the whole split
+    caption_in_epoch(0, samples, epochs, counts)                # which of its captions a sample has in an epoch
 
-Both count positions from the start of training, go through every sample once per epoch, and are built of `permute`: a
-bijection of range(n) that is computed, not stored. It is a Feistel network over the smallest power of four that holds
-n, walked until it falls below n again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
+Both orders count positions from the start of training and go through every sample once per epoch. All is built of
+`permute`: a bijection of range(n) that is computed, not stored. It is a Feistel network over the smallest power of four
+that holds n, walked until it falls below n again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains",
+section 3).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ CANONICAL_STREAMS = 64
 _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: its multiples are far apart
 _ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN
+
+_TURN = np.uint64(0xD1B54A32D192ED03)  # another odd constant: the turns of a sample are far apart, too
 
 # The layout of one epoch: shards in order, where each of them ends in the row, the key that permutes its samples.
 _Layout = tuple[Ints, Ints, NDArray[np.uint64]]
@@ -61,6 +65,18 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+def caption_in_epoch(seed: int, samples: Ints, epochs: Ints, counts: Ints) -> Ints:
+    """Which of its `counts` captions each sample has in an epoch: int64 [n], 0 <= caption < counts.
+
+    A sample with k captions has each of them once in the epochs [0, k), once in [k, 2 k), and so on, in an order of
+    its own each time.
+    """
+    turns, within = np.divmod(epochs, counts)
+    base = np.uint64(hash64("captions", seed))
+    keys = _mix(_mix(base ^ samples.astype(np.uint64)) + turns.astype(np.uint64) * _TURN)
+    return permute(within, counts, keys)
 
 
 class GlobalOrder:

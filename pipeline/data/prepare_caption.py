@@ -10,7 +10,7 @@ from pipeline.core.text import clean_text, decode_text
 from pipeline.data.images import BadSample
 
 
-def captions_of(value: object, wanted: Literal["first", "all"]) -> list[object]:
+def captions_of(value: object, wanted: Literal["first", "all", "random"]) -> list[object]:
     """The captions of an image that are wanted, at least one: text, bytes or numbers, not cleaned yet.
 
     Raises:
@@ -20,7 +20,7 @@ def captions_of(value: object, wanted: Literal["first", "all"]) -> list[object]:
     captions = [caption for caption in captions if caption is not None]
     if not captions:
         raise BadSample("missing caption")
-    return captions if wanted == "all" else captions[:1]
+    return captions[:1] if wanted == "first" else captions
 
 
 def caption_text(value: object, filters: FilterConfig) -> str:

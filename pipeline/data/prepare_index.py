@@ -21,7 +21,7 @@ from pipeline.data import png
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, opened_source
-from pipeline.data.shards import PrepareIndex, Rejected, Shard, ShardFile, SplitIndex, index_path
+from pipeline.data.shards import PrepareIndex, Rejected, Shard, ShardFile, SplitIndex, caption_count, index_path
 from pipeline.data.splits import SPLITS
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
                 reasons[entry["reason"]] += entry.get("samples", 1)
                 file.write(mask(json.dumps(entry)) + "\n")
     rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
-    kept = splits["train"]["samples"] + splits["val"]["samples"]
+    # Where a sample has several captions, each of them is counted.
+    kept = sum(caption_count(split) for split in splits.values())
     _check_complete(found, kept, rejected["samples"], passed_over.total())
     _check_rejected(directory, config, kept, rejected)
     _remove_others(directory, splits, tasks)
@@ -79,7 +80,7 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
         "credit": source.credit,
     }
     write_json(directory / "index.json", index)
-    _say(kept, rejected, passed_over)
+    _say(kept, sum(split["samples"] for split in splits.values()), rejected, passed_over)
     return index
 
 
@@ -99,12 +100,13 @@ def _check_complete(found: int, kept: int, rejected: int, left_out: int) -> None
         )
 
 
-def _say(kept: int, rejected: Rejected, passed_over: Counter[str]) -> None:
-    """One line for what was not kept."""
-    if rejected["samples"] or passed_over:
+def _say(kept: int, samples: int, rejected: Rejected, passed_over: Counter[str]) -> None:
+    """One line for what was not kept, or is not one caption an image."""
+    if rejected["samples"] or passed_over or kept != samples:
         lost = [f"{rejected['samples']:,} rejected{_counted(rejected['reasons'])}"] if rejected["samples"] else []
         lost += [f"{passed_over.total():,} left out{_counted(passed_over)}"] if passed_over else []
-        log.info("prepare: %s samples kept, %s", f"{kept:,}", ", ".join(lost))
+        what = f"{kept:,} samples kept" if kept == samples else f"{kept:,} captions of {samples:,} images kept"
+        log.info("prepare: %s", ", ".join([what, *lost]))
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -219,16 +219,25 @@ class _Making:
             captions = []
         self.found += found
         self._further_captions += found - 1
+        together: list[str] = []  # captions of one sample
         for number, raw in enumerate(captions):
             key = record.key if not number else f"{record.key}-caption-{number + 1}"
             try:
-                self._keep(record, key, raw, decoded)
+                text = caption_text(raw, self.task.config.filters)
+                if self.task.config.caption == "random":
+                    together.append(text)
+                else:
+                    self._keep(record, key, [text], decoded)
             except BadSample as bad:
                 self._reject(record, key, bad)
+        if together:
+            try:
+                self._keep(record, record.key, together, decoded)
+            except BadSample as bad:
+                self._reject(record, record.key, bad, len(together))
 
-    def _keep(self, record: Record, key: str, raw: object, decoded: _Square) -> None:
-        caption = caption_text(raw, self.task.config.filters)
-        sample = Sample(safe_key(key), decoded.png, caption, record.meta)
+    def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
+        sample = Sample(safe_key(key), decoded.png, captions[0], record.meta, tuple(captions[1:]))
         key_hash = hash64("key", sample.key)
         if key_hash in self.hashes:
             raise BadSample("duplicate key", _EARLIER["duplicate key"])
@@ -271,13 +280,19 @@ def _write(task: PartTask, kept: dict[str, list[Sample]], record: PartRecord) ->
         if samples:
             count, size, sha256 = write_shard(path, samples)
             shards[split] = {"name": f"{split}/{path.name}", "samples": count, "bytes": size, "sha256": sha256}
+            captions = sum(len(sample.captions) for sample in samples)
+            if captions != count:
+                shards[split]["captions"] = captions
             indexes[split] = sha256_file(index_path(path))
     left_out = sorted(record["left_out"], key=lambda entry: entry["key"])
     write_json(task.record_path, {**record, "shards": shards, "indexes": indexes, "left_out": left_out})
 
 
 def _left_out(sample: Sample, reason: str) -> Rejection:
-    return {"key": sample.key, "reason": reason, "detail": _EARLIER[reason]}
+    entry: Rejection = {"key": sample.key, "reason": reason, "detail": _EARLIER[reason]}
+    if sample.further:
+        entry["samples"] = len(sample.captions)
+    return entry
 
 
 @dataclass(frozen=True)

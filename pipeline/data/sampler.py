@@ -22,7 +22,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
 from pipeline.data.caption_workers import CaptionWorkers, Encode
-from pipeline.data.order import GlobalOrder
+from pipeline.data.order import GlobalOrder, caption_in_epoch
 from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
 
@@ -41,16 +41,20 @@ class TokenSampler:
         rank: int | None = None,
         world_size: int | None = None,
         encode_caption: Encode | None = None,
+        draw_captions: bool = False,
     ) -> None:
         """`rank`, `world_size`: by default those of `pipeline.core.distributed`. Raises UserError: see TokenArrays.
 
         `encode_caption`: makes the text ids from the stored captions, with random numbers that are a function of
         (seed, epoch, sample) (BPE dropout), in processes of their own (`CaptionWorkers`); None: the stored ids.
+        `draw_captions`: of several captions of a sample each epoch has another one, a function of (seed, epoch, sample)
+        too; else always the first.
         """
         self.arrays = TokenArrays(tokenize_dir, split)
         self.order = GlobalOrder(len(self.arrays), seed)
         self.seed = seed
         self._encode_caption = encode_caption
+        self._draws = draw_captions and self.arrays.several_captions
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
 
@@ -98,9 +102,12 @@ class TokenSampler:
         while True:
             samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.
-            text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops)
+            which = None
+            if self._draws:
+                which = caption_in_epoch(self.seed, samples, epochs, self.arrays.caption_counts(samples))
+            text, codes = self.arrays.gather(samples, (samples + epochs) % self.arrays.crops, which)
             if workers is not None:
-                captions = self.arrays.captions(samples)
+                captions = self.arrays.captions(samples, which)
                 text[:] = workers.encode(captions, epochs.tolist(), samples.tolist())
             yield {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
             start += stride

@@ -1,7 +1,8 @@
 """Image shards: WebDataset tars of one size of image, with an index.
 
     prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
-    prepare/train/000000.tar       members KEY.json, KEY.png and KEY.txt (caption), one sample after the other
+    prepare/train/000000.tar       members KEY.json, KEY.png and KEY.txt (caption), one sample after the other; where
+                                   an image has several captions, KEY.captions.json with all of them, the first too
     prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
 
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
@@ -34,6 +35,7 @@ _BLOCK = 512  # tar pads every member to whole blocks
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
 _INDEX_ROW = struct.Struct("<3q")  # first byte, bytes, CRC-32: a row of .index.npy
+_CAPTIONS = ".captions.json"  # member of an image with several captions
 
 
 class ShardEntry(TypedDict):
@@ -43,6 +45,7 @@ class ShardEntry(TypedDict):
     samples: int
     bytes: int
     sha256: str
+    captions: NotRequired[int]  # of all samples; missing: one each
 
 
 class SplitIndex(TypedDict):
@@ -80,6 +83,12 @@ class Sample:
     png: bytes
     caption: str
     meta: Mapping[str, object]
+    further: tuple[str, ...] = ()  # captions beside the first
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions of the image, at least one."""
+        return (self.caption, *self.further)
 
     @cached_property
     def image(self) -> Image.Image:
@@ -95,11 +104,17 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    captions: int | None = None  # of all samples; None: one each
 
     @property
     def stem(self) -> str:
         """The name without its extension, which token arrays begin with, too."""
         return self.name.removesuffix(".tar")
+
+
+def caption_count(split: SplitIndex) -> int:
+    """How many captions a split has; as many as samples, unless `prepare.caption` is random."""
+    return sum(shard.get("captions", shard["samples"]) for shard in split["shards"])
 
 
 def index_path(tar: Path) -> Path:
@@ -120,6 +135,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
                 begin = _add(tar, f"{sample.key}.png", sample.png)
                 index.append((begin, len(sample.png), zlib.crc32(sample.png)))
                 _add(tar, f"{sample.key}.txt", sample.caption.encode())
+                if sample.further:
+                    _add(tar, sample.key + _CAPTIONS, json.dumps(sample.captions).encode())
         size, sha256 = temporary.stat().st_size, sha256_file(temporary)
         with atomic_path(index_path(path)) as temporary_index, open(temporary_index, "wb") as file:
             np.save(file, np.array(index, dtype=np.int64).reshape(-1, 3))
@@ -209,17 +226,31 @@ def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
     count, reason = 0, ""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-            members = _members(tar)
-            for (name, meta), (_, png), (_, caption) in zip(members, members, members, strict=True):
+            for sample in _samples(_members(tar)):
                 count += 1
-                if not name.endswith(".json"):
-                    raise ValueError(f"{name} where sample {count} should begin")
-                yield Sample(name.removesuffix(".json"), png, caption.decode(), json.loads(meta))
+                yield sample
     except (OSError, ValueError) as error:
         reason = str(error)
     if reason or count != shard.samples:
         found = reason or f"{count} samples"
         raise UserError(f"{path} is damaged: expected {shard.samples} samples, found {found}; run prepare again")
+
+
+def _samples(members: Iterator[tuple[str, bytes]]) -> Iterator[Sample]:
+    """Raises ValueError when the members are not those of whole samples."""
+    end = ("", b"")
+    name, content = next(members, end)
+    while name:
+        key = name.removesuffix(".json")
+        (image, png), (text, caption) = next(members, end), next(members, end)
+        if (name, image, text) != (f"{key}.json", f"{key}.png", f"{key}.txt"):
+            raise ValueError(f"{name}, {image}, {text} where KEY.json, KEY.png, KEY.txt should be")
+        meta, (name, content) = content, next(members, end)
+        further: tuple[str, ...] = ()
+        if name == key + _CAPTIONS:
+            further = tuple(json.loads(content)[1:])
+            name, content = next(members, end)
+        yield Sample(key, png, caption.decode(), json.loads(meta), further)
 
 
 def _members(tar: mmap.mmap) -> Iterator[tuple[str, bytes]]:

@@ -63,7 +63,8 @@ class ImageStream:
             cache_bytes: decoded images are kept in memory when the whole split fits into this.
             threads: decoding threads. None: the processors of this process less one, and one for images below 128
                 pixels, where two would wait for each other.
-            beside: (shard, row) of a batch's samples -> what else the batch has of them.
+            beside: (sample, epoch) of each of a batch's images, samples counted through all shards -> what else the
+                batch has of them.
 
         Raises:
             UserError: there are no shards, or the split is empty.
@@ -106,7 +107,8 @@ class ImageStream:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
                 shards, rows = self.order.locate(np.arange(start, start + share))
-                more = self._beside(shards, rows) if self._beside else {}
+                epochs = np.arange(start, start + share) // len(self)
+                more = self._beside(self._first[shards] + rows, epochs) if self._beside else {}
                 yield {"images": torch.from_numpy(self._images(shards, rows, pool))} | more
                 start += stride
 

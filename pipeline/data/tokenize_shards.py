@@ -40,7 +40,15 @@ from pipeline.data import png
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
 from pipeline.data.splits import SPLITS
-from pipeline.data.tokens import TokenIndex, TokenShard, TokenSplit, array_records, check_arrays, token_dtype
+from pipeline.data.tokens import (
+    LARGEST_ROW,
+    TokenIndex,
+    TokenShard,
+    TokenSplit,
+    array_records,
+    check_arrays,
+    token_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,10 @@ class TokenizeJob:
 @dataclass(frozen=True)
 class _Batch:
     keys: list[str]
-    captions: list[str]
+    captions: list[str]  # of all samples
+    caption_counts: list[int]  # of each sample
     cut: int  # captions longer than text_length tokens
-    text: NDArray[np.int64]  # [n, text_length]
+    text: NDArray[np.int64]  # [captions, text_length]
     images: torch.Tensor  # uint8 [n * crops, 3, H, W], the crops of a sample one after the other
     codes: list[torch.Tensor]  # of each level, int64 [n * crops, positions]; empty if not encoded yet
 
@@ -161,6 +170,7 @@ def tokenize_shards(job: TokenizeJob, shards: Sequence[tuple[str, Shard]]) -> Ge
                     batch = step.result()
                     arrays.keys += batch.keys
                     arrays.captions += batch.captions
+                    arrays.caption_counts += batch.caption_counts
                     arrays.cut += batch.cut
                     arrays.text.append(batch.text)
                     found = batch.codes or _encoded(job, batch.images)
@@ -200,6 +210,7 @@ class _Arrays:
 
     keys: list[str]
     captions: list[str] = field(default_factory=list)
+    caption_counts: list[int] = field(default_factory=list)
     cut: int = 0
     text: list[NDArray[np.int64]] = field(default_factory=list)
     codes: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch, the codes of every level
@@ -223,6 +234,10 @@ def _write(job: TokenizeJob, end: _End, arrays: _Arrays) -> bool:
     # A line break is white space like any other, which the text tokenizer makes a space.
     lines = (caption.replace("\n", " ") for caption in arrays.captions)
     write_atomic(directory / names["captions"], "".join(f"{line}\n" for line in lines))
+    several = max(arrays.caption_counts) > 1
+    if several:
+        names["rows"] = f"{stem}.rows.npy"
+        _save(directory / names["rows"], np.cumsum([0, *arrays.caption_counts]), LARGEST_ROW)
     checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
     entry: TokenShard = {
         "text": names["text"],
@@ -234,6 +249,8 @@ def _write(job: TokenizeJob, end: _End, arrays: _Arrays) -> bool:
         "captions_cut": arrays.cut,
         "sha256": checksums,
     }
+    if several:
+        entry |= {"rows": names["rows"], "text_rows": len(arrays.captions)}
     write_json(job.record_path(end.shard), {"made_from": job.made_from(end.shard), "shard": entry})
     return True
 
@@ -311,12 +328,13 @@ def _batch(job: TokenizeJob, samples: list[Sample], crops: int) -> _Batch:
         images = images.pin_memory()
     elif encoders.device == "cpu":
         codes = _encoded(job, images)
-    captions = [sample.caption for sample in samples]
+    captions = [caption for sample in samples for caption in sample.captions]
     text = encoders.encode_text(captions).numpy()
     full = [caption for caption, ids in zip(captions, text, strict=True) if ids[-1] != 0]
     counts = encoders.count_text(full) if full and encoders.count_text else []
     cut = sum(count > encoders.text_length for count in counts)
-    return _Batch([sample.key for sample in samples], captions, cut, text, images, codes)
+    counts_of_samples = [len(sample.captions) for sample in samples]
+    return _Batch([sample.key for sample in samples], captions, counts_of_samples, cut, text, images, codes)
 
 
 def _versions(job: TokenizeJob, sample: Sample, crops: int) -> Iterator[NDArray[np.uint8]]:

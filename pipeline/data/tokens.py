@@ -2,7 +2,8 @@
 
     tokenize/index.json                levels, text length, hashes of the tokenizers, checksums of every file
     tokenize/train/000000.codes.0.npy  [samples, crops, positions] of level 0 (coarsest), uint16 when they fit
-    tokenize/train/000000.text.npy     [samples, text length]
+    tokenize/train/000000.text.npy     [captions, text length], as a rule one caption a sample
+    tokenize/train/000000.rows.npy     [samples + 1], where some have several: where those of each begin and end
     tokenize/train/000000.keys.txt     one key per line
     tokenize/train/000000.captions.txt one caption per line, for BPE dropout
 
@@ -18,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -29,6 +30,7 @@ from pipeline.core.level import Level
 from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.core.process_limits import open_files
 
+LARGEST_ROW = 2**32  # of captions in a shard
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 Vocabulary = tuple[int, int, list[Level]]  # text length, text ids, levels
 
@@ -39,6 +41,8 @@ class TokenShard(TypedDict):
     text: str
     keys: str
     captions: NotRequired[str]  # missing in arrays of early versions
+    rows: NotRequired[str]  # missing: one caption a sample
+    text_rows: NotRequired[int]  # captions of all samples; missing: one each
     codes: list[str]  # of each level
     samples: int
     crops: int
@@ -78,6 +82,11 @@ def token_dtype(vocabulary: int) -> DTypeLike:
     return np.uint16 if vocabulary <= 2**16 else np.uint32
 
 
+def caption_count(split: TokenSplit) -> int:
+    """How many captions a split has; as many as samples, unless `prepare.caption` is random."""
+    return sum(shard.get("text_rows", shard["samples"]) for shard in split["shards"])
+
+
 def array_records(shard: TokenShard) -> dict[str, FileRecord]:
     """What is recorded of each file of a shard, by name."""
     return {name: {"sha256": sha256} for name, sha256 in shard["sha256"].items()}
@@ -93,6 +102,14 @@ def check_arrays(directory: Path, shard: TokenShard) -> None:
         )
 
 
+class _Arrays(NamedTuple):
+    """The arrays of a shard, mapped."""
+
+    text: Tokens  # [captions, text length]
+    rows: Tokens | None  # [samples + 1]: the captions of sample i are rows[i] to rows[i + 1]; None: one each
+    codes: list[Tokens]  # of each level, [samples, crops, positions]
+
+
 class TokenArrays:
     """The token arrays of one split.
 
@@ -101,6 +118,7 @@ class TokenArrays:
         text_length, text_vocab_size: of the text ids.
         tokenizers: name -> hash of the files of the tokenizer that made them.
         crops: versions of each image.
+        several_captions: of some samples.
     """
 
     def __init__(self, tokenize_dir: Path, split: str) -> None:
@@ -122,7 +140,8 @@ class TokenArrays:
         self._ends = np.cumsum(self.counts)
         # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms per sample.
         files = min(open_files() // 4, 16_384)
-        self._mapped = lru_cache(maxsize=files // (1 + len(self.levels)))(self._map)
+        self.several_captions = any("rows" in shard for shard in self.shards)
+        self._mapped = lru_cache(maxsize=files // (1 + self.several_captions + len(self.levels)))(self._map)
         self._lines = lru_cache(maxsize=files)(self._map_lines)
 
     def check_made_by(self, hashes: dict[str, str], vocabulary: Vocabulary) -> None:
@@ -144,8 +163,12 @@ class TokenArrays:
         """Samples of the split."""
         return int(self._ends[-1])
 
-    def gather(self, samples: NDArray[np.int64], crops: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+    def gather(
+        self, samples: NDArray[np.int64], crops: NDArray[np.int64], captions: NDArray[np.int64] | None = None
+    ) -> tuple[Tokens, Tokens]:
         """(text [n, T], codes [n, N]) of these samples and crops; N: all levels, coarse to fine.
+
+        `captions`: which one of each sample's, counted from 0; None: the first.
 
         Each uint16 or uint32, as the files are; codes of all levels as those of the largest codebook.
         """
@@ -157,10 +180,10 @@ class TokenArrays:
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             arrays = self._mapped(shard)
-            text[here] = arrays[0][rows[here]]
+            text[here] = arrays.text[_text_rows(arrays, rows[here], None if captions is None else captions[here])]
             start = 0
             for level, length in enumerate(positions):
-                codes[here, start : start + length] = arrays[1 + level][rows[here], crops[here]]
+                codes[here, start : start + length] = arrays.codes[level][rows[here], crops[here]]
                 start += length
         return text, codes
 
@@ -168,13 +191,26 @@ class TokenArrays:
         """int64 [n]: the shards that hold these samples."""
         return np.searchsorted(self._ends, samples, side="right")
 
+    def caption_counts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n]: how many captions each of these samples has."""
+        counts = np.ones(len(samples), np.int64)
+        shards = self.shard_of(samples)
+        for shard in np.unique(shards).tolist():
+            here, begin = shards == shard, self._ends[shard] - self.counts[shard]
+            first = self._mapped(shard).rows
+            if first is not None:
+                counts[here] = np.diff(first.astype(np.int64))[samples[here] - begin]
+        return counts
+
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples, in their order."""
         path = self.directory / self.shards[shard]["keys"]
         return path.read_text().splitlines()
 
-    def captions(self, samples: NDArray[np.int64]) -> list[str]:
-        """The captions of these samples, with spaces for line breaks. Maps 4 bytes per sample of the shards it meets.
+    def captions(self, samples: NDArray[np.int64], which: NDArray[np.int64] | None = None) -> list[str]:
+        """A caption of each of these samples, with spaces for line breaks. Maps 4 bytes per caption of a shard.
+
+        `which`: counted from 0 for each sample; None: the first.
 
         Raises:
             UserError: the arrays were made by a version that kept none.
@@ -182,13 +218,17 @@ class TokenArrays:
         shards = self.shard_of(samples)
         rows = samples - (self._ends[shards] - self.counts[shards])
         found = []
+        if self.several_captions:
+            for shard in np.unique(shards).tolist():
+                here = shards == shard
+                rows[here] = _text_rows(self._mapped(shard), rows[here], None if which is None else which[here])
         for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
             text, ends = self._lines(shard)
             found.append(text[ends[row - 1] + 1 if row else 0 : ends[row]].decode())
         return found
 
     def all_captions(self) -> Iterator[str]:
-        """The captions of all samples, in their order. Every shard must keep some."""
+        """All captions of all samples, in their order. Every shard must keep some."""
         for entry in self.shards:
             # By line feeds alone, as they are written: splitlines() knows more ends of a line.
             yield from (self.directory / entry["captions"]).read_text().split("\n")[:-1]
@@ -208,10 +248,9 @@ class TokenArrays:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
         ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).astype(np.uint32)
-        if len(ends) != entry["samples"]:
-            raise UserError(
-                f"{path}: expected {entry['samples']} lines, found {len(ends)}: run the stage tokenize again"
-            )
+        expected = entry.get("text_rows", entry["samples"])
+        if len(ends) != expected:
+            raise UserError(f"{path}: expected {expected} lines, found {len(ends)}: run the stage tokenize again")
         return text, ends
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
@@ -223,15 +262,25 @@ class TokenArrays:
         for shard in range(len(self.shards)) if shards is None else shards:
             check_arrays(self.directory, self.shards[shard])
 
-    def _map(self, shard: int) -> list[Tokens]:
-        """The text ids of a shard, then the codes of each level."""
+    def _map(self, shard: int) -> _Arrays:
         entry = self.shards[shard]
         samples, crops = entry["samples"], entry["crops"]
-        found = [_mapped(self.directory / entry["text"], (samples, self.text_length), self.text_vocab_size)]
-        for name, level in zip(entry["codes"], self.levels, strict=True):
-            shape = (samples, crops, level.positions)
-            found.append(_mapped(self.directory / name, shape, level.codebook_size))
-        return found
+        text_shape = (entry.get("text_rows", samples), self.text_length)
+        text = _mapped(self.directory / entry["text"], text_shape, self.text_vocab_size)
+        rows = _mapped(self.directory / entry["rows"], (samples + 1,), LARGEST_ROW) if "rows" in entry else None
+        codes = [
+            _mapped(self.directory / name, (samples, crops, level.positions), level.codebook_size)
+            for name, level in zip(entry["codes"], self.levels, strict=True)
+        ]
+        return _Arrays(text, rows, codes)
+
+
+def _text_rows(arrays: _Arrays, rows: NDArray[np.int64], which: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Where in a shard's text a caption of its samples `rows` lies: the one that `which` says, or the first."""
+    if arrays.rows is None:
+        return rows
+    first = arrays.rows[rows].astype(np.int64)
+    return first if which is None else first + which
 
 
 def _empty(shape: tuple[int, ...], vocabulary: int) -> Tokens:

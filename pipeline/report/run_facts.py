@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.core.atomic_io import read_json
 from pipeline.core.weights import count_parameters
+from pipeline.data.shards import caption_count
 from pipeline.orchestration.graph import STAGES
 from pipeline.orchestration.tracking import read_history
 
@@ -65,6 +66,11 @@ class RunFacts:
     def wall_time_s(self) -> float:
         """The wall time of all stages together."""
         return sum(stage.wall_time_s or 0.0 for stage in self.stages.values())
+
+    @property
+    def captions(self) -> int:
+        """Captions of the training images: more than images where `prepare.caption` is random."""
+        return caption_count(self.index["splits"]["train"])
 
     @property
     def trained(self) -> list[StageFacts]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config.prepare import PrepareConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.data.prepare import prepare
@@ -32,15 +33,22 @@ MODEL = {
 
 
 def make_small_run(
-    directory: Path, samples: int, config: TokenizeConfig | None, seed: int = 0, model: dict[str, Any] = MODEL
+    directory: Path,
+    samples: int,
+    config: TokenizeConfig | None,
+    seed: int = 0,
+    model: dict[str, Any] = MODEL,
+    prepare_config: PrepareConfig | None = None,
 ) -> Path:
-    """`config` None: everything but tokenize."""
-    folder = write_folder(directory / "in", samples)
-    values = {"shard_size": 16, "image_size": 16, "validation_fraction": 0.1}
-    prepare(directory / "prepare", folder_config(folder, **values), seed=0)
+    """`config` None: everything but tokenize. `prepare_config` None: a folder of `samples` images."""
+    if prepare_config is None:
+        folder = write_folder(directory / "in", samples)
+        values = {"shard_size": 16, "image_size": 16, "validation_fraction": 0.1}
+        prepare_config = folder_config(folder, **values)
+    prepare(directory / "prepare", prepare_config, seed=0)
     torch.manual_seed(seed)
     build(model, 16).save_pretrained(directory / "image-tokenizer/model")
-    captions = [sample.caption for sample in read_samples(directory / "prepare", "train")]
+    captions = [caption for sample in read_samples(directory / "prepare", "train") for caption in sample.captions]
     text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))
     text_tokenizer.save_pretrained(directory / "text-tokenizer")
     if config is not None:
