@@ -75,8 +75,8 @@ def _worker(model: str, stage: int) -> None:
     config = config_of(model)
     _train(config.model_copy(update={"transformer": _toy(config)}), stage)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _status("VmRSS")
-    resident = _train(config, stage, lambda: _status("VmHWM") - before)
+    before = status_bytes("VmRSS")
+    resident = _train(config, stage, lambda: status_bytes("VmHWM") - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         _train(config, stage)
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -123,7 +123,8 @@ def _toy(config: PipelineConfig) -> TransformerConfig:
     return config.transformer.model_copy(update={"layers": 1, "width": 32, "heads": 8})
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A value of this process's /proc/self/status, VmRSS for one, in bytes."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

@@ -37,7 +37,7 @@ _NAMES = {  # in the order in which the format has them: the widest alignment fi
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ORDER = {dtype: number for number, dtype in enumerate(_NAMES)}
-_CHUNK = 1 << 24  # bytes that are written, and then hashed while the processor's cache has them
+_CHUNK = 1 << 24  # bytes that are hashed, and written while the processor's cache has them
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -79,13 +79,9 @@ def write_tensors(path: Path, layouts: Mapping[str, TensorLayout], tensor_of: Ca
     names = sorted(layouts, key=lambda name: (_ORDER[layouts[name].dtype], name))
     digest, size = hashlib.sha256(), 0
     with open(path, "wb", buffering=0) as file:
-        for name in (None, *names):
-            data = _bytes_of(tensor_of(name), layouts[name], name) if name else memoryview(_header(names, layouts))
-            for start in range(0, len(data), _CHUNK):
-                part = data[start : start + _CHUNK]
-                _write_all(file.fileno(), part)
-                digest.update(part)
-            size += len(data)
+        size += _append(file.fileno(), memoryview(_header(names, layouts)), digest)
+        for name in names:
+            size += _append(file.fileno(), _bytes_of(tensor_of(name), layouts[name], name), digest)
         os.fsync(file.fileno())
     set_mode_by_umask(path)
     return {"bytes": size, "sha256": digest.hexdigest()}
@@ -155,6 +151,11 @@ def _memory(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _append(descriptor: int, data: memoryview, digest: hashlib._Hash) -> int:
+    """Write and hash some bytes; how many."""
+    for start in range(0, len(data), _CHUNK):
+        part = data[start : start + _CHUNK]
+        digest.update(part)
+        while part:
+            part = part[os.write(descriptor, part) :]
+    return len(data)

@@ -68,8 +68,8 @@ def train(
 ) -> Path:
     """Train to the last step, resuming from the newest checkpoint if there is one; returns the last checkpoint.
 
-    That has the result (`training/consolidate.py`). On accelerate's engine `workload.objective` has it, too: the averaged
-    weights with `training.ema_decay`.
+    That has the result (`training/consolidate.py`). On accelerate's engine `workload.objective` has it, too: with
+    `training.ema_decay` the averaged weights.
 
     Args:
         initial: of an objective that was built without memory, on deepspeed; drawn where there is no checkpoint.
