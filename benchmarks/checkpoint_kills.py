@@ -59,8 +59,13 @@ def prepared_run(folder: Path) -> Path:
     return folder / "tiny"
 
 
-def kills(run: Path, count: int, processes: int, seed: int = 0) -> Report:
-    """Kill trainings of the run's transformer `count` times, and go on until the one that was killed last ends."""
+def kills(run: Path, count: int, processes: int, seed: int = 0, seconds: float = 1e9) -> Report:
+    """Kill trainings of the run's transformer `count` times, and go on until the one that was killed last ends.
+
+    Args:
+        seconds: after these it kills no more.
+    """
+    deadline = time.monotonic() + seconds
     chance, report = random.Random(seed), Report()
     stage = run / "transformer"
     _import_everything()
@@ -68,8 +73,8 @@ def kills(run: Path, count: int, processes: int, seed: int = 0) -> Report:
     undisturbed = _weights(stage)
     shutil.rmtree(stage)
     newest = 0
-    while report.kills < count or newest:
-        _live(run, processes, chance if report.kills < count else None, newest)
+    while (kill := report.kills < count and time.monotonic() < deadline) or newest:
+        _live(run, processes, chance if kill else None, newest)
         if not (stage / "_SUCCESS").exists():
             report.kills += 1
             report.half_saves += bool(list((stage / "checkpoints").glob("*.tmp")))
@@ -116,6 +121,7 @@ def _live(run: Path, processes: int, chance: random.Random | None, newest: int =
     port, began = free_port(), time.monotonic()
     ranks = [_fork(run, rank, processes, port) for rank in range(processes)]
     dead: dict[int, int] = {}
+    killed = False
     if chance:
         save = newest + chance.randint(1, _SAVES)
         while not dead and _latest_save(run / "transformer" / "checkpoints") < save:
@@ -126,13 +132,14 @@ def _live(run: Path, processes: int, chance: random.Random | None, newest: int =
             _reap(ranks, dead)
             if rank not in dead:
                 os.kill(rank, signal.SIGKILL)
+                killed = True
     while len(dead) < len(ranks):
         _reap(ranks, dead)
         time.sleep(0.002)
         if time.monotonic() - began > 300:
             for rank in ranks:
                 os.kill(rank, signal.SIGKILL)
-    if failed := [status for status in dead.values() if status not in (0, -signal.SIGKILL) and not chance]:
+    if not killed and (failed := [status for status in dead.values() if status]):
         raise RuntimeError(f"a training failed by itself ({failed}): see {run / 'logs' / 'transformer.log'}")
 
 

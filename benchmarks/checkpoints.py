@@ -42,13 +42,14 @@ def main() -> None:
 @click.option("-n", "--kills", "count", default=200, show_default=True)
 @click.option("-p", "--processes", default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def kill(folder: Path, count: int, processes: int, seed: int) -> None:
+@click.option("--minutes", default=1e6, help="kill no more after these")
+def kill(folder: Path, count: int, processes: int, seed: int, minutes: float) -> None:
     """Kill trainings in FOLDER, which gets a tiny run if it has none."""
     run = folder / "tiny"
     if not (run / "tokenize" / "_SUCCESS").exists():
         run = prepared_run(folder)
     began = time.monotonic()
-    report = kills(run, count, processes, seed)
+    report = kills(run, count, processes, seed, 60 * minutes)
     print(
         f"{report.kills} kills on {processes} processes in {time.monotonic() - began:.0f} s, {report.half_saves} in"
         f" the middle of a save; {report.ends} trainings ended, {report.other_weights} with other bits;"
