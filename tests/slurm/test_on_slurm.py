@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY
 from tests.slurm.conftest import Slurm, cluster_file, events, wait_until
+from tests.slurm.test_crash import _launcher as launcher
 
 pytestmark = pytest.mark.slurm
 
@@ -30,15 +32,26 @@ def test_the_doctor_names_what_the_cluster_would_refuse_or_let_wait_for_ever(slu
     assert "not available" in told[2]
 
 
-def test_prepare_as_an_array_makes_the_bytes_of_one_process(slurm: Slurm, local_run: Path, tmp_path: Path) -> None:
-    cluster = cluster_file(tmp_path, stages="{prepare: {array: 3}}")
-    slurm.smalti(
-        *("submit", str(local_run / "config.yaml"), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare")
-    )
+def test_prepare_as_an_array_makes_the_bytes_of_one_process_even_where_requeue_is_refused(
+    slurm: Slurm, local_run: Path, tmp_path: Path
+) -> None:
+    stopped = "if [[ $SLURM_ARRAY_TASK_ID == 1 && ! -e stopped ]]; then"
+    stopped += "\nuntil [[ -e stop ]]; do sleep 0.1; done\ntouch stopped\nexit 0\nfi"
+    more = {"launcher": launcher(tmp_path, stopped), "supervisor_python": sys.executable}
+    cluster = cluster_file(tmp_path, stages="{prepare: {array: 3}}", **more)
+    config = [str(local_run / "config.yaml"), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare"]
+    slurm.smalti("submit", *config)
     run = tmp_path / "tiny"
     jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
+    record = run / "slurm" / "prepare.task-1.lives.json"
+    wait_until("the task's first life", lambda: events(record) == ["started"])
+    slurm("scontrol", "update", f"jobid={jobs['prepare.tasks']}_1", "requeue=0")
+    (tmp_path / "stop").touch()
     wait_until("the join's end", lambda: slurm.states()[jobs["prepare"]] not in ("PENDING", "RUNNING", "COMPLETING"))
-    lives = [events(record) for record in sorted((run / "slurm").glob("prepare.task-*.lives.json"))]
-    assert lives == [["started", "finished"]] * 3
+    assert events(record) == ["started", "asked to stop", "started", "finished"]
+    first, second = (life["job"] for life in json.loads(record.read_text())["lives"])
+    assert first == f"{jobs['prepare.tasks']}_1"
+    assert second.endswith("_1")
+    assert second != first
     made, locally = (json.loads((path / "prepare" / "manifest.json").read_text()) for path in (run, local_run))
     assert made["hash"] == locally["hash"]
