@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -262,6 +264,29 @@ def test_a_stop_waits_for_its_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         _train(tmp_path, SmallWorkload())
     assert len(_steps_on_disk(tmp_path)) == 1
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_a_disk_that_refuses_in_the_background_ends_the_training_at_the_next_look_and_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    settings = {"steps": 40, "log_every": 40, "evaluate_every": 40, "checkpoint_every": 5, "stop_check_every": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_files", _from_the_second_on(refuse, checkpoint.write_files))
+        with pytest.raises(UserError, match=r"step-00000010: .* found that the file system refuses"):
+            _train(tmp_path, SmallWorkload(), **settings)
+    assert _steps_on_disk(tmp_path) == [5]
+    _train(tmp_path, SmallWorkload(), **settings)
+    _train(tmp_path / "undisturbed", SmallWorkload(), **settings)
+    ends = [torch.load(run / "checkpoints/step-00000040/training.pt") for run in (tmp_path, tmp_path / "undisturbed")]
+    assert all(torch.equal(ends[0][0][name], value) for name, value in ends[1][0].items())
+
+
+def _from_the_second_on(new: Callable[..., object], old: Callable[..., object]) -> Callable[..., object]:
+    calls = count()
+    return lambda *arguments: (new if next(calls) else old)(*arguments)
 
 
 def _steps_on_disk(run: Path) -> list[int]:
