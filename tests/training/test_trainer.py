@@ -272,11 +272,19 @@ def test_a_disk_that_refuses_in_the_background_ends_the_training_at_the_next_loo
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    class Slow(SmallWorkload):
+        def batches(self, consumed: int) -> Iterator[Batch]:
+            for batch in super().batches(consumed):
+                time.sleep(0.02)
+                yield batch
+
     settings = {"steps": 40, "log_every": 40, "evaluate_every": 40, "checkpoint_every": 5, "stop_check_every": 1}
+    workload = Slow()
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_files", _from_the_second_on(refuse, checkpoint.write_files))
         with pytest.raises(UserError, match=r"step-00000010: .* found that the file system refuses"):
-            _train(tmp_path, SmallWorkload(), **settings)
+            _train(tmp_path, workload, **settings)
+    assert workload.step < 15  # when the next save would wait for it
     assert _steps_on_disk(tmp_path) == [5]
     _train(tmp_path, SmallWorkload(), **settings)
     _train(tmp_path / "undisturbed", SmallWorkload(), **settings)
