@@ -8,6 +8,9 @@ See pipeline/data/tokenize_shards.py.
 
 from __future__ import annotations
 
+if __name__ == "tokenize":  # `python stages/X.py` looks here first, and the standard library asks for its own tokenize
+    raise SystemExit("error: stages are modules: run `python -m stages.NAME` (or `python -P stages/NAME.py`)")
+
 import logging
 from contextlib import closing
 

@@ -121,21 +121,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.slow
-def test_a_stage_runs_our_code_and_no_file_of_the_current_folder(tmp_path: Path) -> None:
-    (tmp_path / "stages").mkdir()
-    for name in ("stages/__init__.py", "stages/prepare.py", "yaml.py", "click.py", "pipeline.py"):
-        (tmp_path / name).write_text("print('HIJACKED')\n")
-    command = ["run", str(TINY), "prepare.source={kind: folder, path: nowhere}", "--only", "prepare"]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pipeline", *command],
-        env=environment(), cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "HIJACKED" not in done.stdout + done.stderr
-    assert "nowhere" in done.stderr
-
-
 def test_an_empty_entry_of_pythonpath_is_not_the_current_folder() -> None:
     code = "from pipeline.orchestration.local_runner import IMPORTS_THIS_CODE as e; print(e['PYTHONPATH'])"
     done = subprocess.run(
