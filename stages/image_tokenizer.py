@@ -22,7 +22,7 @@ from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
 from pipeline.image_tokenizer.image_losses import add_image_losses
 from pipeline.orchestration.stage_run import StageRun
-from pipeline.training.stopping import stoppable
+from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Workload:
         self.run, self.config = run, run.config.image_tokenizer
         self.train = ImageStream(run.input("prepare"), "train", run.config.seed)
         self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
+        self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         torch.manual_seed(run.config.seed)
         self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
         self.objective = self.tokenizer.objective()
@@ -48,18 +49,18 @@ class Workload:
         return self.train.batches(consumed, self.config.training.batch_size)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Metrics of one pass over the validation split, on hard codes."""
+        """Metrics over the first `validation_batches` of the validation split's order, on hard codes."""
         self.evaluation = evaluate(self.tokenizer, self._validation_slices())
         if distributed.is_main() and (warning := collapsed(self.evaluation, self.config.usage_floor)):
             log.warning("%s", warning)
         return {f"val/{name}": value for name, value in self.evaluation.metrics.items()}
 
     def _validation_slices(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of the validation split, each image once, in the training's micro-batches."""
+        """This rank's part of the validation batches, each image once, in the training's micro-batches."""
         size = self.config.training.batch_size
         share = size // distributed.world_size()
         batches = self.validation.batches(0, size)
-        for start in stoppable(range(0, len(self.validation), size)):
+        for start in stoppable(range(0, self.validation_batches * size, size)):
             # Behind the last image the stream has those of the next epoch: they are cut off.
             left = len(self.validation) - start - distributed.rank() * share
             batch = next(batches)
@@ -67,8 +68,10 @@ class Workload:
                 micro = self.config.training.micro_batch_size or share
                 yield from ({"images": part} for part in batch["images"][:left].split(micro))
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
         """The same images each time: training ones, then validation ones."""
+        if not distributed.is_main():
+            return {}
         streams = [
             ImageStream(self.run.input("prepare"), s, self.run.config.seed, rank=0, world_size=1)
             for s in ("train", "val")
@@ -86,8 +89,9 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     workload.tokenizer.save_pretrained(run.directory / "model")
+    images = workload.sample_images(workload.objective.eval(), in_step=False)
     with atomic_path(run.directory / "reconstructions.png") as temporary:
-        workload.sample_images(workload.objective.eval())["reconstructions"].save(temporary, format="png")
+        images["reconstructions"].save(temporary, format="png")
     for name in ("model/model.safetensors", "model/config.json", "reconstructions.png"):
         run.add_output(name, artifact=True)
 

@@ -70,7 +70,7 @@ class Workload:
         """The towers as they are now."""
         return Ranker(self.towers, self.text_tokenizer)
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
         """None: retrieval says it all."""
         return {}
 

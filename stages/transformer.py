@@ -26,12 +26,13 @@ from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.sampling.all_ranks import generate_on_all_ranks
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.prompts import check_against_training
 from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
 from pipeline.training.consolidate import consolidate
-from pipeline.training.stopping import stoppable
+from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import train
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -39,6 +40,7 @@ from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.position_plot import position_plot
 
 _IMAGES = 8
+_TITLES = ("Training captions", "Validation captions")
 
 
 class Workload:
@@ -53,6 +55,7 @@ class Workload:
         self.validation = TokenSampler(tokens, "val", run.config.seed)
         self.train.verify()
         self.validation.verify()
+        self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
         with initial_values(run.config.seed) as self.initial:
@@ -82,14 +85,14 @@ class Workload:
             yield batch
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
-        """Mean losses over one pass of the validation split, its last batch filled up from its start.
+        """Mean losses over the first `validation_batches` of the validation split's order, the last one filled up.
 
         In the training's micro-batches. The loss of each position becomes a plot, which `sample_images` returns.
         """
         size = self.config.training.batch_size
         pieces = accumulation_steps(self.config.training, distributed.world_size())
         sums: dict[str, Tensor] = {}
-        count = -(-len(self.validation) // size)
+        count = self.validation_batches
         for batch in stoppable(islice(self.validation.batches(0, size), count)):
             for text, codes in zip(batch["text"].chunk(pieces), batch["codes"].chunk(pieces), strict=True):
                 _, metrics = objective({"text": text, "codes": codes}, 0)
@@ -97,27 +100,32 @@ class Workload:
                     sums[name] = sums.get(name, 0.0) + value.double().cpu() / pieces
         positions = (sums.pop("loss/position") / count).tolist()
         curve = distributed.mean({f"{position:08d}": loss for position, loss in enumerate(positions)})
-        self._curve = position_plot([curve[name] for name in sorted(curve)], self.objective.transformer.layout)
+        if distributed.is_main():
+            self._curve = position_plot([curve[name] for name in sorted(curve)], self.objective.transformer.layout)
         return distributed.mean({f"val/{name}": float(total) / count for name, total in sums.items()})
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """A grid of images generated from a few captions of each split, beside their reconstructions, and the plot."""
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
+        """A grid of images generated from a few captions of each split, beside their reconstructions, and the plot.
+
+        All ranks generate, from the same captions each time.
+        """
         assert isinstance(objective, JointObjective)
         pipeline = Pipeline(self.text_tokenizer, objective.transformer, self.image_tokenizer)
-        groups = []
-        for title, split in (("Training captions", "train"), ("Validation captions", "val")):
-            # Rank 0 generates alone, from the same captions each time.
+        batches = []
+        for split in ("train", "val"):
             sampler = TokenSampler(self.run.input("tokenize"), split, self.run.config.seed, rank=0, world_size=1)
-            batch = next(sampler.batches(0, _IMAGES))
-            prompts = [self.text_tokenizer.decode(row) for row in batch["text"].cpu()]
-            generated = [one.image for one in pipeline.generate(prompts, seed=self.run.config.seed)]
-            tiles = [Tile(image, prompt) for image, prompt in zip(generated, prompts, strict=True)]
-            groups.append(Group(title, tiles))
-            originals = pipeline.decode(batch["codes"])
-            tiles = [Tile(image) for image in originals]
-            groups.append(Group("", tiles, note="the originals, through the image tokenizer"))
-        images = {"samples": grid(groups, columns=_IMAGES, side=96)}
-        return images | ({"loss_by_position": self._curve} if self._curve else {})
+            batches.append(next(sampler.batches(0, _IMAGES)))
+        prompts = [[self.text_tokenizer.decode(row) for row in batch["text"].cpu()] for batch in batches]
+        generated = generate_on_all_ranks(pipeline, prompts, self.run.config.seed, in_step)
+        if not distributed.is_main():
+            return {}
+        groups = []
+        for title, batch, captions, images in zip(_TITLES, batches, prompts, generated, strict=True):
+            groups.append(Group(title, [Tile(*tile) for tile in zip(images, captions, strict=True)]))
+            originals = [Tile(image) for image in pipeline.decode(batch["codes"])]
+            groups.append(Group("", originals, note="the originals, through the image tokenizer"))
+        shown = {"samples": grid(groups, columns=_IMAGES, side=96)}
+        return shown | ({"loss_by_position": self._curve} if self._curve else {})
 
 
 def _check_prompts(run: StageRun) -> None:

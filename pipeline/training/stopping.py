@@ -1,4 +1,4 @@
-"""Stop requests: at which steps a training looks for them, and how an evaluation ends between two batches.
+"""How long an evaluation is, and stop requests: at which steps a training looks, how an evaluation ends early.
 
     for batch in stoppable(validation_batches):
         …
@@ -8,13 +8,16 @@ The training loop saves, and the resumed training evaluates that step again. See
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed, signals
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _LOOKS_APART_S = 2.0
 
@@ -45,6 +48,16 @@ class LookOut:
         self._latest = (now, step)
         steps = int(_LOOKS_APART_S / mean_step_s) if mean_step_s else 1
         self._due = step + max(1, min(steps, self.every))
+
+
+def evaluation_batches(training: TrainingConfig, samples: int) -> int:
+    """How many batches of a validation split of `samples` an evaluation takes; the log says which share that is."""
+    whole = -(-samples // training.batch_size)
+    taken = min(whole, training.evaluation_batches)
+    if distributed.is_main():
+        share = min(samples, taken * training.batch_size)
+        log.info("validation: %d of %d samples (%.3g %%), the same each time", share, samples, 100 * share / samples)
+    return taken
 
 
 class EvaluationStopped(Exception):

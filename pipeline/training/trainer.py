@@ -253,7 +253,7 @@ class Trainer:
         It draws nothing from the training's random numbers.
 
         Raises:
-            EvaluationStopped: a rank was asked to stop, before the sample images; nothing is logged.
+            EvaluationStopped: a rank was asked to stop; the resumed training logs all of this step again.
         """
         started = time.monotonic()
         objective = self.engine.objective
@@ -266,10 +266,11 @@ class Trainer:
                 stop_if_asked()
                 self.stage.tracker.log(found, self.state.step)
             if images:
-                with self.engine.gathered_parameters():
-                    if distributed.is_main():
-                        for name, image in self.workload.sample_images(objective).items():
-                            self.stage.tracker.log_image(name, image, self.state.step)
+                with self.engine.gathered_outside_blocks():
+                    shown = self.workload.sample_images(objective, self.engine.in_step)
+                if distributed.is_main():
+                    for name, image in shown.items():
+                        self.stage.tracker.log_image(name, image, self.state.step)
         self._speed.leave_out(time.monotonic() - started)
 
     @contextmanager

@@ -38,5 +38,13 @@ class Workload(Protocol):
             objective: the engine's `model`, which under ZeRO-3 all ranks must call together.
         """
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
-        """Named image grids for the log; called on rank 0 alone, without gradients, in eval mode."""
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
+        """Named image grids for the log, on rank 0; called on all ranks, without gradients, in eval mode.
+
+        Args:
+            objective: not the engine's wrapped model, but the plain one.
+            in_step: no rank has the whole model: all must call the same of its modules, as often and in the same order.
+
+        Raises:
+            EvaluationStopped: on every rank, when one of them was asked to stop.
+        """

@@ -57,7 +57,7 @@ def train(kind: Any, zero: int, folder: Path, first: int = 0, **settings: Any) -
         engine.update(1.0)
         if step == SAVED_AFTER and not settings:
             write_files(folder, engine.checkpoint_files())
-    with torch.no_grad(), engine.gathered_parameters():  # not compiled: sampling calls blocks position by position
+    with torch.no_grad(), engine.gathered_outside_blocks():  # not compiled: sampling calls blocks position by position
         model, codes = objective.eval().transformer, batch(0)["codes"]
         cache = model.new_cache(BATCH)
         model.read_text(batch(0)["text"], cache)

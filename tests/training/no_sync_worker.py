@@ -66,7 +66,7 @@ class Workload:
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         return {}
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
         return {}
 
 

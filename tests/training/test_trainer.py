@@ -68,6 +68,8 @@ def test_speed_memory_and_gradient_norm_are_among_the_metrics(tiny_run: Path) ->
 class PlainEngine:
     """The engine of one process in plain PyTorch. See `pipeline.training.engines.base.Engine`."""
 
+    in_step = False
+
     def __init__(self, objective: Objective, nonfinite: Collection[int] = ()) -> None:
         """`nonfinite`: 1-based steps whose gradients are said not to be finite."""
         self.objective, self.model = objective, objective
@@ -96,7 +98,7 @@ class PlainEngine:
 
     def sync_parameters(self) -> None: ...
 
-    def gathered_parameters(self) -> AbstractContextManager[None]:
+    def gathered_outside_blocks(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
@@ -138,7 +140,7 @@ class SmallWorkload:
             losses.append(float(objective(global_batch(-1 - number), 0)[0]))
         return {"val/loss": sum(losses)}
 
-    def sample_images(self, objective: nn.Module) -> dict[str, Image.Image]:
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
         return {"sample": Image.new("RGB", (1, 1))}
 
 

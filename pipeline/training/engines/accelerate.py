@@ -26,6 +26,8 @@ class AccelerateEngine:
     See `pipeline.training.engines.base.Engine`.
     """
 
+    in_step = False
+
     def __init__(self, objective: Objective, training: TrainingConfig) -> None:
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
@@ -83,7 +85,7 @@ class AccelerateEngine:
     def sync_parameters(self) -> None:
         return
 
-    def gathered_parameters(self) -> AbstractContextManager[None]:
+    def gathered_outside_blocks(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:

@@ -76,8 +76,15 @@ class Engine(Protocol):
     def sync_parameters(self) -> None:
         """Collective: make the model compute with what was written to `local_parameters`."""
 
-    def gathered_parameters(self) -> AbstractContextManager[None]:
-        """Collective; inside, `objective` is a plain module with all its weights that one process may call alone."""
+    @property
+    def in_step(self) -> bool:
+        """Whether no process has the whole model, so that all must call the same of its modules, in the same order."""
+
+    def gathered_outside_blocks(self) -> AbstractContextManager[None]:
+        """Collective; inside, what a model reads of its parameters is there, whichever of its methods are called.
+
+        Those within the objective's blocks, where these are called as modules. `in_step` says who must call.
+        """
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         """What this process writes to a checkpoint of `values`, which are shaped like `local_parameters`."""

@@ -53,6 +53,7 @@ from pipeline.training.sharded_state import ShardedState, TensorShard, shards_fi
 log = logging.getLogger(__name__)
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = {"bf16-weights": torch.bfloat16, "fp16": torch.float16}
+_NO_MODULE = -1  # DeepSpeed counts them from 0
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -177,25 +178,27 @@ class DeepSpeedEngine:
                 small[0].partition(small)
                 small[0].all_gather(small)
 
+    @property
+    def in_step(self) -> bool:
+        return self.stage == 3
+
     @contextmanager
-    def gathered_parameters(self) -> Iterator[None]:
+    def gathered_outside_blocks(self) -> Iterator[None]:
         if self.stage != 3:
             yield
             return
         import deepspeed
 
-        offload = self._optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(self.objective.parameters()):
-            # Its hooks would partition each parameter after its first use, and then wait for the other processes.
-            for hook in offload.forward_hooks + offload.backward_hooks:
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
-            for _, parameter in self._named_parameters():
-                parameter.ds_active_sub_modules.clear()
+        within = {id(parameter) for block in self.objective.blocks() for parameter in block.parameters()}
+        outside = [parameter for _, parameter in self._named_parameters() if id(parameter) not in within]
+        with deepspeed.zero.GatheredParameters(outside):
+            for parameter in outside:  # as if a module that is not done used them: hooks do not partition them then
+                parameter.ds_active_sub_modules.add(_NO_MODULE)
             try:
                 yield
             finally:
-                offload._register_deepspeed_module(offload.module)
+                for parameter in outside:
+                    parameter.ds_active_sub_modules.discard(_NO_MODULE)
 
     def local_shards(self, values: dict[str, Tensor]) -> list[TensorShard]:
         if self.stage == 0:
