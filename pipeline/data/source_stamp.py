@@ -22,15 +22,20 @@ from pipeline.config.prepare import (
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
 
+_ROWS = 10_000  # of a table, read at a time
+
 log = logging.getLogger(__name__)
 
 
 def source_stamp(source: Source) -> str | None:
-    """The stamp of the source as it is now; None where it is frozen, or cannot be looked at from here."""
+    """The stamp of the source as it is now; None where it is frozen, or cannot be looked at from here.
+
+    Of a table of text that names local images a second word follows, which changes when they do.
+    """
     if source.frozen:
         return None
     try:
-        return digest(_listed(source))
+        return " ".join([digest(_listed(source)), *_images_of_table(source)])
     except Exception as error:  # each kind of storage has its own
         log.warning(
             "prepare: its source cannot be looked at (%s): taken as unchanged; prepare.source.frozen=true asks no more",
@@ -67,6 +72,15 @@ def _listed(source: Source) -> object:
             return {
                 p: s for p, s in found.items() if not (is_leftover(p) or posixpath.basename(p).startswith("cache-"))
             }
+
+
+def _images_of_table(source: Source) -> list[str]:
+    """The hash of the rows of a local CSV or JSONL table, with sizes and times of the images that they name."""
+    if not isinstance(source, TableSource) or source.path.lower().endswith(".parquet") or "://" in source.path:
+        return []
+    from pipeline.data.sources.table import Table
+
+    return [digest([part.fingerprint for part in Table(source, 0).parts(_ROWS)])]
 
 
 def _files(url: str) -> dict[str, object]:

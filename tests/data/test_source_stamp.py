@@ -102,6 +102,39 @@ def test_a_source_that_is_frozen_or_gone_or_was_prepared_before_there_were_stamp
     assert not _made(config)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_image_that_a_table_names_is_prepared_again_when_it_is_replaced(tmp_path: Path, kind: str) -> None:
+    source = _table(tmp_path, 0)
+    if kind == "jsonl":
+        rows = [{"file": f"in/{n:05d}.png", "caption": f"number {n}"} for n in range(20)]
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source["path"] = str(tmp_path / "t.jsonl")
+    config = _config(tmp_path, source)
+    assert _made(config)
+    before = {path.parent.name: path.read_bytes() for path in (config.run_directory / "prepare").rglob("*.tar")}
+    (tmp_path / "in/00003.png").write_bytes(encoded(image(777)))
+    assert _made(config)
+    after = {path.parent.name: path.read_bytes() for path in (config.run_directory / "prepare").rglob("*.tar")}
+    assert before != after
+    assert not _made(config)
+    (tmp_path / "in/00030.png").write_bytes(b"the table does not name it")
+    (tmp_path / "in/00004.png").unlink()
+    assert _made(config)
+    assert _samples(config) == 19
+
+
+def test_a_table_that_was_prepared_when_its_images_were_not_looked_at_is_up_to_date(tmp_path: Path) -> None:
+    config = _config(tmp_path, _table(tmp_path, 0))
+    assert _made(config)
+    path = config.run_directory / "prepare/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert len(manifest["outside"].split()) == 2
+    manifest["outside"] = manifest["outside"].split()[0]
+    path.write_text(json.dumps(manifest))
+    (config.run_directory / "prepare/_SUCCESS").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    assert not _made(config)
+
+
 def test_the_hash_of_a_result_does_not_depend_on_the_times_of_its_source(tmp_path: Path) -> None:
     config = _config(tmp_path, _folder(tmp_path, 0))
     _made(config)

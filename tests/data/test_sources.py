@@ -215,7 +215,7 @@ def test_a_table_that_changes_or_disappears_halfway_stops(tmp_path: Path, kind: 
     parts = list(source.parts(4))
     assert [sum(isinstance(item, Record) for item in source.records(part)) for part in parts] == [4, 4]
     write("another")
-    with pytest.raises(UserError, match=rf"t\.{kind} changed while it was being read"):
+    with pytest.raises(UserError, match=rf"t\.{kind} .*changed while it was being read"):
         list(source.records(parts[1]))
     path.unlink()
     with pytest.raises(UserError, match=rf"the source failed at .*t\.{kind}"):

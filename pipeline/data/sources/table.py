@@ -7,9 +7,13 @@ A worker reads a whole Parquet row group: write those at about `shard_size` rows
 from __future__ import annotations
 
 import io
+import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
+
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import TableSource
@@ -22,6 +26,7 @@ from pipeline.data.sources.base import (
     LeftOut,
     Part,
     Record,
+    Stamp,
     Unreadable,
     UnreadableFile,
     changed,
@@ -143,11 +148,20 @@ class Table:
             while True:
                 first = lines.position
                 lines.restart()
-                rows = _take(self._rows(lines, names), size)
+                rows = list(islice(self._rows(lines, names), size))
                 if not rows:
                     return
-                yield Part(number, digest([row, names, lines.digest]), (first, lines.position, row, names))
-                number, row = number + 1, row + rows
+                yield Part(number, self._fingerprint(row, names, lines, rows), (first, lines.position, row, names))
+                number, row = number + 1, row + len(rows)
+
+    def _fingerprint(self, first: int, names: tuple[str, ...], lines: Lines, rows: list[Row | Damaged]) -> str:
+        """Of the text of a part, and of the local images that it names: another one when either changes."""
+        images: list[object] = []
+        if isinstance(self.files, LocalFileSystem):
+            column = self.config.path_column or self.config.image_column or ""
+            folder = posixpath.dirname(self.path)
+            images = [_local_stamp(folder, row.get(column)) for row in rows if isinstance(row, dict)]
+        return digest([first, names, lines.digest, images])
 
     def _text_rows(self, part: Part) -> tuple[list[tuple[int, Row | Damaged]], int]:
         """The rows with their numbers; and how many lines they are, which is counted apart from them."""
@@ -157,9 +171,10 @@ class Table:
         except Exception as error:
             raise interrupted(self.config.path, error) from error
         lines = Lines(io.BytesIO(content))
-        rows = list(enumerate(self._rows(lines, names), row))
-        if digest([row, names, lines.digest]) != part.fingerprint:
-            raise changed(self.config.path)
+        found = list(self._rows(lines, names))
+        if self._fingerprint(row, names, lines, found) != part.fingerprint:
+            raise changed(f"{self.config.path} (or an image that it names)")
+        rows = list(enumerate(found, row))
         mark = b"\xef\xbb\xbf" if not first else b""
         return rows, sum(bool(line.strip()) for line in content.removeprefix(mark).split(b"\n"))
 
@@ -182,9 +197,12 @@ class Table:
         return csv_rows(lines, names) if self.csv else json_rows(lines)
 
 
-def _take(rows: Iterator[Row | Damaged], count: int) -> int:
-    """Read `count` rows, or those that there are; returns how many."""
-    taken = 0
-    while taken < count and next(rows, None) is not None:
-        taken += 1
-    return taken
+def _local_stamp(folder: str, path: object) -> Stamp | None:
+    """Size and time of an image that a table in `folder` names; None where it is none of this machine's files."""
+    if not isinstance(path, str) or "://" in path:
+        return None
+    try:
+        about = os.stat(os.path.join(folder, path))
+    except (OSError, ValueError):
+        return None
+    return [about.st_size, about.st_mtime_ns]
