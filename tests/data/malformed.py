@@ -1,6 +1,7 @@
 """Sources as chance damages them, each by its seed: tars, CSV, JSONL and Parquet tables, folders.
 
     python -m tests.data.malformed 5000            # seeds 0 to 4,999; one line for each that breaks a promise
+    python -m tests.data.malformed 100 7000        # seeds 7,000 to 7,099
 
 The promises: `prepare` ends with an index or with a `UserError` of one line, and whatever the source holds is kept,
 rejected or left out.
@@ -22,6 +23,7 @@ from typing import Any
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
+from pipeline.data.shards import caption_count
 from tests.data.sample_images import encoded, image, prepare_config, write_tar
 
 _IMAGES = [encoded(image(number)) for number in range(8)]
@@ -141,7 +143,7 @@ def broken_promise(seed: int, folder: Path) -> str:
             validation_fraction=rng.choice([0, 0.3]),
             max_rejected_fraction=1,
             shard_size=rng.choice([3, 5, 1_000]),
-            caption=rng.choice(["first", "all"]),
+            caption=rng.choice(["first", "all", "random"]),
         )
         index = prepare(folder / "out", config, seed=0)
     except UserError as error:
@@ -149,15 +151,15 @@ def broken_promise(seed: int, folder: Path) -> str:
         return str(error) if ours or "\n" in str(error) else ""
     except Exception:
         return traceback.format_exc()
-    kept = sum(split["samples"] for split in index["splits"].values())
+    kept = sum(caption_count(split) for split in index["splits"].values())
     accounted = kept + index["rejected"]["samples"] + sum(index["left_out"].values())
     return "" if accounted == index["source_samples"] else f"{accounted} of {index['source_samples']} accounted for"
 
 
-def main(count: int) -> int:
-    """Try so many seeds; returns how many break a promise."""
+def main(count: int, first: int = 0) -> int:
+    """Try so many seeds, from `first` on; returns how many break a promise."""
     broken: Counter[str] = Counter()
-    for seed in range(count):
+    for seed in range(first, first + count):
         folder = Path(tempfile.mkdtemp())
         if what := broken_promise(seed, folder):
             broken[what.splitlines()[-1]] += 1
@@ -168,4 +170,4 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(int(sys.argv[1]))))
+    sys.exit(bool(main(*map(int, sys.argv[1:]))))

