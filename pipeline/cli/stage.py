@@ -32,6 +32,7 @@ from pipeline.core.process_limits import raise_open_files
 from pipeline.core.progress import ON_SCREEN
 from pipeline.core.text import one_line
 from pipeline.core.urls import MaskingFormatter
+from pipeline.core.watchdog import rank_log
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
 from pipeline.orchestration.run_directory import source_name, writing_in
@@ -133,17 +134,27 @@ def stage_arguments(config_path: str, take_over: bool, overrides: tuple[str, ...
 
 
 def _configure_logging(path: Path) -> None:
-    """What the screen shows stays in logs/<stage>.log: rank 0's messages and progress, other ranks' errors."""
-    main = os.environ.get("RANK", "0") == "0"
+    """What the screen shows stays in logs/<stage>.log: rank 0's messages and progress, other ranks' errors.
+
+    All that another rank says is in logs/<stage>/rank-N.log.
+    """
+    rank = int(os.environ.get("RANK", "0"))
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     handlers[0].addFilter(lambda record: not hasattr(record, ON_SCREEN))
     if is_run_config(path.parent.parent / "config.yaml"):  # and in no folder of something else
         with writing_in(path.parent.parent):
             path.parent.mkdir(exist_ok=True)
             handlers.append(logging.FileHandler(path))
-        handlers[-1].setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            if rank:
+                own = rank_log(path.parent, path.stem, rank)
+                own.parent.mkdir(exist_ok=True)
+                handlers.append(logging.FileHandler(own))
     handlers[0].setFormatter(MaskingFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO if main else logging.ERROR, handlers=handlers)
+    for handler in handlers[1:]:
+        handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for shared in handlers[:2] if rank else ():
+        shared.setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
     logging.captureWarnings(True)
     for noisy in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed", "compilers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

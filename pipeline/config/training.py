@@ -30,6 +30,13 @@ def resolved_precision(configured: Precision, on_gpu: bool, engine: str) -> Prec
     return configured
 
 
+class ProfileConfig(Config):
+    """Steps of a training that torch.profiler records, on each process, into profile/rank-N.json.gz."""
+
+    start: int = Field(ge=0, description="steps done before")
+    steps: int = Field(3, ge=1, le=100, description="how many")
+
+
 class TrainingConfig(Config):
     """Section `training` of a stage that trains: steps, batch, optimizer and intervals.
 
@@ -122,6 +129,18 @@ class TrainingConfig(Config):
     def evaluation_batches(self) -> int:
         """The most batches that an evaluation takes: a forward pass is a third of a step."""
         return self.evaluate_batches or max(16, round(0.03 * self.evaluate_every))
+
+    hang_timeout_s: float | None = operational(
+        600.0,
+        gt=0,
+        description="seconds without a step, a batch of an evaluation or another sign of life after which a process"
+        " writes where its threads are into its log and ends as a crash; a checkpoint may take ten times as long."
+        " null: never",
+    )
+    collective_timeout_s: float = operational(
+        900.0, gt=0, description="seconds that processes wait for each other in a collective of tensors"
+    )
+    profile: ProfileConfig | None = operational(None, description="steps to profile; null: none")
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod

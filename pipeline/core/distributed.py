@@ -23,7 +23,10 @@ from pipeline.core.rendezvous import Launched
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_TIMEOUT = timedelta(minutes=30)
+# What rank 0 does alone while the others wait, and what a slow file system does, may take this long.
+_CONTROL_TIMEOUT = timedelta(hours=12)
+_TIMEOUT = timedelta(minutes=30)  # of collectives of tensors, until `set_collective_timeout`
+_control: dist.ProcessGroup | None = None  # gloo, for verdicts, objects and barriers; None: there is one group
 _TELL_S = 2.0  # seconds that a process waits to hear whether another one tells the same error
 _store: dist.Store | None = None  # of the launched processes; it outlives the group
 
@@ -136,13 +139,25 @@ def _join(launch: Launched, store: dist.Store) -> None:
         dist.barrier()  # NCCL connects at its first collective
     except RuntimeError as error:
         raise rendezvous.did_not_meet(launch, error) from error
+    global _control
+    if launch.processes > 1:
+        _control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     dist.distributed_c10d._set_pg_timeout(_TIMEOUT)
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Of every group but the one for control: also of those that DeepSpeed and accelerate have made by now."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not _control:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_control)
 
 
 def broadcast_object(value: T) -> T:
@@ -150,7 +165,7 @@ def broadcast_object(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
+    dist.broadcast_object_list(box, src=0, group=_control, device=None if _control else device())
     return box[0]
 
 
@@ -159,7 +174,7 @@ def all_gather_objects(value: T) -> list[T]:
     values = [value] * world_size()
     if world_size() == 1:
         return values
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
 
 
@@ -241,7 +256,7 @@ def leave(status: int) -> NoReturn:
     """
     if dist.is_initialized():
         if status == 0:
-            dist.barrier()
+            barrier()
             dist.destroy_process_group()
         logging.shutdown()
     sys.stdout.flush()

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from pipeline.config.training import TrainingConfig
-from pipeline.core import distributed, signals
+from pipeline.core import distributed, signals, watchdog
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class EvaluationStopped(Exception):
 
 def stop_if_asked() -> None:
     """Collective. Raises EvaluationStopped on every rank when one of them was asked to stop."""
+    watchdog.beat()
     asked = float(signals.requested() is not None)
     if distributed.mean({"asked_to_stop": asked})["asked_to_stop"] > 0:
         raise EvaluationStopped

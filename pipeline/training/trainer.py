@@ -22,7 +22,7 @@ import torch
 
 from pipeline.config.base import digest
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
-from pipeline.core import distributed, signals
+from pipeline.core import distributed, signals, watchdog
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
@@ -33,6 +33,7 @@ from pipeline.training.checkpoint_files import Files
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.base import Batch, Engine, Metrics, Start
+from pipeline.training.profiler import Profiler
 from pipeline.training.running_metrics import Reading, RunningMetrics
 from pipeline.training.save_interval import SaveInterval
 from pipeline.training.schedule import learning_rate_factor
@@ -78,7 +79,8 @@ def train(
         StoppedOnRequest: asked to stop; everything is in a checkpoint.
         UserError: too many non-finite steps in a row, or no usable checkpoint.
     """
-    with device_errors_in_a_line(training):
+    own_log = watchdog.rank_log(run.directory.parent / "logs", run.name, distributed.rank())
+    with device_errors_in_a_line(training), watchdog.watching(training.hang_timeout_s, own_log):
         speed = Speedometer(training, workload)
         start = Start(initial, drawn=not _resumes(run)) if initial else None
         built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
@@ -118,6 +120,7 @@ class Trainer:
         self._asked_to_stop = False
         self._logged: tuple[int, dict[str, float]] = (-1, {})  # step and content of the last line of training metrics
         self._speed = speed
+        self._profiler = Profiler(training.profile, run.directory, run.tracker)
 
     def run(self) -> Path:
         """Train from the newest checkpoint to the last step. See `train`."""
@@ -144,6 +147,7 @@ class Trainer:
                     self._look()
                 self._at_intervals()
                 self._stop_if_asked()
+        self._profiler.finish()
         self._save()
         self.checkpoints.finish()
         if self.ema:
@@ -154,6 +158,8 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """One optimizer update. It waits for nothing on the device: what it found is there until the next look."""
         state = self.state
+        watchdog.beat(f"step {state.step + 1}")
+        self._profiler.before_step(state.step)
         seed_step(self.stage.config.seed, state.step, distributed.rank())
         self.engine.objective.train()
         found = self._forward_and_backward(batch)
@@ -255,6 +261,7 @@ class Trainer:
         Raises:
             EvaluationStopped: a rank was asked to stop; the resumed training logs all of this step again.
         """
+        watchdog.beat(f"the evaluation after step {self.state.step}")
         started = time.monotonic()
         objective = self.engine.objective
         objective.eval()
@@ -299,6 +306,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step != self.state.step:
             self._look()
+            watchdog.beat(f"the checkpoint after step {self.state.step}", patient=True)
             started = time.monotonic()
             self.checkpoints.save(self.state.step, self._files())
             self._saved_step = self.state.step
@@ -320,6 +328,7 @@ class Trainer:
         return files
 
     def _restore(self) -> None:
+        watchdog.beat("reading the checkpoint", patient=True)
         step = self.checkpoints.restore(self._read)
         if distributed.is_main():
             # A process killed in an evaluation that it did again has logged it, or part of it, at this very step.

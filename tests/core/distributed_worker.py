@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import psutil
 import torch
@@ -23,6 +24,19 @@ def main() -> None:
             for found in psutil.Process().net_connections("inet"):
                 print(found.status, found.laddr.ip, flush=True)
             print("sum", float(distributed.sum_tensor(torch.ones(1))), flush=True)
+        elif action == "late":
+            distributed.set_collective_timeout(1.0)
+            if distributed.rank() == 1:
+                time.sleep(3)
+            distributed.barrier()
+            print("met", distributed.broadcast_object("all"), flush=True)
+            if distributed.rank() == 1:
+                time.sleep(3)
+            try:
+                distributed.sum_tensor(torch.ones(1))
+            except RuntimeError as error:
+                print("gave up:", str(error).splitlines()[0], flush=True)
+                distributed.leave(1)
         elif action == "fail":
             text = arguments[distributed.rank()]
             if text:

@@ -95,3 +95,12 @@ def test_processes_are_local_when_the_launcher_says_so() -> None:
         found = rendezvous.launched(base | extra)
         assert found is not None
         assert found.all_local is local
+
+
+@pytest.mark.slow
+def test_control_waits_where_a_collective_of_tensors_gives_up() -> None:
+    """A barrier and an object outlast what rank 1 does alone; a sum does not."""
+    first, late = together("late")
+    assert "met all" in first[1], first[1]
+    assert "met all" in late[1], late[1]
+    assert "gave up:" in first[1], first[1]

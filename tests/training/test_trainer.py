@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -383,3 +384,12 @@ def test_an_objective_is_told_how_many_micro_batches_a_step_has(
     monkeypatch.setattr(workload.objective, "set_micro_batches", told.append)
     _train(tmp_path / "run", workload, micro_batch_size=BATCH // 4)
     assert told == [4]
+
+
+def test_profiled_steps_leave_a_trace_that_mlflow_gets(tmp_path: Path) -> None:
+    _train(tmp_path / "run", SmallWorkload(), profile={"start": 2, "steps": 1})
+    trace = tmp_path / "run" / "profile" / "rank-00000.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("addmm" in event["name"] for event in events)
+    lines = (tmp_path / "run" / "tracking.jsonl").read_text().splitlines()
+    assert any("profile/rank-00000.json.gz" in line for line in lines)

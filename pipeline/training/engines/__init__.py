@@ -61,11 +61,15 @@ def build_engine(
         compile_blocks(objective, distributed.device())
     if training.activation_checkpointing != "none":
         checkpoint_activations(objective, training.activation_checkpointing)
+    engine: Engine
     if kind == "accelerate":
-        return AccelerateEngine(objective, training)
-    from pipeline.training.engines.deepspeed import DeepSpeedEngine
+        engine = AccelerateEngine(objective, training)
+    else:
+        from pipeline.training.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory, start)
+        engine = DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory, start)
+    distributed.set_collective_timeout(training.collective_timeout_s)
+    return engine
 
 
 def _precision(kind: Literal["accelerate", "deepspeed"], training: TrainingConfig) -> Precision:

@@ -1,0 +1,48 @@
+"""A process that hangs says where, and ends as a crash; one that is alive is left alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.core.watchdog import HUNG
+from tests.launch import ROOT, environment
+
+BUSY = """
+import sys, time
+from pathlib import Path
+from pipeline.core import watchdog
+
+def stuck_in_a_collective(seconds):
+    time.sleep(seconds)
+
+with watchdog.watching(0.8, Path(sys.argv[1])):
+    for step in range(4):
+        watchdog.beat(f"step {step}")
+        time.sleep(0.1)
+    watchdog.beat("the checkpoint", patient=True)
+    stuck_in_a_collective(1.2)
+    watchdog.beat("step 9")
+    stuck_in_a_collective(float(sys.argv[2]))
+time.sleep(1)  # nobody watches any more
+"""
+
+
+def _run(log: Path, hangs_s: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BUSY, str(log), str(hangs_s)]
+    return subprocess.run(command, env=environment(RANK="3"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_process_that_hangs_writes_its_stacks_and_ends_as_a_crash(tmp_path: Path) -> None:
+    log = tmp_path / "transformer" / "rank-00003.log"
+    hung = _run(log, 30)
+    assert hung.returncode == HUNG
+    assert "stuck_in_a_collective" in log.read_text()
+    assert hung.stderr.splitlines() == [
+        f"error: rank 3 hangs: no sign of life for 1 s, since step 9; where each thread is: {log}"
+    ]
+
+
+def test_a_process_that_beats_is_left_alone(tmp_path: Path) -> None:
+    assert _run(tmp_path / "log", 0).returncode == 0
