@@ -10,6 +10,7 @@ smalti <stage> --config configs/openmoji.yaml             one stage
 smalti submit configs/openmoji.yaml --cluster FILE        every stage, as Slurm jobs; then status, logs, cancel
 smalti doctor configs/openmoji.yaml                       what of this machine would stop it, and what to do
 smalti runs                                               runs with state, metrics and size; --disk, --prune; compare
+smalti serve runs/openmoji                                a page to generate on, and OpenAI's images API
 smalti ui runs/openmoji                                   MLflow's page for a run
 smalti data inspect runs/openmoji                         counts, captions and checksums of a run's data; data export
 """
@@ -34,6 +35,7 @@ from pipeline.cli.generate import generate
 from pipeline.cli.plan import plan
 from pipeline.cli.reconstruct import reconstruct
 from pipeline.cli.runs import runs
+from pipeline.cli.serve import serve
 from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
 from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.cli.ui import ui
@@ -177,6 +179,7 @@ cli.add_command(evaluate)  # likewise
 cli.add_command(export)
 cli.add_command(plan)
 cli.add_command(runs)
+cli.add_command(serve)
 cli.add_command(ui)
 for _command in SLURM_COMMANDS:
     cli.add_command(_command)

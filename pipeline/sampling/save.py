@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,8 +55,7 @@ def save_image(image: Image.Image, path: Path, metadata: Metadata) -> None:
     kind = check_format(path, image.size)
     options: dict[str, object] = {}
     if kind == "PNG":
-        options["pnginfo"] = info = PngInfo()
-        info.add_itxt(_CHUNK, json.dumps(metadata, ensure_ascii=False))
+        options["pnginfo"] = _png_info(metadata)
     else:
         text = json.dumps(metadata)
         if len(text) > _LARGEST_EXIF:
@@ -65,6 +65,19 @@ def save_image(image: Image.Image, path: Path, metadata: Metadata) -> None:
         options |= {"exif": exif, "quality": 95}
     with atomic_path(path) as temporary:
         image.save(temporary, format=kind, **options)
+
+
+def png_file(image: Image.Image, metadata: Metadata) -> bytes:
+    """The bytes of the PNG that `save_image` writes."""
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=_png_info(metadata))
+    return content.getvalue()
+
+
+def _png_info(metadata: Metadata) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt(_CHUNK, json.dumps(metadata, ensure_ascii=False))
+    return info
 
 
 def check_format(path: Path, size: tuple[int, int]) -> str:

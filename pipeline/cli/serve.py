@@ -1,0 +1,45 @@
+"""`smalti serve RUN`: a page to generate on, and OpenAI's images API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_file = click.Path(path_type=Path)
+
+
+@click.command("serve")
+@click.argument("directory", metavar="RUN_OR_EXPORT", type=_file)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="other than loopback only with one of the next two"
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one")
+@click.option("--token-file", type=_file, help="its content is the API key that clients must send")
+@click.option("--no-auth", is_flag=True, help="everybody who can connect may generate")
+@click.option("--name", help="of the model; default: the directory's")
+@click.option(
+    "--slots",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1, 4096),
+    help="images drawn at once; guided ones count 2",
+)
+@click.option("--waiting", default=32, show_default=True, type=click.IntRange(0, 10_000), help="requests in the queue")
+@click.option(
+    "--timeout", "timeout_s", default=300.0, show_default=True, type=click.FloatRange(min=1), help="seconds a request"
+)
+@click.option(
+    "--body-limit", default=2**23, show_default=True, type=click.IntRange(min=1024), help="bytes a request, uploads too"
+)
+def serve(directory: Path, **options: object) -> None:
+    """Serve a finished run, or a folder that `smalti export` wrote, until Ctrl-C or SIGTERM.
+
+    A page at /, OpenAI's images API below /v1, /health, /ready, /metrics.
+    """
+    from pipeline.sampling.model_source import find_models
+    from pipeline.serving.server import Serving
+    from pipeline.serving.server import serve as serve_until_asked
+
+    find_models(directory)  # what is wrong with it is told before torch is loaded
+    serve_until_asked(directory, Serving(**options))  # type: ignore[arg-type]  # click has checked them

@@ -1,0 +1,148 @@
+"""The thread that draws codes for all requests at once.
+
+    engine = Engine(pipeline, slots=16, waiting=32); engine.start()
+    engine.submit(order)            # joins at the next code, if its images fit; else it waits; else Refusal
+    order.cancel()                  # its client is gone: its rows leave before the next code
+    engine.stop()                   # what runs is finished, what waits is refused; then join()
+
+One thread draws (`RowBatch`), one makes files of codes (`Finisher`), so that neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+import torch
+
+from pipeline.sampling.decode import candidate_uniforms
+from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.row_batch import RowBatch
+from pipeline.serving.counts import Counts
+from pipeline.serving.finish import Finisher
+from pipeline.serving.order import Failed, Order
+from pipeline.serving.refusal import broken, busy, stopping, too_slow
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """One model, any number of orders."""
+
+    def __init__(self, pipeline: Pipeline, slots: int, waiting: int, timeout_s: float, counts: Counts) -> None:
+        """`slots`: rows that are drawn at once, two for a guided image; `waiting`: orders that may wait for some."""
+        self.pipeline, self.slots, self._waiting, self._timeout_s = pipeline, slots, waiting, timeout_s
+        self._counts = counts
+        self._queue: deque[Order] = deque()
+        self._running: list[Order] = []
+        self._batch = RowBatch(pipeline.transformer, slots)
+        self._changed, self._stopping = threading.Condition(), False
+        self._seconds = 1.0  # that the last order took
+        self.finisher = Finisher(pipeline)
+        self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, order: Order) -> None:
+        """Put it in line. Raises Refusal: the line is full, or the server ends."""
+        with self._changed:
+            if self._stopping:
+                raise stopping()
+            self._queue = deque(waits for waits in self._queue if not waits.cancelled)
+            if len(self._queue) >= self._waiting:
+                raise busy(self._seconds * len(self._queue) / max(len(self._running), 1))
+            self._queue.append(order)
+            self._changed.notify()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def stop(self) -> None:
+        """Finish what runs, refuse what waits."""
+        with self._changed:
+            self._stopping = True
+            refused, self._queue = list(self._queue), deque()
+            self._changed.notify()
+        for order in refused:
+            order.emit(Failed(stopping()))
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until all is finished."""
+        self._thread.join(timeout_s)
+        self.finisher.close()
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._turn()
+            except Exception:
+                log.exception("drawing failed; %d requests are answered with an error", len(self._running))
+                for order in self._running:
+                    order.emit(Failed(broken()))
+                self._running, self._batch = [], RowBatch(self.pipeline.transformer, self.slots)
+            self._counts.now(waiting=len(self._queue), drawn=len(self._batch.rows))
+
+    def _wait(self) -> bool:
+        """Until there is something to draw; False: that was all."""
+        with self._changed:
+            while not self._queue and not self._running:
+                if self._stopping:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _turn(self) -> None:
+        """Those that are gone leave, those that wait join, and all advance by a code."""
+        self._let_leave()
+        for order in self._admitted():
+            self._join(order)
+        if self._batch.rows:
+            self._batch.step()
+        for order in self._running:
+            self._tell(order)
+        self._running = [order for order in self._running if not all(row.finished for row in order.rows)]
+
+    def _let_leave(self) -> None:
+        now = time.monotonic()
+        gone = [order for order in self._running if order.cancelled or order.deadline < now]
+        self._batch.leave([row for order in gone for row in order.rows])
+        self._running = [order for order in self._running if order not in gone]
+        with self._changed:
+            late = [order for order in self._queue if order.cancelled or order.deadline < now]
+            self._queue = deque(order for order in self._queue if order not in late)
+        for order in gone + late:
+            order.emit(Failed(too_slow(self._timeout_s)))
+
+    def _admitted(self) -> list[Order]:
+        """Who joins now, in the order of their coming."""
+        free, admitted = self._batch.free, []
+        with self._changed:
+            while self._queue and self._queue[0].slots <= free:
+                free -= self._queue[0].slots
+                admitted.append(self._queue.popleft())
+        return admitted
+
+    def _join(self, order: Order) -> None:
+        model = self.pipeline.transformer
+        text_T = self.pipeline.text_tokenizer.encode([order.prompt])[0]
+        count = model.layout.image_length
+        uniforms = torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)])
+        order.rows = self._batch.join(text_T, uniforms, order.sampling, order.known)
+        order.started = time.monotonic()
+        self._running.append(order)
+
+    def _tell(self, order: Order) -> None:
+        """Of its images, once they are there, or of how far they are."""
+        if all(row.finished for row in order.rows):
+            self._seconds = time.monotonic() - order.started
+            self.finisher.finish(order)
+            return
+        total = len(order.rows[0].codes)
+        due = total * (order.partials + 1) // (order.partial_images + 1)
+        if order.partials < order.partial_images and order.rows[0].index >= due:
+            order.partials += 1
+            self.finisher.show(order)

@@ -1,0 +1,296 @@
+// The page of `smalti serve`: asks for images, shows them while they are generated, and changes parts of them.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["temperature", "guidance", "top_k", "top_p", "min_p"];
+let model = null; // our part of /v1/models
+let running = null; // the AbortController of what is generated now
+let edited = null; // the image that is being changed: { blob, codes, asked }
+
+start();
+
+async function start() {
+  $("ask").addEventListener("submit", (event) => { event.preventDefault(); generate(asked()); });
+  $("cancel").addEventListener("click", () => running?.abort());
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); }
+  });
+  $("token").addEventListener("change", () => { sessionStorage.setItem("token", $("token").value); connect(); });
+  $("token").value = sessionStorage.getItem("token") || "";
+  prepareMask();
+  $("fill").addEventListener("click", fill);
+  $("clear").addEventListener("click", clearMask);
+  $("complete").addEventListener("click", () => change({ keep_rows: $("keep-rows").value }));
+  $("vary").addEventListener("click", () => change({ keep_levels: $("keep-levels").value }));
+  $("close").addEventListener("click", () => { $("edit").hidden = true; $("prompt").focus(); });
+  await connect();
+}
+
+function headers() {
+  const token = $("token").value;
+  return token ? { authorization: `Bearer ${token}` } : {};
+}
+
+async function connect() {
+  try {
+    const answer = await fetch("v1/models", { headers: headers() });
+    if (answer.status === 401) {
+      $("token-label").hidden = false;
+      $("settings").open = true;
+      return say("this server wants a token: enter it below Settings", true);
+    }
+    const found = (await answer.json()).data[0];
+    model = found.smalti;
+    $("model").textContent = `${found.id}, ${model.image_size} × ${model.image_size} pixels`;
+    for (const name of NUMBERS) $(name).value = model.sampling[name] ?? "";
+    $("guidance").disabled = !model.guidance_trained;
+    $("rank-label").hidden = !model.reranker;
+    $("rank").checked = model.reranker;
+    $("keep-rows").max = model.levels.at(-1).height - 1;
+    $("levels-field").hidden = model.levels.length < 2;
+    $("keep-levels").max = model.levels.length - 1;
+    say("");
+  } catch {
+    say("the server does not answer", true);
+  }
+}
+
+function asked() {
+  const values = { prompt: $("prompt").value, n: Number($("n").value) };
+  if ($("seed").value !== "") values.seed = Number($("seed").value);
+  for (const name of NUMBERS) if ($(name).value !== "" && !$(name).disabled) values[name] = Number($(name).value);
+  if ($("rank").checked) values.rank = true;
+  return values;
+}
+
+// Generate `values`; with `image`, starting from it: { image, mask }, blobs.
+async function generate(values, image = null) {
+  if (running) return;
+  const mine = (running = new AbortController());
+  if (values.seed === undefined) values = { ...values, seed: Math.floor(Math.random() * 2 ** 32) };
+  busy(true);
+  say("waiting for a place …");
+  const figures = showPlaces(values);
+  const partials = model ? model.levels.reduce((sum, level) => sum + level.height, 0) : 8;
+  const body = { ...values, stream: true, codes: true, partial_images: Math.min(partials, 64) };
+  try {
+    const answer = await fetch(image ? "v1/images/edits" : "v1/images/generations", {
+      method: "POST", signal: mine.signal, ...encoded(body, image),
+    });
+    if (!answer.ok) throw new Error((await answer.json()).error.message);
+    let done = 0;
+    for await (const event of events(answer.body)) {
+      if (event.type === "error") throw new Error(event.error.message);
+      const figure = event.type.endsWith(".partial_image") ? figures[event.candidate] : figures[done];
+      figure.querySelector("img").src = `data:image/png;base64,${event.b64_json}`;
+      if (event.type.endsWith(".completed")) { complete(figure, values, event); done += 1; }
+      else say(`generating, ${event.partial_image_index + 1} of ${body.partial_images} rows`);
+    }
+    if (done < figures.length) throw new Error("the server ended before the images were done");
+    remember(values, image);
+    say(`${done} ${done === 1 ? "image" : "images"}, seed ${values.seed}`);
+  } catch (error) {
+    figures.forEach((figure) => { if (figure.classList.contains("drawing")) figure.remove(); });
+    say(error.name === "AbortError" ? "cancelled" : error.message, error.name !== "AbortError");
+  } finally {
+    running = null;
+    busy(false);
+  }
+}
+
+function encoded(body, image) {
+  if (!image) return { headers: { ...headers(), "content-type": "application/json" }, body: JSON.stringify(body) };
+  const form = new FormData();
+  for (const [name, value] of Object.entries(body)) form.append(name, value);
+  for (const [name, blob] of Object.entries(image)) if (blob) form.append(name, blob, `${name}.png`);
+  return { headers: headers(), body: form };
+}
+
+// The events of a stream, as what their data says.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const whole = text.split("\n\n");
+    text = whole.pop();
+    for (const event of whole) yield JSON.parse(event.slice(event.indexOf("data: ") + 6));
+  }
+}
+
+function showPlaces(values) {
+  $("empty")?.remove();
+  const figures = Array.from({ length: values.n }, () => {
+    const figure = document.createElement("figure");
+    figure.className = "drawing";
+    const img = document.createElement("img");
+    img.alt = `${values.prompt}, being generated`;
+    img.src = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==";
+    const caption = document.createElement("figcaption");
+    caption.textContent = values.prompt;
+    figure.append(img, caption);
+    return figure;
+  });
+  $("images").prepend(...figures);
+  return figures;
+}
+
+function complete(figure, values, event) {
+  figure.classList.remove("drawing");
+  const img = figure.querySelector("img");
+  img.alt = `${values.prompt}, seed ${event.seed}, image ${event.candidate + 1}`;
+  const score = event.score === undefined ? "" : `, score ${event.score.toFixed(1)}`;
+  figure.querySelector("figcaption").textContent = `${values.prompt} · seed ${event.seed}, ${event.candidate + 1}${score}`;
+  const blob = blobOf(event.b64_json);
+  const save = document.createElement("a");
+  save.href = URL.createObjectURL(blob);
+  save.download = `${values.prompt.slice(0, 40).replace(/[^\p{L}\p{N}]+/gu, "-")}-${event.seed}-${event.candidate}.png`;
+  save.textContent = "PNG";
+  const buttons = document.createElement("div");
+  buttons.className = "buttons";
+  buttons.append(button("Change", () => edit({ blob, codes: event.codes, asked: values })), save);
+  figure.append(buttons);
+}
+
+function button(text, action) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = text;
+  made.addEventListener("click", action);
+  return made;
+}
+
+function blobOf(base64) {
+  return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type: "image/png" });
+}
+
+function remember(values, image) {
+  $("history-empty").hidden = true;
+  const item = document.createElement("li");
+  const text = document.createElement("span");
+  const settings = NUMBERS.filter((name) => values[name] !== undefined).map((name) => `${name.replace("_", "-")} ${values[name]}`);
+  const how = image ? "changed; " : "";
+  text.textContent = `${values.prompt} · ${how}seed ${values.seed}, ${values.n} ${values.n === 1 ? "image" : "images"}, ${settings.join(", ")}`;
+  item.append(text, button("Same", () => generate(values, image)), button("Again", () => {
+    const { seed, ...others } = values;
+    generate(others, image);
+  }));
+  $("history").prepend(item);
+}
+
+function busy(is) {
+  $("generate").disabled = is;
+  $("cancel").hidden = !is;
+  for (const id of ["fill", "complete", "vary"]) $(id).disabled = is;
+}
+
+function say(text, isError = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("error", isError);
+}
+
+// ---- a part anew
+
+function edit(image) {
+  edited = image;
+  $("edit-image").src = URL.createObjectURL(image.blob);
+  clearMask();
+  showCodes(image.codes);
+  $("edit").hidden = false;
+  $("edit-title").focus();
+}
+
+function change(rule) {
+  const { seed, ...values } = { ...asked(), prompt: $("prompt").value || edited.asked.prompt };
+  generate({ ...values, ...rule }, { image: edited.blob });
+}
+
+function fill() {
+  const cells = $("mask").getContext("2d").getImageData(0, 0, $("mask").width, $("mask").height).data;
+  if (!cells.some((value, index) => index % 4 === 3 && value)) return say("paint what is to be generated first", true);
+  const side = model.image_size;
+  const whole = document.createElement("canvas");
+  whole.width = whole.height = side;
+  const context = whole.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.fillRect(0, 0, side, side);
+  context.globalCompositeOperation = "destination-out"; // transparent: generate here
+  context.drawImage(opaque(), 0, 0, side, side);
+  const { seed, ...values } = { ...asked(), prompt: $("prompt").value || edited.asked.prompt };
+  whole.toBlob((mask) => generate(values, { image: edited.blob, mask }), "image/png");
+}
+
+// The mask without its translucency, which is there for the eye.
+function opaque() {
+  const copy = document.createElement("canvas");
+  copy.width = $("mask").width;
+  copy.height = $("mask").height;
+  const context = copy.getContext("2d");
+  for (let times = 0; times < 8; times += 1) context.drawImage($("mask"), 0, 0);
+  return copy;
+}
+
+function prepareMask() {
+  const canvas = $("mask");
+  let cursor = [0, 0];
+  const at = (event) => {
+    const box = canvas.getBoundingClientRect();
+    return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height].map(Math.floor);
+  };
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  canvas.addEventListener("focus", () => place(cursor));
+  canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); paint(at(event)); });
+  canvas.addEventListener("pointermove", (event) => { if (event.buttons) paint(at(event)); });
+  canvas.addEventListener("keydown", (event) => {
+    if (moves[event.key]) {
+      cursor = cursor.map((place, axis) => Math.max(0, Math.min(canvas.width - 1, place + moves[event.key][axis])));
+      place(cursor);
+      say(`column ${cursor[0] + 1}, row ${cursor[1] + 1}`);
+    } else if (event.key === " ") paint(cursor);
+    else return;
+    event.preventDefault();
+  });
+}
+
+// Show where the arrow keys are.
+function place([column, row]) {
+  const { width, height } = $("mask");
+  Object.assign($("cursor").style, {
+    left: `${(100 * column) / width}%`, top: `${(100 * row) / height}%`, width: `${100 / width}%`, height: `${100 / height}%`,
+  });
+}
+
+// A cell of the canvas is a code of the finest level.
+function paint([column, row]) {
+  const context = $("mask").getContext("2d");
+  context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
+  context.clearRect(column, row, 1, 1);
+  context.fillRect(column, row, 1, 1);
+}
+
+function clearMask() {
+  const { width, height } = model.levels.at(-1);
+  [$("mask").width, $("mask").height] = [width, height];
+}
+
+function showCodes(levels) {
+  $("codes").replaceChildren(...levels.map((codes, number) => {
+    const { width, height, codebook_size } = model.levels[number];
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [width, height];
+    const context = canvas.getContext("2d");
+    codes.forEach((code, index) => {
+      const hue = (code * 137.508) % 360; // the golden angle: codes beside each other look different
+      context.fillStyle = `hsl(${hue} 60% ${35 + (40 * code) / codebook_size}%)`;
+      context.fillRect(index % width, Math.floor(index / width), 1, 1);
+    });
+    const figure = document.createElement("div");
+    const caption = document.createElement("div");
+    caption.className = "soft";
+    caption.textContent = `level ${number + 1}: ${width} × ${height} codes of ${codebook_size}`;
+    figure.append(canvas, caption);
+    return figure;
+  }));
+}

@@ -1,0 +1,229 @@
+"""Promises of pipeline/serving/: OpenAI's clients work, the same request gets the same bytes, nothing breaks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.launch import launch
+from tests.serving.conftest import serving
+
+Answer = tuple[int, dict[str, object]]
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}v1", api_key="none", max_retries=0, timeout=60)
+
+
+def ask(
+    server: str,
+    values: object,
+    path: str = "v1/images/generations",
+    content_type: str = "application/json",
+    **headers: str,
+) -> Answer:
+    body = values if isinstance(values, bytes) else json.dumps(values).encode()
+    request = urllib.request.Request(server + path, body, {"content-type": content_type} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def pngs(answer: Answer) -> list[bytes]:
+    assert answer[0] == 200, answer
+    data = answer[1]["data"]
+    assert isinstance(data, list)
+    return [base64.b64decode(one["b64_json"]) for one in data]
+
+
+def test_images_are_the_files_of_smalti_generate(server: str, tiny_run: Path, tmp_path: Path) -> None:
+    launch("pipeline", "generate", str(tiny_run), "red joker", "-n", "3", "--seed", "7", "-o", str(tmp_path / "images"))
+    expected = [(tmp_path / "images" / f"000000-{j:02d}.png").read_bytes() for j in range(3)]
+    assert pngs(ask(server, {"prompt": "red joker", "n": 3, "seed": 7})) == expected
+
+
+def test_bytes_are_the_same_at_any_concurrency(server: str) -> None:
+    asked = [
+        {"prompt": prompt, "seed": seed, "n": 1 + seed % 2, "guidance": guidance, "top_k": 5 + seed}
+        for seed, prompt in enumerate(["joker", "a red cat with a very long name", "Brazil"])
+        for guidance in (1.0, 2.0)
+    ]
+    alone = [pngs(ask(server, one)) for one in asked]
+    with ThreadPoolExecutor(len(asked) * 2) as pool:
+        together = list(pool.map(lambda one: pngs(ask(server, one)), asked * 2))
+    assert together == alone * 2
+
+
+def test_openais_client_generates_streams_and_edits(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    whole = client.images.generate(model=model.id, prompt="joker", n=2, size="16x16", extra_body={"seed": 1})
+    assert whole.data is not None
+    assert whole.usage is not None
+    content = [base64.b64decode(one.b64_json or "") for one in whole.data]
+    assert [Image.open(io.BytesIO(png)).size for png in content] == [(16, 16)] * 2
+
+    stream = client.images.generate(
+        model=model.id, prompt="joker", stream=True, partial_images=2, extra_body={"seed": 1}
+    )
+    last = list(stream)[-1]
+    assert last.type == "image_generation.completed"
+    assert base64.b64decode(last.b64_json) != content[0]  # its metadata says one candidate, not two
+    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (base64.b64decode(last.b64_json), content[0])]
+    assert pixels[0] == pixels[1]
+
+    mask = Image.new("RGBA", (16, 16), "black")
+    mask.paste((0, 0, 0, 0), (0, 8, 16, 16))
+    file = io.BytesIO()
+    mask.save(file, "png")
+    edited = client.images.edit(
+        image=("a.png", content[0]),
+        mask=("m.png", file.getvalue()),
+        prompt="joker",
+        extra_body={"seed": 4, "codes": True},
+    )
+    again = client.images.edit(
+        image=("a.png", content[0]), prompt="joker", extra_body={"seed": 4, "codes": True, "keep_rows": 2}
+    )
+    assert edited.data is not None
+    assert again.data is not None
+    codes = [one.model_dump()["codes"] for one in (edited.data[0], again.data[0])]
+    assert codes[0] == codes[1]  # a mask of the lower half is to keep the upper half
+    url = client.images.generate(prompt="joker", response_format="url", extra_body={"seed": 1}).data
+    assert url is not None
+    assert url[0].url is not None
+    assert urllib.request.urlopen(url[0].url).read() == base64.b64decode(last.b64_json)
+
+
+def multipart(**fields: bytes) -> bytes:
+    parts = []
+    for name, value in fields.items():
+        file = '; filename="x.png"' if name in ("image", "mask") else ""
+        parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n")
+    return b"".join(parts) + b"--b--\r\n"
+
+
+def bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "png")
+    return file.getvalue()
+
+
+BAD_FIELDS: list[dict[str, object]] = [
+    {"prompt": ""}, {"prompt": "\u200b"}, {"prompt": "x" * 4001}, {"prompt": 3}, {"prompt": "\ud800"}, {},
+    {"n": 0}, {"n": 11}, {"n": True}, {"n": 1e300}, {"size": "1024x1024"}, {"seed": -1}, {"seed": 2**63},
+    {"temperature": -1}, {"temperature": float("nan")}, {"top_k": 65}, {"top_p": 0}, {"min_p": 2}, {"guidance": 101},
+    {"guidance_interval": [1, 0]}, {"rank": True}, {"unknown": 1}, {"partial_images": 999}, {"output_format": "jpeg"},
+    {"n": 3, "guidance": 2.0},
+]  # fmt: skip
+
+
+def test_malformed_requests_are_answered_in_one_line(server: str) -> None:
+    asked = [{"prompt": "joker"} | fields if fields else {} for fields in BAD_FIELDS]
+    answers = [ask(server, one) for one in asked]
+    answers += [ask(server, body) for body in (b"", b"{", b"[]", b'{"prompt": "\xff"}', b"null", b"[" * 100_000)]
+    for fields in (
+        {"prompt": b"joker"}, {"prompt": b"joker", "image": b"no image", "keep_rows": b"1"},
+        {"prompt": b"joker", "image": bomb(), "keep_rows": b"1"}, {"prompt": b"joker", "image": b"", "mask": b""},
+        {"prompt": b"joker", "image": b"/etc/passwd"}, {"image": b"x"}, {"prompt": b"\xff", "image": b"x"},
+    ):  # fmt: skip
+        answers.append(ask(server, multipart(**fields), "v1/images/edits", "multipart/form-data; boundary=b"))
+    answers.append(ask(server, b"--", "v1/images/edits", "multipart/form-data; boundary=b"))
+    answers.append(ask(server, b"{}", "v1/images/edits"))
+    for status, answer in answers:
+        assert 400 <= status < 500, answer
+        error = answer["error"]
+        assert isinstance(error, dict)
+        assert not {"\n", "/"} & set(error["message"]), error
+    assert ask(server, b" " * (2**23 + 1))[0] == 413
+    assert ask(server, {"prompt": "joker", "model": "gpt"})[0] == 404
+    assert ask(server, {"prompt": "joker"}, origin="http://elsewhere.example")[0] == 403
+    assert ask(server, {"prompt": "joker"}, host="elsewhere.example")[0] == 403
+
+
+def test_a_client_that_is_gone_frees_its_place(server: str) -> None:
+    host, port = server.removeprefix("http://").strip("/").split(":")
+    body = json.dumps({"prompt": "joker", "n": 4}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    before = metric(server, 'smalti_requests_total{path="/v1/images/generations",status="200"}')
+    for _ in range(40):  # more than the queue holds
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    while (answer := ask(server, {"prompt": "joker", "seed": 1}))[0] == 429:
+        pass
+    assert len(pngs(answer)) == 1
+    answered = metric(server, 'smalti_requests_total{path="/v1/images/generations",status="200"}') - before
+    assert answered < 40  # of those that are gone next to none was drawn to its end
+
+
+def metric(server: str, name: str) -> float:
+    lines = urllib.request.urlopen(server + "metrics").read().decode().splitlines()
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+def test_a_full_queue_says_when_to_come_back(tiny_run: Path) -> None:
+    with serving(tiny_run, "--slots", "1", "--waiting", "1") as (server, _), ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: ask(server, {"prompt": "joker", "seed": seed}), range(24)))
+        statuses = {status for status, _ in answers}
+        assert statuses == {200, 429}, statuses
+        metrics = urllib.request.urlopen(server + "metrics").read().decode()
+        assert 'smalti_requests_total{path="/v1/images/generations",status="429"}' in metrics
+        assert f"smalti_images_total {sum(status == 200 for status, _ in answers):.1f}" in metrics
+
+
+def test_sigterm_finishes_what_runs_and_exits_with_0(tiny_run: Path) -> None:
+    with serving(tiny_run, "--slots", "10", "--waiting", "8") as (server, process):
+        assert ask(server, {"prompt": "joker"})[0] == 200
+        answers: list[Answer] = []
+        asking = [
+            threading.Thread(target=lambda: answers.append(ask(server, {"prompt": "joker", "n": 10}))) for _ in range(3)
+        ]
+        for thread in asking:
+            thread.start()
+        while "smalti_drawn_images 10.0" not in urllib.request.urlopen(server + "metrics").read().decode():
+            assert any(thread.is_alive() for thread in asking), answers
+        process.send_signal(signal.SIGTERM)
+        for thread in asking:
+            thread.join()
+        assert process.wait(30) == 0
+        assert {status for status, _ in answers} <= {200, 503}
+        assert 200 in {status for status, _ in answers}
+
+
+def test_other_machines_need_a_token(tiny_run: Path, tmp_path: Path) -> None:
+    said = launch("pipeline", "serve", str(tiny_run), "--host", "0.0.0.0", check=False)
+    assert "--token-file" in said
+    assert "Traceback" not in said
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    with serving(tiny_run, "--token-file", str(token)) as (server, _):
+        assert ask(server, {"prompt": "joker"})[0] == 401
+        assert ask(server, {"prompt": "joker"}, authorization="Bearer 0123456789abcdef")[0] == 200
+        for path in ("", "app.js", "style.css", "health", "ready"):
+            assert urllib.request.urlopen(server + path).status == 200
+
+
+def test_a_body_that_never_ends_is_not_waited_for(server: str) -> None:
+    host, port = server.removeprefix("http://").strip("/").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 99\r\n\r\n{{".encode()
+        )
+        slow.shutdown(socket.SHUT_WR)  # half closed
+        time.sleep(0.1)
+    assert ask(server, {"prompt": "joker"})[0] == 200
