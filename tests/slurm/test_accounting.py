@@ -1,7 +1,8 @@
-"""Where Slurm keeps accounts, status still knows what the controller has forgotten."""
+"""Where Slurm keeps accounts: status knows what the controller has forgotten, the doctor which accounts there are."""
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ from tests.slurm.conftest import Slurm, cluster_file, missing_reason, start, sto
 pytestmark = pytest.mark.slurm
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def accounted() -> Iterator[Slurm]:
     if reason := missing_reason():
         pytest.skip(reason)
@@ -24,7 +25,9 @@ def accounted() -> Iterator[Slurm]:
         pytest.skip(
             f"no accounting: {', '.join(missing)} missing; `slurm/testbed install --sacct` installs it (as root)"
         )
-    testbed = start("--sacct", "--set", "MinJobAge=2")
+    testbed = start("--sacct", "--set", "MinJobAge=2", "--set", "AccountingStorageEnforce=associations")
+    testbed("sacctmgr", "-i", "add", "account", "ours")
+    testbed("sacctmgr", "-i", "add", "user", getpass.getuser(), "account=ours")
     yield testbed
     stop(testbed)
 
@@ -39,3 +42,11 @@ def test_status_asks_sacct_when_squeue_has_forgotten(accounted: Slurm, tmp_path:
     }
     assert listed["prepare"]["state"] == "FAILED"
     assert listed["text-tokenizer"]["state"] == "CANCELLED"
+
+
+def test_the_doctor_names_an_account_that_is_none_of_ours(accounted: Slurm, tmp_path: Path) -> None:
+    stages = "{prepare: {account: theirs}, tokenize: {account: ours}}"
+    output = accounted.smalti("doctor", "--cluster", str(cluster_file(tmp_path, stages=stages)), check=False)
+    told = [line[30:].strip() for line in output.splitlines() if "cluster file" in line[:30]]
+    assert [line.partition(":")[0] for line in told] == ["prepare"]
+    assert "Invalid account" in told[0]

@@ -39,7 +39,7 @@ def test_prepare_as_an_array_makes_the_bytes_of_one_process_even_where_requeue_i
     stopped += "\nuntil [[ -e stop ]]; do sleep 0.1; done\ntouch stopped\nexit 0\nfi"
     more = {"launcher": launcher(tmp_path, stopped), "supervisor_python": sys.executable}
     cluster = cluster_file(tmp_path, stages="{prepare: {array: 3}}", **more)
-    config = [str(local_run / "config.yaml"), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare"]
+    config = [str(TINY), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare"]
     slurm.smalti("submit", *config)
     run = tmp_path / "tiny"
     jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}

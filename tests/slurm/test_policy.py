@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.core import lock
-from pipeline.slurm.supervisor import policy
+from pipeline.slurm.supervisor import job, policy
 from pipeline.slurm.supervisor.job import moved_dependency
 from pipeline.slurm.supervisor.policy import Budgets, Decision, Ending, Life, decide, outcome_of
 from pipeline.slurm.supervisor.ranks import first_failure
@@ -216,3 +217,26 @@ def test_the_line_that_says_why_is_found(code: int, lines: list[str], error: str
     (tmp_path / "first").write_text(f"3 node1 {code}\n")
     found = first_failure(tmp_path / "first", tmp_path / "log", len("3: of the life before\n"), code=9)
     assert (found.rank, found.host, found.code, found.error) == (3, "node1", code, error)
+
+
+@pytest.mark.parametrize(
+    ("srun", "sinfo", "dead"),
+    [
+        ("echo node1; exec sleep 60", "exit 1", ("node2",)),  # it hangs at the dead one
+        ("echo node1; echo node2", "exit 1", ()),
+        ("exit 1", "echo node1 allocated; echo node2 'down*'; echo node2 'down*'", ("node2",)),
+        ("exit 1", "echo node1 allocated; echo node2 'allocated*'", ("node2",)),
+        ("exit 1", "echo node1 allocated; echo node2 idle", ()),  # nothing says that one is dead
+    ],
+)
+def test_a_host_is_dead_if_it_alone_does_not_answer(
+    srun: str, sinfo: str, dead: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, lines in (("srun", srun), ("sinfo", sinfo)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(job, "_ANSWER_S", 0.5)
+    this = job.ThisJob.__new__(job.ThisJob)
+    this.hosts = ["node1", "node2"]
+    assert this.dead_hosts() == dead

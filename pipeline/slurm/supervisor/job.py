@@ -13,6 +13,7 @@ from pathlib import Path
 _DEAF = ["/bin/sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh"]
 # Slurm looks at time limits every 30 s, and may send its signal up to 60 s early.
 _EARLY_S = 90.0
+_ANSWER_S = 30.0  # that hosts have to start a process, to be alive
 
 
 class ThisJob:
@@ -45,7 +46,10 @@ class ThisJob:
         """The hosts of this job on which Slurm can no longer start a process."""
         count = str(len(self.hosts))
         command = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
-        answered = call([*command, "sh", "-c", 'echo "$SLURMD_NODENAME"'], timeout_s=60).split()
+        answered = call([*command, "sh", "-c", 'echo "$SLURMD_NODENAME"'], timeout_s=_ANSWER_S).split()
+        if not answered:  # not even this host, on which we live: the question failed
+            states = call(["sinfo", "-h", "-N", "-n", ",".join(self.hosts), "-o", "%N %T"]).splitlines()
+            return tuple(dict.fromkeys(line.split()[0] for line in states if "down" in line or line.endswith("*")))
         return tuple(host for host in self.hosts if host not in answered)
 
     def spare_hosts(self) -> int | None:
@@ -125,12 +129,14 @@ def moved_dependency(dependency: str, job: str, successor: str, keep: bool) -> s
 
 
 def call(command: Sequence[str], timeout_s: float = 120, environment: dict[str, str] | None = None) -> str:
-    """What a command prints; empty if it fails or does not answer. A controller that is away is no reason to fail."""
+    """What a command prints, until it is ended for taking too long; empty if it fails: a controller may be away."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=timeout_s, env=environment
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired as late:
+        return bytes(late.stdout or b"").decode(errors="replace")
+    except OSError:
         return ""
     return done.stdout
 
