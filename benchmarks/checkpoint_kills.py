@@ -1,6 +1,6 @@
 """Does a training that is killed at random moments around saves always leave a complete checkpoint, and end the same?
 
-    report = kills(folder, count=60, processes=2)
+    report = kills(Training(run, processes=2), count=60)
 
 Each life is the stage transformer as `python -m stages.transformer` runs it, in processes that are forked from this
 one, which has imported everything: so a life costs seconds. They save after each step, and get SIGKILL, each at a
@@ -32,7 +32,26 @@ TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 _BEFORE = ("prepare", "text_tokenizer", "image_tokenizer", "tokenize")
 _KILLED_WITHIN_S = 0.3  # of the beginning of a save
 _SAVES = 5  # of a life, at most
-_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of the transformer of a run."""
+
+    run: Path
+    processes: int = 1
+    steps: int = 40
+
+    @property
+    def stage(self) -> Path:
+        """Its folder."""
+        return self.run / "transformer"
+
+    def result(self) -> dict[str, str]:
+        """SHA-256 of what it ended with, by file."""
+        files = read_json(self.stage / "checkpoints" / f"step-{self.steps:08d}" / "manifest.json")["files"]
+        outputs = read_json(self.stage / "manifest.json")["outputs"]
+        return {name: entry["sha256"] for name, entry in (*files.items(), *outputs.items())}
 
 
 @dataclass
@@ -59,29 +78,29 @@ def prepared_run(folder: Path) -> Path:
     return folder / "tiny"
 
 
-def kills(run: Path, count: int, processes: int, seed: int = 0, seconds: float = 1e9) -> Report:
-    """Kill trainings of the run's transformer `count` times, and go on until the one that was killed last ends.
+def kills(training: Training, count: int, seed: int = 0, seconds: float = 1e9) -> Report:
+    """Kill the training `count` times, anew when it has ended, and go on until the one that was killed last ends.
 
     Args:
         seconds: after these it kills no more.
     """
     deadline = time.monotonic() + seconds
     chance, report = random.Random(seed), Report()
-    stage = run / "transformer"
+    stage = training.stage
     _import_everything()
-    _live(run, processes, None)
-    undisturbed = _weights(stage)
+    _live(training, None)
+    undisturbed = training.result()
     shutil.rmtree(stage)
     newest = 0
     while (kill := report.kills < count and time.monotonic() < deadline) or newest:
-        _live(run, processes, chance if kill else None, newest)
+        _live(training, chance if kill else None, newest)
         if not (stage / "_SUCCESS").exists():
             report.kills += 1
             report.half_saves += bool(list((stage / "checkpoints").glob("*.tmp")))
             newest = _check(stage, newest, report)
         else:
             report.ends += 1
-            report.other_weights += _weights(stage) != undisturbed
+            report.other_weights += training.result() != undisturbed
             shutil.rmtree(stage)
             newest = 0
     return report
@@ -102,13 +121,6 @@ def _check(stage: Path, before: int, report: Report) -> int:
     return newest
 
 
-def _weights(stage: Path) -> dict[str, str]:
-    """SHA-256 of what the training ended with, by file."""
-    files = read_json(stage / "checkpoints" / f"step-{_STEPS:08d}" / "manifest.json")["files"]
-    outputs = read_json(stage / "manifest.json")["outputs"]
-    return {name: entry["sha256"] for name, entry in (*files.items(), *outputs.items())}
-
-
 def _import_everything() -> None:
     os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401
@@ -116,17 +128,18 @@ def _import_everything() -> None:
     runpy.run_module("stages.transformer", run_name="imported")
 
 
-def _live(run: Path, processes: int, chance: random.Random | None, newest: int = 0) -> None:
+def _live(training: Training, chance: random.Random | None, newest: int = 0) -> None:
     """One life of the training, from step `newest` on. With `chance` it is killed, if it does not end before."""
     port, began = free_port(), time.monotonic()
-    ranks = [_fork(run, rank, processes, port) for rank in range(processes)]
+    ranks = [_fork(training, rank, port) for rank in range(training.processes)]
     dead: dict[int, int] = {}
     killed = False
     if chance:
         save = newest + chance.randint(1, _SAVES)
-        while not dead and _latest_save(run / "transformer" / "checkpoints") < save:
+        while not dead and _latest_save(training.stage / "checkpoints") < save:
             _reap(ranks, dead)
             time.sleep(0.002)
+        _expect_no_failure(training, dead)
         for rank in chance.sample(ranks, len(ranks)):
             time.sleep(chance.uniform(0, _KILLED_WITHIN_S / len(ranks)))
             _reap(ranks, dead)
@@ -139,8 +152,13 @@ def _live(run: Path, processes: int, chance: random.Random | None, newest: int =
         if time.monotonic() - began > 300:
             for rank in ranks:
                 os.kill(rank, signal.SIGKILL)
-    if not killed and (failed := [status for status in dead.values() if status]):
-        raise RuntimeError(f"a training failed by itself ({failed}): see {run / 'logs' / 'transformer.log'}")
+    if not killed:
+        _expect_no_failure(training, dead)
+
+
+def _expect_no_failure(training: Training, dead: dict[int, int]) -> None:
+    if any(dead.values()):
+        raise RuntimeError(f"a training failed by itself: see {training.run / 'logs' / 'transformer.log'}")
 
 
 def _latest_save(checkpoints: Path) -> int:
@@ -156,10 +174,11 @@ def _reap(ranks: list[int], dead: dict[int, int]) -> None:
                 dead[rank] = os.waitstatus_to_exitcode(status)
 
 
-def _fork(run: Path, rank: int, processes: int, port: int) -> int:
+def _fork(training: Training, rank: int, port: int) -> int:
     """A process of the stage; its id."""
     if child := os.fork():
         return child
+    run, processes, steps = training.run, training.processes, training.steps
     log = os.open(run / "logs" / f"lives-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -167,9 +186,9 @@ def _fork(run: Path, rank: int, processes: int, port: int) -> int:
     if processes > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
         os.environ.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port))
-    training = {"steps": _STEPS, "checkpoint_every": 1, "precision": "fp32", "ema_decay": 0.9, "warmup_steps": 5}
-    training |= {"evaluate_every": _STEPS, "log_images_every": _STEPS, "stop_check_every": 2}
-    settings = [f"transformer.training.{name}={value}" for name, value in training.items()]
+    options = {"steps": steps, "checkpoint_every": 1, "precision": "fp32", "ema_decay": 0.9, "warmup_steps": 5}
+    options |= {"evaluate_every": steps, "log_images_every": steps, "stop_check_every": 2}
+    settings = [f"transformer.training.{name}={value}" for name, value in options.items()]
     settings += [f"transformer.deepspeed.zero_stage={3 if processes > 1 else 1}", "tracking.enabled=false"]
     sys.argv = ["transformer", "--config", str(run / "config.yaml"), *settings]
     runpy.run_module("stages.transformer", run_name="__main__", alter_sys=True)

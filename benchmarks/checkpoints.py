@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.checkpoint_kills import kills, prepared_run
+from benchmarks.checkpoint_kills import Training, kills, prepared_run
 from benchmarks.plan_memory import status_bytes
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def main() -> None:
 @click.option("-p", "--processes", default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--minutes", default=1e6, help="kill no more after these")
-def kill(folder: Path, count: int, processes: int, seed: int, minutes: float) -> None:
+@click.option("--steps", default=40, show_default=True, help="of each training")
+def kill(folder: Path, count: int, processes: int, seed: int, minutes: float, steps: int) -> None:
     """Kill trainings in FOLDER, which gets a tiny run if it has none."""
     run = folder / "tiny"
     if not (run / "tokenize" / "_SUCCESS").exists():
         run = prepared_run(folder)
     began = time.monotonic()
-    report = kills(run, count, processes, seed, 60 * minutes)
+    report = kills(Training(run, processes, steps), count, seed, 60 * minutes)
     print(
         f"{report.kills} kills on {processes} processes in {time.monotonic() - began:.0f} s, {report.half_saves} in"
         f" the middle of a save; {report.ends} trainings ended, {report.other_weights} with other bits;"

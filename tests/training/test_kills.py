@@ -22,5 +22,5 @@ def test_every_kill_leaves_a_complete_checkpoint_and_the_end_is_that_of_an_undis
         shutil.copy(tiny_run / name, run)
     for stage in BEFORE_THE_TRANSFORMER:
         shutil.copytree(tiny_run / stage, run / stage)
-    told = launch("benchmarks.checkpoints", "kills", str(tmp_path), "-n", "3", "-p", str(processes))
+    told = launch("benchmarks.checkpoints", "kills", str(tmp_path), "-n", "3", "-p", str(processes), "--steps", "9")
     assert re.search(r"3 kills .* [1-9] trainings ended, 0 with other bits; 0 faults", told), told
