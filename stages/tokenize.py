@@ -8,7 +8,7 @@ See pipeline/data/tokenize_shards.py.
 
 from __future__ import annotations
 
-if __name__ == "tokenize":  # a stage started by its file: the standard library asks for its own tokenize, and finds this
+if __name__ == "tokenize":  # a stage was started by its file: what asks for the standard library's tokenize finds this
     raise SystemExit("error: stages are modules: run `python -m stages.NAME` (or `python -P stages/NAME.py`)")
 
 import logging
