@@ -143,6 +143,7 @@ def test_an_empty_entry_of_pythonpath_is_not_the_current_folder() -> None:
         ),
         (f"seed={2**63}", "seed"),
         ("runs=/proc/x", "expected a run directory that can be made and written at /proc/x/tiny"),
+        (f"name={'a' * 300}", "File name too long: set name="),
     ],
 )
 def test_what_config_alone_decides_is_told_before_the_first_stage(
