@@ -8,12 +8,12 @@ CONFIG ?= configs/openmoji.yaml
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-local test-slurm test-fast lint slurm-packages format docs clean
+.PHONY: demo test test-local test-slurm test-fast lint slurm-packages browser-packages format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
 
-test: $(VENV)/.test lint slurm-packages
+test: $(VENV)/.test lint slurm-packages browser-packages
 	$(MAKE) --jobs=2 test-slurm test-local
 
 test-local: $(VENV)/.test
@@ -35,6 +35,11 @@ lint: $(VENV)/.test
 # The tests marked `slurm` start a real Slurm; its packages come from Debian or Ubuntu, which takes root.
 slurm-packages:
 	@slurm/testbed install --sacct || echo "without these packages the tests marked slurm are skipped"
+
+# The tests of our pages drive Chromium, Debian's, which takes root.
+browser-packages:
+	@command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  chromium chromium-driver > /dev/null; } 2> /dev/null || echo "without chromium and chromium-driver the tests of pages are skipped"
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
