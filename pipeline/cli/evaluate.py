@@ -20,7 +20,9 @@ _CACHE = Path("runs/.cache/features")
 
 @click.command("evaluate")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--real", type=_PATH, help="a folder of images, a tar, a folder of tars, or a feature file")
+@click.option(
+    "--real", type=_PATH, help="a folder of images, a tar, a folder of tars, a feature file, or an evaluator's .npz"
+)
 @click.option("--fake", type=_PATH, help="likewise")
 @click.option("--extractor", type=click.Choice(EXTRACTORS), default=EXTRACTORS[0], show_default=True)
 @click.option("--weights", help="of the extractor: Inception's file; a folder or name for clip and dinov2")
@@ -75,7 +77,6 @@ def evaluate(
     from pipeline.core.distributed import init, is_main
     from pipeline.core.writable import check_writable
     from pipeline.evaluation.compare_paths import captioned_rows, read_sets
-    from pipeline.evaluation.comparison import compare_features
     from pipeline.evaluation.feature_store import save_features, trim
 
     for path in (save_real, save_fake):
@@ -94,11 +95,13 @@ def evaluate(
         click.echo(f"{what}: {found.told()}", err=True)
     for text in sets.warnings:
         click.echo(f"warning: {text}", err=True)
-    rows = compare_features(sets.real, sets.fake, config, seed, cache)
+    rows = sets.rows(config, seed, cache)
     rows += captioned_rows(fake, config, cache, seed)
     trim(cache, config.feature_cache_gb)
     for path, features in ((save_real, sets.real), (save_fake, sets.fake)):
-        if path:
+        if path and features is None:
+            raise UserError(f"--save-real: expected features, found only statistics in {real}; leave it out")
+        if path and features:
             save_features(features, path)
     if output:
         counted = {
@@ -127,5 +130,7 @@ def table(rows: list[Row]) -> str:
         seen[about] = max(real, row.n_real), max(fake, row.n_generated)
     for about, (real, fake) in seen.items():
         lines.append(f"\nfeatures: {about}; {real or 'no'} real and {fake} fake images")
+    if against := [row for row in rows if "statistics" in row.compares]:
+        lines.append(f"{', '.join(row.metric for row in against)}: {against[0].compares}, all fake images")
     lines += [f"warning: {text}" for text in warnings(rows)]
     return "\n".join(lines)

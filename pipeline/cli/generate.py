@@ -55,6 +55,7 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
     help="images drawn at once; never changes them",
 )
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the step; docs/sampling.md says when it pays")
+@click.option("--npz", type=_image, help="also write the images there as guided-diffusion's evaluator reads them")
 @click.option("--preview/--no-preview", default=None, help="watch the first image fill in; default: on a terminal")
 @click.option("--config", "config_path", help="instead: run the stage generate of this config; arguments are overrides")
 @click.option("--take-over", is_flag=True, help=f"with --config: {TAKE_OVER}")
@@ -65,12 +66,20 @@ def generate(
 
     OUTPUT is an image file (.png, .jpg, .webp), which gets all images on one sheet, or a folder, which gets each image
     (<prompt>-<rank>.png) and grid.png. Into a folder the same command resumes where it was stopped.
+
+    Without a prompt, --npz FILE writes the images that the stage generate of RUN made for the metrics.
     """
+    npz: Path | None = options["npz"]
+    if npz:
+        _check_npz(npz, config_path)
     if config_path:
         run_stage_here("generate", stage_arguments(config_path, take_over, arguments))
     if not arguments:
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
     prompts = [*map(_prompt, arguments[1:]), *_lines(prompts_file)]
+    if not prompts and npz:
+        _write_npz(npz, Path(arguments[0]) / "generate" / "samples", None)
+        return
     if not prompts:
         raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
 
@@ -84,6 +93,8 @@ def generate(
     output, source = options["output"], find_models(Path(arguments[0]), options["step"])
     job = _job(prompts, _sampling(Path(arguments[0]), source, options), options)
     is_sheet = check_output(output)
+    if is_sheet and npz:
+        raise UserError(f"--npz: expected a folder for the images, found the sheet {output}: give -o FOLDER")
     if is_sheet:
         check_sheet(job, output, source)
     where = device()
@@ -91,6 +102,32 @@ def generate(
     pipeline = Pipeline.from_pretrained(arguments[0], where, options["reranker"], dtype, options["step"])
     count = (generate_sheet if is_sheet else generate_folder)(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
+    if npz:
+        _write_npz(npz, output, (len(prompts), job.images_per_prompt))
+
+
+def _check_npz(path: Path, config_path: str | None) -> None:
+    """Refuse before anything is generated what could not be written."""
+    from pipeline.core.writable import check_writable
+
+    if config_path:
+        raise UserError("--npz: expected a finished run, found --config: run it, then smalti generate RUN --npz FILE")
+    if path.suffix != ".npz":
+        raise UserError(f"--npz {path}: expected a name that ends in .npz, found '{path.suffix}'")
+    check_writable(path)
+
+
+def _write_npz(path: Path, source: Path, named: tuple[int, int] | None) -> None:
+    """Write the images at `source`; `named`: only those of so many prompts, so many of each."""
+    from pipeline.evaluation.evaluator_npz import write_images
+    from pipeline.evaluation.image_sets import images_at
+
+    images = images_at(source)
+    if named:
+        wanted = {f"{prompt:06d}-{rank:02d}" for prompt in range(named[0]) for rank in range(named[1])}
+        images = [image for image in images if image.key in wanted]
+    write_images(path, (image.image for image in images), len(images))
+    click.echo(f"{len(images)} images in {path}", err=True)
 
 
 def _job(prompts: list[str], sampling: SamplingConfig, options: Options) -> GenerateJob:

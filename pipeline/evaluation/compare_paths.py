@@ -1,7 +1,7 @@
 """Comparisons of two sets of images by path, whoever made them: the work of `smalti evaluate --real A --fake B`.
 
 sets = read_sets(real, fake, config, cache)                             # in every process
-rows = compare_features(sets.real, sets.fake, config, seed, cache)      # in one
+rows = sets.rows(config, seed, cache)                                   # in one
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.text import visible
-from pipeline.evaluation.comparison import caption_rows
+from pipeline.evaluation.comparison import caption_rows, classified_rows, compare_features, compare_with_statistics
+from pipeline.evaluation.evaluator_npz import Statistics, has_images, has_statistics, read_statistics
 from pipeline.evaluation.feature_store import FeatureStore, check_same_extractor, is_feature_file, read_features
 from pipeline.evaluation.image_sets import ImageSet, StoredImage, images_at, read_set
 from pipeline.evaluation.rows import Row
@@ -32,10 +33,25 @@ Sizes = Counter[tuple[int, int]]  # how many images there are of each width and 
 class ReadSets:
     """Two sets to compare, and what the user should know about them."""
 
-    real: FeatureSet
+    real: FeatureSet | None  # None: of the real images there are statistics only
     fake: FeatureSet
     warnings: list[str]
     images: dict[str, ImageSet]  # what was read at a path that is no feature file, by "real" and "fake"
+    statistics: Statistics | None = None  # of a reference file, the real side
+
+    def rows(self, config: EvaluateConfig, seed: int, cache: Path) -> list[Row]:
+        """Every metric of the two; where there are statistics, FID and sFID against them, of all fake images."""
+        if self.statistics is None and self.real is not None:
+            return compare_features(self.real, self.fake, config, seed, cache)
+        if self.statistics is None:
+            raise AssertionError("neither features nor statistics")
+        rows = compare_with_statistics(self.statistics, self.fake, config, seed)
+        if self.real is None:
+            return rows + classified_rows(self.fake, "generated", config, seed)
+        known = {row.metric for row in rows}
+        return rows + [
+            row for row in compare_features(self.real, self.fake, config, seed, cache) if row.metric not in known
+        ]
 
 
 def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> ReadSets:
@@ -50,23 +66,43 @@ def read_sets(real: Path, fake: Path, config: EvaluateConfig, cache: Path) -> Re
         if not path.exists():
             raise UserError(f"{path}: expected a folder of images, a tar or a feature file, found nothing")
     store = None
-    if not (is_feature_file(real) and is_feature_file(fake)):
+    if not (_needs_no_network(real) and is_feature_file(fake)):
         extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
         store = FeatureStore(cache, extractor)
-    found = []
+    if has_statistics(fake) and not has_images(fake):
+        raise UserError(f"{fake}: expected images or features as the fake side, found statistics; give it as --real")
+    statistics = read_statistics(real) if has_statistics(real) else None
+    found: list[FeatureSet | None] = []
     sizes: dict[str, Sizes] = {}
     images: dict[str, ImageSet] = {}
     repeats: list[str] = []
     for path, what in ((real, "real"), (fake, "fake")):
-        if store is None or is_feature_file(path):
+        if what == "real" and statistics and not has_images(path):
+            found.append(None)
+        elif store is None or is_feature_file(path):
             found.append(read_features(path))
         else:
             images[what] = read_set(path)
             features, sizes[what] = _extracted(images[what].images, f"{what} images", store)
             found.append(features)
             repeats += _repeats(images[what].images, what, store)
-    check_same_extractor(found[0], found[1])
-    return ReadSets(found[0], found[1], _mixed_sizes(sizes) + repeats, images)
+    of_real, of_fake = found
+    if of_fake is None:
+        raise AssertionError("the fake side has features")
+    warnings = _mixed_sizes(sizes) + repeats
+    if of_real:
+        check_same_extractor(of_real, of_fake)
+    else:
+        warnings.append(f"{real} has statistics, no images: KID, precision and all else that needs these is left out")
+    if statistics:
+        warnings.append(
+            f"statistics of {real}: how their images were resized is not told; here it is {of_fake.info.resize}"
+        )
+    return ReadSets(of_real, of_fake, warnings, images, statistics)
+
+
+def _needs_no_network(real: Path) -> bool:
+    return is_feature_file(real) or (has_statistics(real) and not has_images(real))
 
 
 def _extracted(images: list[StoredImage], description: str, store: FeatureStore) -> tuple[FeatureSet, Sizes]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.distributed import device
+from pipeline.core.errors import UserError
+from pipeline.evaluation.evaluator_npz import Statistics
 from pipeline.evaluation.rows import Row
-from pipeline.evaluation.set_metrics import CaptionedSet, OneSet, TwoSets, rows_of
+from pipeline.evaluation.set_metrics import AgainstStatistics, CaptionedSet, OneSet, TwoSets, rows_of
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.checks import checked_pair
@@ -58,6 +60,22 @@ def compare_sets(
     """
     checked_pair(real.features, generated.features, at_least=2, reason="a covariance")
     return rows_of(TwoSets(generated, config, seed, real, cache), compares)
+
+
+def compare_with_statistics(
+    reference: Statistics, generated: FeatureSet, config: EvaluateConfig, seed: int
+) -> list[Row]:
+    """FID and sFID of all images of a set against the statistics of a reference file, and nothing else.
+
+    Raises:
+        UserError: the features are no Inception's, whose statistics such files hold.
+    """
+    if generated.info.name != "inception-v3":
+        raise UserError(
+            f"{reference.where}: expected features of inception-v3, whose statistics it holds, found those of"
+            f" {generated.info.name}: add --extractor inception-v3"
+        )
+    return rows_of(AgainstStatistics(generated, config, seed, reference), "generated, statistics of the reference")
 
 
 def classified_rows(images: FeatureSet, compares: str, config: EvaluateConfig, seed: int) -> list[Row]:

@@ -4,7 +4,7 @@
     store.extract(images, which=rank, of=ranks)       # this rank's share, where it is not there yet
     features = store.features(images)                 # the rest, and all of them as one memory-mapped set
 
-    <folder>/<hash>/about.json features.npy logits.npy keys.txt       a finished set
+    <folder>/<hash>/about.json features.npy [logits.npy spatial.npy] keys.txt     a finished set
     <folder>/<hash>/part-00003.npz                                    1,024 images of one in the making
 
 Parts are written atomically, so a killed extraction resumes where it was; a set that was seen before, in whichever
@@ -33,6 +33,7 @@ import torch
 from pipeline.core.atomic_io import atomic_path, read_json, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import first_fault, record
+from pipeline.evaluation.evaluator_npz import has_images, has_statistics
 from pipeline.evaluation.image_sets import FileSlice, StoredImage
 from pipeline.extractors.base import Extractor, ExtractorInfo, FeatureSet
 
@@ -79,6 +80,8 @@ class FeatureStore:
             first: dict[bytes, StoredImage] = {}
             for value in asdict(self.extractor.info).values():
                 digest.update(f"\n{value}".encode())
+            if self.extractor.has_spatial:  # sets of before have none
+                digest.update(b"\nspatial")
             for image in images:
                 content = image.content()
                 of_this_one = hashlib.sha256(content).digest()
@@ -155,7 +158,7 @@ def trim(folder: Path, limit_gb: float) -> None:
 
 
 def read_features(path: Path) -> FeatureSet:
-    """A finished folder of a store, memory-mapped; or an .npz with `features`, and `logits` if there are any.
+    """A finished folder of a store, memory-mapped; or an .npz with `features`, and perhaps `logits` and `spatial`.
 
     An .npz may name its extractor, its weights' hash and its resize rule: `name`, `weights_sha256`, `resize`.
 
@@ -176,8 +179,8 @@ def read_features(path: Path) -> FeatureSet:
     info = ExtractorInfo(
         name, about.get("label", name), about.get("weights_sha256", "unknown"), about.get("resize", "unknown")
     )
-    logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
-    return FeatureSet(torch.from_numpy(arrays["features"]), logits, info)
+    others = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("logits", "spatial"))
+    return FeatureSet(torch.from_numpy(arrays["features"]), next(others), info, next(others))
 
 
 def _read_folder(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -199,8 +202,10 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def is_feature_file(path: Path) -> bool:
-    """Whether `read_features` reads it: an .npz, or a finished folder of a store."""
-    return path.suffix == ".npz" or (path / "about.json").is_file()
+    """Whether `read_features` reads it: an .npz without images or statistics, or a finished folder of a store."""
+    if path.suffix == ".npz":
+        return not (has_images(path) or has_statistics(path))
+    return (path / "about.json").is_file()
 
 
 def save_features(features: FeatureSet, path: Path) -> None:
@@ -234,8 +239,8 @@ def _names(directory: Path) -> list[str]:
 
 
 def _arrays(features: FeatureSet) -> dict[str, np.ndarray]:
-    arrays = {"features": features.features.numpy()}
-    return arrays if features.logits is None else arrays | {"logits": features.logits.numpy()}
+    found = {"features": features.features, "logits": features.logits, "spatial": features.spatial}
+    return {name: values.numpy() for name, values in found.items() if values is not None}
 
 
 def _write_npz(path: Path, arrays: dict[str, Any]) -> None:

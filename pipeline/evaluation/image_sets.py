@@ -1,4 +1,4 @@
-"""Images by name, of a folder of images and tars (WebDataset: KEY.png, KEY.txt …), of one tar, or of one image file.
+"""Images by name, of a folder of images and tars (WebDataset: KEY.png, KEY.txt …), one tar, `.npz` or image file.
 
     found = read_set(path)
     found.images            every image there, in folders below it and in tars
@@ -24,6 +24,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.text import decode_text, visible
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
 from pipeline.data.sources.tar_members import DamagedTar, Member, locate_members
+from pipeline.evaluation.evaluator_npz import has_images, image_layout
 from pipeline.sampling.save import SHEET, read_metadata
 
 _SIDECARS = (".txt", ".json")
@@ -58,18 +59,25 @@ class StoredImage:
     about_slice: FileSlice | None = None
     name: str = ""  # below the set's folder, unique in its set
     extension: str = ""  # in lower case
+    raw_size: tuple[int, int] | None = None  # width and height, where the slice is bare RGB bytes
 
     def content(self) -> bytes:
-        """The image file's bytes."""
-        return self.slice.read()
+        """The image file's bytes; of bare RGB bytes a PPM."""
+        if self.raw_size is None:
+            return self.slice.read()
+        return b"P6 %d %d 255\n" % self.raw_size + self.slice.read()
 
     @property
     def image(self) -> Image.Image:
         """RGB. Raises UserError if it cannot be read."""
+        if self.raw_size is not None:
+            return Image.frombytes("RGB", self.raw_size, self.slice.read())
         return decoded(self.content(), self.slice.name)
 
     def size(self, content: bytes) -> tuple[int, int]:
         """Width and height in pixels, upright, from `content`'s head. Raises UserError if it has none."""
+        if self.raw_size is not None:
+            return self.raw_size
         try:
             return size_of(content)
         except BadSample as bad:
@@ -111,7 +119,7 @@ class ImageSet:
 
     def told(self) -> str:
         """Counts: "9 images (6 files, 3 in 1 tar); left out: 1 (.avif is not read: 1, the first a.avif)"."""
-        tars = Counter(image.slice.file for image in self.images if image.slice.size is not None)
+        tars = Counter(image.slice.file for image in self.images if image.slice.size is not None and not image.raw_size)
         files = len(self.images) - tars.total()
         held = [f"{files:,} files"] if files else []
         held += [f"{tars.total():,} in {len(tars):,} tar{'s' * (len(tars) > 1)}"] if tars else []
@@ -135,7 +143,9 @@ def read_set(path: Path) -> ImageSet:
         UserError: nothing there, no image in it, or a tar that cannot be read to its end.
     """
     found = ImageSet()
-    if path.is_dir():
+    if has_images(path):
+        found.images = _npz_images(path)
+    elif path.is_dir():
         _add_folder(found, path)
     elif path.suffix.lower() in EXTENSIONS and path.is_file():
         _add_entries(found, [(path.name, FileSlice(path, str(path)))])
@@ -147,6 +157,15 @@ def read_set(path: Path) -> ImageSet:
         raise UserError(f"{path}: expected a folder of images, a tar or a folder of tars, found {what}{others}")
     found.images = _with_unique_names(found.images)
     return found
+
+
+def _npz_images(path: Path) -> list[StoredImage]:
+    layout = image_layout(path)
+    images = []
+    for i in range(layout.n):
+        piece = FileSlice(path, f"{path}: image {i}", layout.offset + i * layout.image_bytes, layout.image_bytes)
+        images.append(StoredImage(f"{i:06d}", piece, name=f"{i:06d}", raw_size=(layout.width, layout.height)))
+    return images
 
 
 def images_at(path: Path) -> list[StoredImage]:

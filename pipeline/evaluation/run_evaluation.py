@@ -18,7 +18,7 @@ from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, images_at
 from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics, pair_row
 from pipeline.evaluation.rows import Row
-from pipeline.evaluation.set_metrics import FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
+from pipeline.evaluation.set_metrics import AUTHENTICITY, FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.image_tokenizer.base import ImageTokenizer
@@ -92,7 +92,8 @@ def generated_rows(
         unseen = store.features(real.validation, "features of validation images")
         measured.append(("real, never trained on", unseen))
     nearest = [
-        row_of(NEAREST_TRAINING_IMAGE, TwoSets(features, config, seed, real.training), compares)
+        row_of(metric, TwoSets(features, config, seed, real.training), compares)
+        for metric in (NEAREST_TRAINING_IMAGE, AUTHENTICITY)
         for compares, features in measured
     ]
     return rows + [row for row in nearest if row is not None]

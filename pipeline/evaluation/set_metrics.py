@@ -16,18 +16,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
+from pipeline.evaluation.evaluator_npz import Statistics
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_interval
 from pipeline.evaluation.reference_stats import reference_gaussian
 from pipeline.evaluation.rows import Better, Row
 from pipeline.extractors.base import FeatureSet
+from pipeline.metrics.authenticity import authentic
+from pipeline.metrics.checks import checked
 from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
+from pipeline.metrics.cmmd import cmmd
 from pipeline.metrics.frechet import Gaussian, frechet_deviation, frechet_distance, frechet_infinity
 from pipeline.metrics.inception_score import inception_score
 from pipeline.metrics.kid import kernel_distance
@@ -89,6 +93,18 @@ class TwoSets(OneSet):
         """Which images lie in the other set's manifold."""
         return membership(self.real.features, self.images.features, self.config.neighbours)
 
+    @cached_property
+    def membership_at_3(self) -> Membership:
+        """`membership` with the k of guided-diffusion's evaluator, 3."""
+        return membership(self.real.features, self.images.features, 3)
+
+
+@dataclass(frozen=True)
+class AgainstStatistics(OneSet):
+    """Images, and the statistics of a reference file to compare them with."""
+
+    reference: Statistics
+
 
 @dataclass(frozen=True)
 class CaptionedSet(OneSet):
@@ -116,7 +132,7 @@ class Metric(Generic[Input]):
 
     Attributes:
         name: `{fd}` in it becomes FID on the Inception network that published FID is measured with, FD on any other
-            network, and `{k}` the config's number of neighbours.
+            network, `{cmmd}` CMMD on CLIP, MMD on any other network, and `{k}` the config's number of neighbours.
         needs: the kind of input that `measure` takes.
     """
 
@@ -138,9 +154,7 @@ def spread_of(found: tuple[float, float], repeats: str) -> Measured:
 
 
 def _frechet(sets: TwoSets) -> Measured:
-    n, dimensions = sets.n, sets.dimensions
-    few = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
-    warning = few if n < dimensions else None
+    warning = _too_few(sets.n, sets.dimensions)
     value = frechet_distance(sets.real.features, sets.images.features, sets.reference)
     bootstraps = sets.config.bootstraps
     if bootstraps < 2:
@@ -156,6 +170,46 @@ def _frechet(sets: TwoSets) -> Measured:
         interval_of=f"95 % confidence at this n, normal, deviation of {resampled}",
         warning=warning,
     )
+
+
+def _too_few(n: int, dimensions: int) -> str | None:
+    few = f"{n} samples for {dimensions} feature dimensions: biased upwards, compare at equal n only"
+    return few if n < dimensions else None
+
+
+def _spatial_frechet(sets: TwoSets) -> Measured | None:
+    real, generated = sets.real.spatial, sets.images.spatial
+    if real is None or generated is None:  # only Inception has them
+        return None
+    value = frechet_distance(real, generated, reference_gaussian(real, sets.cache))
+    return Measured(value, warning=_too_few(sets.n, real.shape[1]))
+
+
+def _to_reference(values: Tensor | None, reference: Gaussian | None, where: str) -> Measured | None:
+    """The Fréchet distance of features `[n, d]` to a reference file's Gaussian."""
+    if values is None or reference is None:
+        return None
+    checked(values, "generated", at_least=2, reason="a covariance")
+    n, dimensions = values.shape
+    if dimensions != len(reference.mean):
+        raise UserError(f"{where}: expected statistics of {dimensions} dimensions, found {len(reference.mean)}")
+    return Measured(reference.distance(Gaussian.of(values)), warning=_too_few(n, dimensions))
+
+
+def _share_at_3(which: Literal["precision", "recall"]) -> Callable[[TwoSets], Measured | None]:
+    """Precision or recall at the k of published tables: on the network of FID, where the config has another k."""
+
+    def measure(sets: TwoSets) -> Measured | None:
+        if sets.images.info.name != "inception-v3" or sets.config.neighbours == 3:
+            return None
+        return _share(sets, getattr(sets.membership_at_3, which))
+
+    return measure
+
+
+def _authenticity(sets: TwoSets) -> Measured:
+    found = authentic(sets.real.features, sets.images.features)
+    return mean_of(100 * found.double(), sets.seed, f"{BOOTSTRAP} of its samples, the other set held fixed")
 
 
 def _frechet_infinity(sets: TwoSets) -> Measured:
@@ -207,11 +261,27 @@ FRECHET = Metric("{fd}", TwoSets, "lower", _frechet)
 METRICS: tuple[Metric[Any], ...] = (
     FRECHET,
     Metric("{fd}∞", TwoSets, "lower", _frechet_infinity),
+    Metric("sFID", TwoSets, "lower", _spatial_frechet),
     Metric("KID", TwoSets, "lower", _kid),
+    Metric("{cmmd}", TwoSets, "lower", lambda sets: Measured(cmmd(sets.real.features, sets.images.features))),
     Metric("precision k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.precision)),
     Metric("recall k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.recall)),
+    Metric("precision k=3", TwoSets, "higher", _share_at_3("precision")),
+    Metric("recall k=3", TwoSets, "higher", _share_at_3("recall")),
     Metric("density k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.density)),
     Metric("coverage k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.coverage)),
+    Metric(
+        "{fd}",
+        AgainstStatistics,
+        "lower",
+        lambda one: _to_reference(one.images.features, one.reference.features, one.reference.where),
+    ),
+    Metric(
+        "sFID",
+        AgainstStatistics,
+        "lower",
+        lambda one: _to_reference(one.images.spatial, one.reference.spatial, one.reference.where),
+    ),
     Metric("IS", OneSet, "higher", _inception_score),
     Metric(
         "CLIP score",
@@ -228,6 +298,7 @@ METRICS: tuple[Metric[Any], ...] = (
 NEAREST_TRAINING_IMAGE = Metric(
     "median distance to the nearest training image", TwoSets, "higher", _median_nearest_distance
 )
+AUTHENTICITY = Metric("AuthPct, beside the training images", TwoSets, "higher", _authenticity)
 
 
 def rows_of(measured: OneSet, compares: str) -> list[Row]:
@@ -246,7 +317,11 @@ def row_of(metric: Metric[Input], measured: Input, compares: str, prefix: str = 
         value, interval, interval_of, warning = found.value, found.interval, found.interval_of, found.warning
     except UserError as error:
         value, interval, interval_of, warning = None, None, None, str(error)
-    name = metric.name.format(fd="FID" if info.name == "inception-v3" else "FD", k=measured.config.neighbours)
+    name = metric.name.format(
+        fd="FID" if info.name == "inception-v3" else "FD",
+        cmmd="CMMD" if info.name == "clip" else "MMD",
+        k=measured.config.neighbours,
+    )
     return Row(
         metric=f"{prefix}{name} ({info.label})",
         compares=compares,

@@ -43,20 +43,23 @@ class FeatureSet:
     features: Tensor  # float [n, dimensions]
     logits: Tensor | None  # float [n, classes]; None: the network is no classifier
     info: ExtractorInfo
+    spatial: Tensor | None = None  # float [n, positions * channels], of Inception alone
 
     def __len__(self) -> int:
         return len(self.features)
 
     def take(self, indices: list[int] | slice) -> FeatureSet:
         """The images of these indices."""
-        return FeatureSet(self.features[indices], None if self.logits is None else self.logits[indices], self.info)
+        logits, spatial = (None if values is None else values[indices] for values in (self.logits, self.spatial))
+        return FeatureSet(self.features[indices], logits, self.info, spatial)
 
     def joined(self, other: FeatureSet) -> FeatureSet:
         """These images, then those of `other`, a set of the same extractor."""
-        logits = None
-        if self.logits is not None and other.logits is not None:
-            logits = torch.cat([self.logits, other.logits])
-        return FeatureSet(torch.cat([self.features, other.features]), logits, self.info)
+        logits, spatial = (
+            None if a is None or b is None else torch.cat([a, b])
+            for a, b in ((self.logits, other.logits), (self.spatial, other.spatial))
+        )
+        return FeatureSet(torch.cat([self.features, other.features]), logits, self.info, spatial)
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class Extractor:
     """A pretrained network with the input that it was trained on."""
 
     info: ExtractorInfo
-    network: nn.Module = field(repr=False)  # [B, 3, side, side], shifted and scaled, -> features, logits or None
+    network: nn.Module = field(repr=False)  # [B, 3, side, side], shifted, scaled -> features, logits or None[, spatial]
     side: int  # pixels
     shift: tuple[float, ...]  # per channel, of values in 0…255; one value is for all channels
     scale: tuple[float, ...]
     batch_size: int = 64
+    has_spatial: bool = False  # the network gives spatial features, too
 
     @torch.inference_mode()
     def __call__(self, images: Iterable[Image.Image], total: int | None = None, description: str = "") -> FeatureSet:
@@ -79,17 +83,21 @@ class Extractor:
         """
         features: list[Tensor] = []
         logits: list[Tensor] = []
+        spatial: list[Tensor] = []
         with progress(total=total, description=description, unit="image") as bar:
             for batch in batched(images, self.batch_size):
                 signals.check()
-                found, classes = self.network(self.input(batch))
+                found, classes, *others = self.network(self.input(batch))
                 features.append(found.float().cpu())
                 if classes is not None:
                     logits.append(classes.float().cpu())
+                if self.has_spatial:
+                    spatial.append(others[0].float().cpu())
                 bar.update(len(batch))
         if not features:
             raise UserError(f"{description or 'features'}: expected images, found none")
-        return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, self.info)
+        joined = (torch.cat(values) if values else None for values in (logits, spatial))
+        return FeatureSet(torch.cat(features), next(joined), self.info, next(joined))
 
     def input(self, images: list[Image.Image]) -> Tensor:
         """The network's input of these images: float32 `[B, 3, side, side]` on its device."""

@@ -19,6 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.extractors.base import Extractor, ExtractorInfo, resize_rule
 
 FEATURES, CLASSES = 2048, 1008
+_SPATIAL, _SPATIAL_CHANNELS = "Mixed_6d", 7
 # One state dict under two names: those of pytorch-fid and of torch-fidelity.
 _FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 _SOURCE = "the release fid_weights of mseitzer/pytorch-fid, or v0.2.0 of toshas/torch-fidelity, on GitHub"
@@ -155,8 +156,10 @@ _MIXED: tuple[tuple[str, list[list[Step]]], ...] = (
 
 
 class InceptionV3(nn.Module):
-    """Images `[B, 3, 299, 299]`, (value − 128) / 128 of 0…255, to features `[B, 2048]` and logits `[B, 1008]`.
+    """Images `[B, 3, 299, 299]`, (value − 128) / 128 of 0…255, to features `[B, 2048]`, logits `[B, 1008]` and spatial
+    features `[B, 17 * 17 * 7]`, those of sFID (Nash et al. 2021) in the order of guided-diffusion's evaluator.
 
+    The spatial ones are the first 7 channels of TensorFlow's `mixed_6/conv` after its ReLU: Mixed_6d's 1 × 1 branch.
     The logits are without the last layer's bias, as Inception Score has them since Salimans et al.'s own code.
     """
 
@@ -174,15 +177,17 @@ class InceptionV3(nn.Module):
             channels = mixed.channels
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = F.max_pool2d(x, 3, stride=2)
         for name, _ in _MIXED:
+            if name == _SPATIAL:
+                spatial = self.get_submodule(f"{name}.branch1x1")(x)[:, :_SPATIAL_CHANNELS]
             x = getattr(self, name)(x)
         features = x.mean(dim=(2, 3))
-        return features, features @ self.fc.weight.T
+        return features, features @ self.fc.weight.T, spatial.permute(0, 2, 3, 1).flatten(1)
 
     def fold_norms(self) -> InceptionV3:
         """Fold each normalisation into the convolution before it. In place."""
@@ -217,4 +222,4 @@ def load(device: torch.device, batch_size: int, weights: str | None) -> Extracto
         ) from error
     network.fold_norms().requires_grad_(False).to(device)
     info = ExtractorInfo("inception-v3", "Inception-v3", sha256_file(path), resize_rule(299))
-    return Extractor(info, network, 299, (128.0,), (128.0,), batch_size)
+    return Extractor(info, network, 299, (128.0,), (128.0,), batch_size, has_spatial=True)

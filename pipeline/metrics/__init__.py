@@ -1,6 +1,7 @@
 """Image-quality metrics as pure functions, one metric a module: tensors in, numbers out, nothing read or written.
 
-    of two sets, from features      frechet.py (FID, FD, FD∞)   kid.py   precision_recall.py (and density, coverage)
+    of two sets, from features      frechet.py (FID, sFID, FD, FD∞)   kid.py   cmmd.py   authenticity.py
+                                    precision_recall.py (and density, coverage)
     of one set, from class logits   inception_score.py
     of images and their captions    clip_score.py (and retrieval R@k)
     of pairs of images              psnr_ssim.py   lpips.py

@@ -6,8 +6,10 @@ neighbour in the same set. With real x, generated y, balls B:
     precision = share of y inside any B(x)            recall = share of x inside any B(y)
     density   = mean over y of |{x: y in B(x)}| / k   coverage = share of x with any y in B(x)
 
-Precision and recall: Kynkäänniemi et al. 2019, section 2. Density and coverage: Naeem et al. 2020,
-section 3; unlike precision, one outlier's huge ball does not decide them. Density may exceed 1.
+Precision and recall: Kynkäänniemi et al. 2019, section 2, eq. 1, where a ball's surface belongs to it (in the code of
+density's and coverage's authors it does not); with k = 3 they are those of guided-diffusion's evaluator. Density and
+coverage: Naeem et al. 2020, section 3; unlike precision, one outlier's huge ball does not decide them. Density may
+exceed 1.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ def membership(real: Array, generated: Array, neighbours: int) -> Membership:
     x, y = checked_pair(real, generated, neighbours + 1, f"{neighbours} neighbours of each sample")
     radius_x, radius_y = kth_neighbour_distances(x, neighbours), kth_neighbour_distances(y, neighbours)
     balls_around_y = torch.zeros(len(y), dtype=torch.int64, device=x.device)  # how many B(x) hold each y
+    precise = torch.zeros(len(y), dtype=torch.bool, device=x.device)
     recalled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     covered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for rows in blocks(len(x)):
@@ -72,9 +75,10 @@ def membership(real: Array, generated: Array, neighbours: int) -> Membership:
             inside = distance < radius_x[rows, None]
             balls_around_y[columns] += inside.sum(dim=0)
             covered[rows] |= inside.any(dim=1)
-            recalled[rows] |= (distance < radius_y[columns]).any(dim=1)
+            precise[columns] |= (distance <= radius_x[rows, None]).any(dim=0)
+            recalled[rows] |= (distance <= radius_y[columns]).any(dim=1)
     return Membership(
-        precision=(balls_around_y > 0).double(),
+        precision=precise.double(),
         recall=recalled.double(),
         density=balls_around_y.double() / neighbours,
         coverage=covered.double(),

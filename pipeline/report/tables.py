@@ -76,7 +76,7 @@ def metrics_csv(rows: Sequence[Row]) -> str:
 def _title(metric: str, compares: str) -> str:
     if metric.startswith(f"{JUDGED},"):
         return "Prompts, judged by pixels"
-    if "nearest training" in metric:
+    if "training image" in metric:
         return "Distance to the training images"
     if "reconstruction" in compares:
         return "Reconstructions of the image tokenizer"

@@ -49,7 +49,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch: pytest.Monk
 
 
 def test_each_comparison_takes_the_metrics_that_its_input_is_enough_for() -> None:
-    sets = ["FD", "FD∞", "KID", "precision k=2", "recall k=2", "density k=2", "coverage k=2"]
+    sets = ["FD", "FD∞", "KID", "MMD", "precision k=2", "recall k=2", "density k=2", "coverage k=2"]
     rows = compare_features(features(24, 0), features(24, 1), CONFIG, seed=0)
     assert [row.metric for row in rows] == [f"{name} (Mine)" for name in (*sets, "IS")]
     without_classes = compare_features(features(24, 0, logits=False), features(24, 1, logits=False), CONFIG, seed=0)

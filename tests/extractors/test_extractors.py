@@ -101,7 +101,8 @@ def test_fid_is_inceptions(tmp_path: Path) -> None:
         extractor="inception-v3", weights=str(path), neighbours=2, kid_subsets=2, bootstraps=0, inception_splits=2
     )
     rows = compare_images(images(4), images(4, seed=1), config, seed=0)
-    assert {"FID (Inception-v3)", "FID∞ (Inception-v3)", "IS (Inception-v3)"} <= {row.metric for row in rows}
+    names = {"FID", "sFID", "FID∞", "IS", "precision k=2", "precision k=3", "recall k=3"}
+    assert {f"{name} (Inception-v3)" for name in names} <= {row.metric for row in rows}
     assert rows[0].resize == "299 × 299, bicubic, antialiased, float"
 
 
