@@ -135,6 +135,7 @@ _COLUMNS = (
     "step",
     "evaluation",
     "images",
+    "checkpoint",
     "end",
 )
 
@@ -158,7 +159,8 @@ def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[s
         fits = f"  more than {gpu.memory_gb:g} GB: {', '.join(over)}" if over else ""
         shown = "".join(f"{_gb(getattr(need, name)):>12}" for name in _COLUMNS)
         lines.append(f"{'*' if stage == chosen else ' '} {stage} {shown}{fits}")
-    lines += ["* the config's stage; a checkpoint is written from where it lies, and takes nothing more on the GPU"]
+    host = memory(model, training, section.deepspeed, chosen, gpus).host
+    lines += [f"* the config's stage; each process takes {_gb(host)} of the host's memory besides"]
     return [*lines, *_smaller(config, model, chosen, gpus, limit), *_images(config, model, gpu)]
 
 
@@ -168,7 +170,7 @@ def _smaller(config: PipelineConfig, model: Model, stage: int, gpus: int, limit:
     need = memory(model, training, config.transformer.deepspeed, stage, gpus)
     if need.peak <= limit:
         return []
-    if max(need.start, need.images, need.end) <= limit:
+    if max(need.start, need.images, need.checkpoint, need.end) <= limit:
         micro = fitting_micro_batch(config, model, stage, gpus, limit)
         if micro is not None:
             return [

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.transformer.objective import JointObjective
 
 FLOAT32 = 4  # bytes
-SAMPLE_IMAGES = 8  # that the transformer's stage generates at a time while it trains
+SAMPLE_IMAGES = 8  # of each split, that the transformer's stage generates while it trains
 # Seconds before the end of a job at which Slurm signals it: `stop_ahead_s`'s default, see pipeline/slurm/stage.sbatch.
 STOP_MARGIN_S = 300
 START_S = 60  # from the start of a job to its first step: imports, data, checkpoint
@@ -75,6 +75,8 @@ class Model:
     parameters: int
     muon_parameters: int  # those of them that Muon would train
     largest_parameter: int
+    largest_block: int  # parameters
+    outside_blocks: int  # parameters: embeddings, head, last norm
     micro_batch: int  # samples per GPU and pass
     flops: int  # of the forward pass of one micro-batch
     passes: Passes  # of one micro-batch
@@ -105,7 +107,9 @@ class Memory:
     step: float
     evaluation: float
     images: float
+    checkpoint: float
     end: float
+    host: float  # in the host's memory: the model at the start, or the copy of a checkpoint that is being written
 
     @property
     def peak(self) -> float:
@@ -114,8 +118,8 @@ class Memory:
 
     @property
     def peaks(self) -> dict[str, float]:
-        """By what the training does then. A checkpoint takes nothing on the GPU: it is written as it lies there."""
-        return {name: getattr(self, name) for name in ("start", "step", "evaluation", "images", "end")}
+        """On the GPU, by what the training does then."""
+        return {name: getattr(self, name) for name in ("start", "step", "evaluation", "images", "checkpoint", "end")}
 
 
 def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "cuda") -> Model:
@@ -142,6 +146,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     with FakeTensorMode():
         objective = _objective(config, layout)
         flops = measure(objective, _batch(layout, micro, "cpu"), precision)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in objective.blocks()]
     key_or_value = section.layers * section.key_value_heads * layout.length * section.head_width
     return Model(
         layout=layout,
@@ -149,6 +154,8 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
         parameters=sum(p.numel() for p in objective.parameters()),
         muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
         largest_parameter=max(p.numel() for p in objective.parameters()),
+        largest_block=max(blocks),
+        outside_blocks=sum(p.numel() for p in objective.parameters()) - sum(blocks),
         micro_batch=micro,
         flops=flops,
         passes=_passes(config, layout, precision, micro, device),
@@ -233,22 +240,37 @@ def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, s
     live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0
     weights = full if stage < 3 else shard + live
     there = weights + optimizer + average + model.image_tokenizer
-    whole = full + shard + model.image_tokenizer  # stage 3 partitions weights that lie on the GPU
+    kept = there - live if stage == 3 else there
+    # Stage 3 partitions a parameter at a time, and tries its optimizer with gradients of zero.
+    beginning = max(number * model.largest_parameter, FLOAT32 * model.parameters / gpus) if stage == 3 else 0.0
     exchanged = FLOAT32 * model.largest_parameter / slices if training.ema_decay else 0
-    rows = 2 * SAMPLE_IMAGES  # guidance needs two
-    gathered = full - live if stage == 3 and gpus > 1 else 0
+    gathered = number * (model.outside_blocks + model.largest_block) if stage == 3 and gpus > 1 else 0
+    in_float32 = FLOAT32 * (model.parameters if stage < 3 else model.largest_parameter)
     return Memory(
         weights=weights,
         optimizer=optimizer,
         average=average,
         gradients={0: full, 1: full + shard, 2: shard, 3: shard}[stage],
         activations=passes.kept,
-        start=max(whole, there) if stage == 3 else there,
+        start=kept - average + beginning,
         step=there + _step(model, training, stage, gpus),
         evaluation=there + max(passes.evaluation, exchanged),
-        images=there + gathered + rows * model.cache_row,
-        end=there + (2 * FLOAT32 * model.largest_parameter if stage else 0),
+        images=kept + gathered + _images_at_once(stage, gpus) * _cache(model),
+        checkpoint=there,  # it is copied as it lies there
+        end=there + exchanged,
+        host=max(in_float32, checkpoint_bytes(model, training) / gpus),
     )
+
+
+def _images_at_once(stage: int, gpus: int) -> int:
+    """Of the sample images of both splits; at stage 3 each process generates its part of them in one batch."""
+    own = math.ceil(2 * SAMPLE_IMAGES / gpus)
+    return own if stage == 3 else min(own, SAMPLE_IMAGES)
+
+
+def _cache(model: Model) -> float:
+    """Bytes of an image's keys and values, and of those of its prompt, which is read first."""
+    return model.cache_row * (1 + (model.layout.text_length + 1) / model.layout.length)
 
 
 def _step(model: Model, training: TrainingConfig, stage: int, gpus: int) -> float:

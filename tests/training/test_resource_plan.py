@@ -47,15 +47,15 @@ def test_plan_prints_the_published_numbers_of_dalle(published: str, dalle: str) 
 
 
 @pytest.mark.slow
-def test_dalle_has_12_billion_parameters_in_24_gb_and_steps_on_its_gpus_with_zero_3_alone(dalle: str) -> None:
+def test_dalle_has_12_billion_parameters_in_24_gb_and_fits_on_its_gpus_with_zero_3_alone(dalle: str) -> None:
     found = re.search(r"parameters +([\d.]+) G; ([\d.]+) GB in 16 bits", dalle)
     assert found
     assert float(found[1]) == pytest.approx(12, rel=0.03)
     assert float(found[2]) == pytest.approx(24, rel=0.03)
     too_much = re.findall(r"^[* ] (\d) .*more than 16 GB: (.*)$", dalle, re.MULTILINE)
-    # Stage 3 partitions weights that lie on each GPU, and gathers them for sample images.
-    assert [(stage, "step" in peaks) for stage, peaks in too_much] == [("1", True), ("2", True), ("3", False)]
-    assert too_much[2][1] == "start, images"
+    everything = "start, step, evaluation, images, checkpoint, end"
+    assert too_much == [("1", everything), ("2", everything)]
+    assert "no micro-batch fits" not in dalle
 
 
 def test_parameters_and_tokens_are_those_of_the_trained_model(tiny_run: Path) -> None:
