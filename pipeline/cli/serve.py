@@ -32,7 +32,18 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--body-limit", default=2**23, show_default=True, type=click.IntRange(min=1024), help="bytes a request, uploads too"
 )
-def serve(directory: Path, **options: object) -> None:
+def serve(
+    directory: Path,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    no_auth: bool,
+    name: str | None,
+    slots: int,
+    waiting: int,
+    timeout_s: float,
+    body_limit: int,
+) -> None:
     """Serve a finished run, or a folder that `smalti export` wrote, until Ctrl-C or SIGTERM.
 
     A page at /, OpenAI's images API below /v1, /health, /ready, /metrics.
@@ -41,5 +52,6 @@ def serve(directory: Path, **options: object) -> None:
     from pipeline.serving.server import Serving
     from pipeline.serving.server import serve as serve_until_asked
 
-    find_models(directory)  # what is wrong with it is told before torch is loaded
-    serve_until_asked(directory, Serving(**options))  # type: ignore[arg-type]  # click has checked them
+    find_models(directory)  # what is wrong with it is told before the models load
+    serving = Serving(host, port, token_file, no_auth, name, slots, waiting, timeout_s, body_limit)
+    serve_until_asked(directory, serving)
