@@ -7,10 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.core.errors import UserError
-from pipeline.core.weights import SHARD_BYTES
 from pipeline.orchestration.graph import STAGES
-from pipeline.sampling.export import export_run
-from pipeline.training.consolidate import export_step
 
 _TRAINED = [stage.name for stage in STAGES if stage.trains]
 
@@ -26,19 +23,28 @@ _TRAINED = [stage.name for stage in STAGES if stage.trains]
 @click.option(
     "--shard-gb",
     type=click.FloatRange(min=0, min_open=True),
-    default=SHARD_BYTES / 1e9,
-    show_default=True,
-    help="with --step: larger weights are in several files",
+    help="with --step: larger weights are in several files; default: 5",
 )
 def export(
-    run_directory: Path, target: Path | None, step: int | None, stage: str, averaged: bool | None, shard_gb: float
+    run_directory: Path,
+    target: Path | None,
+    step: int | None,
+    stage: str,
+    averaged: bool | None,
+    shard_gb: float | None,
 ) -> None:
     """Export a finished run to one self-contained folder with a model card.
 
     With --step, only the weights and config of one model, from a checkpoint, to DIR or RUN/STAGE/exported/step-N.
     """
+    # Imported here: these bring torch, which most commands do without.
+    from pipeline.core.weights import SHARD_BYTES
+    from pipeline.sampling.export import export_run
+    from pipeline.training.consolidate import export_step
+
     if step is not None:
-        target, averaged = export_step(run_directory, stage, step, target, averaged, int(shard_gb * 1e9))
+        shard_bytes = int(shard_gb * 1e9) if shard_gb else SHARD_BYTES
+        target, averaged = export_step(run_directory, stage, step, target, averaged, shard_bytes)
         click.echo(f"exported to {target}: {'averaged' if averaged else 'not averaged'} weights", err=True)
         return
     if averaged is not None:
