@@ -49,6 +49,12 @@ PROMISES = {
         "tests/core/test_text.py::test_text_from_outside_keeps_what_can_be_seen_and_nothing_else",
     ),
     "YAML": (f"{HERE}::test_a_config_can_name_no_python_object",),
+    "The current folder": (
+        "tests/orchestration/test_current_folder.py::test_the_stage_of_a_local_run_is_ours",
+        "tests/orchestration/test_current_folder.py::test_the_ranks_of_a_training_are_ours",
+        "tests/orchestration/test_current_folder.py::test_the_worker_processes_of_a_command_are_ours",
+        "tests/orchestration/test_current_folder.py::test_a_job_file_starts_our_stages",
+    ),
     "Passwords.": (
         "tests/core/test_urls.py::test_a_run_from_a_guarded_source_has_the_password_nowhere_and_can_be_rerun",
         "tests/core/test_urls.py::test_a_run_from_a_signed_url_has_the_signature_nowhere_and_can_be_resumed",
