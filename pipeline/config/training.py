@@ -134,8 +134,8 @@ class TrainingConfig(Config):
         600.0,
         gt=0,
         description="seconds without a step, a batch of an evaluation or another sign of life after which a process"
-        " writes where its threads are into its log and ends as a crash; a checkpoint may take ten times as long."
-        " null: never",
+        " writes where its threads are into its log and ends as a crash; the start, the first step, images and"
+        " checkpoints may take ten times as long. null: never",
     )
     collective_timeout_s: float = operational(
         900.0, gt=0, description="seconds that processes wait for each other in a collective of tensors"

@@ -2,7 +2,8 @@
 
     with watching(600, Path("logs/transformer/rank-00003.log")):
         watchdog.beat("step 1200")                     # all that takes long beats before it, or while it goes on
-        watchdog.beat("checkpoint", patient=True)      # waits for other machines, and may take ten times as long
+        watchdog.beat("checkpoint", patient=True)      # waits for other machines, and may take ten times as long, as
+                                                       # may all that comes before the first beat
 
 Without a beat for that long, the stacks of all threads go into the file, and the process ends.
 """
@@ -31,7 +32,7 @@ class _Watchdog:
     def __init__(self, timeout_s: float, file: TextIO) -> None:
         self.timeout_s, self.file = timeout_s, file
         self.latest = time.monotonic()
-        self.doing, self.patient = "the start", False
+        self.doing, self.patient = "the start", True  # a large model takes its time to be built
         self.ended = threading.Event()
 
     def watch(self) -> None:

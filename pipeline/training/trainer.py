@@ -117,6 +117,7 @@ class Trainer:
         self._running = RunningMetrics(training.max_nonfinite_steps)
         self._look_out = LookOut(training.stop_check_every)
         self._saved_step = -1
+        self._has_stepped = False
         self._asked_to_stop = False
         self._logged: tuple[int, dict[str, float]] = (-1, {})  # step and content of the last line of training metrics
         self._speed = speed
@@ -158,7 +159,8 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """One optimizer update. It waits for nothing on the device: what it found is there until the next look."""
         state = self.state
-        watchdog.beat(f"step {state.step + 1}")
+        watchdog.beat(f"step {state.step + 1}", patient=not self._has_stepped)  # the first one compiles
+        self._has_stepped = True
         self._profiler.before_step(state.step)
         seed_step(self.stage.config.seed, state.step, distributed.rank())
         self.engine.objective.train()
@@ -273,6 +275,7 @@ class Trainer:
                 stop_if_asked()
                 self.stage.tracker.log(found, self.state.step)
             if images:
+                watchdog.beat(f"the images after step {self.state.step}", patient=True)
                 with self.engine.gathered_outside_blocks():
                     shown = self.workload.sample_images(objective, self.engine.in_step)
                 if distributed.is_main():

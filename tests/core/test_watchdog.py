@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.core.watchdog import HUNG
 from tests.launch import ROOT, environment
 
+pytestmark = pytest.mark.slow
 BUSY = """
 import sys, time
 from pathlib import Path
@@ -17,12 +20,13 @@ from pipeline.core import watchdog
 def stuck_in_a_collective(seconds):
     time.sleep(seconds)
 
-with watchdog.watching(0.8, Path(sys.argv[1])):
+with watchdog.watching(1.5, Path(sys.argv[1])):
+    time.sleep(1.8)  # the start is waited for
     for step in range(4):
         watchdog.beat(f"step {step}")
         time.sleep(0.1)
     watchdog.beat("the checkpoint", patient=True)
-    stuck_in_a_collective(1.2)
+    stuck_in_a_collective(1.8)
     watchdog.beat("step 9")
     stuck_in_a_collective(float(sys.argv[2]))
 time.sleep(1)  # nobody watches any more
@@ -40,7 +44,7 @@ def test_a_process_that_hangs_writes_its_stacks_and_ends_as_a_crash(tmp_path: Pa
     assert hung.returncode == HUNG
     assert "stuck_in_a_collective" in log.read_text()
     assert hung.stderr.splitlines() == [
-        f"error: rank 3 hangs: no sign of life for 1 s, since step 9; where each thread is: {log}"
+        f"error: rank 3 hangs: no sign of life for 2 s, since step 9; where each thread is: {log}"
     ]
 
 
