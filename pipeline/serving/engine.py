@@ -98,7 +98,9 @@ class Engine:
     def _turn(self) -> None:
         """Those that are gone leave, those that wait join, and all advance by a code."""
         self._let_leave()
-        for order in self._admitted():
+        admitted = self._admitted()
+        self._running += admitted  # first: whatever goes wrong, all of them are answered
+        for order in admitted:
             self._join(order)
         if self._batch.rows:
             self._batch.step()
@@ -133,7 +135,6 @@ class Engine:
         uniforms = torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)])
         order.rows = self._batch.join(text_T, uniforms, order.sampling, order.known)
         order.started = time.monotonic()
-        self._running.append(order)
 
     def _tell(self, order: Order) -> None:
         """Of its images, once they are there, or of how far they are."""
