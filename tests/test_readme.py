@@ -33,7 +33,7 @@ CHOICES = {
     "theirs.tar": "runs/tiny/generate/samples",
 }
 TESTED_ON_A_REAL_SLURM = {"submit", "status", "logs", "cancel", "resubmit"}  # tests/slurm/
-SERVERS = {"ui"}
+SERVERS = {"ui", "serve"}  # `serve`: tests/serving/
 
 
 def _commands() -> list[list[str]]:

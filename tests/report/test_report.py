@@ -206,7 +206,9 @@ def test_every_stage_that_trains_has_its_curves_the_reranker_too(
     reranker = tmp_path / "reranker"
     reranker.mkdir()
     logged = [{"step": step, "time": 0.0, "loss": 2.8 / step, "accuracy": 0.1 * step} for step in (1, 2, 3)]
-    logged.append({"step": 3, "val/image to text R@1": 0.5, "val/text to image R@1": 0.25, "val/samples": 8.0})
+    logged.append(
+        {"step": 3, "time": 1.0, "val/image to text R@1": 0.5, "val/text to image R@1": 0.25, "val/samples": 8.0}
+    )
     (reranker / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     report = build_report(inputs_of_report(tiny_run, with_reranker) | {"reranker": reranker}, with_reranker)
     for stage in STAGES:

@@ -57,6 +57,7 @@ def test_evaluation_in_micro_batches_finds_the_same_metrics() -> None:
         workload.objective = JointObjective(Transformer(layout, workload.config), workload.config).eval()
         nn.init.normal_(workload.objective.transformer.head.weight)
         workload.validation = Validation()  # type: ignore[assignment]  # no arrays on disk
+        workload.validation_batches = 2
         workload.objective.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]["text"])))
         return workload.evaluate(workload.objective)
 
