@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from contextlib import nullcontext
 
@@ -65,7 +66,7 @@ def matmul_flops_per_s(precision: Precision, device: torch.device, seconds: floa
     left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(_DTYPES.get(precision, torch.float32))
     product = left @ left  # the first one sets things up
     best, deadline = float("inf"), time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while math.isinf(best) or time.monotonic() < deadline:  # once at least: a busy machine may sleep through `seconds`
         _wait_for(device)
         started = time.perf_counter()
         torch.matmul(left, left, out=product)
