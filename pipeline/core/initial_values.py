@@ -121,14 +121,20 @@ class InitialValues:
 def initial_values(seed: int) -> Iterator[InitialValues]:
     """Inside, models are built without memory; what they would have drawn after `torch.manual_seed(seed)` is kept."""
     initial = InitialValues(seed)
+    with registering(initial._without_memory), _Recorder(initial):
+        yield initial
 
-    def without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return initial._without_memory(parameter)
 
-    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]  # stub: returns None
+@contextmanager
+def registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Inside, a module that is built registers `replace(parameter)` in a parameter's place."""
+
+    def on_registration(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return replace(parameter)
+
+    hook = register_module_parameter_registration_hook(on_registration)  # type: ignore[arg-type]  # stub: returns None
     try:
-        with _Recorder(initial):
-            yield initial
+        yield
     finally:
         hook.remove()
 

@@ -192,7 +192,7 @@ _held: set[Lock] = set()
 
 
 def _look_when_continued() -> None:
-    """From now on a process that goes on after a stop (SIGSTOP, Ctrl-Z) beats or ends before it writes anything."""
+    """From now on a process that continues after a stop (SIGSTOP, Ctrl-Z) beats or ends before it writes anything."""
     # Only a main thread may set it; what somebody else has set stays.
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCONT) == signal.SIG_DFL:
         signal.signal(signal.SIGCONT, _on_continue)

@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from pipeline.core.atomic_io import expect_files, read_json, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.initial_values import registering
 from pipeline.core.tensor_file import TensorLayout
 from pipeline.core.weights import weight_files, write_weights
 
@@ -104,15 +104,11 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _parameters_without_memory() -> Iterator[None]:
     """Modules that are built within have their parameters on the meta device, and buffers and constants as ever."""
 
-    def without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def without_memory(parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]  # stub: returns None
-    try:
-        with _Uninitialised():
-            yield
-    finally:
-        hook.remove()
+    with registering(without_memory), _Uninitialised():
+        yield
 
 
 class _Uninitialised(TorchFunctionMode):

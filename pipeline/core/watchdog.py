@@ -1,7 +1,7 @@
 """A watchdog in each process of a training: one that hangs says where, and ends as a crash, so that the job comes back.
 
     with watching(600, Path("logs/transformer/rank-00003.log")):
-        watchdog.beat("step 1200")                     # all that takes long beats before it, or while it goes on
+        watchdog.beat("step 1200")                     # all that takes long beats before it, or during it
         watchdog.beat("checkpoint", patient=True)      # waits for other machines, and may take ten times as long, as
                                                        # may all that comes before the first beat
 
@@ -39,7 +39,7 @@ class _Watchdog:
         looked = time.monotonic()
         while not self.ended.wait(self.timeout_s / _LOOKS):
             before, looked = looked, time.monotonic()
-            if looked - before > self.timeout_s / 2:  # the whole process was stopped, and goes on
+            if looked - before > self.timeout_s / 2:  # the whole process was stopped, and continued
                 self.latest = looked
             faulthandler.dump_traceback_later(_GIL_HELD * self.timeout_s, exit=True, file=self.file)
             allowed = self.timeout_s * (_PATIENCE if self.patient else 1)
@@ -64,7 +64,7 @@ _current: _Watchdog | None = None
 
 
 def beat(doing: str | None = None, patient: bool = False) -> None:
-    """This process is alive, and begins `doing` now; None: goes on with what it said last."""
+    """This process is alive, and begins `doing` now; None: is still at what it said last."""
     if _current is not None:
         _current.latest = time.monotonic()
         if doing is not None:

@@ -7,5 +7,5 @@ answers.py           what it gets: JSON, events of a stream, errors
 engine.py            requests that join at the next code and leave when they are done (sampling/row_batch.py)
 finish.py            from codes to the file that is sent
 guard.py             what every request passes first: token, origin, size, time
-counts.py            figures for Prometheus
+counts.py            metrics for Prometheus
 """

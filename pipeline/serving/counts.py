@@ -1,4 +1,4 @@
-"""Figures for Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/"""
+"""Metrics for Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/"""
 
 from __future__ import annotations
 

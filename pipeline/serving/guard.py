@@ -21,7 +21,7 @@ from pipeline.serving.refusal import Refusal, broken
 
 log = logging.getLogger(__name__)
 LOCAL_NAMES = (LOOPBACK, "localhost", "::1")
-_OPEN = ("/", "/app.js", "/style.css", "/health", "/ready")  # what nobody needs a token for: no images, no figures
+_OPEN = ("/", "/app.js", "/style.css", "/health", "/ready")  # what nobody needs a token for: no images, no metrics
 _READ_AND_DROPPED = 4  # times the limit: most clients read an answer only once they have sent all
 _SECURITY = (
     (b"x-content-type-options", b"nosniff"),
