@@ -117,7 +117,7 @@ class Workspace:
     """The tensors that a layer writes its results into, and views of them; all layers share one.
 
     Products are taken of `columns` rows at a time, and each block of so many has its result apart: names ending in
-    LDC hold L blocks of columns, [L, D, columns], and lists of theirs are named after one, DC.
+    LCD hold L blocks of columns, [L, columns, D], or one without L; lists of blocks are named after one, DC.
     """
 
     def __init__(self, layer: Layer, batch: int, columns: int) -> None:
@@ -130,15 +130,23 @@ class Workspace:
         self.normed_DC, self.mixed_DC, self.hidden_MC = ([x.t() for x in all_] for all_ in (normed, mixed, hiddens))
         qkv, out, up = new(blocks, qkv_width, columns), new(blocks, width, columns), new(blocks, up_width, columns)
         self.qkv_EC, self.out_DC, self.up_MC = list(qkv), list(out), list(up)
-        self.out_LCD, self.up_LCM = out.transpose(1, 2), up.transpose(1, 2)
+        by_block = (lambda x: x) if blocks > 1 else (lambda x: x[0])  # a dimension of one costs as much as another
+        self.rows = (blocks, columns) if blocks > 1 else (columns,)
+        self.out_LCD, self.up_LCM = by_block(out.transpose(1, 2)), by_block(up.transpose(1, 2))
         self.gate_LCM, self.value_LCM = self.up_LCM[..., :hidden], self.up_LCM[..., -hidden:]
-        self.hidden_LCM = self.hidden_CM.unflatten(0, (blocks, columns))
+        self.hidden_LCM = self.hidden_CM.view(*self.rows, hidden)
         heads, with_keys, used = own.heads, own.heads + own.kv_heads, batch if blocks == 1 else columns
-        by_head = qkv.transpose(1, 2)[:, :used].unflatten(2, (-1, own.head_width))  # [L, used, H + 2 G, K]
-        self.projected, self.value = by_head[:, :, :with_keys], by_head[:, :, with_keys:]
+        by_head = by_block(qkv.transpose(1, 2)[:, :used].unflatten(2, (-1, own.head_width)))  # [L, used, H + 2 G, K]
+        self.projected, self._value = by_head[..., :with_keys, :], by_head[..., with_keys:, :]
         query_key = new(blocks * used, with_keys, own.head_width)  # normed and rotated
-        self.query_key_L, self.query_key = query_key.unflatten(0, (blocks, used)), query_key
-        self.query, self.key = query_key[:, :heads].unflatten(1, (own.kv_heads, -1)), query_key[:, heads:]
+        self.query_key_L, self.query_key = by_block(query_key.unflatten(0, (blocks, used))), query_key
+        self.query, self.key = query_key[:batch, :heads].unflatten(1, (own.kv_heads, -1)), query_key[:batch, heads:]
+        self.mixed_BD = self.mixed_CD[:batch]
+
+    @property
+    def value(self) -> Tensor:
+        """[B, G, K]: a view of one block of columns, a copy of several."""
+        return self._value if len(self.rows) == 1 else self._value.flatten(0, 1)[: len(self.mixed_BD)]
 
 
 def run_layers(
@@ -152,9 +160,9 @@ def run_layers(
 
     Args:
         rotate: turns `workspace.query_key` in place by its rows' positions.
-        attend: puts keys and values into the cache, and attention over what is there into `workspace.mixed_CD`.
+        attend: puts keys and values into the cache, and attention over what is there into `workspace.mixed_BD`.
     """
-    x_LCD = x_CD.unflatten(0, workspace.out_LCD.shape[:2])
+    x_LCD = x_CD.view(workspace.out_LCD.shape)
     for layer in layers:
         layer.attention_norm(x_CD, workspace.normed_CD)
         _multiply(layer.attention.qkv.weight, workspace.normed_DC, workspace.qkv_EC)
@@ -184,14 +192,14 @@ def _multiply(weight: Tensor, blocks: list[Tensor], out: list[Tensor]) -> None:
 
 
 def attend_at(position: int, layer: Layer, workspace: Workspace) -> None:
-    """Attention of all rows at one position over what its pattern shows of the cache, into `workspace.mixed_CD`."""
-    own, cache, end, batch = layer.attention, layer.cache, position + 1, len(layer.cache.keys)
-    cache.keys.select(2, position).copy_(workspace.key[:batch])
-    cache.values.select(2, position).copy_(workspace.value.flatten(0, 1)[:batch])
+    """Attention of all rows at one position over what its pattern shows of the cache, into `workspace.mixed_BD`."""
+    own, cache, end = layer.attention, layer.cache, position + 1
+    cache.keys.select(2, position).copy_(workspace.key)
+    cache.values.select(2, position).copy_(workspace.value)
     mask = None if layer.bias is None else layer.bias[position : position + 1, :end]
     keys, values = cache.keys.narrow(2, 0, end), cache.values.narrow(2, 0, end)
-    mixed = attend_last(workspace.query[:batch], keys, values, own.scale, mask)
-    workspace.mixed_CD[:batch] = mixed.reshape(batch, -1)
+    mixed = attend_last(workspace.query, keys, values, own.scale, mask)
+    workspace.mixed_BD.copy_(mixed.reshape(len(workspace.mixed_BD), -1))
 
 
 def norm_of(norm: nn.Module) -> Norm:

@@ -105,13 +105,13 @@ def _stretches(first: int, indices: Sequence[int]) -> list[_Stretch]:
 
 
 def _attend(stretches: list[_Stretch], rows_B: Tensor, position_B: Tensor, layer: Layer, workspace: Workspace) -> None:
-    """Attention of each row at its own position over what its pattern shows of the cache, into `mixed_CD`."""
-    own, cache, batch = layer.attention, layer.cache, len(rows_B)
-    cache.keys[rows_B, :, position_B] = workspace.key[:batch]
-    cache.values[rows_B, :, position_B] = workspace.value.flatten(0, 1)[:batch]
+    """Attention of each row at its own position over what its pattern shows of the cache, into `mixed_BD`."""
+    own, cache = layer.attention, layer.cache
+    cache.keys[rows_B, :, position_B] = workspace.key
+    cache.values[rows_B, :, position_B] = workspace.value
     for stretch in stretches:
         end, position = stretch.position + 1, stretch.position
         mask = None if layer.bias is None else layer.bias[position : position + 1, :end]
         keys, values = cache.keys[stretch.rows, :, :end], cache.values[stretch.rows, :, :end]
         mixed = attend_last(workspace.query[stretch.rows], keys, values, own.scale, mask)
-        workspace.mixed_CD[stretch.rows] = mixed.flatten(1)
+        workspace.mixed_BD[stretch.rows] = mixed.flatten(1)
