@@ -48,7 +48,9 @@ def ui(run_directory: Path, port: int) -> None:
     click.echo(f"open http://{LOOPBACK}:{port}/{_page(store)} in a browser; Ctrl-C ends the server", err=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     # By the environment: the command line of a process is everybody's, and the address may hold a password.
-    sys.exit(_serve(command, os.environ | {"MLFLOW_BACKEND_STORE_URI": put_password_back(store.uri)}))
+    variables = {"MLFLOW_BACKEND_STORE_URI": put_password_back(store.uri)}
+    variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # else eight more processes, for jobs that nobody sends
+    sys.exit(_serve(command, os.environ | variables))
 
 
 def _follow(config: PipelineConfig) -> None:

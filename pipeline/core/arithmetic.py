@@ -42,7 +42,8 @@ def set_arithmetic(tf32: bool, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = False  # it chooses kernels by measured time
     if deterministic:
         prepare_determinism()
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads torch's compiler, for a second
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     if on_gpu:
         log.info("float32 on this GPU: TF32 %s; deterministic: %s", "on" if tf32 else "off", deterministic)

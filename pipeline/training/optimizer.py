@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -75,11 +74,11 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
     Raises:
         UserError: the objective has no blocks with matrices.
     """
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        _spare_muons_compilation()
+        spare_muons_compilation()
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
     matrices = muon_matrices(objective)
     if not matrices:
         raise UserError(
@@ -109,13 +108,19 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
     return optimizer
 
 
-def _spare_muons_compilation() -> None:
-    """Run Muon's arithmetic as it is written: DeepSpeed compiles it, on a CPU with a C++ compiler in half a minute."""
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+def spare_muons_compilation() -> None:
+    """Run Muon's arithmetic as it is written: DeepSpeed compiles it, on a CPU with a C++ compiler in half a minute.
 
-    for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
-        setattr(original_muon, name, inspect.unwrap(getattr(original_muon, name)))
-    muon_optimizer.muon_update = original_muon.muon_update
+    Before anything imports its Muon: that alone loads torch's compiler, two seconds, whatever the optimizer is.
+    """
+    from deepspeed.runtime import compiler
+
+    compile = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile
 
 
 def _adamw(

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any  # DeepSpeed has no types
 
 import torch
@@ -47,7 +49,12 @@ from pipeline.training.engines.base import (
 )
 from pipeline.training.engines.partitioned_start import give_memory, give_shards
 from pipeline.training.engines.zero_partitions import Partition, Span
-from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
+from pipeline.training.optimizer import (
+    build_optimizer,
+    set_learning_rates,
+    skip_unless,
+    spare_muons_compilation,
+)
 from pipeline.training.sharded_state import ShardedState, TensorShard, shards_file
 
 log = logging.getLogger(__name__)
@@ -70,12 +77,15 @@ class DeepSpeedEngine:
     ) -> None:
         os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.pop("DEEPSPEED_TIMEOUT", None)  # of a group that it makes; it gets ours
+        _spare_the_autotuner()
         import deepspeed
 
         # DeepSpeed calls collectives by names that torch has deprecated since: a line in the log for each of them.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         distributed.init(without_launcher=True)
         _spare_the_shared_memory_build()
+        if not torch.cuda.is_available():
+            spare_muons_compilation()
         _check(training, config)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         accumulation = accumulation_steps(training, distributed.world_size())
@@ -321,6 +331,13 @@ def _check(training: TrainingConfig, config: DeepSpeedConfig) -> None:
             f"expected deepspeed.zero_stage 1, 2 or 3 with training.precision {training.precision}, whose float32"
             f" weights are in ZeRO's optimizer, found 0: set 1, or training.precision=fp32"
         )
+
+
+def _spare_the_autotuner() -> None:
+    """Which `import deepspeed` loads though nobody here calls it, and with it MLflow: a second of every start."""
+    module = ModuleType("deepspeed.autotuning.autotuner")
+    vars(module)["Autotuner"] = None
+    sys.modules.setdefault(module.__name__, module)
 
 
 def _spare_the_shared_memory_build() -> None:
