@@ -7,6 +7,8 @@ others.
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,16 +29,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of pytest-xdist's workers fills, and all look at; do not write there."""
+    base = tmp_path_factory.getbasetemp()
+    # Their temporary folders are beside each other.
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of `smalti run tests/configs/tiny.yaml`. Look, do not write."""
-    # One for all of pytest-xdist's workers: their temporary folders are beside each other.
-    folder = tmp_path_factory.getbasetemp() / "runs"
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        folder = tmp_path_factory.getbasetemp().parent / "runs"
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
-            launch("pipeline", "run", str(TINY), cwd=folder)  # below the current directory, as for most users
-            (folder / "made").touch()
-    return folder / "runs" / "tiny"
+
+    def make(folder: Path) -> None:
+        launch("pipeline", "run", str(TINY), cwd=folder)  # below the current directory, as for most users
+
+    return made_once(tmp_path_factory, "runs", make) / "runs" / "tiny"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from pipeline.training.consolidate import consolidate
 from pipeline.training.engines import build_engine
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
+from tests.conftest import made_once
 from tests.launch import launch
 from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, training
 
@@ -105,21 +107,28 @@ def _train(cases: list[Case], folder: Path, processes: int) -> Results:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the trainings save."""
-    return tmp_path_factory.mktemp("engine")
+    """Where the trainings save, and their results by number of processes: trained once for all of pytest's workers."""
+
+    def make(folder: Path) -> None:
+        everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + CONSOLIDATED
+        one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
+        resumed = BY_TWO_AFTER_ONE + BY_TWO_AFTER_TWO + WITHOUT_MEMORY
+        two = _train([*everywhere, *BY_TWO, *resumed, *ONLY_READ, *BF16], folder, 2)
+        one |= _train([*BY_ONE_AFTER_TWO, *OTHER_STAGE], folder, 1)
+        torch.save({1: one, 2: two}, folder / "trained.pt")
+
+    return made_once(tmp_path_factory, "engines", make)
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict[int, Results]:
     """Results by number of processes and name of the case."""
-    everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + CONSOLIDATED
-    one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
-    resumed = BY_TWO_AFTER_ONE + BY_TWO_AFTER_TWO + WITHOUT_MEMORY
-    two = _train([*everywhere, *BY_TWO, *resumed, *ONLY_READ, *BF16], folder, 2)
-    return {1: one | _train([*BY_ONE_AFTER_TWO, *OTHER_STAGE], folder, 1), 2: two}
+    found: dict[int, Results] = torch.load(folder / "trained.pt")
+    return found
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_initial_weights_are_the_same_bits_at_every_stage_and_number_of_processes(
     trained: dict[int, Results], processes: int
 ) -> None:
@@ -130,12 +139,14 @@ def test_initial_weights_are_the_same_bits_at_every_stage_and_number_of_processe
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_a_model_built_without_memory_trains_to_the_same_bits(trained: dict[int, Results], processes: int) -> None:
     built, whole = BEGINNINGS[-1], dataclasses.replace(BEGINNINGS[-1], without_memory=False)
     _expect_same_bits(trained[processes][built.name]["weights"], trained[processes][whole.name]["weights"])
 
 
 @pytest.mark.parametrize("case", WITHOUT_MEMORY, ids=lambda case: case.name)
+@pytest.mark.slow
 def test_a_resumed_training_draws_no_initial_weights_and_ends_with_the_same_bits(
     trained: dict[int, Results], case: Case
 ) -> None:
@@ -385,7 +396,5 @@ def test_one_process_spreads_nothing_unless_it_must() -> None:
 
 
 def test_offload_without_zero_is_refused() -> None:
-    from pydantic import ValidationError
-
     with pytest.raises(ValidationError, match="set zero_stage to 1, 2 or 3"):
         DeepSpeedConfig(zero_stage=0, offload_optimizer=True)
