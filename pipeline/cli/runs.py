@@ -13,7 +13,7 @@ from pipeline.config.base import differences
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.writable import check_writable
-from pipeline.orchestration.disk_usage import deletable, delete, is_at_work, runs_in, size_of
+from pipeline.orchestration.disk_usage import asked_for, deletable, delete, is_at_work, runs_in, size_of
 from pipeline.orchestration.run_directory import config_of
 from pipeline.report.numbers import metric, size
 from pipeline.slurm.status import StageStatus, run_status
@@ -127,6 +127,8 @@ def _disk(folder: Path, prune: bool, yes: bool) -> None:
     found = sorted(deletable(folder), key=lambda entry: -entry.bytes)
     if at_work := [run.name for run in runs_in(folder) if is_at_work(run)]:
         click.echo(f"left alone, since a process is at work there: {', '.join(at_work)}", err=True)
+    for export in asked_for(folder):
+        click.echo(f"kept, since somebody asked for it: {export} ({size(size_of([export]))})", err=True)
     if not found:
         click.echo(f"nothing in {folder} may be deleted")
         return

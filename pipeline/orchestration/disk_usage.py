@@ -16,7 +16,8 @@ from pipeline.orchestration.run_directory import RunDirectory, config_of
 
 # Copies that versions before sent to MLflow: arrays of tokens and indexes, which lie in the run as well.
 _COPIED = ("*.npy", "*.keys.txt", "*.captions.txt")
-_LEFT = (".trash-*", "*.damaged", "*.damaged-*")  # of checkpoints and databases
+_LEFT = ("*.trash", "*.damaged", "*.damaged-*")  # of checkpoints
+_TRASH = ".trash-"  # what a `--prune` that was killed had begun to delete
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,15 @@ def deletable(folder: Path) -> Iterator[Deletable]:
         if not is_at_work(run):
             yield from _of_run(run)
     cache = folder / ".cache" / "features"
-    if cache.is_dir() and not any(map(is_at_work, runs)):
-        yield _entry(cache, "features of images, which evaluate computes again")
+    if not any(map(is_at_work, runs)):
+        if cache.is_dir():
+            yield _entry(cache, "features of images, which evaluate computes again")
+        yield from _begun_to_delete(cache.parent)
+
+
+def asked_for(folder: Path) -> list[Path]:
+    """Exports of single checkpoints in the runs: somebody wanted them, and what made them may be gone, so they stay."""
+    return [path for run in runs_in(folder) for path in sorted(run.glob("*/exported/*")) if path.is_dir()]
 
 
 def delete(found: Deletable) -> None:
@@ -77,7 +85,7 @@ def delete(found: Deletable) -> None:
         OSError: it cannot be removed.
     """
     for path in found.paths:
-        trash = path.with_name(f".trash-{path.name}")
+        trash = path if path.name.startswith(_TRASH) else path.with_name(f"{_TRASH}{path.name}")
         path.rename(trash)
         if trash.is_dir() and not trash.is_symlink():
             shutil.rmtree(trash)
@@ -86,24 +94,31 @@ def delete(found: Deletable) -> None:
 
 
 def _of_run(run: Path) -> Iterator[Deletable]:
-    for old in sorted((run / "superseded").glob("*")):
+    for old in sorted((run / "superseded").glob("[!.]*")):
         yield _entry(old, "made by another config; made again if that one returns")
     try:
         config = load_pipeline(config_of(run))
     except UserError:  # of a later version, or damaged: only what is told by its place
         config = None
-    for stage in stages_of(config) if config else ():
-        checkpoints = run / stage.name / "checkpoints"
-        if checkpoints.is_dir() and _is_final(RunDirectory(run), stage):
+    final = {stage.name for stage in stages_of(config) if _is_final(RunDirectory(run), stage)} if config else set()
+    for folder in sorted(path for path in run.iterdir() if path.is_dir()):
+        yield from _begun_to_delete(folder)
+        checkpoints = folder / "checkpoints"
+        if folder.name in final and checkpoints.is_dir():
             yield _entry(checkpoints, "checkpoints of a finished training; its weights are in model/")
-    for stage_folder in sorted(path for path in run.iterdir() if (path / "checkpoints").is_dir()):
-        for pattern in _LEFT:
-            for path in sorted((stage_folder / "checkpoints").glob(pattern)):
+        else:
+            yield from _begun_to_delete(checkpoints)
+            for path in sorted(path for pattern in _LEFT for path in checkpoints.glob(pattern)):
                 yield _entry(path, "a damaged or discarded checkpoint")
     artifacts = run / "mlartifacts"
     if copied := tuple(path for pattern in _COPIED for path in artifacts.rglob(pattern)):
         why = "copies of the run's arrays that a version before sent to MLflow"
         yield Deletable(artifacts, copied, size_of(copied), why)
+
+
+def _begun_to_delete(folder: Path) -> Iterator[Deletable]:
+    for path in sorted(folder.glob(f"{_TRASH}*")):
+        yield _entry(path, "what an interrupted --prune has left")
 
 
 def _is_final(runs: RunDirectory, stage: Stage) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.core.lock import Lock
 from tests.launch import launch
+from tests.orchestration.recorded_run import recorded_run
 
 
 @pytest.fixture
@@ -72,6 +73,31 @@ def test_what_may_go_is_named_and_goes_and_what_the_run_needs_stays(folder: Path
     again = launch("pipeline", "run", str(run), "--dry-run", cwd=folder.parent)
     assert "up to date" in again
     assert "would run" not in again
+
+
+def test_what_a_deletion_has_left_goes_and_an_export_stays_and_is_named(tmp_path: Path) -> None:
+    folder = recorded_run(tmp_path / "runs").path.parent
+    training = folder / "tiny" / "transformer"
+    left = [
+        training / "checkpoints" / "step-00000010.1f2e3d4c.trash",  # by a training that was killed
+        training / ".trash-checkpoints",  # by a --prune that was killed
+        folder / "tiny" / "superseded" / ".trash-generate-0123456789ab",
+        folder / ".cache" / ".trash-features",
+    ]
+    export = training / "exported" / "step-00000030"
+    usable = training / "checkpoints" / "step-00000010"
+    for path in (*left, export, usable):
+        path.mkdir(parents=True)
+        (path / "weights").write_bytes(b"x" * 5000)
+    (training / "_SUCCESS").unlink()  # not finished: its checkpoints stay
+    listed = smalti(folder, "--disk")
+    assert [listed.count(f"{path.relative_to(folder.parent)} ") for path in (*left, export)] == [1] * 5
+    told = smalti(folder, "--prune", "--yes")
+    assert f"kept, since somebody asked for it: {export.relative_to(folder.parent)} (5" in told
+    assert "deleted\n" in told
+    assert [path for path in left if path.exists()] == []
+    assert (export / "weights").is_file()
+    assert (usable / "weights").is_file()
 
 
 def test_without_yes_nothing_is_deleted(folder: Path) -> None:
