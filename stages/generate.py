@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from pipeline.cli.stage import run_stage
+from pipeline.config.base import identity
 from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import write_json
 from pipeline.core.image_io import png_bytes
@@ -61,7 +62,7 @@ def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
     if not entries:
         return
     generated = _generate(run, pipeline, [prompt for prompt, _ in entries])
-    sampling = pipeline.told(config.sampling).model_dump(mode="json")
+    sampling = identity(pipeline.told(config.sampling))
     listed = []
     for number, ((prompt, kind), one) in enumerate(zip(entries, generated, strict=True)):
         file = f"prompts/{number:02d}.png"

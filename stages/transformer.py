@@ -1,7 +1,7 @@
 """Stage 5, transformer: learn text and image codes as one sequence, on the DeepSpeed engine.
 
 Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts while training).
-Writes model/{model.safetensors,config.json} (`Transformer.from_pretrained` loads them with plain torch)
+Writes model/{model.safetensors,config.json} (`load_transformer` loads them with plain torch)
 and samples.png, the last of those images. See pipeline/transformer/.
 """
 
@@ -34,8 +34,8 @@ from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
 from pipeline.training.consolidate import consolidate
 from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import train
+from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.position_plot import position_plot
 
@@ -59,7 +59,7 @@ class Workload:
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
         with initial_values(run.config.seed) as self.initial:
-            self.objective = JointObjective(Transformer(layout, self.config), self.config)
+            self.objective = JointObjective(build_transformer(layout, self.config), self.config, run.config.seed)
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
         self._curve: Image.Image | None = None

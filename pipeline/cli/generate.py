@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 Options = dict[str, Any]  # what click parsed, by name
 _image = click.Path(path_type=Path)
 _count = click.IntRange(min=1)
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype")
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype"),
+    *("passes", "schedule", "pass_order"),
+)
 _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 
 
@@ -39,6 +42,11 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 @click.option("--guidance", type=float, help="classifier-free guidance scale; 1: off")
 @click.option("--guidance-schedule", type=click.Choice(["constant", "linear", "cosine", "power"]))
 @click.option("--guidance-interval", type=(float, float), help="the part of each level that is guided, e.g. 0 0.8")
+@click.option(
+    "--passes", type=_count, help="of the transformer for each image, if its order is any; default: one a code"
+)
+@click.option("--schedule", type=click.Choice(["cosine", "linear"]), help="how many codes each pass draws")
+@click.option("--pass-order", type=click.Choice(["random", "halton", "confidence"]), help="which codes come next")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
 @click.option("--image", type=_image, help="an image to start from, with one of the next three")

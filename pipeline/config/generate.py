@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, added, operational
 
 
 class SamplingConfig(Config):
@@ -32,6 +32,15 @@ class SamplingConfig(Config):
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="the part of each level that is guided; outside of it the scale is 1"
     )
+    passes: int | None = added(
+        None, ge=1, description="order any: passes of the transformer per image; None: one for each code"
+    )
+    schedule: Literal["cosine", "linear"] = added(
+        "cosine", description="order any: codes of each pass; cosine: few at first, linear: as many in each"
+    )
+    pass_order: Literal["random", "halton", "confidence"] = added(
+        "random", description="order any: which codes come next; halton: spread out, confidence: the surest ones"
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of the transformer while it generates; auto: bf16 on GPUs, fp32 on CPUs"
     )
@@ -42,6 +51,12 @@ class SamplingConfig(Config):
         if not 0 <= begin < end <= 1:
             raise ValueError(f"guidance_interval must be two rising numbers from 0 to 1, found {begin} and {end}")
         return self
+
+    @property
+    def in_passes(self) -> list[str]:
+        """The settings, given as other than their defaults, that only a transformer of order any follows."""
+        names = ("passes", "schedule", "pass_order")
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     def guidance_at(self, progress: float) -> float:
         """The guidance scale when `progress` (0 to 1) of a level's codes are drawn.

@@ -76,6 +76,8 @@ class PipelineConfig(Config):
             raise ValueError(
                 f"generate.candidates={self.generate.candidates} needs a reranker to choose: set reranker.enabled=true"
             )
+        if self.transformer.order == "raster" and (given := self.generate.sampling.in_passes):
+            raise ValueError(f"generate.sampling.{given[0]} needs transformer.order=any, found raster: leave it out")
         self._check_image_size()
         return self
 

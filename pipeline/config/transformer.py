@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Config
+from pipeline.config.base import Config, added
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 
 STYLES: dict[str, dict[str, str | bool]] = {
@@ -47,6 +47,9 @@ class TransformerShape(Config):
     conv_kernel: int = Field(11, ge=1, description="side of the convolutional pattern, odd")
     qk_norm: bool = Field(True, description="RMS-normalise queries and keys")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the output of attention and MLP, in training")
+    order: Literal["raster", "any"] = added(
+        "raster", description="of image codes: row by row, or any, learned in random orders, many codes a pass"
+    )
     base_width: int | None = Field(
         None, ge=8, description="muP: the width that learning_rate was found at; None: no transfer between widths"
     )
@@ -67,6 +70,12 @@ class TransformerShape(Config):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; choose a divisor")
         if self.positions == "rotary" and self.head_width % 4:
             raise ValueError(f"rotary positions need width / heads in multiples of 4, found {self.head_width}")
+        if self.order == "any" and self.attention == "sparse":
+            raise ValueError("order any needs attention full, found sparse: its patterns are those of rows")
+        if self.order == "any" and self.layers < 2:
+            raise ValueError(
+                f"order any needs at least 2 layers, one that reads and one that asks, found {self.layers}"
+            )
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel must be odd, found {self.conv_kernel}")
         return self

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.config.base import identity
 from pipeline.config.evaluate import SweepConfig
 from pipeline.config.generate import SamplingConfig
 from pipeline.core import distributed, signals
@@ -110,7 +111,7 @@ class Sweep:
             images = [one.image for one in generated]
             samples = []
             for image, caption, source in zip(images, captions, self._chosen, strict=True):
-                about = {"sampling": self._pipeline.told(setting).model_dump()}
+                about = {"sampling": identity(self._pipeline.told(setting))}
                 samples.append(Sample(source.key, png_bytes(image), caption, about))
             write_shard(path, samples)
         return images_at(path)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.core import distributed
-from pipeline.sampling.decode import candidate_uniforms, draw_codes
+from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.training.stopping import stop_if_asked
 
@@ -65,7 +65,7 @@ def _generate(
 def _codes_in_step(pipeline: Pipeline, groups: Sequence[Sequence[str]], own: Sequence[_Wanted], seed: int) -> Tensor:
     """Codes [B, N] of this rank's prompts, in one batch: as many calls of the model as every other rank makes."""
     model = pipeline.transformer
-    device, count = model.head.weight.device, model.layout.image_length
+    device, count = model.head.weight.device, numbers_per_image(model)
 
     def look(drawn: int, _: Tensor) -> None:
         if drawn % _CODES_BETWEEN_LOOKS == 0:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.compilation import missing_compiler
-from pipeline.transformer.layout import Layout
+from pipeline.transformer.model import Transformer
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +45,20 @@ def check_counts(candidates: int, batch_size: int, keep: int | None, can_rank: b
         )
 
 
-def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: bool) -> None:
-    """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained."""
+def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_trained: bool) -> None:
+    """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained,
+    passes of a raster model, or more or less of them than its codes and levels allow."""
+    layout = model.layout
+    if model.order == "raster" and (given := sampling.in_passes):
+        raise UserError(
+            f"{given[0]}: expected a transformer of order any (transformer.order=any), found one of order raster, which"
+            " draws code by code: leave it out"
+        )
+    fewest, most = len(layout.levels), layout.image_length
+    if sampling.passes is not None and not fewest <= sampling.passes <= most:
+        raise UserError(
+            f"passes: expected {fewest} to {most}, one for each level to one for each code, found {sampling.passes}"
+        )
     codes = max(level.codebook_size for level in layout.levels)
     if sampling.top_k is not None and sampling.top_k > codes:
         raise UserError(f"top_k: expected at most the {codes} codes of the image tokenizer, found {sampling.top_k}")
@@ -59,8 +69,13 @@ def check_sampling(sampling: SamplingConfig, layout: Layout, guidance_trained: b
         )
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError if torch.compile cannot compile for `device` here."""
+def check_compiler(model: Transformer) -> None:
+    """Raises UserError if torch.compile cannot compile the step of `model` here."""
+    if model.order != "raster":
+        raise UserError(
+            f"--compile (generate.compile): expected a transformer of order raster, found {model.order}: leave it out"
+        )
+    device = model.head.weight.device
     if missing := missing_compiler(device):
         raise UserError(f"--compile (generate.compile): expected {missing}, found none: install it, or leave it out")
 

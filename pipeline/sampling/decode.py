@@ -26,12 +26,20 @@ from pipeline.core.seeds import hash64
 from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import ModelStep
 from pipeline.sampling.draw_next import UNKNOWN, Drawing, DrawNext, DrawWithNumbers, DrawWithTensors, guidance_scales
+from pipeline.sampling.parallel_decode import draw_in_passes
+from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.static_step import StaticStep, static_length
-from pipeline.text_tokenizer.bpe import PAD_ID
+from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.cross_entropy import Part, cross_entropy
-from pipeline.transformer.model import Cache, Transformer
+from pipeline.transformer.model import Transformer
+from pipeline.transformer.orders import sorted_within_levels
 
 StepKind = Literal["static", "cached", "model"]
+
+
+def numbers_per_image(model: Transformer) -> int:
+    """Random numbers that a candidate takes: one for each code, and in any-order models one for its place."""
+    return model.layout.image_length * (2 if model.order == "any" else 1)
 
 
 def candidate_uniforms(seed: int, prompt_index: int, candidate_index: int, count: int) -> Tensor:
@@ -52,20 +60,22 @@ def draw_codes(
     compiled: bool = False,
     step: StepKind | None = None,
 ) -> Tensor:
-    """Draw the codes of B candidates, coarse to fine, raster order.
+    """Draw the codes of B candidates, coarse to fine, raster order; of an any-order model in `sampling.passes`.
 
     Args:
         text_PT: text ids of the prompts (0: pad).
         prompt_of_B: which prompt each candidate belongs to.
-        uniforms_BN: each candidate's own random numbers.
+        uniforms_BN: each candidate's own random numbers, `numbers_per_image` of them.
         known_PN: codes that each prompt's candidates have from the start; UNKNOWN (-1) where one is to be drawn.
-        on_code: called after each code with the number of codes there are by now, and all codes [B, N].
+        on_code: called after each code, or pass, with the number of codes there are by now, and all codes [B, N].
         compiled: run the step through `torch.compile`.
         step: which one decodes; None: what `choose_step` says.
 
     Returns:
         int64 [B, N], each level's own ids (no offsets).
     """
+    if isinstance(model, AnyOrderTransformer):
+        return draw_in_passes(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     count = model.layout.image_length
     given = 0 if known_PN is None else given_at_start(known_PN)
     known_BN = None if known_PN is None else known_PN[prompt_of_B]
@@ -110,41 +120,19 @@ def given_at_start(known_PN: Tensor) -> int:
     return int(holes[0]) if len(holes) else known_PN.shape[1]
 
 
-def read_prompts(
-    model: Transformer, text_PT: Tensor, prompt_of_B: Tensor, given_Pn: Tensor, guided: bool, length: int
-) -> tuple[Tensor, Cache]:
-    """Prompts and first codes into a cache of `length` positions with a row per candidate, and the hidden state that
-    predicts the next code.
-
-    With guidance the unprompted rows follow the prompted ones.
-    """
-    rows = prompt_of_B
-    if guided:
-        # Prompts that share all their known codes (none) share one unprompted row.
-        first, inverse = given_Pn.unique(dim=0, return_inverse=True) if given_Pn.shape[1] else (given_Pn[:1], None)
-        own = torch.zeros_like(prompt_of_B) if inverse is None else inverse[prompt_of_B]
-        rows = torch.cat([prompt_of_B, len(text_PT) + own])
-        text_PT = torch.cat([text_PT, text_PT.new_full((len(first), text_PT.shape[1]), PAD_ID)])
-        given_Pn = torch.cat([given_Pn, first])
-    read = model.layout.text_length + 1 + given_Pn.shape[1]
-    prompt_cache = model.new_cache(len(text_PT), read)
-    hidden = model.read_text(text_PT, prompt_cache)
-    if given_Pn.shape[1]:
-        hidden = model.read_codes(given_Pn, 0, prompt_cache)
-    cache = model.new_cache(len(rows), length)
-    for own_layer, prompt in zip(cache, prompt_cache, strict=True):
-        own_layer.keys[:, :, :read] = prompt.keys[rows]
-        own_layer.values[:, :, :read] = prompt.values[rows]
-    return hidden[rows], cache
-
-
 @torch.inference_mode()
 def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_N: Tensor) -> Tensor:
     """log p, in nats, of the known codes that come after the first drawn one, given all before each: float32 [B].
 
-    It ranks the ways to fill a hole: a good one makes what stays behind it likely.
+    It ranks the ways to fill a hole: a good one makes what stays behind it likely. In any-order models all of a level's
+    known codes come after its drawn ones.
     """
-    factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
+    if isinstance(model, AnyOrderTransformer):
+        order_BN = sorted_within_levels((known_N != UNKNOWN).long().expand_as(codes_BN), model.layout)
+        factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)[1:]
+        codes_BN, known_N = codes_BN.gather(1, order_BN), known_N[order_BN[0]]
+    else:
+        factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
     targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
     losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
     counted = known_N != UNKNOWN

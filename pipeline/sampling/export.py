@@ -24,6 +24,7 @@ def export_run(run_directory: Path, target: Path) -> None:
     Raises:
         UserError: the run is not finished, or `target` holds something.
     """
+    from pipeline.config.base import identity
     from pipeline.core.version import VERSION
     from pipeline.orchestration.run_directory import RunDirectory
     from pipeline.sampling.model_card import model_card
@@ -46,7 +47,7 @@ def export_run(run_directory: Path, target: Path) -> None:
         record = {
             "model_hash": source.model_hash,
             "guidance_trained": source.guidance_trained,
-            "sampling": source.sampling.model_dump(mode="json"),
+            "sampling": identity(source.sampling),
             "smalti": VERSION,
         }
         write_json(draft / EXPORT_RECORD, record)

@@ -4,7 +4,7 @@
     ImagePrompt(image, keep_levels=1)      vary: the coarse level stays, the finer ones are generated
     ImagePrompt(image, mask=mask)          fill: white pixels of the mask are generated
 
-The model generates codes in raster order, level by level, and sees only what comes before. So a filled region knows
+A raster model generates codes in order, level by level, and sees only what comes before. So a filled region knows
 what is above it and left of it, and of finer levels also the coarse codes of everything; it does not know what stays
 below it and right of it within its level. `docs/sampling.md` says what helps.
 """

@@ -28,10 +28,11 @@ from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
 from pipeline.sampling.batch_memory import batch_that_fits, bytes_per_image, free_bytes, in_batches
 from pipeline.sampling.checks import check_compiler, check_counts, check_prompts, check_sampling, warn_of_prompts
-from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
+from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood, numbers_per_image
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.model_source import ModelSource, find_models
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.transformer.build import load_transformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -56,7 +57,7 @@ class Callbacks:
 
     on_tokens: Callable[[int], object] | None = None  # with the number of codes that have been added, over all images
     on_row: Callable[[Tensor, int], object] | None = None  # with the codes [B, N] and how many of the N are there,
-    # after each row of codes
+    # after each row of codes; of a transformer of order any after each pass
 
 
 class Pipeline:
@@ -116,7 +117,7 @@ class Pipeline:
             ranker = Ranker.from_pretrained(Path(reranker or source.reranker or ""), text_tokenizer, device)
         return cls(
             text_tokenizer,
-            Transformer.from_pretrained(source.transformer, dtype, device),
+            load_transformer(source.transformer, dtype, device),
             ImageTokenizer.from_pretrained(source.image_tokenizer, device=device),
             ranker,
             source,
@@ -158,7 +159,7 @@ class Pipeline:
         sampling = sampling or SamplingConfig()
         self._check(prompts, candidates, batch_size, sampling, keep, image_prompt)
         if compiled:
-            check_compiler(self.transformer.head.weight.device)
+            check_compiler(self.transformer)
         drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
         wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
         generated: list[GeneratedImage] = []
@@ -203,7 +204,7 @@ class Pipeline:
         check_prompts(prompts)
         can_rank = self.ranker is not None or (image_prompt is not None and image_prompt.mask is not None)
         check_counts(candidates, batch_size, keep, can_rank)
-        check_sampling(sampling, self.transformer.layout, self.source.guidance_trained)
+        check_sampling(sampling, self.transformer, self.source.guidance_trained)
         warn_of_prompts(prompts, self.text_tokenizer)
 
     def _drawing(
@@ -279,7 +280,7 @@ class _Drawing:
 
     def codes(self, callbacks: Callbacks, batch: Sequence[Candidate]) -> Tensor:
         """The codes of these candidates, int64 [B, N]."""
-        count, device = self.model.layout.image_length, self.device
+        count, device = numbers_per_image(self.model), self.device
         uniforms = torch.stack([candidate_uniforms(self.seed, self.first_prompt + i, j, count) for i, j in batch])
         used = sorted({i for i, _ in batch})
         return draw_codes(
@@ -289,7 +290,7 @@ class _Drawing:
             uniforms.to(device),
             self.sampling,
             known_PN=None if self.known is None else self.known.expand(len(used), -1),
-            on_code=_reporter(self.model.layout, len(batch), callbacks),
+            on_code=_reporter(self.model, len(batch), callbacks),
             compiled=self.compiled,
         )
 
@@ -322,9 +323,9 @@ def keep_best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedI
     return kept
 
 
-def _reporter(layout: Layout, images: int, callbacks: Callbacks) -> Callable[[int, Tensor], None]:
+def _reporter(model: Transformer, images: int, callbacks: Callbacks) -> Callable[[int, Tensor], None]:
     """What `draw_codes` calls after each code of a batch of `images`."""
-    reported = 0
+    layout, reported = model.layout, 0
 
     def report(drawn: int, codes_BN: Tensor) -> None:
         nonlocal reported
@@ -333,7 +334,7 @@ def _reporter(layout: Layout, images: int, callbacks: Callbacks) -> Callable[[in
         reported = drawn
         level = layout.level_at(drawn - 1)
         row_is_full = (drawn - layout.level_starts[level]) % layout.levels[level].width == 0
-        if callbacks.on_row is not None and row_is_full:
+        if callbacks.on_row is not None and (row_is_full or model.order == "any"):
             callbacks.on_row(codes_BN, drawn)
 
     return report

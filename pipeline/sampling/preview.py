@@ -24,9 +24,12 @@ class Preview:
     def __call__(self, codes_BN: Tensor, drawn: int) -> None:
         """`drawn` of the N codes of each image are there."""
         image = self.pipeline.decode(codes_BN[:1])[0]
-        levels = self.pipeline.transformer.layout.levels
+        model = self.pipeline.transformer
+        levels = model.layout.levels
         into_last = max(drawn - sum(level.positions for level in levels[:-1]), 0)
         generated = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
+        if model.order == "any":  # codes lie anywhere, and those that are missing are code 0
+            generated = 1.0
         self._draw(image, generated)
         if drawn == codes_BN.shape[1]:  # the next batch is drawn below
             self._lines = 0

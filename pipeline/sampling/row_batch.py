@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.sampling.decode import given_at_start, read_prompts
+from pipeline.core.errors import UserError
+from pipeline.sampling.decode import given_at_start
 from pipeline.sampling.draw_next import UNKNOWN, guidance_scales
 from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.row_step import RowStep
 from pipeline.transformer.attention import LayerCache
 from pipeline.transformer.model import Transformer
@@ -66,6 +68,11 @@ class RowBatch:
     """Up to `slots` rows of the cache of one model. For one thread."""
 
     def __init__(self, model: Transformer, slots: int) -> None:
+        if model.order != "raster":
+            raise UserError(
+                f"expected a transformer of order raster, whose images advance code by code, found {model.order}:"
+                " generate with `smalti generate`"
+            )
         self._model, self._slots = model, slots
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]
         self._cache = model.new_cache(slots)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.config.base import identity
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
@@ -47,7 +48,7 @@ class GenerateJob:
     def metadata(self, prompt: int, pipeline: Pipeline) -> dict[str, object]:
         """What the metadata of all images of a prompt have in common."""
         common: dict[str, object] = {"prompt": self.prompts[prompt], "prompt_number": prompt, "seed": self.seed}
-        common |= {"candidates": self.candidates, "sampling": pipeline.told(self.sampling).model_dump(mode="json")}
+        common |= {"candidates": self.candidates, "sampling": identity(pipeline.told(self.sampling))}
         if self.keep:
             common["keep"] = self.keep
         if self.image_prompt_options:

@@ -185,10 +185,10 @@ def _passes(config: PipelineConfig, layout: Layout, precision: Precision, micro:
 
 
 def _objective(config: PipelineConfig, layout: Layout) -> JointObjective:
-    from pipeline.transformer.model import Transformer
+    from pipeline.transformer.build import build_transformer
     from pipeline.transformer.objective import JointObjective
 
-    return JointObjective(Transformer(layout, config.transformer), config.transformer)
+    return JointObjective(build_transformer(layout, config.transformer), config.transformer)
 
 
 def _batch(layout: Layout, samples: int, device: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from pipeline.transformer.rotary import rotate
 from pipeline.transformer.tables import Tables
 
 Backend = Literal["sdpa", "math", "flex"]
+Turn = tuple[Tensor, Tensor]  # cosine and sine of rotary positions, [S, K] or [B, S, K] each
 
 
 @dataclass
@@ -55,14 +56,19 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """[B, S, D] -> [B, S, D]. With a cache, `x` holds positions start.. only, and sees what is cached before."""
+    def forward(
+        self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0, turn: Turn | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D]. With a cache, `x` holds positions start.. only, and sees what is cached before.
+
+        `turn`, with rotary positions: where the codes of `x` lie; None: in the order of the layout.
+        """
         batch, length, width = x_BSD.shape
         qkv = self.qkv(x_BSD).view(batch, length, -1, self.head_width)
         query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # [B, S, H or G, K]
         query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary:
-            cosine, sine = tables.rotary(start, start + length, x_BSD.dtype)
+            cosine, sine = turn or tables.rotary(start, start + length, x_BSD.dtype)
             turned = rotate(torch.cat([query, key], dim=2), cosine, sine)
             query, key = turned.split([self.heads, self.kv_heads], dim=2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

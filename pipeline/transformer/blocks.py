@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.transformer import TransformerShape
-from pipeline.transformer.attention import Attention, LayerCache
+from pipeline.transformer.attention import Attention, LayerCache, Turn
 from pipeline.transformer.attention_patterns import pattern_of
 from pipeline.transformer.functional import swiglu
 from pipeline.transformer.norms import build_norm
@@ -51,6 +51,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(shape) if shape.mlp == "swiglu" else GELU(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), tables, cache, start))
+    def forward(
+        self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0, turn: Turn | None = None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), tables, cache, start, turn))
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))

@@ -7,7 +7,7 @@
     model.transformer                                       # the Transformer, for pipeline/sampling/
 
 Without the first line AutoModel does not know the type; of an export its error says so (`EXPORTED_TYPE`).
-`save_pretrained` writes what `Transformer.from_pretrained` reads back.
+`save_pretrained` writes what `load_transformer` (build.py) reads back.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerShape
+from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.model import EXPORTED_TYPE, MODEL_TYPE, Transformer
+from pipeline.transformer.model import EXPORTED_TYPE, MODEL_TYPE
 
 
 class SmaltiConfig(PreTrainedConfig):
@@ -42,7 +43,7 @@ class SmaltiModel(PreTrainedModel):
         assert config.layout is not None
         assert config.shape is not None
         shape = parse_config(TransformerShape, config.shape, "config.json")
-        self.transformer = Transformer(Layout.from_dict(config.layout), shape)
+        self.transformer = build_transformer(Layout.from_dict(config.layout), shape)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

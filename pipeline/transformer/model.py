@@ -13,13 +13,14 @@ the softmax over the one vocabulary with the impossible ids masked, at a fractio
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.errors import UserError
 from pipeline.core.objective import ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
@@ -33,26 +34,34 @@ Cache = list[LayerCache]
 MODEL_TYPE = "smalti"  # what AutoModel knows it by (hf.py)
 # In exports: AutoModel's error at a type that is not registered quotes it, and nothing else of us.
 EXPORTED_TYPE = "smalti: first run `import pipeline.transformer.hf` (pip install smalti)"
-_INIT_STD = 0.02
+INIT_STD = 0.02
 
 
 class Transformer(nn.Module):
     """The decoder. Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
 
+    order: ClassVar[Literal["raster", "any"]] = "raster"
+
     def __init__(self, layout: Layout, shape: TransformerShape) -> None:
         super().__init__()
+        if shape.order != self.order:
+            name = type(self).__name__
+            raise UserError(f"{name}: expected order {self.order}, found {shape.order}; load it with load_transformer")
         self.layout, self.shape = layout, shape
         width, learned = shape.width, shape.positions == "learned"
         self.embedding = nn.Embedding(layout.vocab_size, width)
         self.text_position = nn.Embedding(layout.text_length + 1, width) if learned else None  # + 1: the start token
         self.rows = nn.ParameterList(torch.empty(level.height, width) for level in layout.levels if learned)
         self.columns = nn.ParameterList(torch.empty(level.width, width) for level in layout.levels if learned)
-        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+        self.blocks = nn.ModuleList(self._make_block(layer) for layer in range(shape.layers))
         self.norm = build_norm(shape)
         self.head = nn.Linear(width, layout.predictable, bias=False)
         self._parts = list(zip(layout.level_starts, (level.positions for level in layout.levels), strict=True))
         self._tables: Tables | None = None
         self.reset_parameters()
+
+    def _make_block(self, layer: int) -> nn.Module:
+        return Block(self.shape, layer)
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02); residual outputs smaller by sqrt(2 layers) (GPT-2); the head starts at zero.
@@ -63,13 +72,12 @@ class Transformer(nn.Module):
         shape = self.shape
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=_INIT_STD)
+                nn.init.normal_(module.weight, std=INIT_STD)
         for position in (*self.rows, *self.columns):
-            nn.init.normal_(position, std=_INIT_STD)
+            nn.init.normal_(position, std=INIT_STD)
         for block in self.blocks:
-            assert isinstance(block, Block)
-            for out in (block.attention.out, block.mlp.out):
-                nn.init.normal_(out.weight, std=_INIT_STD / (2 * shape.layers) ** 0.5)
+            for out in ("attention.out.weight", "mlp.out.weight"):
+                nn.init.normal_(block.get_parameter(out), std=INIT_STD / (2 * shape.layers) ** 0.5)
         nn.init.zeros_(self.head.weight)
         if shape.base_width:
             matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
@@ -117,12 +125,15 @@ class Transformer(nn.Module):
         For a loss that never holds all logits (`cross_entropy.py`).
         """
         x_BSD = torch.cat([self._embed_text(text_BT), self._embed_codes(codes_BN)[:, :-1]], dim=1)
-        x_BSD = _working_precision(x_BSD)
+        x_BSD = working_precision(x_BSD)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.attention.make_tables(self.tables, x_BSD.dtype)
             x_BSD = block(x_BSD, self.tables)
-        hidden = self.norm(x_BSD)
+        return self._factors(self.norm(x_BSD))
+
+    def _factors(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `hidden_and_head_weights` returns, of the hidden states of all targets [B, T + N, D]."""
         layout = self.layout
         lengths = [layout.text_length, *(level.positions for level in layout.levels)]
         vocabularies = [layout.text_vocab_size, *(level.codebook_size for level in layout.levels)]
@@ -140,7 +151,7 @@ class Transformer(nn.Module):
         It holds the first `length` positions; None: all.
         """
         size = (batch, self.shape.key_value_heads, length or self.layout.length, self.shape.head_width)
-        dtype = _working_precision(self.head.weight[:0]).dtype
+        dtype = working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
         return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
 
@@ -163,7 +174,7 @@ class Transformer(nn.Module):
         return self._read(x_BnD, cache, self.layout.text_length + 1 + start)
 
     def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
-        x_BSD = _working_precision(x_BSD)
+        x_BSD = working_precision(x_BSD)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x_BSD = block(x_BSD, self.tables, layer_cache, start)
         return self.norm(x_BSD[:, -1])
@@ -201,6 +212,8 @@ class Transformer(nn.Module):
     def exported_config(self) -> dict[str, object]:
         """Its config.json."""
         shape = self.shape.model_dump(include=set(_SHAPE_FIELDS))
+        if self.order == "raster":  # its config.json is as it was before there were others
+            del shape["order"]
         return {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}
 
     @classmethod
@@ -219,7 +232,7 @@ class Transformer(nn.Module):
         return load_model(directory, "transformer", ("layout", "shape"), build, dtype, device)
 
 
-def _working_precision(x: Tensor) -> Tensor:
+def working_precision(x: Tensor) -> Tensor:
     """Under autocast, the residual stream in its dtype: on CPUs float32 here would halve the training speed."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
+from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.orders import random_orders
 
 
 class JointObjective(Objective):
     """The transformer and its loss, for `pipeline.training.trainer.train`."""
 
-    def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
+    def __init__(self, transformer: Transformer, config: TransformerConfig, seed: int = 0) -> None:
+        """`seed`: of the orders that an any-order model learns."""
         super().__init__()
-        self.transformer, self.config = transformer, config
+        self.transformer, self.config, self.seed = transformer, config, seed
 
     def exported(self) -> Exported:
         return Exported("transformer.", self.transformer.exported_config())
@@ -48,14 +51,15 @@ class JointObjective(Objective):
         """Weighted loss and metrics of `batch`: "text" int64 [B, T], "codes" int64 [B, N].
 
         In training mode captions are dropped. In eval mode the loss has no gradient, and the metrics hold
-        accuracy/image, bits/image_token, and, as a vector [T + N], loss/position: the mean loss of each position.
+        accuracy/image, bits/image_token, and, as a vector [T + N], loss/position: the mean loss of each position (of
+        an any-order model: of each place in its order).
         """
         config, training = self.config, self.training
         text_BT, codes_BN = batch["text"], batch["codes"]
         share = config.caption_dropout if training else 0.0
         text_BT, kept_BT = drop_captions(text_BT, share)
         smoothing, z_loss = (config.label_smoothing, config.z_loss) if training else (0.0, 0.0)
-        factors = self.transformer.hidden_and_head_weights(text_BT, codes_BN)
+        factors, codes_BN = self._factors(text_BT, codes_BN, step)
         targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
         parts = [Part(*own, target) for own, target in zip(factors, targets, strict=True)]
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
@@ -70,6 +74,14 @@ class JointObjective(Objective):
                 metrics["bits/image_token"] = metrics["loss/image"] / math.log(2)
                 metrics["loss/position"] = torch.cat([part.mean(dim=0) for part in (*text.plain, *image.plain)])
         return loss, metrics
+
+    def _factors(self, text_BT: Tensor, codes_BN: Tensor, step: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The factors of the logits, and the codes in the order in which these predict them."""
+        if not isinstance(self.transformer, AnyOrderTransformer):
+            return self.transformer.hidden_and_head_weights(text_BT, codes_BN), codes_BN
+        order_BN = random_orders(codes_BN, self.transformer.layout, self.seed, step)
+        factors = self.transformer.hidden_and_head_weights(text_BT, codes_BN, order_BN)
+        return factors, codes_BN.gather(1, order_BN)
 
 
 def _loss_metrics(text_losses: Tensor, level_losses: list[Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,12 @@ _BASE = 10_000.0
 
 
 def rotary_angles(layout: Layout, head_width: int, device: torch.device) -> Tensor:
-    """Angle of each pair at each position, float32 [S, K / 2]: half of the pairs by row, the rest by column."""
+    """Angle of each pair at each position that is read, float32 [S, K / 2]; see `angles_of_all`."""
+    return angles_of_all(layout, head_width, device)[:-1]
+
+
+def angles_of_all(layout: Layout, head_width: int, device: torch.device) -> Tensor:
+    """The same with that of the last code, float32 [S + 1, K / 2]: half of the pairs by row, the rest by column."""
     text = torch.arange(layout.text_length + 1, dtype=torch.float64)
     rows, columns = [text], [text]
     finest_height = max(level.height for level in layout.levels)
@@ -32,7 +37,7 @@ def rotary_angles(layout: Layout, head_width: int, device: torch.device) -> Tens
         columns.append(layout.text_length + 1 + column.repeat(level.height))
     pairs = head_width // 4  # of each direction
     frequency = _BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    angles = [torch.cat(positions)[:-1, None] * frequency for positions in (rows, columns)]
+    angles = [torch.cat(positions)[:, None] * frequency for positions in (rows, columns)]
     return torch.cat(angles, dim=1).float().to(device)
 
 
@@ -46,11 +51,11 @@ def rotate(x_BSHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn pairs (i, i + K / 2) by the angles of their positions: x * cosine + swapped(x) * sine.
 
     With the halves of a head swapped: four operations over whole heads, forward and backward, where the pairs' own
-    products and sums are seven. Cosine and sine are rows of `cosine_sine`, [S, K].
+    products and sums are seven. Cosine and sine are rows of `cosine_sine`: [S, K], or each sample's own, [B, S, K].
     """
     first, second = x_BSHK.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1).mul_(sine[:, None])
-    return (x_BSHK * cosine[:, None]).add_(swapped)
+    swapped = torch.cat([second, first], dim=-1).mul_(sine.unsqueeze(-2))
+    return (x_BSHK * cosine.unsqueeze(-2)).add_(swapped)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pipeline.transformer.attention_patterns import (
     seen_in_blocks,
 )
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.rotary import cosine_sine, rotary_angles
+from pipeline.transformer.rotary import angles_of_all, cosine_sine
 
 
 class Tables:
@@ -43,11 +43,20 @@ class Tables:
     @torch.inference_mode(False)
     def rotary(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions start .. end - 1 for `rotate`: [S, K] each."""
-        if dtype not in self._cosine_sine:
-            angles = rotary_angles(self.layout, self.shape.head_width, self.device)
-            self._cosine_sine[dtype] = cosine_sine(angles, dtype)
-        cosine, sine = self._cosine_sine[dtype]
+        cosine, sine = self._all_rotary(dtype)
         return cosine[start:end], sine[start:end]
+
+    def rotary_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same of any positions, the last code's included: [..., K] each."""
+        cosine, sine = self._all_rotary(dtype)
+        return cosine[positions], sine[positions]
+
+    @torch.inference_mode(False)
+    def _all_rotary(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self._cosine_sine:
+            angles = angles_of_all(self.layout, self.shape.head_width, self.device)
+            self._cosine_sine[dtype] = cosine_sine(angles, dtype)
+        return self._cosine_sine[dtype]
 
     @torch.inference_mode(False)
     def allowed(self, pattern: Pattern) -> Tensor:
