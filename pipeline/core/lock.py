@@ -10,8 +10,9 @@ over ends itself at once: it was asleep for that long, and another one writes no
 `STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over; one that was
 stopped (SIGSTOP, Ctrl-Z) looks before it does anything else.
 
-filelock's lease (SoftFileLease) watches as well, but takes a killed process that nobody has waited for (a zombie) for
-alive, as stages of `smalti run` are for a moment, and knows nothing of Slurm's jobs.
+Why not filelock's lease (SoftFileLease, 4.2): an owner that was stopped and goes on writes beside the new one until its
+next heartbeats, and a killed process that nobody has waited for (a zombie, as stages of `smalti run` are for a moment)
+counts as alive; it knows nothing of Slurm's jobs.
 """
 
 from __future__ import annotations

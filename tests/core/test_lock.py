@@ -237,38 +237,49 @@ import os, sys, time
 from pathlib import Path
 import pipeline.core.lock as lock
 lock.HEARTBEAT_S, lock.STALE_AFTER_S = 0.05, float(sys.argv[2])
-utime, failures = os.utime, int(sys.argv[3])
-def fail(path):
+utime, read, failures, kind = os.utime, Path.read_text, int(sys.argv[3]), sys.argv[4]
+def failed():
     global failures
     failures -= 1
-    if failures >= 0:
-        raise OSError(116, "Stale file handle")
+    return failures >= 0
+def beat(path):
+    if kind != "damaged" and failed():
+        raise OSError(int(kind), os.strerror(int(kind)))
     utime(path)
-os.utime = fail
+def read_text(path, *args, **options):
+    text = read(path, *args, **options)
+    return text[:9] if kind == "damaged" and path.name == "stage.json" and failed() else text
+os.utime, Path.read_text = beat, read_text
 with lock.Lock(Path(sys.argv[1]), "it"):
     before = os.stat(sys.argv[1]).st_mtime
     for _ in range(500):
         time.sleep(0.02)
-        if os.stat(sys.argv[1]).st_mtime > before:
+        if failures < 0 and os.stat(sys.argv[1]).st_mtime > before:
             print("beaten again")
             break
 """
 
 
-def _failing(path: Path, stale_after_s: float, failures: int) -> "subprocess.CompletedProcess[str]":
-    arguments = [sys.executable, "-c", FAILING, str(path), str(stale_after_s), str(failures)]
+def _failing(path: Path, stale_after_s: float, failures: int, kind: str) -> "subprocess.CompletedProcess[str]":
+    """`kind`: the number of the error of each of the first beats, or "damaged": what they read is no owner."""
+    arguments = [sys.executable, "-c", FAILING, str(path), str(stale_after_s), str(failures), kind]
     return subprocess.run(arguments, capture_output=True, text=True)
 
 
-def test_the_heart_beats_on_after_an_error_of_the_file_system(path: Path) -> None:
-    done = _failing(path, 90, 3)
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(str(errno.ESTALE), "Stale file handle"), (str(errno.EIO), "Input/output error"), ("damaged", "it is damaged")],
+)
+def test_the_heart_beats_on_after_an_error_of_the_file_system(path: Path, kind: str, told: str) -> None:
+    done = _failing(path, 90, 3, kind)
     assert (done.returncode, done.stdout) == (0, "beaten again\n")
-    assert done.stderr.count("Stale file handle") == 1
+    assert done.stderr.count(told) == 1
     assert "Traceback" not in done.stderr
 
 
-def test_an_owner_that_cannot_show_that_it_lives_stops_writing_before_it_is_taken_over(path: Path) -> None:
-    done = _failing(path, 0.8, 1_000)
+@pytest.mark.parametrize("kind", [str(errno.ESTALE), "damaged"])
+def test_an_owner_that_cannot_show_that_it_lives_stops_writing_before_it_is_taken_over(path: Path, kind: str) -> None:
+    done = _failing(path, 0.8, 1_000, kind)
     assert (done.returncode, done.stdout) == (1, "")
     assert "ends before another one takes over" in done.stderr
 
