@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,7 @@ import yaml
 
 from pipeline.config.pipeline import load_pipeline
 from tests.conftest import TINY
-from tests.launch import ROOT, command, environment, launch
+from tests.launch import ROOT, environment, launch
 
 README = (ROOT / "README.md").read_text()
 # What stands for an argument of the user's own choice, and a small choice.
@@ -33,7 +28,7 @@ CHOICES = {
     "theirs.tar": "runs/tiny/generate/samples",
 }
 TESTED_ON_A_REAL_SLURM = {"submit", "status", "logs", "cancel", "resubmit"}  # tests/slurm/
-SERVERS = {"ui", "serve"}  # `serve`: tests/serving/
+TESTED_AS_SERVERS = {"ui", "serve"}  # tests/cli/test_main.py, tests/serving/
 
 
 def _commands() -> list[list[str]]:
@@ -42,7 +37,7 @@ def _commands() -> list[list[str]]:
 
 
 def _runnable() -> list[list[str]]:
-    return [words for words in _commands() if words[0] not in TESTED_ON_A_REAL_SLURM | SERVERS]
+    return [words for words in _commands() if words[0] not in TESTED_ON_A_REAL_SLURM | TESTED_AS_SERVERS]
 
 
 @pytest.mark.parametrize("words", _runnable(), ids=" ".join)
@@ -58,6 +53,7 @@ def test_every_line_of_code_in_the_readme_is_of_a_kind_that_is_tried() -> None:
     outside = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     lines = re.findall(r"^    (?=[a-z])(\S+)", outside, flags=re.MULTILINE)
     assert set(lines) - {"prepare"} == {"git", "make", "smalti"}  # `prepare`: the drawing of the graph
+    assert ["ui", "runs/openmoji"] in _commands()
     assert re.findall(r"^```(\w+)$", README, flags=re.MULTILINE) == ["python", "yaml"]
 
 
@@ -85,30 +81,6 @@ def test_the_clone_line_names_the_repository_of_the_package() -> None:
     (url,) = re.findall(r"^    git clone (\S+) && cd smalti$", README, flags=re.MULTILINE)
     assert url in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values()
     assert url == yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
-
-
-def test_smalti_ui_serves_the_run(tiny_run: Path) -> None:
-    assert ["ui", "runs/openmoji"] in _commands()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = command("pipeline", ["ui", str(tiny_run), "--port", str(port)])
-    server = subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                assert urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read() == b"OK"
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                assert server.poll() is None
-                time.sleep(0.2)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.core.credentials import put_password_back, take_password_out
 from pipeline.core.errors import UserError
 from pipeline.core.urls import MaskingFormatter, mask
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import launch
 
 SECRET = "s3cr3t"
@@ -166,6 +166,7 @@ def test_a_run_from_a_signed_url_has_the_signature_nowhere_and_can_be_resumed(se
     assert (run / "prepare" / "index.json").exists(), output
     assert not _with_the_secret(tmp_path)
     assert SECRET not in output
+    options.append(NO_TRACKING)
     assert "up to date" in launch("pipeline", "run", str(TINY), source, *options, cwd=tmp_path)
     own = ["run", str(run), *options, "prepare.image_size=32"]
     without = launch("pipeline", *own, cwd=tmp_path, check=False)

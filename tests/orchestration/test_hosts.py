@@ -14,10 +14,15 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.orchestration.hosts import Host, ranks_on, read_hosts
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.launch import ROOT, environment, launch
 
-OVERRIDES = ("tracking.enabled=false", "image_tokenizer.training.steps=200")
+STEPS = 100  # long enough to be stopped on the way, and nothing in between that only takes time
+OVERRIDES = (
+    NO_TRACKING,
+    *(f"image_tokenizer.training.{key}={STEPS}" for key in ("steps", "evaluate_every", "log_images_every")),
+    f"image_tokenizer.training.checkpoint_every={STEPS}",
+)
 
 
 def _ssh_to_here(folder: Path) -> str:

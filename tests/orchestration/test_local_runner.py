@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline.config.pipeline import load_pipeline
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm.status import as_json, run_status
+from tests.cli.test_main import smalti
 from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.launch import ROOT, environment, launch
 from tests.orchestration.recorded_run import recorded_run
@@ -147,13 +149,14 @@ def test_an_empty_entry_of_pythonpath_is_not_the_current_folder() -> None:
     ],
 )
 def test_what_config_alone_decides_is_told_before_the_first_stage(
-    override: str, complaint: str, tmp_path: Path
+    override: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "c.yaml").write_text("{}")
     for command in (["run", str(TINY)], ["submit", str(TINY), "--cluster", str(tmp_path / "c.yaml")]):
         if override.startswith("processes") and command[0] == "submit":
             continue  # the cluster file says how many
-        output = launch("pipeline", *command, f"runs={tmp_path}", *override.split(), check=False)
+        code, output = smalti(capsys, monkeypatch, *command, f"runs={tmp_path}", *override.split())
+        assert code == 2
         assert output.startswith("error: ")
         assert len(output.splitlines()) == 1
         assert complaint in output
@@ -187,14 +190,13 @@ def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], com
     assert not (tmp_path / "tiny" / "image-tokenizer").exists()
 
 
-@pytest.mark.slow
-def test_prompts_that_change_after_prepare_are_told_before_the_transformer_trains(tmp_path: Path) -> None:
-    source = f"prepare.source={{kind: folder, path: {_captioned(tmp_path / 'in', 44)}}}"
-    fitting = ["generate.training_prompts=[]", "generate.new_prompts=[]", "generate.samples=8", NO_TRACKING]
-    short = ["image_tokenizer.training.steps=6", "image_tokenizer.training.evaluate_every=6"]
-    command = ["run", str(TINY), f"runs={tmp_path}", source, *fitting, *short]
-    for stage in ("prepare", "text-tokenizer", "image-tokenizer", "tokenize"):
-        launch("pipeline", *command, "--only", stage)
-    output = launch("pipeline", *command, "generate.training_prompts=[a heart]", check=False)
-    assert "generate.training_prompts: expected captions of the train split, found 'a heart'" in output
-    assert not (tmp_path / "tiny" / "transformer" / "checkpoints").exists()
+def test_prompts_that_change_after_prepare_are_told_before_the_transformer_trains(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    for stage in ("transformer", "generate", "evaluate", "report"):
+        shutil.rmtree(run / stage)
+    prompts = ["generate.training_prompts=[a crooked heart]", NO_TRACKING]
+    output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", *prompts, check=False)
+    assert "generate.training_prompts: expected captions of the train split, found 'a crooked heart'" in output
+    assert not (run / "transformer" / "checkpoints").exists()

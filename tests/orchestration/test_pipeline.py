@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.atomic_io import sha256_file
 from pipeline.orchestration.mlflow_store import default_uri
-from tests.conftest import STAGE_NAMES, TINY
+from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.launch import ROOT, launch
 
 
@@ -34,13 +34,14 @@ def test_every_stage_finishes_and_the_report_is_one_file(tiny_run: Path) -> None
 
 def test_running_again_does_nothing(run_copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_copy.glob("*/manifest.json")}
-    output = launch("pipeline", "run", str(TINY), f"runs={run_copy.parent}")
+    output = launch("pipeline", "run", str(TINY), f"runs={run_copy.parent}", NO_TRACKING)
     assert output.count("up to date") == len(STAGE_NAMES)
     assert {path: path.stat().st_mtime_ns for path in run_copy.glob("*/manifest.json")} == before
 
 
 def test_a_changed_key_runs_what_depends_on_it_and_says_why(run_copy: Path) -> None:
-    output = launch("pipeline", "run", str(TINY), f"runs={run_copy.parent}", "generate.sampling.temperature=0.5")
+    changed = ["generate.sampling.temperature=0.5", NO_TRACKING]
+    output = launch("pipeline", "run", str(TINY), f"runs={run_copy.parent}", *changed)
     lines = {
         line.split()[0]: line for line in output.splitlines() if line.split()[:1] and line.split()[0] in STAGE_NAMES
     }

@@ -204,6 +204,8 @@ def main(cases: str, folder: str) -> None:
         results[case.name] = run(case, Path(folder))
         _forget_accelerate()
         gc.freeze()  # at ZeRO-3 each engine collects garbage: half a second among all that DeepSpeed has imported
+    needless = {"mlflow", "torch._inductor.compile_fx"} & sys.modules.keys()
+    assert not needless, f"expected a start without them, found {needless}: they take seconds"
     if distributed.is_main():
         torch.save(results, Path(folder) / "results.pt")
     distributed.leave(0)
