@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import STAGE_NAMES, TINY
+from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.launch import ROOT, environment
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,8 @@ def _smalti(folder: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def run(elsewhere: Path) -> Path:
     """The run directory of `smalti run tiny.yaml` there."""
-    _smalti(elsewhere, "run", "tiny.yaml", "tracking.enabled=false")
+    short = ("image_tokenizer.training.steps=6", "transformer.training.steps=6")
+    _smalti(elsewhere, "run", "tiny.yaml", NO_TRACKING, *short)
     return elsewhere / "runs" / "tiny"
 
 

@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.slurm.conftest import Slurm, cluster_file, missing_reason, start, stop, wait_until
+from tests.slurm.conftest import Slurm, cluster_file, start, stop, wait_until
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def accounted() -> Iterator[Slurm]:
-    if reason := missing_reason():
-        pytest.skip(reason)
+def accounted(slurm: Slurm) -> Iterator[Slurm]:
     if missing := [name for name in ("/usr/sbin/slurmdbd", "/usr/sbin/mariadbd") if not shutil.which(name)]:
         pytest.skip(
             f"no accounting: {', '.join(missing)} missing; `slurm/testbed install --sacct` installs it (as root)"

@@ -15,8 +15,8 @@ from tests.launch import launch
 from tests.slurm.conftest import Slurm, Training, cluster_file, signal_all, wait_until, weights
 
 pytestmark = pytest.mark.slurm
-# What needs no four ranks is quicker with two.
-TWO_NODES = {"stages": "{transformer: {nodes: 2}}"}
+# What needs no four ranks is quicker with two, and what needs no preflight without one: it has tests of its own.
+TWO_NODES = {"stages": "{transformer: {nodes: 2}}", "preflight": "never"}
 USR2_BIT = 1 << (signal.SIGUSR2 - 1)
 
 
@@ -32,7 +32,9 @@ def _run_into_the_time_limit(training: Training, ranks: list[int]) -> None:
 def _be_killed_by_the_time_limit(training: Training, ranks: list[int]) -> None:
     """The ranks sleep through the signal ahead of it and through TERM, for which Slurm wakes them, until KILL."""
     training.slurm("scontrol", "update", f"jobid={training.id}", "EndTime=now+1")
-    wait_until("the requeue", lambda: (signal_all(ranks, signal.SIGSTOP), training.state() == "PENDING")[1], 90)
+    wait_until(
+        "the requeue", lambda: (signal_all(ranks, signal.SIGSTOP), training.state() == "PENDING")[1], 90, share=1
+    )
     training.slurm("scontrol", "update", f"jobid={training.id}", "TimeLimit=30")
 
 
@@ -49,7 +51,6 @@ def _has_been_signalled(process: int) -> bool:
 def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     slurm: Slurm, run_copy: Path, local_run: Path
 ) -> None:
-    # The preflight has tests of its own; here it would only lengthen each start.
     training = Training(slurm, run_copy, partition="preempt", preflight="never")
     ranks = training.wait_for_steps(0)
     # As good a moment as any: nobody else may write here. Rank 0 waits for the others, and its lock beats meanwhile.
@@ -135,7 +136,7 @@ def test_a_preemption_with_grace_and_a_time_limit_with_progress_spend_no_budget(
 
 
 def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm: Slurm, run_copy: Path) -> None:
-    training = Training(slurm, run_copy, only=False, max_crashes="0")
+    training = Training(slurm, run_copy, only=False, max_crashes="0", preflight="never")
     ranks = training.wait_for_steps(0)
     watcher = slurm.follow("status", str(run_copy), "--watch")
     assert watcher.stdout
