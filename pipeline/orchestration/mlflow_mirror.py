@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig
@@ -23,7 +23,7 @@ from pipeline.orchestration.environment import SUBMITTED_VARIABLE
 from pipeline.orchestration.graph import stages_of
 from pipeline.orchestration.mlflow_parent import Parent
 from pipeline.orchestration.mlflow_sender import Sender, is_refusal, reason_of
-from pipeline.orchestration.mlflow_store import Store, sqlite_file
+from pipeline.orchestration.mlflow_store import Store, import_mlflow, sqlite_file
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import EVENTS, Status
 
@@ -52,7 +52,9 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
-        """Begin to send."""
+        """Begin to send. MLflow is imported before, in the caller's thread: see `import_mlflow`."""
+        with suppress(Exception):  # the thread tells of it
+            import_mlflow()
         self._thread.start()
 
     def close(self, status: Status) -> None:

@@ -29,6 +29,13 @@ _DATABASES = ("postgresql", "mysql", "mssql")
 _WORDS = {"@": " at ", "=": " ", "%": " percent", "∞": " infinity"}
 
 
+def import_mlflow() -> None:
+    """Import what a store needs. Two threads that import at one time (MLflow here, DeepSpeed there) may wait for each
+    other for ever, or fail: CPython's issues 91351 and 83065."""
+    _quiet()
+    from mlflow.store.tracking import rest_store, sqlalchemy_store  # noqa: F401
+
+
 def default_uri(run_directory: Path) -> str:
     """The address of the run's own database."""
     return f"sqlite:///{(run_directory / 'mlflow.db').absolute()}"

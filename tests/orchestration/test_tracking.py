@@ -30,6 +30,7 @@ from pipeline.orchestration.mlflow_mirror import Mirror, catch_up
 from pipeline.orchestration.mlflow_store import default_uri, legal_name
 from pipeline.orchestration.tracking import Tracker
 from tests.conftest import TINY
+from tests.launch import ROOT, environment
 
 
 def _config(run: Path, **tracking: object) -> PipelineConfig:
@@ -177,6 +178,21 @@ def test_the_parent_carries_config_commit_report_and_best_metrics(tmp_path: Path
     assert {a.path for a in client.list_artifacts(parent)} == {"config.yaml", "report"}
     assert [a.path for a in client.list_artifacts(parent, "report")] == ["report/index.html"]
     assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_the_thread_imports_nothing_that_a_stage_may_import_meanwhile(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; "
+        "from pipeline.orchestration.mlflow_mirror import Mirror; from pipeline.config.pipeline import load_pipeline;"
+        "mirror = Mirror(load_pipeline(sys.argv[1], [f'runs={sys.argv[2]}']), 'transformer');"
+        "mirror._thread.start = lambda: None; mirror.start(); before = {*sys.modules};"
+        "Path(sys.argv[2], 'tiny').mkdir(); mirror.store.connect();"
+        "print(*{name.split('.')[0] for name in {*sys.modules} - before})"
+    )
+    command = [sys.executable, "-c", program, str(TINY), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {*done.stdout.split()} <= {"mlflow", "alembic", "sqlalchemy"}
 
 
 @pytest.mark.slow
