@@ -181,8 +181,9 @@ class Supervisor:
 
     def _again(self, decision: Decision) -> int:
         print(f"smalti: {decision.line}: {self.what} resumes when this job starts again", flush=True)
+        self.interrupt.received = False
         if self.job.requeue(decision.exclude):
-            time.sleep(_UNTIL_REQUEUED_S)  # it ends this process
+            self.interrupt.wait(_UNTIL_REQUEUED_S)  # who stays beyond it is killed after KillWait, half a minute lost
             return 75
         script = f"{self.options.stage}{'' if self.job.task is None else '.tasks'}"
         successor = self.job.submit_successor(self.options.run / "slurm" / f"{script}.sbatch", decision.exclude)

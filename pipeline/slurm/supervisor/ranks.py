@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Interrupt:
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self.received = True
+
+    def wait(self, seconds: float) -> None:
+        """Until Slurm asks this job to end, `seconds` at most."""
+        deadline = time.monotonic() + seconds
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
 
 def run_ranks(command: Sequence[str], srun: Sequence[str], interrupt: Interrupt, on_term: Callable[[], None]) -> int:
