@@ -33,6 +33,45 @@ def test_what_setup_put_on_pythonpath_stays_there_behind_the_runs_own_code(tmp_p
     assert done.stdout == f"{ROOT}:/of/a/module\n"
 
 
+SITE = """
+module() { [[ $1 != load ]] || export LOADED="${*:2}" PYTHONPATH=/of/a/module; }
+"""
+MODULES_PATH = "{code}:{home}/smalti-packages:/of/a/module"
+CONDA = """#!/bin/sh
+echo 'conda() { export CONDA_DEFAULT_ENV=$2; : "$CONDA_UNSET_BEFORE"; }'
+"""
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        ("modules", {"LOADED": "Python/3.12.3 PyTorch/2.8.0 CUDA/12.6", "PYTHONPATH": MODULES_PATH}),
+        ("conda", {"CONDA_DEFAULT_ENV": "smalti", "PYTHONPATH": "{code}"}),
+        ("venv", {"NCCL_SOCKET_IFNAME": "ib0", "PYTHONPATH": "{code}"}),
+        ("apptainer", {"PYTHONPATH": "{code}"}),
+        ("pyxis", {"PYTHONPATH": "{code}"}),
+    ],
+)
+def test_the_setup_of_each_example_runs_and_reaches_the_supervisor(
+    example: str, expected: dict[str, str], tmp_path: Path
+) -> None:
+    conda, scontrol, site = tmp_path / "miniforge3/bin/conda", tmp_path / "scontrol", tmp_path / "site.sh"
+    conda.parent.mkdir(parents=True)
+    for path, text in ((conda, CONDA), (scontrol, "#!/bin/sh\necho a\n"), (site, SITE)):
+        path.write_text(text)
+        path.chmod(0o755)
+    job = _job_file(ROOT / "configs" / "cluster" / f"{example}.yaml", tmp_path)
+    job = re.sub(r'exec \S+ "\$code/.*', "exec env", job, flags=re.DOTALL)
+    clean = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "BASH_ENV": str(site)}
+    clean |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a"}
+    done = subprocess.run(["bash", "-c", job], env=clean, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert {n: found.get(n) for n in expected} == {
+        n: text.format(code=ROOT, home=tmp_path) for n, text in expected.items()
+    }
+
+
 def test_a_conda_that_uses_unset_variables_does_not_end_the_job(tmp_path: Path) -> None:
     job = _job_file(ROOT / "configs" / "cluster" / "conda.yaml", tmp_path)
     assert "set -" not in job[: job.index("conda activate")]
