@@ -93,6 +93,22 @@ def test_one_code_a_pass_at_temperature_0_follows_the_full_pass_in_the_order_of_
     assert torch.equal(torch.cat(best, dim=1), codes.gather(1, order))
 
 
+@torch.no_grad()
+def test_by_confidence_the_surest_codes_of_a_pass_stay() -> None:
+    model = built()
+    shown: list[Tensor] = []
+    assert isinstance(model, AnyOrderTransformer)
+    sampling = SamplingConfig(pass_order="confidence", temperature=0, passes=10, schedule="linear")
+    drawn(model, [(2, 0)], sampling, on_code=lambda _, codes: shown.append(codes.clone()))
+    cache, nothing = model.new_cache(1), torch.zeros(1, 0, dtype=torch.int64)
+    model.read_text(TEXT[2:], cache)
+    hidden = model.read_and_ask(nothing, nothing, torch.arange(4)[None], cache, 0)
+    sure, best = model.level_logits(hidden, 0)[0].softmax(-1).max(-1)
+    first = sure.topk(2).indices
+    assert torch.equal(shown[0][0, first], best[first])
+    assert shown[0].count_nonzero() == best[first].count_nonzero() == 2
+
+
 @pytest.mark.parametrize("pass_order", ["random", "halton", "confidence"])
 def test_a_hole_is_filled_from_all_sides(pass_order: str) -> None:
     model, sampling = built(), SamplingConfig.model_validate({"passes": 8, "pass_order": pass_order})

@@ -139,6 +139,11 @@ def test_training_in_random_orders_learns_codes_by_heart_and_evaluation_is_the_s
     with torch.no_grad():
         metrics = objective.eval()(learned, 0)[1]
         again = objective({"text": text.flip(0), "codes": codes.flip(0)}, 0)[1]
+        order = random_orders(codes, layout, seed=5, step=0)
+        logits = logits_of(objective.transformer, text, codes, order)[1:]  # type: ignore[arg-type]
+        placed = codes.gather(1, order).split([own.shape[1] for own in logits], dim=1)
+    losses = [-own.log_softmax(-1).gather(-1, at[..., None]) for own, at in zip(logits, placed, strict=True)]
+    assert metrics["loss/image"] == pytest.approx(float(torch.cat(losses, dim=1).mean()), rel=1e-4)
     assert metrics["bits/image_token"] < 3.3  # 4.4 untrained; never saw these orders
     assert metrics["loss/image"] == pytest.approx(float(again["loss/image"]), rel=1e-5)
     assert metrics["loss/position"].shape == (layout.length,)
