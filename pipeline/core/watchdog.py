@@ -13,11 +13,13 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 HUNG = 70  # exit code: neither stopped on request nor a user's mistake, so a crash to whoever started the process
 _PATIENCE = 10
 _LOOKS = 20  # for each timeout
+_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 _GIL_HELD = 1.5  # of the timeout: by then C code that never gives Python back has kept the watchdog from looking
 
 
@@ -49,15 +52,31 @@ class _Watchdog:
 
     def _end(self, allowed: float) -> None:
         faulthandler.dump_traceback(self.file)
+        collective = _collective()
         log.error(
-            "error: rank %s hangs: no sign of life for %.0f s, since %s; where each thread is: %s",
+            "error: rank %s hangs: no sign of life for %.0f s, since %s, %s; where each thread is: %s",
             os.environ.get("RANK", "0"),
             allowed,
             self.doing,
+            f"in {collective}, where it waits for other ranks" if collective else "in no collective",
             self.file.name,
         )
         logging.shutdown()
         os._exit(HUNG)
+
+
+def _collective() -> str | None:
+    """The function of torch.distributed that a thread has not come back from."""
+    for innermost in sys._current_frames().values():
+        called: str | None = None
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code.co_filename.endswith(_COLLECTIVES):
+                called = frame.f_code.co_name  # the outermost is what was asked for
+            frame = frame.f_back
+        if called is not None:
+            return called
+    return None
 
 
 _current: _Watchdog | None = None
