@@ -125,6 +125,8 @@ def execute(
             raise outcome
         if not outcome:
             log.info("%s: up to date", stage.name)
+            if distributed.is_main():
+                _confirm(stage, runs, array_task)
             return
         if stage.trains:
             import torch
@@ -170,6 +172,14 @@ def _begin(
         return runs.begin(config, stage, identity)
     with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", patience_s):
         return runs.begin_task(config, stage, array_task, identity)
+
+
+def _confirm(stage: Stage, runs: RunDirectory, array_task: tuple[int, int] | None) -> None:
+    """Give the record of finished work today's time: a job's supervisor counts no other one as found up to date."""
+    if array_task is None:
+        os.utime(runs.stage(stage.name) / "_SUCCESS")
+    else:
+        runs.finish_task(stage, array_task)
 
 
 def _refuse_stale_inputs(stage: Stage, config: PipelineConfig, runs: RunDirectory, files: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
-from pipeline.core import lock, manifest
+from pipeline.core import lock, manifest, signals
+from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.orchestration import run_directory, stage_run
 from pipeline.orchestration.graph import Stage, inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.slurm.supervisor.__main__ import _stamp
 from tests.conftest import TINY
 from tests.orchestration.recorded_run import recorded_run
 
@@ -114,3 +117,24 @@ def test_a_task_waits_for_any_lock_that_it_finds_taken(
     stage_run.execute(GENERATE, _changed(runs), "tiny.yaml", (0, 2), begun.append)
     assert begun
     assert waits["in all"] == 10
+
+
+@pytest.mark.parametrize(("task", "record"), [(None, "_SUCCESS"), ((0, 2), "tasks/0-of-2")])
+def test_only_a_stage_that_found_its_work_up_to_date_says_so_to_who_watches_its_record(
+    task: tuple[int, int] | None, record: str, runs: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = load_pipeline(TINY, [f"runs={runs.path.parent}"]), runs.stage("generate") / record
+    runs.finish_task(GENERATE, (0, 2))
+    before = _stamp(path)
+
+    def stopped() -> None:
+        raise StoppedOnRequest("asked to stop while it waits")
+
+    time.sleep(0.02)  # a file system's clock has ticks
+    with monkeypatch.context() as asked, lock.Lock(runs.lock("generate.task-1-of-2"), "another task"):
+        asked.setattr(signals, "check", stopped)
+        with pytest.raises((StoppedOnRequest, UserError)):  # who is no task does not wait
+            stage_run.execute(GENERATE, config, "tiny.yaml", task and (1, 2), lambda _: None)
+    assert _stamp(path) == before
+    stage_run.execute(GENERATE, config, "tiny.yaml", task, lambda _: pytest.fail("it is up to date"))
+    assert _stamp(path) not in (before, None)

@@ -129,9 +129,9 @@ class Supervisor:
             self.exit_code = self._end(Ending(finished=False, code=0, at_time_limit=True), FirstFailure())
 
     def _ending(self, code: int) -> Ending:
-        finished = _stamp(self.finished_path) is not None
-        # An old one counts if the stage itself has found it up to date, which takes an exit 0.
-        finished = finished and (code == 0 or _stamp(self.finished_path) != self.success_before)
+        # An old one counts if the stage itself has found it up to date: then it has touched it. Exit 0 is not enough, a
+        # stage that is asked to stop while it waits for a lock ends so, too.
+        finished = _stamp(self.finished_path) not in (None, self.success_before)
         state = self.job.field("JobState") or "RUNNING"
         running = state == "RUNNING" and not finished
         return Ending(
