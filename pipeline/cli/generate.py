@@ -23,7 +23,7 @@ _image = click.Path(path_type=Path)
 _count = click.IntRange(min=1)
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype"),
-    *("passes", "schedule", "pass_order"),
+    *("passes", "schedule", "pass_order", "speculate"),
 )
 _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 
@@ -47,6 +47,9 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 )
 @click.option("--schedule", type=click.Choice(["cosine", "linear"]), help="how many codes each pass draws")
 @click.option("--pass-order", type=click.Choice(["random", "halton", "confidence"]), help="which codes come next")
+@click.option(
+    "--speculate", type=click.IntRange(2, 64), help="codes guessed at a time if one image is drawn; same image"
+)
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
 @click.option("--image", type=_image, help="an image to start from, with one of the next three")

@@ -41,6 +41,13 @@ class SamplingConfig(Config):
     pass_order: Literal["random", "halton", "confidence"] = added(
         "random", description="order any: which codes come next; halton: spread out, confidence: the surest ones"
     )
+    speculate: int | None = operational(
+        None,
+        ge=2,
+        le=64,
+        description="order raster, one image at a time: codes that a pass draws, of which the right ones stay; the same"
+        " codes in fewer passes; null: one by one",
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of the transformer while it generates; auto: bf16 on GPUs, fp32 on CPUs"
     )

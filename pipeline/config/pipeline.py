@@ -78,6 +78,10 @@ class PipelineConfig(Config):
             )
         if self.transformer.order == "raster" and (given := self.generate.sampling.in_passes):
             raise ValueError(f"generate.sampling.{given[0]} needs transformer.order=any, found raster: leave it out")
+        if self.transformer.order == "any" and self.generate.sampling.speculate is not None:
+            raise ValueError(
+                "generate.sampling.speculate needs transformer.order=raster, found any: set passes instead"
+            )
         self._check_image_size()
         return self
 

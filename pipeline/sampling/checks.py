@@ -54,6 +54,10 @@ def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_traine
             f"{given[0]}: expected a transformer of order any (transformer.order=any), found one of order raster, which"
             " draws code by code: leave it out"
         )
+    if model.order != "raster" and sampling.speculate is not None:
+        raise UserError(
+            f"speculate: expected a transformer of order raster, found one of order {model.order}: set passes instead"
+        )
     fewest, most = len(layout.levels), layout.image_length
     if sampling.passes is not None and not fewest <= sampling.passes <= most:
         raise UserError(

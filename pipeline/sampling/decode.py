@@ -15,7 +15,9 @@ Shapes: P prompts, B candidates (rows), T text positions, N codes of all levels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -28,12 +30,14 @@ from pipeline.sampling.decode_step import ModelStep
 from pipeline.sampling.draw_next import UNKNOWN, Drawing, DrawNext, DrawWithNumbers, DrawWithTensors, guidance_scales
 from pipeline.sampling.parallel_decode import draw_in_passes
 from pipeline.sampling.prompt_cache import read_prompts
+from pipeline.sampling.speculate import draw_speculating
 from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.orders import sorted_within_levels
 
+log = logging.getLogger(__name__)
 StepKind = Literal["static", "cached", "model"]
 
 
@@ -86,20 +90,33 @@ def draw_codes(
     step = step or choose_step(model.head.weight.device.type, compiled)
     length = static_length(model.layout.length) if step == "static" else model.layout.length
     given_Pn = text_PT.new_empty((len(text_PT), 0)) if known_PN is None else known_PN[:, :given]
-    hidden, cache = read_prompts(model, text_PT, prompt_of_B, given_Pn, guided, length)
+    hidden, kv_cache = read_prompts(model, text_PT, prompt_of_B, given_Pn, guided, length)
     if uniforms_BN.device.type != "cpu":
         uniforms_BN = uniforms_BN.float()  # as `draw` takes them there
     drawing = Drawing(codes_BN, uniforms_BN, known_BN, sampling, guidance_scales(sampling, model.layout))
+    if sampling.speculate is not None:
+        if len(codes_BN) == 1 and not compiled:
+            draw_speculating(model, kv_cache, hidden, drawing, given, sampling.speculate, on_code)
+            return codes_BN
+        _tell_that_speculation_waits()
     draw_next: DrawNext
     if step == "static":
-        draw_next = DrawWithTensors(StaticStep(model, cache, given, compiled), hidden, drawing)
+        draw_next = DrawWithTensors(StaticStep(model, kv_cache, given, compiled), hidden, drawing)
     else:
-        draw_next = DrawWithNumbers((CachedDecoder if step == "cached" else ModelStep)(model, cache), hidden, drawing)
+        draw_next = DrawWithNumbers(
+            (CachedDecoder if step == "cached" else ModelStep)(model, kv_cache), hidden, drawing
+        )
     for index in range(given, count):
         draw_next(index)
         if on_code is not None:
             on_code(index + 1, codes_BN)
     return codes_BN
+
+
+@cache
+def _tell_that_speculation_waits() -> None:
+    """Once a process."""
+    log.info("speculate is for one image at a time, not compiled: images of one batch are drawn code by code")
 
 
 def choose_step(device: str, compiled: bool = False) -> StepKind:

@@ -173,11 +173,19 @@ class Transformer(nn.Module):
         x_BnD = self._embed_codes(codes_Bn, start)
         return self._read(x_BnD, cache, self.layout.text_length + 1 + start)
 
+    def read_window(self, codes_Bn: Tensor, start: int, cache: Cache) -> Tensor:
+        """As `read_codes`; the hidden states [B, n, D] that predict the code after each."""
+        return self.norm(self._through(self._embed_codes(codes_Bn, start), cache, self.layout.text_length + 1 + start))
+
     def _read(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
+        return self.norm(self._through(x_BSD, cache, start)[:, -1])
+
+    def _through(self, x_BSD: Tensor, cache: Cache, start: int) -> Tensor:
+        """All blocks, of positions `start` ..: [B, S, D]."""
         x_BSD = working_precision(x_BSD)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x_BSD = block(x_BSD, self.tables, layer_cache, start)
-        return self.norm(x_BSD[:, -1])
+        return x_BSD
 
     def _embed_text(self, text_BT: Tensor) -> Tensor:
         """Start + text, with each position's own pad in place of id 0: [B, T + 1, D]."""
