@@ -14,6 +14,7 @@ import click
 import pytest
 
 from pipeline.cli.main import cli
+from pipeline.config.renamed import RENAMED
 from tests.launch import ROOT
 from tests.prose_and_tree import FOLDERS, files, identifiers, is_config_key, members, quoted, sources, texts
 
@@ -224,6 +225,7 @@ def test_every_identifier_in_backticks_is_one() -> None:
     identifier = re.compile(r"(\w*[a-z0-9]_\w+|[A-Z]{3,}_\w+|[A-Z]+[a-z0-9]+[A-Z]\w*|[a-z]\w*(?=\())(?:\(.*\))?")
     known = identifiers() | FOREIGN_NAMES
     named = [(name, match[1]) for name, quote in quoted() if (match := identifier.fullmatch(quote))]
+    named = [(name, symbol) for name, symbol in named if name != "docs/migration.md" or symbol not in RENAMED]
     _check([f"{name}: {symbol}" for name, symbol in named if symbol not in known and not is_config_key([symbol])])
 
 

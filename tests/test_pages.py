@@ -1,0 +1,122 @@
+"""What the pages of docs/ promise beyond names (test_docs.py): commands parse; formulas, messages are in the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from pipeline.cli.main import cli
+from pipeline.config.pipeline import load_pipeline
+from pipeline.config.renamed import RENAMED
+from tests.launch import ROOT
+from tests.prose_and_tree import sources
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ANY = re.compile(r"<\w+>|…|\[|\|")  # in a line that stands for several commands
+
+
+def _page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def _commands() -> list[list[str]]:
+    """The words of every `smalti …` line that is whole."""
+    texts = [page.read_text().replace("\\\n", " ") for page in PAGES]
+    lines = [line for text in texts for line in re.findall(r"^    (?:\$ )?smalti (.*)$", text, re.MULTILINE)]
+    return [shlex.split(line, comments=True) for line in lines if not ANY.search(line.partition("#")[0])]
+
+
+@pytest.mark.parametrize("words", _commands(), ids=" ".join)
+def test_a_command_of_a_page_is_understood(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command: click.Command | None = cli
+    context, rest = cli.make_context("smalti", list(words)), list(words)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        name, command, rest = command.resolve_command(context, rest)
+        assert command is not None
+        context = command.make_context(name, list(rest), parent=context)
+    overrides = [str(word) for word in context.params.get("overrides") or () if "=" in str(word)]
+    if overrides:
+        load_pipeline(ROOT / "configs" / "openmoji.yaml", overrides)
+
+
+def _symbols(path: Path) -> set[str]:
+    """Functions, classes and `Class.method`s of a module."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def test_every_formula_stands_beside_the_function_that_computes_it() -> None:
+    _, *after = re.split(r"^```math\n", _page("how-it-works.md"), flags=re.MULTILINE)
+    assert len(after) >= 20
+    for formula, _, prose in (text.partition("\n```\n") for text in after):
+        named = re.findall(r"`([\w.]+)`\s+in\s+`([\w/]+\.py)`", prose)
+        assert named, formula
+        for symbol, path in named:
+            assert symbol in _symbols(ROOT / path), f"{symbol} is not in {path}"
+
+
+def test_every_source_that_a_formula_names_is_listed() -> None:
+    text, _, listed = _page("how-it-works.md").partition("## Sources")
+    prose = re.sub(r"^```math.*?^```$|\$[^$]*\$", "", text, flags=re.MULTILINE | re.DOTALL)
+    brackets = re.findall(r"\[(\d[^\]]*)\](?!\()", prose)
+    numbers = {number for named in brackets for number in re.findall(r"(?:^|; )(\d+)", named)}
+    assert numbers == set(re.findall(r"^(\d+)\. ", listed, re.MULTILINE))
+
+
+def _told() -> list[list[str]]:
+    """For each string in the code that is no docstring: what is in it between values."""
+    found = []
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] == "pipeline":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append([str(part.value) for part in node.values if isinstance(part, ast.Constant)])
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append([node.value])
+    return found
+
+
+def test_every_message_that_troubleshooting_explains_is_one_that_the_code_prints() -> None:
+    """A message is in double quotes, with … for values."""
+    rows = re.findall(r"^\| (.*?) \|", _page("troubleshooting.md"), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r'"([^"]+)"', row)]
+    assert len(messages) >= 30
+    told = _told()
+    printed = [" ".join("…".join(parts).split()) for parts in told]
+    missing = []
+    for message in messages:
+        fragments = [fragment.strip() for fragment in message.split("…") if fragment.strip(" (),.:;'")]
+        pattern = re.compile(".*".join(map(re.escape, fragments)))
+        if not any(pattern.search(text) for text in printed):
+            missing.append(message)
+    assert missing == []
+
+
+def test_migration_lists_every_key_that_has_a_new_name() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", _page("migration.md"), re.MULTILINE)
+    assert dict(rows) == RENAMED
+
+
+def test_the_python_of_the_api_page_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", _page("python-api.md"), re.MULTILINE | re.DOTALL))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "openmoji").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "python-api.md", "exec"), {})
+    assert {path.name for path in tmp_path.glob("*.png")} == {"0-0.png", "0-1.png", "1-0.png", "1-1.png"}
+
+
+def test_every_page_is_on_the_map() -> None:
+    names = {page.name for page in PAGES} - {"index.md"}
+    assert names <= set(re.findall(r"\]\(([\w-]+\.md)", _page("index.md")))
