@@ -8,7 +8,7 @@ CONFIG ?= configs/openmoji.yaml
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 SIDE_BY_SIDE = --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-local test-slurm test-fast lint slurm-packages browser-packages format docs clean
+.PHONY: demo test test-local test-slurm test-fast lint slurm-packages browser-packages format docs site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/smalti run $(CONFIG)
@@ -49,6 +49,14 @@ format: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m pipeline.cli.config_reference > docs/config.md
 
+# The documentation site, in build/site; a warning is an error. Links to what is no page lead to the repository.
+site: $(VENV)/.site
+	rm -rf build/docs build/site && mkdir -p build && cp -r docs build/docs
+	sed -i 's#](\.\./#](https://github.com/smalti/smalti/blob/main/#g' build/docs/*.md
+	$(BIN)/python -m zensical build --strict --clean
+	@! grep -rnoE '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//[^>]*>' build/site --include='*.html' \
+	  || { echo "the site loads something from elsewhere"; exit 1; }
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -60,5 +68,9 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.site: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build .cache *.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -117,6 +118,8 @@ def test_the_python_of_the_api_page_runs(tiny_run: Path, tmp_path: Path, monkeyp
     assert {path.name for path in tmp_path.glob("*.png")} == {"0-0.png", "0-1.png", "1-0.png", "1-1.png"}
 
 
-def test_every_page_is_on_the_map() -> None:
+def test_every_page_is_on_the_map_and_on_the_site() -> None:
     names = {page.name for page in PAGES} - {"index.md"}
     assert names <= set(re.findall(r"\]\(([\w-]+\.md)", _page("index.md")))
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    assert {page for section in nav for pages in section.values() for page in pages} == names | {"index.md"}
