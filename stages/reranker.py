@@ -27,6 +27,7 @@ from pipeline.orchestration.stage_run import StageRun
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.training.checkpoint import step_of
 from pipeline.training.stopping import stop_if_asked, stoppable
 from pipeline.training.trainer import train
 
@@ -84,11 +85,12 @@ class _StoppableRanker(Ranker):
 
 
 def main(run: StageRun) -> None:
+    step = run.config.reranker.training.steps
     if run.config.reranker.clip:
         ranker = _pretrained(run, run.config.reranker.clip)
     else:
         workload = Workload(run)
-        train(run, run.config.reranker.training, workload, engine="accelerate")
+        step = step_of(train(run, run.config.reranker.training, workload, engine="accelerate"))
         workload.objective.eval()
         ranker = workload.ranker()
         if distributed.is_main():
@@ -100,7 +102,7 @@ def main(run: StageRun) -> None:
     metrics = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
     write_json(run.directory / "retrieval.json", metrics)
     run.add_output("retrieval.json", artifact=True)
-    run.tracker.log({f"retrieval/{name}": value for name, value in metrics.items()}, run.config.reranker.training.steps)
+    run.tracker.log({f"retrieval/{name}": value for name, value in metrics.items()}, step)
 
 
 def _pretrained(run: StageRun, clip: str) -> Ranker:

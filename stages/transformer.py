@@ -160,7 +160,7 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     consolidate(checkpoint, run.directory / "model")
-    last_images = run.tracker.image_path("samples", config.training.steps)
+    last_images = max(run.tracker.image_path("samples", 0).parent.glob("samples-*.png"))
     with atomic_path(run.directory / "samples.png") as temporary:
         shutil.copyfile(last_images, temporary)
     for name in (*(f"model/{file}" for file in model_files(run.directory / "model")), "samples.png"):

@@ -37,6 +37,18 @@ class ProfileConfig(Config):
     steps: int = Field(3, ge=1, le=100, description="how many")
 
 
+class KeepBestConfig(Config):
+    """Which checkpoint becomes the model: that of the best evaluation, instead of the last one."""
+
+    metric: str = Field(
+        min_length=1, description="of the evaluations, as metrics.jsonl names it: val/loss/image, val/psnr"
+    )
+    mode: Literal["min", "max"] = Field(description="min: smaller is better; max: larger is")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a new best one that end the training; null: none do"
+    )
+
+
 class TrainingConfig(Config):
     """Section `training` of a stage that trains: steps, batch, optimizer and intervals.
 
@@ -110,6 +122,11 @@ class TrainingConfig(Config):
     keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints that stay on disk")
     keep_every: int | None = operational(
         None, ge=1, description="the first checkpoint of each this many steps stays on disk, too. None: of none"
+    )
+    keep_best: KeepBestConfig | None = added(
+        None,
+        description="keep the checkpoint of the best evaluation, whose weights become model/; null: the last one's do."
+        " evaluate_every and evaluate_batches decide with it, but a change of those outdates no finished stage",
     )
     keep_optimizer: bool = operational(
         True,

@@ -46,6 +46,15 @@ class StageFacts:
         return int(self.history[-1]["step"]) if self.history else None
 
     @property
+    def best(self) -> tuple[str, float, int] | None:
+        """With `training.keep_best`: the metric, its best value, and the step whose weights are the model."""
+        last = next((line for line in reversed(self.history) if "best/step" in line), None)
+        if last is None:
+            return None
+        name = next(key for key in last if key.startswith("best/") and key != "best/step")
+        return name.removeprefix("best/"), last[name], int(last["best/step"])
+
+    @property
     def samples_per_s(self) -> float | None:
         """Median over the stage's logs."""
         found = [line["samples_per_s"] for line in self.history if "samples_per_s" in line]

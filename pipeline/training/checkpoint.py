@@ -7,14 +7,15 @@
 
 | file                          | written, hashed and fsynced by    | holds                                     |
 |-------------------------------|-----------------------------------|-------------------------------------------|
-| `trainer.json`                | rank 0, `trainer.py`              | step, non-finite steps, running means     |
+| `trainer.json`                | rank 0, `trainer.py`              | step, non-finite steps, means, `Best`     |
 | `model.json`                  | rank 0, `trainer.py`              | what an export needs: `Exported`          |
 | `ema-<rank>.safetensors`      | each rank, `trainer.py`           | with `ema_decay`: shards of the average   |
 | `training.pt`                 | rank 0, `engines/accelerate.py`   | weights, buffers, optimizer, fp16 scaler  |
 | `training-<rank>.safetensors` | each rank, `engines/deepspeed.py` | shards of weights and optimizer states    |
 | `buffers-00000.safetensors`   | rank 0, `engines/deepspeed.py`    | persistent buffers                        |
 | `engine.json`                 | rank 0, `engines/deepspeed.py`    | shapes, optimizer's name, fp16 loss scale |
-| `manifest.json`               | rank 0, this module, last         | step; size and SHA-256 of all the others  |
+| `manifest.json`               | rank 0, this module, last         | step, that of the best one with           |
+|                               |                                   | `keep_best`; size and SHA-256 of the rest |
 
 In the background, a thread of each rank writes what was copied to the host's memory, while the training goes on. The
 ranks speak with each other only where they all are at the same step: `save`, `poll` and `finish`. One save is under way
@@ -27,6 +28,9 @@ picks the newest complete checkpoint for all ranks, who share the work of hashin
 warning, and moved aside to `step-00001000.damaged` once an older one is loaded; if there are checkpoints but none is
 usable, that is an error, never a silent restart. What is to be deleted is renamed to `….trash` first; what a process
 left of that, or of a save, is deleted at the next start.
+
+With `keep_best` each of the newest checkpoints names the best one until then, and what one of them names stays:
+whichever of them a training resumes from, the best one of that moment is there.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ class _Save:
     step: int
     temporary: Path
     final: Path
+    best: int | None  # step of the best checkpoint until then
     job: Future[Records | UserError | None]  # of this rank: its files; then, of rank 0, the rest
     written: list[Records] | None = None  # of all ranks; None: not all are done
 
@@ -84,11 +89,12 @@ class Checkpoints:
         """The folder of the checkpoint after `step` steps."""
         return self.directory / f"step-{step:08d}"
 
-    def save(self, step: int, files: Files) -> None:
+    def save(self, step: int, files: Files, best: int | None = None) -> None:
         """Save the training after `step` steps; in the background, once `files` are copied to the host's memory.
 
         Args:
             files: this rank's. No two ranks write files of the same name.
+            best: the step of a checkpoint, this one or one before, that stays as long as this one is to be kept.
 
         Raises:
             UserError: a rank could not write its files, or rank 0 does not see those of all; on every rank. In the
@@ -103,7 +109,8 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         distributed.barrier()
         copied = self._host.of(files) if self._thread else files
-        self._under_way = _Save(step, temporary, final, self._start(partial(_write_own, temporary, copied, final)))
+        job = self._start(partial(_write_own, temporary, copied, final))
+        self._under_way = _Save(step, temporary, final, best, job)
         if not self._thread:
             self.finish()
 
@@ -135,7 +142,7 @@ class Checkpoints:
             if len(written) == len(outcomes):
                 save.written = written
                 if distributed.is_main():
-                    save.job = self._start(partial(self._complete, save.step, save.temporary, save.final, written))
+                    save.job = self._start(partial(self._complete, save, written))
             return
         done, outcome = distributed.broadcast_object((is_done, save.job.result() if is_done else None))
         self._raise_if_wrong([outcome])
@@ -148,12 +155,14 @@ class Checkpoints:
                 self._under_way = None
                 raise outcome
 
-    def _complete(self, step: int, temporary: Path, final: Path, written: Sequence[Records]) -> UserError | None:
+    def _complete(self, save: _Save, written: Sequence[Records]) -> UserError | None:
         """On rank 0: record what all ranks wrote, give it its name, and forget the oldest ones; or what is wrong."""
+        temporary, final = save.temporary, save.final
+        best = {} if save.best is None else {"best": save.best}
         try:
             _expect_on_disk(temporary, sorted(name for of_rank in written for name in of_rank))
             files = {name: of_rank[name] for of_rank in written for name in sorted(of_rank)}
-            write_json(temporary / "manifest.json", {"step": step, "files": files})
+            write_json(temporary / "manifest.json", {"step": save.step, **best, "files": files})
             if final.exists():
                 _delete(final)
             temporary.rename(final)
@@ -162,16 +171,17 @@ class Checkpoints:
             return error
         except OSError as error:
             return _not_written(final, error)
-        self._forget_old(step)
+        self._forget_old(save.step, save.best)
         return None
 
-    def _forget_old(self, step: int) -> None:
+    def _forget_old(self, step: int, best: int | None) -> None:
         """What is of a later step, or damaged, is nothing to resume from: it neither counts nor goes."""
         usable = [path for path in self._found() if step_of(path) <= step and path not in self._damaged]
         first = {step_of(path) // self.keep_every: path for path in usable} if self.keep_every else {}
         milestones = {path for number, path in first.items() if number > 0}
+        bests = {best, *(_best_of(path) for path in usable[: self.keep])}
         for old in usable[self.keep :]:
-            if old not in milestones:
+            if old not in milestones and step_of(old) not in bests:
                 _delete(old)
 
     def restore(self, read: Callable[[Path], None]) -> int | None:
@@ -186,15 +196,15 @@ class Checkpoints:
         found = distributed.broadcast_object(self._found() if distributed.is_main() else [])
         problems: dict[Path, str] = {}
         for path in found:
-            everywhere = [damage for damage in distributed.all_gather_objects(_damage(path)) if damage]
-            if not everywhere:
+            damage = self.damage(step_of(path))
+            if not damage:
                 read(path)
                 if distributed.is_main() and problems:
                     self._damaged = _move_aside(list(problems))
                 return step_of(path)
-            problems[path] = everywhere[0]
+            problems[path] = damage
             if distributed.is_main():
-                log.warning("checkpoint %s is not usable (%s): trying the one before", path, everywhere[0])
+                log.warning("checkpoint %s is not usable (%s): trying the one before", path, damage)
         if problems:
             listed = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
             raise UserError(
@@ -202,6 +212,10 @@ class Checkpoints:
                 f" ({listed}): restore one from a backup, or remove the folder to start over"
             )
         return None
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the checkpoint after `step` steps, or None. All ranks share the work of hashing it."""
+        return next((found for found in distributed.all_gather_objects(_damage(self.path(step))) if found), None)
 
     def _found(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
@@ -211,6 +225,15 @@ class Checkpoints:
 def step_of(path: Path) -> int:
     """The step of a complete checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
+
+
+def _best_of(path: Path) -> int | None:
+    """The step of the best checkpoint until a complete one, as that says."""
+    try:
+        best: int | None = read_json(path / "manifest.json").get("best")
+    except (UserError, OSError):  # a damaged one names none
+        return None
+    return best
 
 
 def _write_own(temporary: Path, files: Files, final: Path) -> Records | UserError:

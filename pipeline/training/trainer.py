@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
 from pipeline.core.progress import progress
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.training.best import Best, result_checkpoint, still_there
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import Files
 from pipeline.training.ema import Ema
@@ -56,6 +57,13 @@ class State:
     count: int = 0
     # The line logged at this step, if its evaluation was stopped: the resumed training begins with both.
     evaluation_stopped: dict[str, float] | None = None
+    best: Best = field(default_factory=Best)  # with keep_best
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        """The state that a checkpoint's trainer.json holds."""
+        values = read_json(path)
+        return cls(**values | {"best": Best(**values.get("best", {}))})
 
 
 def train(
@@ -67,10 +75,10 @@ def train(
     deepspeed: DeepSpeedConfig | None = None,
     initial: InitialValues | None = None,
 ) -> Path:
-    """Train to the last step, resuming from the newest checkpoint if there is one; returns the last checkpoint.
+    """Train to the last step, resuming from the newest checkpoint if there is one; returns the result's checkpoint.
 
-    That has the result (`training/consolidate.py`). On accelerate's engine `workload.objective` has it, too: with
-    `training.ema_decay` the averaged weights.
+    That is the last one, or with `training.keep_best` the best one; `training/consolidate.py` reads it. On accelerate's
+    engine `workload.objective` has the result, too: with `training.ema_decay` the averaged weights.
 
     Args:
         initial: of an objective that was built without memory, on deepspeed; drawn where there is no checkpoint.
@@ -138,7 +146,7 @@ class Trainer:
         self._speed.start(state.step)
         with closing(batches), bar:
             self._resume_evaluation()
-            while state.step < training.steps:
+            while not self._is_over():
                 self._step(next(batches))
                 bar.update()
                 if state.step % training.log_every == 0 or state.step == training.steps:
@@ -151,10 +159,17 @@ class Trainer:
         self._profiler.finish()
         self._save()
         self.checkpoints.finish()
+        result = result_checkpoint(state.best, training, self.checkpoints, self.stage.name, state.step)
+        if result != self.checkpoints.path(state.step):
+            self._load(result)
         if self.ema:
             self.ema.swap()
             self.engine.sync_parameters()
-        return self.checkpoints.path(state.step)
+        return result
+
+    def _is_over(self) -> bool:
+        """Whether the last step is done, or no evaluation was the best for so long that there is to be none."""
+        return self.state.step >= self.training.steps or self.state.best.gave_up(self.training.keep_best)
 
     def _step(self, batch: Batch) -> None:
         """One optimizer update. It waits for nothing on the device: what it found is there until the next look."""
@@ -228,18 +243,22 @@ class Trainer:
     def _at_intervals(self) -> None:
         """Evaluate, sample images and save, at the steps that the config names and after the last one."""
         step, training = self.state.step, self.training
-        at_end = step == training.steps
+        at_end = self._is_over()
         metrics = step % training.evaluate_every == 0 or at_end
         images = step % training.log_images_every == 0 or at_end
         if metrics or images:
             self._look()  # the time of the steps until now is not the evaluation's
+            before = self.state.best
             try:
                 self._evaluate(metrics, images)
             except EvaluationStopped:
                 self.state.evaluation_stopped = self._logged[1] if self._logged[0] == step else {}
                 self._asked_to_stop = True
                 return
-        if self._interval.due(step) and not at_end:
+            if self.state.best != before:
+                self._saved_step = -1  # a checkpoint from before this evaluation does not know of it
+        is_best = metrics and self.state.best.step == step
+        if (is_best or self._interval.due(step)) and not self._is_over():
             self._save()
 
     def _resume_evaluation(self) -> None:
@@ -258,14 +277,15 @@ class Trainer:
     def _evaluate(self, metrics: bool, images: bool) -> None:
         """Log validation metrics and sample images, with the averaged weights if there are any.
 
-        It draws nothing from the training's random numbers.
+        With `keep_best` it judges the metrics, and samples images where they end the training. It draws nothing from
+        the training's random numbers.
 
         Raises:
             EvaluationStopped: a rank was asked to stop; the resumed training logs all of this step again.
         """
         watchdog.beat(f"the evaluation after step {self.state.step}")
         started = time.monotonic()
-        objective = self.engine.objective
+        objective, keep, best = self.engine.objective, self.training.keep_best, self.state.best
         objective.eval()
         seed_step(self.stage.config.seed, -1, distributed.rank())
         with self._averaged(), self.engine.autocast():
@@ -273,14 +293,18 @@ class Trainer:
             if metrics:
                 found = self.workload.evaluate(self.engine.model)
                 stop_if_asked()
+                if keep:
+                    best = best.after(keep, found, self.state.step)
+                    found = found | best.metrics(keep)
                 self.stage.tracker.log(found, self.state.step)
-            if images:
+            if images or best.gave_up(keep):
                 watchdog.beat(f"the images after step {self.state.step}", patient=True)
                 with self.engine.gathered_outside_blocks():
                     shown = self.workload.sample_images(objective, self.engine.in_step)
                 if distributed.is_main():
                     for name, image in shown.items():
                         self.stage.tracker.log_image(name, image, self.state.step)
+        self.state.best = best
         self._speed.leave_out(time.monotonic() - started)
 
     @contextmanager
@@ -311,21 +335,22 @@ class Trainer:
             self._look()
             watchdog.beat(f"the checkpoint after step {self.state.step}", patient=True)
             started = time.monotonic()
-            self.checkpoints.save(self.state.step, self._files())
+            best = self.state.best.step if self.training.keep_best else 0
+            self.checkpoints.save(self.state.step, self._files(), best or None)
             self._saved_step = self.state.step
             self._interval.saved()
             self._speed.leave_out(time.monotonic() - started)
 
     def _files(self) -> Files:
         """This rank's files of a checkpoint; their table is in `checkpoint.py`."""
-        training, at_end = self.training, self.state.step == self.training.steps
+        training, at_end = self.training, self._is_over()
         if at_end and not training.keep_optimizer:
             self.checkpoints.keep = 1  # nothing is resumed from those of before
         files = self.engine.checkpoint_files(with_optimizer=training.keep_optimizer or not at_end)
         if self.ema:
             files |= [shards_file("ema", self.engine.local_shards(self.ema.average))]
         if distributed.is_main():
-            files["trainer.json"] = vars(self.state)
+            files["trainer.json"] = asdict(self.state)
             if exported := self.engine.objective.exported():
                 files["model.json"] = vars(exported)
         return files
@@ -333,6 +358,7 @@ class Trainer:
     def _restore(self) -> None:
         watchdog.beat("reading the checkpoint", patient=True)
         step = self.checkpoints.restore(self._read)
+        self.state.best = still_there(self.state.best, self.checkpoints, self.stage.name, self.state.step)
         if distributed.is_main():
             # A process killed in an evaluation that it did again has logged it, or part of it, at this very step.
             again = self.state.evaluation_stopped is not None
@@ -342,12 +368,16 @@ class Trainer:
         self._saved_step = -1 if step is None else step
 
     def _read(self, directory: Path) -> None:
-        self.engine.load(directory)
-        self.state = state = State(**read_json(directory / "trainer.json"))
+        self._load(directory)
+        self.state = state = State.read(directory / "trainer.json")
         self._running.start(state.sums, state.count, state.nonfinite_steps, state.nonfinite_in_a_row)
         if self.ema:
+            self.ema.updates = state.step - state.nonfinite_steps
+
+    def _load(self, directory: Path) -> None:
+        self.engine.load(directory)
+        if self.ema:
             self.engine.read_shards(self.ema.average, ShardedState(directory, "ema"))
-            self.ema.updates = self.state.step - self.state.nonfinite_steps
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
