@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from pipeline.config.base import identity, parse_config
@@ -36,10 +37,10 @@ SETTINGS |= {"checkpoint_every": 3, "keep_best": {"metric": "val/loss", "mode": 
 class Scripted(SmallWorkload):
     """A training whose n-th evaluation, after 2n steps, finds `values[n - 1]`."""
 
-    def __init__(self, *values: float, stop_at: int = 0) -> None:
-        """`stop_at`: the step whose evaluation is asked to stop, after its first batch."""
+    def __init__(self, *values: float, stop_at: int = 0, in_images: bool = False) -> None:
+        """`stop_at`: the step whose evaluation is asked to stop, after its first batch or in its images."""
         super().__init__()
-        self.values, self.stop_at = values, stop_at
+        self.values, self.stop_at, self.in_images = values, stop_at, in_images
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         self.step = consumed // BATCH
@@ -47,9 +48,17 @@ class Scripted(SmallWorkload):
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         for _ in stoppable(range(2)):
-            if self.step == self.stop_at:
-                signals._requested = "SIGUSR2"
+            self._ask_to_stop(not self.in_images)
         return {"val/loss": self.values[(self.step + 1) // 2 - 1], "val/accuracy": 0.5}
+
+    def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
+        for _ in stoppable(range(2)):
+            self._ask_to_stop(self.in_images)
+        return super().sample_images(objective, in_step)
+
+    def _ask_to_stop(self, here: bool) -> None:
+        if here and self.step == self.stop_at:
+            signals._requested = "SIGUSR2"
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +78,11 @@ def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_the_best_checkpoint_stays_beside_the_last_and_the_training_ends_with_its_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workload = Scripted(5, NAN, 2, 2, 3)
+    workload = Scripted(NAN, 5, 2, 2, 3)
     with caplog.at_level(logging.INFO):
         lines = _train(tmp_path, workload, steps=10, ema_decay=None, **SETTINGS)
     assert _steps_on_disk(tmp_path) == [6, 10]
-    assert _best(lines) == [(2, 5), (2, 5), (6, 2), (6, 2), (6, 2)]
+    assert _best(lines) == [(4, 5), (6, 2), (6, 2), (6, 2)]
     assert "small: best val/loss 2 at step 6: the result has the weights of that step" in caplog.text
     for name, value in workload.objective.state_dict().items():
         assert torch.equal(value, _weights(tmp_path, 6)[name])
@@ -156,15 +165,19 @@ def _die(patched: pytest.MonkeyPatch, moment: str, step: int) -> None:
     patched.setattr(owner, name, die)
 
 
-@pytest.mark.parametrize("stopped_at", [2, 4, 6])
-def test_an_evaluation_that_a_stop_ended_is_judged_by_the_resumed_training(stopped_at: int, tmp_path: Path) -> None:
-    undisturbed = _train(tmp_path / "undisturbed", Scripted(3, 2, 1), steps=6, **SETTINGS)
+@pytest.mark.parametrize(("stopped_at", "in_images"), [(2, False), (4, True), (6, False), (6, True)])
+def test_an_evaluation_that_a_stop_ended_is_judged_once_by_the_resumed_training(
+    stopped_at: int, in_images: bool, tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"steps": 6, "log_images_every": 2}
+    undisturbed = _train(tmp_path / "undisturbed", Scripted(3, 2, 1), **settings)
     run = tmp_path / "stopped"
     with pytest.raises(StoppedOnRequest):
-        _train(run, Scripted(3, 2, 1, stop_at=stopped_at), steps=6, **SETTINGS)
+        _train(run, Scripted(3, 2, 1, stop_at=stopped_at, in_images=in_images), **settings)
     signals._requested = None
-    assert _repeatable(_train(run, Scripted(3, 2, 1), steps=6, **SETTINGS)) == _repeatable(undisturbed)
-    assert read_json(run / "checkpoints/step-00000006/trainer.json")["best"]["step"] == 6
+    assert _repeatable(_train(run, Scripted(3, 2, 1), **settings)) == _repeatable(undisturbed)
+    best = read_json(run / "checkpoints/step-00000006/trainer.json")["best"]
+    assert best == {"step": 6, "value": 1, "evaluations_since": 0}
 
 
 def test_a_training_that_falls_back_to_the_checkpoint_before_has_the_best_one_of_then(tmp_path: Path) -> None:
