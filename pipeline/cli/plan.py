@@ -90,6 +90,9 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
     samples = training.steps * training.batch_size
     tokens = samples * layout.length
     saved = checkpoint_bytes(model, training)
+    kept, best = (
+        (training.keep_checkpoints + 1, " and keep_best") if training.keep_best else (training.keep_checkpoints, "")
+    )
     codes = " + ".join(f"{level.height}×{level.width} of {level.codebook_size:,}" for level in layout.levels)
     return [
         f"{config.name}: {section.layers} layers, width {section.width:,}, {section.heads} heads of"
@@ -101,8 +104,8 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
         f" {_si(tokens)} tokens",
         f"FLOPs           {_si(model.flops_per_token)} per token, forward and backward;"
         f" {tokens * model.flops_per_token:.3g} in all",
-        f"checkpoint      {_gb(saved)}; {_gb(training.keep_checkpoints * saved)} on disk with"
-        f" keep_checkpoints {training.keep_checkpoints}, one more while saving",
+        f"checkpoint      {_gb(saved)}; {_gb(kept * saved)} on disk with"
+        f" keep_checkpoints {training.keep_checkpoints}{best}, one more while saving",
     ]
 
 

@@ -72,8 +72,8 @@ def _rising_validation(stage: str, history: Sequence[Mapping[str, float]]) -> li
         if validated[last] > (1 + _RISE) * validated[best] and then and trained[max(trained)] < then[-1]:
             found.append(
                 f"{stage}: {name} rose from {validated[best]:.4g} at step {best} to {validated[last]:.4g} at step"
-                f" {last}, while it fell in training: the model learns its samples by heart; fewer steps, more"
-                " samples, or dropout"
+                f" {last}, while it fell in training: the model learns its samples by heart; training.keep_best"
+                " takes the best step, and fewer steps, more samples or dropout help"
             )
     return found
 

@@ -22,7 +22,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.consolidate import export_step
 from pipeline.training.engines.base import Batch
 from pipeline.training.stopping import stoppable
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import State, Trainer
 from tests.conftest import NO_TRACKING
 from tests.launch import launch
 from tests.training.engine_worker import BATCH
@@ -240,6 +240,13 @@ def test_off_it_is_not_in_the_identity_and_no_checkpoint_names_a_best_one(tmp_pa
     assert not _best(lines)
     assert _steps_on_disk(tmp_path) == [6]
     assert set(read_json(tmp_path / "checkpoints/step-00000006/manifest.json")) == {"step", "files"}
+
+
+def test_a_checkpoint_from_before_there_was_a_best_one_is_readable(tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(
+        '{"step": 3, "nonfinite_steps": 0, "nonfinite_in_a_row": 0, "sums": {}, "count": 0, "evaluation_stopped": null}'
+    )
+    assert State.read(tmp_path / "trainer.json") == State(step=3)
 
 
 @pytest.mark.slow
