@@ -35,6 +35,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def deciding(self) -> frozenset[str]:
+        """Operational fields that decide the result all the same, with these values of others."""
+        return frozenset()
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -42,7 +46,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def operational(default: Any, **kwargs: Any) -> Any:
     """A field that changes how a stage runs but never what it makes (logging intervals, workers).
 
-    Such fields are left out of `identity`, so changing one never makes a finished stage run again.
+    Such fields are left out of `identity`, so changing one never makes a finished stage run again; but see
+    `Config.deciding`.
     """
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
@@ -68,7 +73,7 @@ def identity(config: Config) -> dict[str, object]:
     """The part of a config that decides a stage's result: all but operational and, at their default, `added` fields."""
     kept: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
-        if is_operational(field):
+        if is_operational(field) and name not in config.deciding():
             continue
         value = getattr(config, name)
         if _is_added(field) and value == field.default:

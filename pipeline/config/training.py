@@ -126,7 +126,7 @@ class TrainingConfig(Config):
     keep_best: KeepBestConfig | None = added(
         None,
         description="keep the checkpoint of the best evaluation, whose weights become model/; null: the last one's do."
-        " evaluate_every and evaluate_batches decide with it, but a change of those outdates no finished stage",
+        " evaluate_every and evaluate_batches then decide the result, too",
     )
     keep_optimizer: bool = operational(
         True,
@@ -141,6 +141,9 @@ class TrainingConfig(Config):
     def _is_interval(cls, value: int | str) -> int | str:
         steps_or_seconds(value)
         return value
+
+    def deciding(self) -> frozenset[str]:
+        return frozenset({"evaluate_every", "evaluate_batches"} if self.keep_best else ())
 
     @property
     def evaluation_batches(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.base import Config, differences, identity, load_config, operational
+from pipeline.config.training import KeepBestConfig, TrainingConfig
 from pipeline.core.errors import UserError
 
 
@@ -77,6 +78,14 @@ def test_configs_are_frozen() -> None:
 def test_operational_fields_are_no_part_of_a_stages_identity() -> None:
     assert identity(Inner(log_every=1)) == identity(Inner(log_every=99))
     assert identity(Inner(layers=1)) != identity(Inner(layers=2))
+
+
+def test_operational_fields_that_decide_with_others_are_a_part_of_it() -> None:
+    training = TrainingConfig(steps=6, batch_size=4)
+    keeping = training.model_copy(update={"keep_best": KeepBestConfig(metric="val/loss", mode="min")})
+    for name in ("evaluate_every", "evaluate_batches"):
+        assert name not in identity(training)
+        assert identity(keeping) != identity(keeping.model_copy(update={name: 7}))
 
 
 def test_differences_name_the_changed_keys() -> None:
