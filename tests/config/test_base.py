@@ -81,7 +81,7 @@ def test_operational_fields_are_no_part_of_a_stages_identity() -> None:
 
 
 def test_operational_fields_that_decide_with_others_are_a_part_of_it() -> None:
-    training = TrainingConfig(steps=6, batch_size=4)
+    training = TrainingConfig(steps=6, batch_size=4, warmup_steps=0)
     keeping = training.model_copy(update={"keep_best": KeepBestConfig(metric="val/loss", mode="min")})
     for name in ("evaluate_every", "evaluate_batches"):
         assert name not in identity(training)
