@@ -13,6 +13,7 @@ from tests.launch import environment
 CLASSES = ("ImageTokenizer", "Pipeline", "TextTokenizer", "Transformer")
 
 
+@pytest.mark.slow
 def test_the_classes_are_there_and_torch_is_imported_when_one_is_used() -> None:
     code = (
         "import sys, pipeline; before = 'torch' in sys.modules;"

@@ -129,6 +129,7 @@ def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_
     assert listed[0]["score"] == pytest.approx(generated[0].score, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_reranker_is_off_by_default_and_both_ends_say_so(tmp_path: Path) -> None:
     config = [str(TINY), f"runs={tmp_path}"]
     output = launch("pipeline", "run", *config, "generate.candidates=4", check=False)

@@ -227,6 +227,7 @@ def test_asked_to_stop_before_an_evaluation_no_batch_of_it_is_computed(
     assert all(line["samples_per_s"] > 0 for line in resumed if "samples_per_s" in line)
 
 
+@pytest.mark.slow
 def test_the_time_of_checkpoints_and_evaluations_is_not_in_samples_per_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
