@@ -10,8 +10,8 @@ over ends itself at once: it was asleep for that long, and another one writes no
 `STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over; one that was
 stopped (SIGSTOP, Ctrl-Z) looks before it does anything else.
 
-Why not filelock's lease (SoftFileLease, 4.2): an owner that was stopped and goes on writes beside the new one until its
-next heartbeats, and a killed process that nobody has waited for (a zombie, as stages of `smalti run` are for a moment)
+Why not filelock's lease (SoftFileLease, 4.2): an owner that was stopped, then continued, writes beside the new one
+until its next heartbeats, and a killed process that nobody has waited for (a zombie, as stages are for a moment)
 counts as alive; it knows nothing of Slurm's jobs.
 """
 

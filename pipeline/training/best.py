@@ -29,7 +29,7 @@ class Best:
     evaluations_since: int = 0
 
     def after(self, keep: KeepBestConfig, found: Mapping[str, float], step: int) -> Best:
-        """Collective: the best once the evaluation after `step` steps has `found` these metrics, by rank 0's figures.
+        """Collective: the best once the evaluation after `step` steps has `found` these metrics, by rank 0's values.
 
         A metric that is not finite is never the best, and of equal ones the first is.
 

@@ -213,10 +213,9 @@ def stop(slurm: Slurm) -> None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    try:
-        testbed = start()
-    except AssertionError as reason:  # why there can be no Slurm here, in the testbed's own words
-        pytest.skip(str(reason))
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin"):  # one that is there has to start
+        pytest.skip("no Slurm: slurmctld is missing; `slurm/testbed install` installs it (as root)")
+    testbed = start()
     yield testbed
     stop(testbed)
 
