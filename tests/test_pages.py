@@ -15,7 +15,7 @@ from pipeline.cli.main import cli
 from pipeline.config.pipeline import load_pipeline
 from pipeline.config.renamed import RENAMED
 from tests.launch import ROOT
-from tests.prose_and_tree import sources
+from tests.prose_and_tree import sources, walk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ANY = re.compile(r"<\w+>|…|\[|\|")  # in a line that stands for several commands
@@ -80,7 +80,7 @@ def _told() -> list[list[str]]:
     found = []
     for path in sources():
         if path.relative_to(ROOT).parts[0] == "pipeline":
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in walk(path):
                 if isinstance(node, ast.JoinedStr):
                     found.append([str(part.value) for part in node.values if isinstance(part, ast.Constant)])
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,8 +61,12 @@ def measure(objective: Objective, batch: dict[str, Tensor], precision: Precision
     return flops
 
 
+@cache
 def matmul_flops_per_s(precision: Precision, device: torch.device, seconds: float = 0.2) -> float:
-    """The rate of one device on a square matrix product in the training's precision, the best within `seconds`."""
+    """The rate of one device on a square matrix product in the training's precision, the best within `seconds`.
+
+    Measured once a process.
+    """
     size = 4096 if device.type == "cuda" else 768
     left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(_DTYPES.get(precision, torch.float32))
     product = left @ left  # the first one sets things up
