@@ -23,11 +23,14 @@ at most.
 
 Shards: `sharded_state.py`. Random numbers and the order of samples need no file: both are functions of the step.
 
-A process killed anywhere in a save leaves either the old checkpoints or the old ones and the new one. On restore rank 0
-picks the newest complete checkpoint for all ranks, who share the work of hashing it. A damaged one is skipped with a
-warning, and moved aside to `step-00001000.damaged` once an older one is loaded; if there are checkpoints but none is
-usable, that is an error, never a silent restart. What is to be deleted is renamed to `….trash` first; what a process
-left of that, or of a save, is deleted at the next start.
+A process killed anywhere in a save leaves either the old checkpoints or the old ones and the new one. One of the same
+step is `step-00001000.replaced` until the new one is complete, and gets its name back at the next start where that
+never came to be.
+
+On restore rank 0 picks the newest complete checkpoint for all ranks, who share the work of hashing it. A damaged one is
+skipped with a warning, and moved aside to `step-00001000.damaged` once an older one is loaded; if there are checkpoints
+but none is usable, that is an error, never a silent restart. What is to be deleted is renamed to `….trash` first; what
+a process left of that, or of a save, is deleted at the next start.
 
 With `keep_best` each of the newest checkpoints names the best one until then, and what one of them names stays:
 whichever of them a training resumes from, the best one of that moment is there.
@@ -55,6 +58,7 @@ from pipeline.training.checkpoint_files import Files, HostCopy, write_files
 log = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d+)")
+_REPLACED = ".replaced"
 _LISTING_TIMEOUT_S = 90.0  # a client of a network file system may show a listing of up to a minute ago
 _LOOKS_APART_S = 10.0  # while all wait for a save: the ranks meet more often than a collective times out
 Records = dict[str, FileRecord]
@@ -163,14 +167,15 @@ class Checkpoints:
             _expect_on_disk(temporary, sorted(name for of_rank in written for name in of_rank))
             files = {name: of_rank[name] for of_rank in written for name in sorted(of_rank)}
             write_json(temporary / "manifest.json", {"step": save.step, **best, "files": files})
-            if final.exists():
-                _delete(final)
+            replaced = _set_aside(final)
             temporary.rename(final)
             fsync_directory(self.directory)
         except UserError as error:
             return error
         except OSError as error:
             return _not_written(final, error)
+        if replaced:
+            _delete(replaced)
         self._forget_old(save.step, save.best)
         return None
 
@@ -191,6 +196,7 @@ class Checkpoints:
             UserError: there are checkpoints, but none is usable.
         """
         if distributed.is_main():
+            _put_back(self.directory)
             for leftover in sorted([*self.directory.glob("step-*.trash"), *self.directory.glob("step-*.tmp")]):
                 _delete(leftover)
         found = distributed.broadcast_object(self._found() if distributed.is_main() else [])
@@ -287,6 +293,25 @@ def _damage(directory: Path) -> str | None:
         return "manifest.json is damaged"
     fault = first_fault(directory, files, rank=distributed.rank(), ranks=distributed.world_size())
     return f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
+
+
+def _set_aside(final: Path) -> Path | None:
+    """Rename the checkpoint that is to be replaced by one of the same step, if there is one; its name until then."""
+    if not final.exists():
+        return None
+    replaced = final.with_suffix(_REPLACED)
+    if replaced.exists():
+        _delete(replaced)
+    return final.rename(replaced)
+
+
+def _put_back(directory: Path) -> None:
+    """What a process that was killed had set aside is the checkpoint of its step, unless the new one is complete."""
+    for replaced in sorted(directory.glob(f"step-*{_REPLACED}")):
+        if (final := replaced.with_suffix("")).exists():
+            _delete(replaced)
+        else:
+            replaced.rename(final)
 
 
 def _move_aside(damaged: Sequence[Path]) -> set[Path]:

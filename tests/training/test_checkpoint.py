@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 from threading import Event
@@ -170,6 +172,43 @@ def test_saving_a_step_again_leaves_the_first_until_the_second_is_complete(check
     assert _restore(checkpoints) == (1, 1)
     _save(checkpoints, 1)
     assert _restore(checkpoints) == (1, 1)
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_file_operation_of_saving_a_step_again_leaves_one_of_the_two(tmp_path: Path) -> None:
+    found, ended = [], False
+    while not ended:
+        directory = tmp_path / str(len(found))
+        _save(Checkpoints(directory, keep=1), 1, [1])
+        ended = _saved_in_a_process_that_is_killed(directory, [2], operation=len(found))
+        found.append(_restore(Checkpoints(directory, keep=1)))
+        assert [path.name for path in directory.iterdir()] == ["step-00000001"]
+    assert found == sorted(found)
+    assert found.count((1, 1)) > 3
+    assert found.count((1, 2)) > 1  # the last one came to its end
+
+
+def _saved_in_a_process_that_is_killed(directory: Path, content: object, operation: int) -> bool:
+    """Save as a process that kills itself before that file operation; whether it came to its end."""
+    left = operation
+
+    def kill(event: str, _: object) -> None:
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            sys.addaudithook(kill)
+            _save(Checkpoints(directory, keep=1), 1, content)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
 
 
 def test_a_checkpoint_of_before_is_readable(checkpoints: Checkpoints) -> None:
