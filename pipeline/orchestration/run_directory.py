@@ -335,9 +335,11 @@ def config_of(run_directory: Path) -> Path:
     """The config file of an existing run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is the folder of a stage.
     """
     path = run_directory / "config.yaml"
+    if os.path.isfile(run_directory / "identity.json"):
+        raise UserError(f"expected a run directory, found a stage of one, {run_directory}: give {run_directory.parent}")
     if not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
     return path

@@ -91,9 +91,14 @@ def test_every_shipped_config_validates_through_the_command_line(path: Path) -> 
         (["run", "nowhere.yaml"], "no config at nowhere.yaml"),
         (["run", str(TINY), "prepare.source.kind=folder"], "key 'prepare.source.path' is missing"),
         (["ui", "nowhere"], "expected a run directory, found no config.yaml in nowhere"),
+        (["generate", "run/transformer", "a cat"], "found a stage of one, run/transformer: give run"),
     ],
 )
 def test_a_user_mistake_gets_one_line_and_exit_status_2(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "transformer"
+    stage.mkdir(parents=True)
+    for name in ("config.yaml", "identity.json"):
+        (stage / name).write_text("{}")
     output = launch("pipeline", *arguments, cwd=tmp_path, check=False)
     assert output.startswith("error: ")
     assert len(output.splitlines()) == 1
