@@ -16,7 +16,7 @@ n codes of a pass, V codes of the level.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -44,26 +44,48 @@ def draw_in_passes(
 
     The same codes must be known of all prompts.
     """
+    codes_BN, passes = begin(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN)
+    for there in passes:
+        if on_pass is not None:
+            on_pass(there, codes_BN.clamp(min=0))
+    return codes_BN
+
+
+def begin(
+    model: AnyOrderTransformer,
+    text_PT: Tensor,
+    prompt_of_B: Tensor,
+    uniforms_BN: Tensor,
+    sampling: SamplingConfig,
+    known_PN: Tensor | None = None,
+) -> tuple[Tensor, Iterator[int]]:
+    """What `draw_in_passes` does, a pass at a time: the codes, UNKNOWN where none is drawn yet, and an iterator.
+
+    Each `next` makes a pass, writes into the codes, and says how many there are of each image.
+    """
     layout = model.layout
     if known_PN is None:
         known_PN = text_PT.new_full((len(text_PT), layout.image_length), UNKNOWN)
     holes = (known_PN == UNKNOWN).any(0)
     if not torch.equal(holes.expand_as(known_PN), known_PN == UNKNOWN):
         raise ValueError("expected the same codes to be known of all prompts")
-    codes_BN = known_PN[prompt_of_B].clamp(min=0)
+    codes_BN = known_PN[prompt_of_B]
     drawing = _Drawing(model, text_PT, prompt_of_B, uniforms_BN, codes_BN, sampling)
-    order_BN = _order(layout, uniforms_BN, holes, sampling)
+    return codes_BN, _passes(drawing, layout, _order(layout, uniforms_BN, holes, sampling), holes, sampling)
+
+
+def _passes(
+    drawing: _Drawing, layout: Layout, order_BN: Tensor, holes: Tensor, sampling: SamplingConfig
+) -> Iterator[int]:
     left = [int(part.sum()) for part in holes.split([level.positions for level in layout.levels])]
     for level, passes in enumerate(codes_per_pass(layout, left, sampling)):
         start, end = layout.level_starts[level], layout.level_starts[level] + layout.levels[level].positions
         drawing.begin_level(level, order_BN[:, start:end], known=end - start - left[level])
         for count in passes:
             drawing.run(count)
-            if on_pass is not None:
-                on_pass(start + drawing.there, codes_BN)
-    if on_pass is not None and not left[-1]:
-        on_pass(layout.image_length, codes_BN)
-    return codes_BN
+            yield start + drawing.there
+    if not left[-1]:
+        yield layout.image_length
 
 
 class _Drawing:

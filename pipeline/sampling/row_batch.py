@@ -38,16 +38,13 @@ class Row:
     """One candidate while it is drawn.
 
     Attributes:
-        codes: int64 [N] on the CPU, each level's own ids; `index` of them are there.
+        codes: int64 [N] on the CPU, each level's own ids; UNKNOWN (-1) where none is there yet.
+        index: so many codes are drawn.
     """
 
     codes: Tensor
     index: int
-    known: list[int] | None  # UNKNOWN where a code is drawn
-    uniforms: Tensor  # float64 [N]
     sampling: SamplingConfig
-    scales: list[float] | None  # of guidance, for each of the N codes
-    settings: str  # of `sampling`, to compare
 
     @property
     def finished(self) -> bool:
@@ -57,6 +54,16 @@ class Row:
     def slots(self) -> int:
         """Rows of the cache that it takes."""
         return slots_of(self.sampling)
+
+
+@dataclass(eq=False)
+class RasterRow(Row):
+    """One that is drawn code by code: the first `index` of them are there, and those of an image prompt."""
+
+    known: list[int] | None  # UNKNOWN where a code is drawn
+    uniforms: Tensor  # float64 [N]
+    scales: list[float] | None  # of guidance, for each of the N codes
+    settings: str  # of `sampling`, to compare
 
 
 def slots_of(sampling: SamplingConfig) -> int:
@@ -71,14 +78,14 @@ class RowBatch:
         if model.order != "raster":
             raise UserError(
                 f"expected a transformer of order raster, whose images advance code by code, found {model.order}:"
-                " generate with `smalti generate`"
+                " take a PassBatch"
             )
         self._model, self._slots = model, slots
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]
         self._cache = model.new_cache(slots)
         self._hidden = model.head.weight.new_empty(0, model.shape.width)  # [R, D]
         self._step: RowStep | None = None
-        self.rows: list[Row] = []
+        self.rows: list[RasterRow] = []
 
     @property
     def free(self) -> int:
@@ -88,7 +95,7 @@ class RowBatch:
     @torch.inference_mode()
     def join(
         self, text_T: Tensor, uniforms_BN: Tensor, sampling: SamplingConfig, known_N: Tensor | None = None
-    ) -> list[Row]:
+    ) -> Sequence[Row]:
         """Read the prompt, and put its candidates at the end of the batch: their cache rows must be free.
 
         Candidates of which every code is known are finished at once, and not in the batch.
@@ -97,9 +104,9 @@ class RowBatch:
         known_1N = None if known_N is None else known_N[None].to(device)
         given = 0 if known_1N is None else given_at_start(known_1N)
         scales, known = guidance_scales(sampling, model.layout), None if known_N is None else known_N.tolist()
-        start = torch.zeros(model.layout.image_length, dtype=torch.int64) if known_N is None else known_N.clamp(min=0)
+        start = torch.full((model.layout.image_length,), UNKNOWN) if known_N is None else known_N.cpu()
         settings = sampling.model_dump_json()
-        rows = [Row(start.cpu().clone(), given, known, own, sampling, scales, settings) for own in uniforms_BN]
+        rows = [RasterRow(start.clone(), given, sampling, known, own, scales, settings) for own in uniforms_BN]
         if given == model.layout.image_length:
             return rows
         used, guided = self._slots - self.free, scales is not None
@@ -129,7 +136,7 @@ class RowBatch:
         self.rows = stay
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
+    def step(self) -> Sequence[Row]:
         """Draw the next code of every row; those that are finished now have left."""
         first = accumulate((row.slots for row in self.rows), initial=0)
         by_kind = sorted(zip(self.rows, first, strict=False), key=lambda own: self._kind(own[0]))
@@ -142,7 +149,7 @@ class RowBatch:
             self._read()
         return finished
 
-    def _draw(self, rows: Sequence[Row], slots: Sequence[int]) -> None:
+    def _draw(self, rows: Sequence[RasterRow], slots: Sequence[int]) -> None:
         """The next code of rows of one kind, whose first rows of the cache are `slots`."""
         level = self._levels[rows[0].index]
         guided = rows[0].scales is not None
@@ -170,10 +177,10 @@ class RowBatch:
             self._step = RowStep(self._model, [LayerCache(own.keys[:used], own.values[:used]) for own in self._cache])
         return self._step
 
-    def _kind(self, row: Row) -> tuple[int, str]:
+    def _kind(self, row: RasterRow) -> tuple[int, str]:
         """What rows have in common whose codes are drawn together."""
         return self._levels[row.index], row.settings
 
-    def _owners(self) -> list[Row]:
+    def _owners(self) -> list[RasterRow]:
         """Whose each row of the cache is."""
         return [row for row in self.rows for _ in range(row.slots)]

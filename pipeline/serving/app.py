@@ -253,10 +253,11 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
 
 def _model(served: Served) -> dict[str, object]:
-    pipeline = served.pipeline
+    pipeline, transformer = served.pipeline, served.pipeline.transformer
     own = {
         "image_size": pipeline.image_tokenizer.image_size,
-        "levels": [level._asdict() for level in pipeline.transformer.layout.levels],
+        "levels": [level._asdict() for level in transformer.layout.levels],
+        "order": transformer.order,
         "sampling": pipeline.told(pipeline.source.sampling).model_dump(mode="json"),
         "guidance_trained": pipeline.source.guidance_trained,
         "reranker": pipeline.ranker is not None,

@@ -17,7 +17,10 @@ from pipeline.serving.refusal import Refusal
 LARGEST_PROMPT = 4_000  # characters
 MOST_IMAGES = 10  # OpenAI's bound
 MOST_PARTIAL_IMAGES = 64
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval")
+_SETTINGS = (
+    *("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval"),
+    *("passes", "schedule", "pass_order"),
+)
 
 
 def _finite(value: object) -> object:
@@ -52,6 +55,9 @@ class Asked(BaseModel):
     guidance: _Number | None = Field(None, ge=0, le=100)
     guidance_schedule: Literal["constant", "linear", "cosine", "power"] | None = None
     guidance_interval: tuple[_Number, _Number] | None = None
+    passes: _Whole | None = Field(None, ge=1, le=2**20, description="of models of order any: one a level to one a code")
+    schedule: Literal["cosine", "linear"] | None = Field(None, description="of models of order any")
+    pass_order: Literal["random", "halton", "confidence"] | None = Field(None, description="of models of order any")
     rank: bool = Field(False, description="best first, as the reranker sees them")
     codes: bool = Field(False, description="answer the codes of each image, too")
 

@@ -5,7 +5,8 @@
     order.cancel()                  # its client is gone: its rows leave before the next code
     engine.stop()                   # what runs is finished, what waits is refused; then join()
 
-One thread draws (`RowBatch`), one makes files of codes (`Finisher`), so that neither waits for the other.
+One thread draws (`RowBatch`, or `PassBatch` for models of order any), one makes files of codes (`Finisher`), so that
+neither waits for the other.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections import deque
 
 import torch
 
-from pipeline.sampling.decode import candidate_uniforms
+from pipeline.sampling.decode import candidate_uniforms, numbers_per_image
+from pipeline.sampling.pass_batch import PassBatch
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.row_batch import RowBatch
 from pipeline.serving.counts import Counts
 from pipeline.serving.finish import Finisher
 from pipeline.serving.order import Failed, Order
 from pipeline.serving.refusal import broken, busy, stopping, too_slow
+from pipeline.transformer.any_order import AnyOrderTransformer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Engine:
         self._counts = counts
         self._queue: deque[Order] = deque()
         self._running: list[Order] = []
-        self._batch = RowBatch(pipeline.transformer, slots)
+        self._batch = self._new_batch()
         self._changed, self._stopping = threading.Condition(), False
         self._seconds = 1.0  # that the last order took
         self.finisher = Finisher(pipeline)
@@ -75,6 +78,10 @@ class Engine:
         self._thread.join(timeout_s)
         self.finisher.close()
 
+    def _new_batch(self) -> RowBatch | PassBatch:
+        model = self.pipeline.transformer
+        return PassBatch(model, self.slots) if isinstance(model, AnyOrderTransformer) else RowBatch(model, self.slots)
+
     def _work(self) -> None:
         while self._wait():
             try:
@@ -83,7 +90,7 @@ class Engine:
                 log.exception("drawing failed; %d requests are answered with an error", len(self._running))
                 for order in self._running:
                     order.emit(Failed(broken()))
-                self._running, self._batch = [], RowBatch(self.pipeline.transformer, self.slots)
+                self._running, self._batch = [], self._new_batch()
             self._counts.now(waiting=len(self._queue), drawn=len(self._batch.rows))
 
     def _wait(self) -> bool:
@@ -96,7 +103,7 @@ class Engine:
         return True
 
     def _turn(self) -> None:
-        """Those that are gone leave, those that wait join, and all advance by a code."""
+        """Those that are gone leave, those that wait join, and all advance by a code, or a pass."""
         self._let_leave()
         admitted = self._admitted()
         self._running += admitted  # first: whatever goes wrong, all of them are answered
@@ -131,7 +138,7 @@ class Engine:
     def _join(self, order: Order) -> None:
         model = self.pipeline.transformer
         text_T = self.pipeline.text_tokenizer.encode([order.prompt])[0]
-        count = model.layout.image_length
+        count = numbers_per_image(model)
         uniforms = torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)])
         order.rows = self._batch.join(text_T, uniforms, order.sampling, order.known)
         order.started = time.monotonic()

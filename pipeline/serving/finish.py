@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.core.image_io import png_bytes
+from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import GeneratedImage, Pipeline, keep_best
 from pipeline.sampling.save import png_file
@@ -39,9 +40,8 @@ class Finisher:
     def show(self, order: Order) -> None:
         """Tell of the images as far as they are; not while the ones before are still on their way."""
         if self._shown is None or self._shown.done():
-            drawn = order.rows[0].index
             codes = [row.codes.clone() for row in order.rows]
-            self._shown = self._worker.submit(self._show, order, codes, drawn, order.partials - 1)
+            self._shown = self._worker.submit(self._show, order, codes, order.partials - 1)
 
     def finish(self, order: Order) -> None:
         """Tell of the finished images."""
@@ -51,25 +51,26 @@ class Finisher:
         """Wait until all is told."""
         self._worker.shutdown()
 
-    def _show(self, order: Order, codes: list[Tensor], drawn: int, index: int) -> None:
+    def _show(self, order: Order, codes: list[Tensor], index: int) -> None:
         if order.cancelled:
             return
         try:
             for candidate, own in enumerate(codes):
-                image = self._pipeline.decode(own[None].to(self._pipeline.transformer.head.weight.device))[0]
-                order.emit(Partial(png_bytes(self._as_far_as(image, drawn)), candidate, index))
+                device = self._pipeline.transformer.head.weight.device
+                image = self._pipeline.decode(own.clamp(min=0)[None].to(device))[0]
+                order.emit(Partial(png_bytes(self._as_far_as(image, own != UNKNOWN)), candidate, index))
         except Exception:
             log.exception("an image could not be shown while it is drawn")
 
-    def _as_far_as(self, image: Image.Image, drawn: int) -> Image.Image:
-        """What is generated with `drawn` codes: of the finest level the rows that are there, of coarser ones all."""
+    def _as_far_as(self, image: Image.Image, there_N: Tensor) -> Image.Image:
+        """What is generated: where codes of the finest level are there; all of it while only coarser ones are."""
         *coarser, finest = self._pipeline.transformer.layout.levels
-        into_finest = drawn - sum(level.positions for level in coarser)
-        if coarser and into_finest <= 0:
+        cells = there_N[-finest.positions :]
+        if coarser and not bool(cells.any()):
             return image
-        height = round(image.height * (into_finest // finest.width) / finest.height)
-        shown = Image.new("RGBA", image.size)
-        shown.paste(image.crop((0, 0, image.width, height)), (0, 0))
+        grid = Image.fromarray((cells.view(finest.height, finest.width).numpy() * 255).astype("uint8"))
+        shown = image.convert("RGBA")
+        shown.putalpha(grid.resize(image.size, Image.Resampling.NEAREST))
         return shown
 
     def _finish(self, order: Order) -> None:

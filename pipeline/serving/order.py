@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,7 +62,7 @@ class Order:
     partial_images: int = 0
     ranked: bool = False
     image_prompt: dict[str, str] = field(default_factory=dict)  # for the metadata
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row] = ()
     cancelled: bool = False
     partials: int = 0  # told so far
     started: float = 0.0  # time.monotonic()

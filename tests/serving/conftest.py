@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.config.transformer import TransformerShape
+from pipeline.sampling.export import export_run
+from pipeline.transformer.build import build_transformer, load_transformer
 from tests.launch import command, environment
 
 
@@ -39,3 +43,15 @@ def server(tiny_run: Path) -> Iterator[str]:
     """The address of a server that takes one guided image at once, and 20 requests in its queue."""
     with serving(tiny_run, "--slots", "4", "--waiting", "20") as (address, _):
         yield address
+
+
+@pytest.fixture(scope="session")
+def any_order(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the tiny run whose transformer, untrained, is of order any."""
+    folder = tmp_path_factory.mktemp("any") / "exported"
+    export_run(tiny_run, folder)
+    raster = load_transformer(folder / "transformer")
+    torch.manual_seed(0)
+    shape = TransformerShape.model_validate({"layers": 2, "width": 64, "heads": 2, "order": "any"})
+    build_transformer(raster.layout, shape).save_pretrained(folder / "transformer")
+    return folder

@@ -18,6 +18,8 @@ import openai
 import pytest
 from PIL import Image
 
+from pipeline.config.generate import SamplingConfig
+from pipeline.sampling.pipeline import Pipeline
 from tests.launch import launch
 from tests.serving.conftest import serving
 
@@ -68,6 +70,27 @@ def test_bytes_are_the_same_at_any_concurrency(server: str) -> None:
     with ThreadPoolExecutor(len(asked) * 2) as pool:
         together = list(pool.map(lambda one: pngs(ask(server, one)), asked * 2))
     assert together == alone * 2
+
+
+def test_a_model_of_order_any_draws_in_the_passes_that_are_asked_for(any_order: Path) -> None:
+    sampling = SamplingConfig(passes=4, pass_order="halton", guidance=2.0)
+    expected = Pipeline.from_pretrained(any_order).generate(["joker"], candidates=2, sampling=sampling)
+    asked = {"prompt": "joker", "seed": 0, "n": 2, "passes": 4, "pass_order": "halton", "guidance": 2.0}
+    with serving(any_order, "--slots", "8") as (server, _), ThreadPoolExecutor(6) as pool:
+        bodies = [asked, asked | {"passes": 16}, {"prompt": "cat", "seed": 3, "schedule": "linear"}] * 2
+        alone = [pngs(ask(server, body)) for body in bodies]
+        assert list(pool.map(lambda body: pngs(ask(server, body)), bodies)) == alone
+        pixels = [Image.open(io.BytesIO(png)).tobytes() for png in alone[0]]
+        assert pixels == [one.image.tobytes() for one in expected]
+        assert alone[0] != alone[1]
+        client = openai.OpenAI(base_url=f"{server}v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.images.generate(prompt="joker", stream=True, partial_images=2, extra_body={"passes": 16})
+        kinds = [event.type.rpartition(".")[2] for event in stream]
+        assert kinds[-1] == "completed"
+        assert "partial_image" in kinds
+        for passes in (0, 17, 2**40, "4 or so", True):
+            status, answer = ask(server, asked | {"passes": passes})
+            assert (status, "passes" in json.dumps(answer)) == (400, True)
 
 
 def test_openais_client_generates_streams_and_edits(client: openai.OpenAI) -> None:
@@ -129,7 +152,7 @@ BAD_FIELDS: list[dict[str, object]] = [
     {"n": 0}, {"n": 11}, {"n": True}, {"n": 1e300}, {"size": "1024x1024"}, {"seed": -1}, {"seed": 2**63},
     {"temperature": -1}, {"temperature": float("nan")}, {"top_k": 65}, {"top_p": 0}, {"min_p": 2}, {"guidance": 101},
     {"guidance_interval": [1, 0]}, {"rank": True}, {"unknown": 1}, {"partial_images": 999}, {"output_format": "jpeg"},
-    {"n": 3, "guidance": 2.0},
+    {"n": 3, "guidance": 2.0}, {"passes": 4}, {"pass_order": "halton"},
 ]  # fmt: skip
 
 

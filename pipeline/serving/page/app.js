@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const NUMBERS = ["temperature", "guidance", "top_k", "top_p", "min_p"];
+const NUMBERS = ["temperature", "guidance", "top_k", "top_p", "min_p", "passes"];
 let model = null; // our part of /v1/models
 let running = null; // the AbortController of what is generated now
 let edited = null; // the image that is being changed: { blob, codes, asked }
@@ -44,6 +44,9 @@ async function connect() {
     $("model").textContent = `${found.id}, ${model.image_size} × ${model.image_size} pixels`;
     for (const name of NUMBERS) $(name).value = model.sampling[name] ?? "";
     $("guidance").disabled = !model.guidance_trained;
+    $("passes-label").hidden = $("passes").disabled = model.order !== "any";
+    $("passes").min = model.levels.length;
+    $("passes").max = model.levels.reduce((sum, level) => sum + level.width * level.height, 0);
     $("rank-label").hidden = !model.reranker;
     $("rank").checked = model.reranker;
     $("keep-rows").max = model.levels.at(-1).height - 1;
