@@ -80,6 +80,7 @@ class Workload:
         found = {"reconstructions": reconstruction_grid(self.tokenizer, torch.cat(shown))}
         if self.evaluation:
             found["codebook-usage"] = usage_histogram(self.evaluation.counts)
+            self.evaluation = None  # it belongs to the step that it was measured at
         return found
 
 

@@ -2,7 +2,7 @@
 
 Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts while training).
 Writes model/{model.safetensors,config.json} (`load_transformer` loads them with plain torch)
-and samples.png, the last of those images. See pipeline/transformer/.
+and samples.png, those images of the model's step. See pipeline/transformer/.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.prompts import check_against_training
 from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
+from pipeline.training.checkpoint import step_of
 from pipeline.training.consolidate import consolidate
 from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import train
@@ -125,7 +126,8 @@ class Workload:
             originals = [Tile(image) for image in pipeline.decode(batch["codes"])]
             groups.append(Group("", originals, note="the originals, through the image tokenizer"))
         shown = {"samples": grid(groups, columns=_IMAGES, side=96)}
-        return shown | ({"loss_by_position": self._curve} if self._curve else {})
+        curve, self._curve = self._curve, None  # it is of the evaluation just done
+        return shown | ({"loss_by_position": curve} if curve else {})
 
 
 def _check_prompts(run: StageRun) -> None:
@@ -160,9 +162,8 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     consolidate(checkpoint, run.directory / "model")
-    last_images = max(run.tracker.image_path("samples", 0).parent.glob("samples-*.png"))
     with atomic_path(run.directory / "samples.png") as temporary:
-        shutil.copyfile(last_images, temporary)
+        shutil.copyfile(run.tracker.image_path("samples", step_of(checkpoint)), temporary)
     for name in (*(f"model/{file}" for file in model_files(run.directory / "model")), "samples.png"):
         run.add_output(name, artifact=True)
 

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +23,12 @@ import torch
 from pipeline.config.base import digest
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed, signals, watchdog
-from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
 from pipeline.core.progress import progress
 from pipeline.orchestration.stage_run import StageRun
-from pipeline.training.best import Best, result_checkpoint, still_there
-from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.best import result_checkpoint, still_there
+from pipeline.training.checkpoint import Checkpoints, step_of
 from pipeline.training.checkpoint_files import Files
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine, device_errors_in_a_line
@@ -39,31 +38,12 @@ from pipeline.training.running_metrics import Reading, RunningMetrics
 from pipeline.training.save_interval import SaveInterval
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, shards_file
+from pipeline.training.state import State
 from pipeline.training.stopping import EvaluationStopped, LookOut, stop_if_asked
 from pipeline.training.throughput import Speedometer
 from pipeline.training.workload import Workload
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class State:
-    """The loop's counters: trainer.json of a checkpoint. All but `step` are as of the latest look at the device."""
-
-    step: int = 0  # optimizer updates done
-    nonfinite_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # of metrics since the last log line
-    count: int = 0
-    # The line logged at this step, if its evaluation was stopped: the resumed training begins with both.
-    evaluation_stopped: dict[str, float] | None = None
-    best: Best = field(default_factory=Best)  # with keep_best
-
-    @classmethod
-    def read(cls, path: Path) -> State:
-        """The state that a checkpoint's trainer.json holds."""
-        values = read_json(path)
-        return cls(**values | {"best": Best(**values.get("best", {}))})
 
 
 def train(
@@ -160,12 +140,18 @@ class Trainer:
         self._save()
         self.checkpoints.finish()
         result = result_checkpoint(state.best, training, self.checkpoints, self.stage.name, state.step)
-        if result != self.checkpoints.path(state.step):
+        if result == self.checkpoints.path(state.step):
+            self._take_average()
+        else:
             self._load(result)
+            self._take_average()
+            self._show_result(step_of(result))
+        return result
+
+    def _take_average(self) -> None:
         if self.ema:
             self.ema.swap()
             self.engine.sync_parameters()
-        return result
 
     def _is_over(self) -> bool:
         """Whether the last step is done, or no evaluation was the best for so long that there is to be none."""
@@ -257,6 +243,8 @@ class Trainer:
                 return
             if self.state.best != before:
                 self._saved_step = -1  # a checkpoint from before this evaluation does not know of it
+            if self._is_over() and self._logged[0] != step:  # this evaluation ended it
+                self._log()
         is_best = metrics and self.state.best.step == step
         if (is_best or self._interval.due(step)) and not self._is_over():
             self._save()
@@ -298,14 +286,33 @@ class Trainer:
                     found = found | best.metrics(keep)
                 self.stage.tracker.log(found, self.state.step)
             if images or best.gave_up(keep):
-                watchdog.beat(f"the images after step {self.state.step}", patient=True)
-                with self.engine.gathered_outside_blocks():
-                    shown = self.workload.sample_images(objective, self.engine.in_step)
-                if distributed.is_main():
-                    for name, image in shown.items():
-                        self.stage.tracker.log_image(name, image, self.state.step)
+                self._sample_images(self.state.step)
         self.state.best = best
         self._speed.leave_out(time.monotonic() - started)
+
+    def _sample_images(self, step: int) -> None:
+        """Log images of the weights that the model has now, which are those of `step`."""
+        watchdog.beat(f"the images after step {step}", patient=True)
+        with self.engine.gathered_outside_blocks():
+            shown = self.workload.sample_images(self.engine.objective, self.engine.in_step)
+        if distributed.is_main():
+            for name, image in shown.items():
+                self.stage.tracker.log_image(name, image, step)
+
+    @torch.no_grad()
+    def _show_result(self, step: int) -> None:
+        """Log images of the result where that is not the last step's: its evaluation may have sampled none.
+
+        Raises:
+            StoppedOnRequest: a rank was asked to stop; the resumed training samples them.
+        """
+        self.engine.objective.eval()
+        seed_step(self.stage.config.seed, -1, distributed.rank())
+        try:
+            with self.engine.autocast():
+                self._sample_images(step)
+        except EvaluationStopped as stopped:
+            raise StoppedOnRequest(f"{self.stage.name}: stopped before the images of step {step}") from stopped
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

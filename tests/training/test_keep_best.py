@@ -21,8 +21,9 @@ from pipeline.report.run_facts import read_facts
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.consolidate import export_step
 from pipeline.training.engines.base import Batch
+from pipeline.training.state import State
 from pipeline.training.stopping import stoppable
-from pipeline.training.trainer import State, Trainer
+from pipeline.training.trainer import Trainer
 from tests.conftest import NO_TRACKING
 from tests.launch import launch
 from tests.training.engine_worker import BATCH
@@ -84,6 +85,10 @@ def test_the_best_checkpoint_stays_beside_the_last_and_the_training_ends_with_it
     assert _steps_on_disk(tmp_path) == [6, 10]
     assert _best(lines) == [(4, 5), (6, 2), (6, 2), (6, 2)]
     assert "small: best val/loss 2 at step 6: the result has the weights of that step" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
+        "sample-00000006.png",
+        "sample-00000010.png",
+    ]
     for name, value in workload.objective.state_dict().items():
         assert torch.equal(value, _weights(tmp_path, 6)[name])
     _train(tmp_path, again := Scripted(), steps=10, ema_decay=None, **SETTINGS)  # killed after its last checkpoint
@@ -220,7 +225,8 @@ def test_patience_ends_the_training_after_so_many_evaluations_without_a_better_o
         undisturbed = _train(tmp_path / "undisturbed", Scripted(5, 3, 4, 3), steps=100, **settings)
     assert _steps_on_disk(tmp_path / "undisturbed") == [4, 8]
     assert "at step 4: the result has the weights of that step; ended early, at step 8 of 100" in caplog.text
-    assert [path.name for path in (tmp_path / "undisturbed/images").iterdir()] == ["sample-00000008.png"]
+    images = sorted(path.name for path in (tmp_path / "undisturbed/images").iterdir())
+    assert images == ["sample-00000004.png", "sample-00000008.png"]
     with monkeypatch.context() as patched:
         _die(patched, "before the save", 8)
         with pytest.raises(KeyboardInterrupt):
@@ -229,6 +235,32 @@ def test_patience_ends_the_training_after_so_many_evaluations_without_a_better_o
         undisturbed
     )
     _train(tmp_path / "killed", Scripted(), steps=100, **settings)  # it is over
+
+
+def test_a_training_that_patience_ends_between_two_log_lines_writes_the_last_one(tmp_path: Path) -> None:
+    settings = SETTINGS | {"keep_best": {"metric": "val/loss", "mode": "min", "patience": 1}, "log_every": 3}
+    lines = _train(tmp_path, Scripted(2, 3), steps=100, **settings)
+    assert [line["step"] for line in lines if "loss" in line] == [3, 4]
+
+
+def test_asked_to_stop_in_the_results_images_a_training_samples_them_when_it_goes_on(tmp_path: Path) -> None:
+    settings = SETTINGS | {"steps": 4, "log_images_every": 4}
+
+    class AskedAtTheEnd(Scripted):
+        shown = 0
+
+        def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
+            self.shown += 1
+            if self.shown == 2:
+                signals._requested = "SIGTERM"
+            return super().sample_images(objective, in_step)
+
+    with pytest.raises(StoppedOnRequest, match="stopped before the images of step 2"):
+        _train(tmp_path, AskedAtTheEnd(1, 2), **settings)
+    assert not (tmp_path / "images/sample-00000002.png").exists()
+    signals._requested = None
+    _train(tmp_path, Scripted(), **settings)
+    assert (tmp_path / "images/sample-00000002.png").exists()
 
 
 def test_off_it_is_not_in_the_identity_and_no_checkpoint_names_a_best_one(tmp_path: Path) -> None:
@@ -272,6 +304,9 @@ def test_a_killed_transformer_chooses_the_same_best_step_whose_weights_are_the_m
     folder, _ = export_step(undisturbed, "transformer", 10)
     assert (folder / "model.safetensors").read_bytes() == (
         undisturbed / "transformer/model/model.safetensors"
+    ).read_bytes()
+    assert (undisturbed / "transformer/samples.png").read_bytes() == (
+        undisturbed / "transformer/images/samples-00000010.png"
     ).read_bytes()
     stages = {name: undisturbed / name for name in ("prepare", "transformer")}
     best = read_facts(stages).stages["transformer"].best
