@@ -32,6 +32,11 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--body-limit", default=2**23, show_default=True, type=click.IntRange(min=1024), help="bytes a request, uploads too"
 )
+@click.option(
+    "--step",
+    type=click.IntRange(min=1),
+    help="of a run in training: this checkpoint; default: the newest, if unfinished",
+)
 def serve(
     directory: Path,
     host: str,
@@ -43,15 +48,19 @@ def serve(
     waiting: int,
     timeout_s: float,
     body_limit: int,
+    step: int | None,
 ) -> None:
-    """Serve a finished run, or a folder that `smalti export` wrote, until Ctrl-C or SIGTERM.
+    """Serve a run, or a folder that `smalti export` wrote, until Ctrl-C or SIGTERM.
+
+    Of a run that is in training, the newest export or complete checkpoint of its transformer.
 
     A page at /, OpenAI's images API below /v1, /health, /ready, /metrics.
     """
-    from pipeline.sampling.model_source import find_models
+    from pipeline.sampling.model_source import find_models, newest_step
     from pipeline.serving.server import Serving
     from pipeline.serving.server import serve as serve_until_asked
 
-    find_models(directory)  # what is wrong with it is told before the models load
+    step = step or newest_step(directory)
+    find_models(directory, step)  # what is wrong with it is told before the models load
     serving = Serving(host, port, token_file, no_auth, name, slots, waiting, timeout_s, body_limit)
-    serve_until_asked(directory, serving)
+    serve_until_asked(directory, serving, step)

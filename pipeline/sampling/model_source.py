@@ -6,6 +6,7 @@ exported/      text-tokenizer/  image-tokenizer/        transformer/        rera
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from pipeline.core.manifest import record as record_of
 from pipeline.core.weights import model_files
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
+from pipeline.training.checkpoint import step_of
 from pipeline.training.consolidate import export_step
 
+log = logging.getLogger(__name__)
 EXPORT_RECORD = "pipeline.json"
 _STAGES = {"text-tokenizer": "tokenizer.json", "image-tokenizer": "model/", "transformer": "model/"}
 # stage -> what decides what it generates: the outputs whose names begin so
@@ -36,6 +39,7 @@ class ModelSource:
     model_hash: str = ""  # of weights and tokenizers; the same for a run and its export
     guidance_trained: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the run's own
+    step: int | None = None  # of the transformer, where it is not the finished one
 
 
 def find_models(directory: Path, step: int | None = None) -> ModelSource:
@@ -55,6 +59,28 @@ def find_models(directory: Path, step: int | None = None) -> ModelSource:
     if not directory.is_dir():
         raise UserError(f"no run directory at {directory}: expected one that `smalti run` or `smalti export` made")
     return _in_run(directory, step)
+
+
+def newest_step(directory: Path) -> int | None:
+    """Of a run whose transformer is in training: the newest step of which there is an export or a complete checkpoint.
+
+    Exports it, if it is not. None: the transformer is finished, or nothing is there yet. A damaged checkpoint is passed
+    over with a warning.
+    """
+    if (directory / EXPORT_RECORD).is_file() or RunDirectory(directory).manifest("transformer") is not None:
+        return None
+    stage = directory / "transformer"
+    exported = {step_of(path.parent) for path in stage.glob("exported/step-????????/config.json")}
+    complete = {step_of(path.parent) for path in stage.glob("checkpoints/step-????????/manifest.json")}
+    for step in sorted(exported | complete, reverse=True):
+        try:
+            if step not in exported:
+                export_step(directory, "transformer", step)
+        except UserError as error:
+            log.warning("%s; an older one is taken", error)
+        else:
+            return step
+    return None
 
 
 def _in_export(directory: Path, record: Path) -> ModelSource:
@@ -94,4 +120,5 @@ def _in_run(directory: Path, step: int | None) -> ModelSource:
         model_hash=digest(hashes)[:16],
         guidance_trained=config.transformer.caption_dropout > 0,
         sampling=config.generate.sampling,
+        step=step,
     )

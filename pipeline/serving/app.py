@@ -263,6 +263,7 @@ def _model(served: Served) -> dict[str, object]:
         "reranker": pipeline.ranker is not None,
         "slots": served.engine.slots,
         "model_hash": pipeline.source.model_hash,
+        "training_step": pipeline.source.step,  # null: the finished transformer
     }
     common = {"id": served.name, "object": "model", "created": served.started, "owned_by": "smalti"}
     return common | {"smalti": own}

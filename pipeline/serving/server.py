@@ -46,15 +46,15 @@ class Serving:
     body_limit: int = 2**23
 
 
-def serve(directory: Path, serving: Serving) -> None:
-    """Until a signal comes.
+def serve(directory: Path, serving: Serving, step: int | None = None) -> None:
+    """Until a signal comes; `step`: with the transformer of a run as it was after so many steps of its training.
 
     Raises:
         UserError: models that are not there, an address that is not free, a place for everybody without a token.
     """
     token = _token(serving)
     counts = Counts()
-    pipeline = Pipeline.from_pretrained(directory, device())
+    pipeline = Pipeline.from_pretrained(directory, device(), step=step)
     engine = Engine(pipeline, serving.slots, serving.waiting, serving.timeout_s, counts)
     name = serving.name or directory.absolute().name
     app = build_app(Served(name, pipeline, engine, counts, serving.timeout_s, int(time.time())))
@@ -74,6 +74,8 @@ def serve(directory: Path, serving: Serving) -> None:
     try:
         with contextlib.closing(config.bind_socket()) as socket:
             socket.listen(config.backlog)  # so that nobody who reads the next line is refused
+            if step is not None:
+                click.echo(f"{name}: in training; the transformer after {step:,} steps is served", err=True)
             click.echo(f"{name}: open http://{_shown(serving.host)}:{socket.getsockname()[1]}/ in a browser", err=True)
             engine.start()
             server.run([socket])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -19,8 +22,10 @@ import pytest
 from PIL import Image
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.sampling.model_source import newest_step
 from pipeline.sampling.pipeline import Pipeline
-from tests.launch import launch
+from tests.conftest import NO_TRACKING
+from tests.launch import command, environment, launch
 from tests.serving.conftest import serving
 
 Answer = tuple[int, dict[str, object]]
@@ -250,3 +255,42 @@ def test_a_body_that_never_ends_is_not_waited_for(server: str) -> None:
         slow.shutdown(socket.SHUT_WR)  # half closed
         time.sleep(0.1)
     assert ask(server, {"prompt": "joker"})[0] == 200
+
+
+def test_a_run_in_training_is_served_from_its_newest_checkpoint(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("transformer", "generate", "evaluate", "report"))
+    assert newest_step(run) is None
+    training = ["--config", str(run / "config.yaml"), NO_TRACKING, "transformer.training.steps=1000000"]
+    trainer = subprocess.Popen(command("stages.transformer", training), env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        while not list(run.glob("transformer/checkpoints/step-????????/manifest.json")):
+            assert trainer.poll() is None
+            time.sleep(0.05)
+        with serving(run) as (server, _):
+            assert trainer.poll() is None
+            (model,) = json.load(urllib.request.urlopen(server + "v1/models"))["data"]
+            step = model["smalti"]["training_step"]
+            assert (run / f"transformer/exported/step-{step:08d}").is_dir()
+            assert len(pngs(ask(server, {"prompt": "joker"}))) == 1
+    finally:
+        trainer.kill()
+        trainer.wait()
+    *_, newest = sorted(run.glob("transformer/checkpoints/step-????????/manifest.json"))
+    (newest.parent / "trainer.json").write_text("damaged")
+    older = newest_step(run)
+    assert older is not None
+    assert step <= older < int(newest.parent.name[5:])
+
+
+def test_after_kill_9_in_the_middle_of_requests_the_same_port_serves_at_once(tiny_run: Path) -> None:
+    with serving(tiny_run) as (server, killed), ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, server, {"prompt": "joker", "n": 10}) for _ in range(4)]
+        while metric(server, "smalti_drawn_images") == 0:
+            assert not all(one.done() for one in asking)
+        killed.kill()
+        assert any(isinstance(one.exception(60), (OSError, http.client.HTTPException)) for one in asking)
+        port = server.rstrip("/").rpartition(":")[2]
+        with serving(tiny_run, "--port", port) as (again, _):
+            assert again == server
+            assert len(pngs(ask(again, {"prompt": "joker"}))) == 1

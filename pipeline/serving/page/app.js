@@ -41,7 +41,8 @@ async function connect() {
     }
     const found = (await answer.json()).data[0];
     model = found.smalti;
-    $("model").textContent = `${found.id}, ${model.image_size} × ${model.image_size} pixels`;
+    const still = model.training_step === null ? "" : `, in training: after ${model.training_step} steps`;
+    $("model").textContent = `${found.id}, ${model.image_size} × ${model.image_size} pixels${still}`;
     for (const name of NUMBERS) $(name).value = model.sampling[name] ?? "";
     $("guidance").disabled = !model.guidance_trained;
     $("passes-label").hidden = $("passes").disabled = model.order !== "any";
