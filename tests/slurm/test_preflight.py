@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.core.loopback import LOOPBACK, free_port
-from pipeline.slurm import preflight
-from pipeline.slurm.device_check import counter_fault, hardware_xids, slow_hosts
+from pipeline.slurm import device_check, preflight
+from pipeline.slurm.device_check import counter_fault, device_problem, hardware_xids, slow_hosts
 from pipeline.slurm.preflight import BAD_HOSTS, LATE, MISTAKE, NO_HOST_TO_BLAME, Verdict, follow, lead
 from pipeline.slurm.roll_call import Announced, RollCall
 
@@ -178,3 +181,59 @@ def test_the_drivers_counters_and_the_kernels_lines_name_broken_hardware() -> No
         ]
     )
     assert [line[:6] for line in hardware_xids(log)] == ["[2.0] "]
+
+
+class Driver:
+    """A GPU of 80 GB by torch, and the program that shows the driver's counters; a test breaks one of them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.visible, self.free_gb, self.error = True, 79.0, ""
+        self.program = folder / "nvidia-smi"
+        self.answers("remapped_rows.failure", "No")
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+        monkeypatch.setattr(device_check, "_has_driver", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: self.visible)
+        monkeypatch.setattr(device_check.distributed, "device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self._memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
+
+    def answers(self, counter: str, value: str) -> None:
+        """Of GPU-1-2 this counter has this value, ECC is not supported, and the driver is too old for the others."""
+        self.program.write_text(f"""#!/bin/sh
+case "$*" in
+  *--id=GPU-1-2*query-gpu={counter}) echo {value} ;;
+  *--id=GPU-1-2*query-gpu=ecc*) echo '[N/A]' ;;
+  *) echo "Field is not a valid field to query."; exit 2 ;;
+esac
+""")
+        self.program.chmod(0o755)
+
+    def _memory(self, _device: int) -> tuple[int, int]:
+        if self.error:
+            raise RuntimeError(f"{self.error}\nCUDA kernel errors might be reported asynchronously")
+        return int(self.free_gb * 1e9), int(80e9)
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(tmp_path, monkeypatch)
+
+
+def test_a_gpu_that_is_missing_held_failing_or_worn_out_is_named(driver: Driver) -> None:
+    assert device_problem() is None
+    driver.answers("ecc.errors.uncorrected.volatile.total", "2")
+    assert device_problem() == "GPU 0: the driver says ecc.errors.uncorrected.volatile.total=2"
+    driver.answers("remapped_rows.pending", "Yes")
+    assert device_problem() == "GPU 0: the driver says remapped_rows.pending=Yes"
+    driver.free_gb = 40.0
+    assert device_problem() == "GPU 0 has 40 of 80 GB free: another process holds it"
+    driver.error = "CUDA error: uncorrectable ECC error encountered"
+    assert device_problem() == f"GPU 0 cannot be used: {driver.error}"
+    driver.visible = False
+    assert device_problem() == "expected a GPU, found none that torch can use"
+
+
+def test_without_the_drivers_program_a_gpu_counts_as_fine(driver: Driver) -> None:
+    driver.program.unlink()
+    assert device_problem() is None
