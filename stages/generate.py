@@ -19,7 +19,8 @@ from pipeline.core import distributed, signals
 from pipeline.core.atomic_io import write_json
 from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
-from pipeline.data.shards import Sample, read_samples, write_shard
+from pipeline.data.catalog import Catalog
+from pipeline.data.shards import Sample, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, sampling_dtype
@@ -39,13 +40,10 @@ def main(run: StageRun) -> None:
     if not distributed.is_main():
         return
     config = run.config.generate
-    known: list[str] = []
-    first: list[tuple[str, str]] = []  # key, caption
-    for sample in read_samples(run.input("prepare"), "train"):
-        known += sample.captions
-        first.append((sample.key, sample.caption))
-    check_against_training(config, known)
-    chosen = [first[row] for row in sampled_rows(len(first), config.samples, run.config.seed)]
+    catalog = Catalog(run.input("prepare"), "train")
+    check_against_training(config, catalog)
+    rows = sampled_rows(len(catalog), config.samples, run.config.seed)
+    chosen = list(zip(catalog.keys(rows), catalog.captions(rows), strict=True))
     device = distributed.device()
     dtype = sampling_dtype(config.sampling.dtype, device)
     pipeline = Pipeline.from_pretrained(run.input("transformer").parent, device, dtype=dtype)

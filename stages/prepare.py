@@ -1,8 +1,9 @@
 """Stage prepare: captioned images from any source -> image shards.
 
 Reads the source of `prepare.source`. Decodes, checks, filters, crops and resizes every image once; splits by a
-hash of the key; writes WebDataset tars (train/, val/), index.json, rejected.jsonl and contact-sheet.png. Array tasks
-share the parts of the source; the stage itself, after the tasks, looks for duplicates and makes the index.
+hash of the key; writes WebDataset tars (train/, val/), their catalog, index.json, rejected.jsonl and
+contact-sheet.png. Array tasks share the parts of the source; the stage itself, after the tasks, looks for duplicates
+and makes the catalog and the index.
 See pipeline/data/prepare.py.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from PIL import Image
 
 from pipeline.cli.stage import run_stage
+from pipeline.data.catalog_columns import FOLDER
 from pipeline.data.prepare import prepare, prepare_share
 from pipeline.orchestration.stage_run import StageRun
 
@@ -29,6 +31,9 @@ def main(run: StageRun) -> None:
             for shard in split["shards"]:
                 run.add_output(shard["name"], sha256=shard["sha256"])
                 run.add_output(shard["name"].removesuffix(".tar") + ".index.npy")
+        for name, catalog in index.get("catalog", {}).items():
+            for column in (*catalog["bytes"], "checksums"):
+                run.add_output(f"{FOLDER}/{name}.{column}")
         for name in ("index.json", "rejected.jsonl", "contact-sheet.png"):
             run.add_output(name, artifact=True)
         counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}

@@ -7,8 +7,7 @@ image of the validation split finds its caption, and vice versa. See pipeline/re
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from itertools import chain
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
+from pipeline.data.catalog import Catalog
 from pipeline.data.order import caption_in_epoch
-from pipeline.data.shards import read_samples
+from pipeline.data.shards import Sample
 from pipeline.data.stream import ImageStream
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
@@ -44,10 +44,7 @@ class Workload:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         self.stream = ImageStream(run.input("prepare"), "train", run.config.seed, beside=self._captions)
-        of_samples = [sample.captions for sample in read_samples(run.input("prepare"), "train")]
-        self.text_CT = self.text_tokenizer.encode(list(chain.from_iterable(of_samples))).to(torch.int32)
-        self.caption_counts = np.array([len(captions) for captions in of_samples], dtype=np.int64)
-        self.first_caption = np.cumsum(self.caption_counts) - self.caption_counts
+        self.catalog = Catalog(run.input("prepare"), "train")
         torch.manual_seed(run.config.seed)
         text = self.text_tokenizer
         self.towers = TwoTowers(self.config.model, self.stream.image_size, text.text_length, text.vocab_size)
@@ -58,12 +55,12 @@ class Workload:
         return self.stream.batches(consumed, self.config.training.batch_size)
 
     def _captions(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> dict[str, Tensor]:
-        which = caption_in_epoch(self.run.config.seed, samples, epochs, self.caption_counts[samples])
-        return {"text": self.text_CT[self.first_caption[samples] + which]}
+        which = caption_in_epoch(self.run.config.seed, samples, epochs, self.catalog.caption_counts(samples))
+        return {"text": self.text_tokenizer.encode(self.catalog.captions(samples, which)).to(torch.int32)}
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""
-        samples = stoppable(read_samples(self.run.input("prepare"), "val"), every=_CHECKED_EVERY)
+        samples = stoppable(_validation(self.run), every=_CHECKED_EVERY)
         metrics = retrieval(_StoppableRanker(self.towers, self.text_tokenizer), samples, _MEASURED)
         return {f"val/{name}": value for name, value in metrics.items()}
 
@@ -99,10 +96,16 @@ def main(run: StageRun) -> None:
             run.add_output("model/config.json", artifact=True)
     if not distributed.is_main():
         return
-    metrics = retrieval(ranker, read_samples(run.input("prepare"), "val"), _MEASURED)
+    metrics = retrieval(ranker, _validation(run), _MEASURED)
     write_json(run.directory / "retrieval.json", metrics)
     run.add_output("retrieval.json", artifact=True)
     run.tracker.log({f"retrieval/{name}": value for name, value in metrics.items()}, step)
+
+
+def _validation(run: StageRun) -> Iterator[Sample]:
+    """The images of the validation split."""
+    catalog = Catalog(run.input("prepare"), "val")
+    return catalog.samples(range(len(catalog)))
 
 
 def _pretrained(run: StageRun, clip: str) -> Ranker:

@@ -1,7 +1,8 @@
 """Stage text-tokenizer: learn a byte-pair encoding from the captions of the training split.
 
-Reads prepare/train. Writes tokenizer.json and config.json (`TextTokenizer.from_pretrained` loads
-them) and stats.json: captions, vocabulary, tokens per caption, share of captions that the window cuts.
+Reads the captions of prepare/train: all, or a sample of `max_captions`. Writes tokenizer.json and config.json
+(`TextTokenizer.from_pretrained` loads them) and stats.json, of these captions: how many, vocabulary, tokens per
+caption, share that the window cuts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pipeline.cli.stage import run_stage
 from pipeline.core.atomic_io import write_json
 from pipeline.core.distributed import is_main
 from pipeline.core.progress import progress
-from pipeline.data.shards import read_samples
+from pipeline.data.catalog import Catalog
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.text_tokenizer import TextTokenizer
@@ -24,12 +25,15 @@ def main(run: StageRun) -> None:
     """Run the stage in `run`; rank 0 does the work."""
     if not is_main():
         return
-    samples = read_samples(run.input("prepare"), "train")
-    of_samples = [sample.captions for sample in progress(samples, description="captions", unit="sample")]
-    captions = [caption for own in of_samples for caption in own]
+    catalog = Catalog(run.input("prepare"), "train")
     # Nothing but captions decides this, and generate, which needs it, comes hours later.
-    check_against_training(run.config.generate, captions)
-    sampled_rows(len(of_samples), run.config.generate.samples, run.seed)
+    check_against_training(run.config.generate, catalog)
+    sampled_rows(len(catalog), run.config.generate.samples, run.seed)
+    count = min(catalog.caption_count, run.config.text_tokenizer.max_captions)
+    if count < catalog.caption_count:
+        log.info("text tokenizer: %d of %d captions are read (max_captions)", count, catalog.caption_count)
+    chosen = catalog.caption_sample(count, run.config.seed)
+    captions = list(progress(chosen, total=count, description="captions", unit="caption"))
     tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
     stats = _statistics(tokenizer, captions)
     log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))

@@ -42,7 +42,7 @@ def same_key(files: Sequence[Path], counts: Sequence[int], samples_per_slice: in
         hashes, samples = [], []
         for path, start in zip(files, starts[:-1], strict=True):
             keys = np.load(path)[:, KEY]
-            here = np.flatnonzero(_leading_bits(keys, slices) == number) if slices > 1 else np.arange(len(keys))
+            here = np.flatnonzero(leading_bits(keys, slices) == number) if slices > 1 else np.arange(len(keys))
             hashes.append(keys[here])
             samples.append(here + start)
         if hashes:
@@ -65,7 +65,8 @@ def same_image(files: Sequence[Path], bits: int, without: Ints) -> Ints:
     return np.sort(np.concatenate([equal, samples[first][_near_an_earlier(hashes[first], bits)]]))
 
 
-def _leading_bits(hashes: Hashes, slices: int) -> Hashes:
+def leading_bits(hashes: Hashes, slices: int) -> Hashes:
+    """Which slice of the range of hashes each is in; `slices`: a power of two, of at least two."""
     shift = 64 - (slices.bit_length() - 1)
     return hashes >> np.uint64(shift)
 

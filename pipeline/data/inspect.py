@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
 
@@ -16,8 +16,9 @@ from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data import shards as image_shards
 from pipeline.data import tokens
+from pipeline.data.catalog import Catalog
 from pipeline.data.images import grid
-from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard, read_samples, read_shard
+from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard
 from pipeline.data.sources.base import fault
 from pipeline.data.splits import SPLITS
 from pipeline.data.tokens import TokenIndex, TokenShard, check_arrays
@@ -63,8 +64,11 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
         count = f"{entry['samples']:>12,} samples{captions}"
         yield f"  {split:<6}{count} in {len(shards):,} shards, {_size(entry['bytes'])}"
         if shards:
-            yield f"        captions: {_captions(folder, split)}"
-        if verify:
+            catalog = Catalog(folder, split, index)
+            yield f"        captions: {_captions(catalog)}"
+            yield from _numbers(catalog)
+        if verify and shards:
+            catalog.verify()
             _check_all(folder, shards)
     yield f"  rejected {index['rejected']['samples']:,}{_counted(index['rejected']['reasons'])}"
     if left_out := index.get("left_out"):
@@ -72,7 +76,7 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
     if index["conversions"]:
         yield f"  converted {sum(index['conversions'].values()):,}{_counted(index['conversions'])}"
     if verify:
-        yield "  every shard is, byte for byte, as prepare wrote it"
+        yield "  every shard is, byte for byte, as prepare wrote it, and so is the catalog"
     if sheet is not None:
         images = [sample.image for sample in islice(_spread(folder, index), _SHEET_COLUMNS * _SHEET_ROWS)]
         write_atomic(sheet, png_bytes(grid(images, _SHEET_COLUMNS)))
@@ -86,23 +90,32 @@ def _check_all(folder: Path, shards: list[Shard]) -> None:
 
 
 def _spread(folder: Path, index: PrepareIndex) -> Iterator[Sample]:
-    """The first samples of a few shards from everywhere."""
-    shards = [Shard(**shard) for split in SPLITS for shard in index["splits"][split]["shards"]]
-    chosen = sorted(set(np.linspace(0, len(shards) - 1, min(len(shards), _SHEET_ROWS)).astype(int).tolist()))
-    share = -(-_SHEET_COLUMNS * _SHEET_ROWS // len(chosen))
-    for number in chosen:
-        yield from islice(read_shard(folder, shards[number]), share)
+    """Samples from everywhere."""
+    counts = [index["splits"][split]["samples"] for split in SPLITS]
+    chosen = np.unique(np.linspace(0, sum(counts) - 1, _SHEET_COLUMNS * _SHEET_ROWS).astype(np.int64))
+    for split, count in zip(SPLITS, counts, strict=True):
+        if count:
+            yield from Catalog(folder, split, index).samples(chosen[chosen < count].tolist())
+        chosen = chosen[chosen >= count] - count
 
 
-def _captions(folder: Path, split: str) -> str:
-    of_samples = (sample.captions for sample in read_samples(folder, split))
-    captions = list(islice(chain.from_iterable(of_samples), _CAPTIONS))
+def _captions(catalog: Catalog) -> str:
+    captions = list(catalog.caption_sample(_CAPTIONS, seed=0))
     lengths = np.array([len(caption) for caption in captions])
-    part = f" (of the first {_CAPTIONS:,})" if len(captions) == _CAPTIONS else ""
+    part = f" (of {_CAPTIONS:,}, drawn at random)" if catalog.caption_count > _CAPTIONS else ""
     return (
         f"{lengths.min()} to {lengths.max()} characters, median {np.median(lengths):.0f}, 95 % up to "
         f"{np.quantile(lengths, 0.95):.0f}; {len(set(captions)):,} different{part}"
     )
+
+
+def _numbers(catalog: Catalog) -> Iterator[str]:
+    """A line for each number that the samples came with, of those that `_captions` looks at at most."""
+    rows = np.unique(np.linspace(0, len(catalog) - 1, min(len(catalog), _CAPTIONS)).astype(np.int64))
+    for name in catalog.numbers():
+        values = catalog.number(name, rows)
+        known = values[~np.isnan(values)]
+        yield f"        {name}: {known.min():g} to {known.max():g}, median {np.median(known):g}" if len(known) else ""
 
 
 def _tokens(folder: Path, index: TokenIndex, verify: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The records of all parts -> rejected.jsonl, contact-sheet.png and index.json, which is written last."""
+"""The records of all parts -> rejected.jsonl, contact-sheet.png, the catalog, and index.json, which is written last."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
 from pipeline.data import png
+from pipeline.data.catalog_columns import FOLDER, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, opened_source
-from pipeline.data.shards import PrepareIndex, Rejected, Shard, ShardFile, SplitIndex, caption_count, index_path
+from pipeline.data.shards import (
+    CatalogEntry,
+    PrepareIndex,
+    Rejected,
+    Shard,
+    ShardFile,
+    SplitIndex,
+    caption_count,
+    index_path,
+)
 from pipeline.data.splits import SPLITS
 
 log = logging.getLogger(__name__)
@@ -73,6 +83,7 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
     index: PrepareIndex = {
         "image_size": config.image_size,
         "splits": splits,
+        "catalog": _write_catalog(directory, tasks, splits),
         "rejected": rejected,
         "left_out": dict(sorted(passed_over.items())),
         "source_samples": found,
@@ -82,6 +93,22 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
     write_json(directory / "index.json", index)
     _say(kept, sum(split["samples"] for split in splits.values()), rejected, passed_over)
     return index
+
+
+def _write_catalog(
+    directory: Path, tasks: Sequence[PartTask], splits: Mapping[str, SplitIndex]
+) -> dict[str, CatalogEntry]:
+    """Write the catalog of each split; columns that an earlier config had are removed."""
+    parts = {task.record_path.stem: task.columns_path for task in tasks}
+    written = {}
+    for split in SPLITS:
+        files = [parts[Path(shard["name"]).stem] for shard in splits[split]["shards"]]
+        written[split] = write_catalog(directory, split, files)
+    wanted = {f"{split}.{name}" for split, entry in written.items() for name in (*entry["bytes"], "checksums")}
+    for path in sorted((directory / FOLDER).iterdir()):
+        if path.name not in wanted:
+            path.unlink()
+    return written
 
 
 def _typical_part(tasks: Sequence[PartTask]) -> int:
@@ -126,7 +153,7 @@ def _check_rejected(directory: Path, config: PrepareConfig, kept: int, rejected:
 
 def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequence[PartTask]) -> None:
     """Remove shards and records that are no part of the result."""
-    wanted = {path for task in tasks for path in (task.record_path, task.hashes_path)}
+    wanted = {path for task in tasks for path in (task.record_path, task.hashes_path, task.columns_path)}
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             path = directory / shard["name"]

@@ -20,9 +20,10 @@ from pipeline.config.prepare import PrepareConfig
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.manifest import FileRecord, first_fault
-from pipeline.core.seeds import hash64, random_of
+from pipeline.core.seeds import random_of
 from pipeline.core.urls import mask
 from pipeline.data import png
+from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
 from pipeline.data.prepare_caption import caption_text, captions_of
 from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard, write_shard
@@ -67,6 +68,7 @@ class PartRecord(TypedDict):
     rejected: list[Rejection]
     shards: dict[str, ShardEntry]  # by split
     indexes: dict[str, str]  # split -> SHA-256 of the shard's .index.npy
+    columns: NotRequired[str]  # SHA-256 of the columns for the catalog; missing: an earlier version made none
     left_out: list[Rejection]
     found: int  # samples, as the source counts them, and further captions
     passed_over: dict[str, int]  # reason -> samples that the source's rules leave out
@@ -94,6 +96,11 @@ class PartTask:
         return self.directory / "parts" / f"{self.part.number:06d}.hashes.npy"
 
     @property
+    def columns_path(self) -> Path:
+        """The columns of the part's samples, for the catalog."""
+        return self.record_path.with_suffix(".columns.npz")
+
+    @property
     def fingerprint(self) -> str:
         """The hash of all that decides the part's files, but for `without`."""
         return digest([_FORMAT, self.part.fingerprint, identity(self.config), self.seed])
@@ -113,6 +120,9 @@ def make_part(task: PartTask) -> int:
         if not record["without"].items() <= task.without.items():  # a sample that was left out is wanted again
             return _make_from_source(task, task.without)
         _leave_out(task, record, task.without)
+    elif "columns" not in record:  # made by a version that had no catalog: all that it needs is in the shards
+        samples = {split: read_shard(task.directory, Shard(**entry)) for split, entry in record["shards"].items()}
+        write_json(task.record_path, {**record, "columns": save_columns(task.columns_path, samples)})
     return record["hashes"]["samples"]
 
 
@@ -135,6 +145,8 @@ def _finished_record(task: PartTask) -> PartRecord | None:
     for split, entry in record["shards"].items():
         files[entry["name"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
         files[index_path(Path(entry["name"])).as_posix()] = {"sha256": record["indexes"][split]}
+    if "columns" in record:
+        files[f"parts/{task.columns_path.name}"] = {"sha256": record["columns"]}
     return record if first_fault(task.directory, files) is None else None
 
 
@@ -238,11 +250,11 @@ class _Making:
 
     def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
         sample = Sample(safe_key(key), decoded.png, captions[0], record.meta, tuple(captions[1:]))
-        key_hash = hash64("key", sample.key)
-        if key_hash in self.hashes:
+        hashed = key_hash(sample.key)
+        if hashed in self.hashes:
             raise BadSample("duplicate key", _EARLIER["duplicate key"])
-        self.hashes[key_hash] = decoded.hash
-        if reason := self.without.get(f"{key_hash:016x}"):
+        self.hashes[hashed] = decoded.hash
+        if reason := self.without.get(f"{hashed:016x}"):
             self.left_out.append(_left_out(sample, reason))
             return
         self.conversions.update(decoded.conversions)
@@ -264,7 +276,7 @@ def _leave_out(task: PartTask, record: PartRecord, without: dict[str, str]) -> N
     left_out = list(record["left_out"])
     for split, entry in record["shards"].items():
         for sample in read_shard(task.directory, Shard(**entry)):
-            if reason := without.get(f"{hash64('key', sample.key):016x}"):
+            if reason := without.get(f"{key_hash(sample.key):016x}"):
                 left_out.append(_left_out(sample, reason))
             else:
                 kept[split].append(sample)
@@ -284,8 +296,10 @@ def _write(task: PartTask, kept: dict[str, list[Sample]], record: PartRecord) ->
             if captions != count:
                 shards[split]["captions"] = captions
             indexes[split] = sha256_file(index_path(path))
+    columns = save_columns(task.columns_path, {split: samples for split, samples in kept.items() if samples})
     left_out = sorted(record["left_out"], key=lambda entry: entry["key"])
-    write_json(task.record_path, {**record, "shards": shards, "indexes": indexes, "left_out": left_out})
+    made: PartRecord = {**record, "shards": shards, "indexes": indexes, "columns": columns, "left_out": left_out}
+    write_json(task.record_path, made)
 
 
 def _left_out(sample: Sample, reason: str) -> Rejection:

@@ -56,6 +56,13 @@ class SplitIndex(TypedDict):
     shards: list[ShardEntry]
 
 
+class CatalogEntry(TypedDict):
+    """The catalog of a split in index.json."""
+
+    bytes: dict[str, int]  # of each column, by name
+    sha256: str  # of the file of checksums
+
+
 class Rejected(TypedDict):
     """How many samples were rejected, and how many for each reason."""
 
@@ -68,6 +75,7 @@ class PrepareIndex(TypedDict):
 
     image_size: int
     splits: dict[str, SplitIndex]
+    catalog: NotRequired[dict[str, CatalogEntry]]  # by split; missing: an earlier version wrote none
     rejected: Rejected
     left_out: NotRequired[dict[str, int]]  # by reason: what the rules of the source leave out
     source_samples: NotRequired[int]  # kept, rejected and left out
@@ -175,10 +183,15 @@ class ShardFile:
                 f"found {size} and {rows:g}: run the stage prepare again"
             )
 
-    def read(self, row: int) -> bytes:
-        """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
+    def place(self, row: int) -> tuple[int, int, int]:
+        """First byte, bytes and CRC-32 of the image of sample `row`."""
         entry = os.pread(self._index.fileno(), _INDEX_ROW.size, self._begin + row * _INDEX_ROW.size)
         begin, size, checksum = _INDEX_ROW.unpack(entry)
+        return begin, size, checksum
+
+    def read(self, row: int) -> bytes:
+        """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
+        begin, size, checksum = self.place(row)
         content = os.pread(self._file.fileno(), size, begin) if begin >= 0 and 0 <= size < 1 << 31 else b""
         if zlib.crc32(content) != checksum:
             raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")

@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipeline.core.errors import UserError
 from pipeline.core.text import decode_text, visible
+from pipeline.data.catalog import Catalog
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
 from pipeline.data.sources.tar_members import DamagedTar, Member, locate_members
 from pipeline.evaluation.evaluator_npz import has_images, image_layout
@@ -59,6 +60,7 @@ class StoredImage:
     about_slice: FileSlice | None = None
     name: str = ""  # below the set's folder, unique in its set
     extension: str = ""  # in lower case
+    text: str | None = None  # its caption, where that is known without reading a file
     raw_size: tuple[int, int] | None = None  # width and height, where the slice is bare RGB bytes
 
     def content(self) -> bytes:
@@ -85,7 +87,9 @@ class StoredImage:
 
     @property
     def caption(self) -> str | None:
-        """The content of the .txt beside it; None if there is none. Raises UserError if it is no UTF-8."""
+        """Its caption, or the content of the .txt beside it, if there is one. Raises UserError if it is no UTF-8."""
+        if self.text is not None:
+            return self.text
         if self.caption_slice is None:
             return None
         try:
@@ -171,6 +175,16 @@ def _npz_images(path: Path) -> list[StoredImage]:
 def images_at(path: Path) -> list[StoredImage]:
     """The images at `path`, as `read_set` finds them."""
     return read_set(path).images
+
+
+def prepared_images(catalog: Catalog, rows: Sequence[int]) -> list[StoredImage]:
+    """These samples of a split that `prepare` made. Raises UserError where their shards are damaged."""
+    known = zip(catalog.keys(rows), catalog.captions(rows), catalog.image_slices(rows), strict=True)
+    found = []
+    for key, text, (tar, begin, size) in known:
+        piece = FileSlice(tar, f"{tar}: {key}.png", begin, size)
+        found.append(StoredImage(key, piece, name=f"{key}.png", extension=".png", text=text))
+    return found
 
 
 def named_images(path: Path) -> Iterator[tuple[str, Image.Image]]:

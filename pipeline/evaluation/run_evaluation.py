@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
-from pipeline.data.shards import read_index
+from pipeline.data.catalog import Catalog
 from pipeline.evaluation.comparison import caption_rows, classified_rows, compare_sets
 from pipeline.evaluation.feature_store import FeatureStore
-from pipeline.evaluation.image_sets import StoredImage, images_at
+from pipeline.evaluation.image_sets import StoredImage, images_at, prepared_images
 from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics, pair_row
 from pipeline.evaluation.rows import Row
 from pipeline.evaluation.set_metrics import AUTHENTICITY, FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
@@ -143,6 +143,6 @@ def tokenizer_rows(
 
 def _split(prepare: Path, split: str, wanted: set[str], limit: int) -> list[StoredImage]:
     """The first `limit` images of a split, and those whose key is `wanted`."""
-    index = read_index(prepare)["splits"][split]
-    images = [image for shard in index["shards"] for image in images_at(prepare / shard["name"])]
-    return [image for i, image in enumerate(images) if i < limit or image.key in wanted]
+    catalog = Catalog(prepare, split)
+    rows = {*range(min(limit, len(catalog))), *catalog.rows_of(wanted).values()}
+    return prepared_images(catalog, sorted(rows))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.core.image_io import from_png, png_bytes
 from pipeline.core.text import visible
-from pipeline.data.shards import read_samples
+from pipeline.data.catalog import Catalog
 from pipeline.evaluation.results import PromptEntry, ReconstructionEntry, Results, SampleEntry
 from pipeline.sampling.grid import Group, Tile, grid
 
@@ -104,14 +104,10 @@ def _reconstruction(entry: ReconstructionEntry, directory: Path, originals: dict
 def _real_images(prepare: Path, results: Results) -> dict[str, bytes]:
     """The prepared images that the results name, by key, as PNGs."""
     shown = (*results["nearest"], *results["samples"], *results["reconstructions"])
-    missing = {entry["key"] for entry in shown}
-    splits = {"train", *(entry["split"] for entry in results["reconstructions"])}
+    keys = {entry["key"] for entry in shown}
     found: dict[str, bytes] = {}
-    for split in sorted(splits):
-        for sample in read_samples(prepare, split):
-            if not missing:
-                break
-            if sample.key in missing:
-                missing.discard(sample.key)
-                found[sample.key] = sample.png
+    for split in sorted({"train", *(entry["split"] for entry in results["reconstructions"])}):
+        catalog = Catalog(prepare, split)
+        rows = sorted(catalog.rows_of(keys - found.keys()).values())
+        found |= {sample.key: sample.png for sample in catalog.samples(rows)}
     return found
