@@ -51,6 +51,7 @@ ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
 LARGER: dict[str, Any] = {"patch_size": 1, "widths": [64, 128, 256]}  # with the blocks that are the default
 TWO_RESOLUTIONS = ARCHITECTURE | {"patch_size": 2, "widths": [64, 128]}
 CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 8, "commitment_weight": 0.1}
+WIDE = CODEBOOK | {"code_width": 32, "commitment_weight": 0.25}
 BINARY = {"kind": "lfq", "bits": 10, "commitment_weight": 0.01, "entropy_weight": 0.02}
 
 
@@ -76,7 +77,8 @@ OURS: dict[str, dict[str, Any]] = {
     "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
     "lfq": vqvae(**BINARY),
     "bsq": vqvae(**BINARY | {"entropy_weight": 0.005}, spherical=True),
-    "residual": vqvae(**CODEBOOK | {"code_width": 32, "commitment_weight": 0.25}, depth=4),
+    "residual": vqvae(**WIDE, depth=4),
+    "multiscale": vqvae(kind="multiscale", scales=[1, 2, 3, 4, 6, 8, 8, 8], codebook=WIDE),
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }
@@ -244,13 +246,13 @@ def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], list[Tens
     bare = deepcopy(tokenizer)
     for quantizer in bare.get_submodule("quantizers").children():
         assert isinstance(quantizer, Quantizer)
-        codes = [0] * len(quantizer.codebook_sizes)
-        quantizer.encode = partial(_zeros, codes)  # type: ignore[method-assign]
+        quantizer.encode = partial(_zeros, quantizer)  # type: ignore[method-assign]
     return bare.encode
 
 
-def _zeros(codes: list[int], features_BNC: Tensor) -> list[Tensor]:
-    return [features_BNC.new_full(features_BNC.shape[:2], code, dtype=torch.int64) for code in codes]
+def _zeros(quantizer: Quantizer, features_BNC: Tensor) -> list[Tensor]:
+    sides = quantizer.grid_sides(math.isqrt(features_BNC.shape[1]))
+    return [features_BNC.new_zeros(len(features_BNC), side**2, dtype=torch.int64) for side in sides]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -46,6 +46,40 @@ class CodebookConfig(Config):
         return self
 
 
+class MultiscaleConfig(Config):
+    """One codebook on grids from coarse to fine, each on what the ones before left (Tian et al. 2024, section 3.2).
+
+    Each grid is a level of its own. Grids of one size and no convolutions: Lee et al. 2022, with one codebook.
+    """
+
+    kind: Literal["multiscale"]
+    scales: tuple[int, ...] = Field(
+        (1, 2, 3, 4, 6, 8),
+        min_length=1,
+        max_length=32,
+        description="positions on a side of each grid, coarse to fine; the last is the encoder's:"
+        " image size / (patch_size · 2 ** (resolutions - 1))",
+    )
+    convolutions: int = Field(
+        4, ge=0, description="φ, between a grid and the sum; neighbouring grids share one. 0: none"
+    )
+    codebook: CodebookConfig = Field(
+        CodebookConfig(kind="ema"), description="the one codebook; `codebook_weight` is for the convolutions too"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MultiscaleConfig:
+        if min(self.scales) < 1 or list(self.scales) != sorted(self.scales):
+            raise ValueError(
+                f"scales must be 1 or more, and none smaller than the one before; found {list(self.scales)}"
+            )
+        taken = {"depth": self.codebook.depth > 1, "normalize": self.codebook.normalize}
+        taken["gradient"] = self.codebook.gradient != "straight_through"
+        if names := [name for name, is_set in taken.items() if is_set]:
+            raise ValueError(f"codebook.{names[0]} is not for multiscale: leave it out")
+        return self
+
+
 class FSQConfig(Config):
     """Finite scalar quantization (Mentzer et al. 2023): every channel is rounded to one of a few values."""
 
@@ -141,4 +175,6 @@ class GumbelConfig(GumbelSettings):
     )
 
 
-QuantizerConfig = Annotated[CodebookConfig | FSQConfig | LFQConfig | GumbelConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[
+    CodebookConfig | MultiscaleConfig | FSQConfig | LFQConfig | GumbelConfig, Field(discriminator="kind")
+]

@@ -2,7 +2,7 @@
 
 base            ImageTokenizer, the interface, and the kinds; vqvae: VQ-VAE and VQ-VAE-2; dvae: the discrete VAE
 architecture    the encoder and decoder that they share; ode: continuous depth in place of residual blocks
-quantizers/     features to codes: ema, gradient, fsq, lfq, gumbel
+quantizers/     features to codes: ema, gradient, multiscale, fsq, lfq, gumbel
 losses          pixels; image_losses: with the optional perceptual and discriminator (adversarial) terms
 evaluation      PSNR, SSIM, codebook usage on hard codes, and images to look at
 legacy          parameter names of the version before

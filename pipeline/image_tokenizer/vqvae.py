@@ -10,7 +10,7 @@ One grid of codes at the coarsest resolution, or one at each of the two or three
 A grid is quantized knowing what the coarser ones decode to, as in the paper, so it spends its codes on what is
 missing. Where the paper has a decoder for each level and one for the image, here the one decoder of the architecture
 serves as all of them: at each resolution that has codes, their vectors come in. A residual quantizer gives a position
-several codes; each is a level of its own, of equal size.
+several codes; each is a level of its own, of equal size. A multi-scale one has levels of every size up to its grid's.
 
 With the Gumbel quantizer it is the discrete VAE (dvae.py).
 """
@@ -51,6 +51,7 @@ class VQVAE(ImageTokenizer):
             values = 3 * (config.factor // 2**i) ** 2
             # Finer grids see the encoder's features beside what the coarser ones decode to.
             quantizers.append(build_quantizer(quantizer, widths[i] * (2 if i else 1), values))
+            quantizers[i].grid_sides(self._side(i))  # says so if it does not fit
         self.quantizers = nn.ModuleList(quantizers)
         self.decoder = Decoder(config, quantizers[0].code_width)
         self.expand = nn.ModuleList(conv(q.code_width, widths[i], 1) for i, q in enumerate(quantizers) if i)
@@ -59,8 +60,11 @@ class VQVAE(ImageTokenizer):
 
     @property
     def levels(self) -> list[Level]:
-        sizes = [quantizer.codebook_sizes for quantizer in self._quantizers()]
-        return [Level(self._side(i), self._side(i), size) for i, grid in enumerate(sizes) for size in grid]
+        found: list[Level] = []
+        for i, quantizer in enumerate(self._quantizers()):
+            sides = quantizer.grid_sides(self._side(i))
+            found += [Level(side, side, size) for side, size in zip(sides, quantizer.codebook_sizes, strict=True)]
+        return found
 
     def forward(self, images_B3HW: Tensor, step: int) -> tuple[Tensor, list[Quantized]]:
         """The decoder's output in training, and what the quantizer of each grid says."""

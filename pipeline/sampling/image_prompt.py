@@ -93,5 +93,21 @@ def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
 def _any_within(generated: NDArray[np.bool_], level: Level) -> NDArray[np.bool_]:
     """Is any pixel of the code's square generated? bool [h, w]; `generated` is bool [H, W], in pixels."""
     height, width = generated.shape
-    rows, columns = height // level.height, width // level.width
-    return np.asarray(generated.reshape(level.height, rows, level.width, columns).any(axis=(1, 3)))
+    rows = [
+        generated[_first(i, height, level.height) : _end(i, height, level.height)].any(axis=0)
+        for i in range(level.height)
+    ]
+    by_row = np.stack(rows)
+    columns = [
+        by_row[:, _first(j, width, level.width) : _end(j, width, level.width)].any(axis=1) for j in range(level.width)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _first(code: int, pixels: int, codes: int) -> int:
+    """The first of the pixels, in a row or column, that this one of its codes covers; codes may share one."""
+    return code * pixels // codes
+
+
+def _end(code: int, pixels: int, codes: int) -> int:
+    return -(-(code + 1) * pixels // codes)

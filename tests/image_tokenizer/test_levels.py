@@ -16,10 +16,10 @@ from pipeline.image_tokenizer import ImageTokenizer
 from tests.conftest import TINY
 from tests.launch import ROOT, command, environment, launch
 
-# Two grids, the coarse one with two codes per position: three levels, 4×4, 4×4 and 8×8.
+# Two grids, the coarse one in three scales: four levels, 1×1, 3×3, 4×4 and 8×8.
 MODEL = (
     "image_tokenizer.model={kind: vqvae2, patch_size: 2, widths: [32, 32], blocks: 1, block_kernels: [3, 1],"
-    " quantizers: [{kind: ema, codebook_size: 64, code_width: 8, depth: 2},"
+    " quantizers: [{kind: multiscale, scales: [1, 3, 4], codebook: {kind: ema, codebook_size: 64, code_width: 8}},"
     " {kind: gradient, codebook_size: 32, code_width: 8}]}"
 )
 LEVELS = [MODEL, "tracking.enabled=false"]  # each new run would wait for a database of MLflow's
@@ -37,7 +37,7 @@ def _prepared(tiny_run: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def levels_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
-    """The tiny pipeline up to `generate`, with three levels of codes."""
+    """The tiny pipeline up to `generate`, with four levels of codes."""
     run = _prepared(tiny_run, tmp_path_factory.mktemp("levels"))
     overrides = [*LEVELS, "image_tokenizer.usage_floor=1", "transformer.training.steps=6", "generate.samples=4"]
     for stage in ("image_tokenizer", "tokenize", "transformer", "generate"):
@@ -47,7 +47,7 @@ def levels_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path
 
 def test_levels_flow_from_the_tokenizer_to_generated_images(levels_run: Path) -> None:
     tokenizer = ImageTokenizer.from_pretrained(levels_run / "image-tokenizer" / "model")
-    assert [tuple(level) for level in tokenizer.levels] == [(4, 4, 64), (4, 4, 64), (8, 8, 32)]
+    assert [tuple(level) for level in tokenizer.levels] == [(1, 1, 64), (3, 3, 64), (4, 4, 64), (8, 8, 32)]
     index = json.loads((levels_run / "tokenize" / "index.json").read_text())
     assert [tuple(level.values()) for level in index["levels"]] == [tuple(level) for level in tokenizer.levels]
     [layout] = [
@@ -58,7 +58,7 @@ def test_levels_flow_from_the_tokenizer_to_generated_images(levels_run: Path) ->
     assert Image.open(levels_run / "generate" / prompts[0]["file"]).size == (16, 16)
     lines = [json.loads(line) for line in (levels_run / "image-tokenizer" / "metrics.jsonl").read_text().splitlines()]
     metrics = [line for line in lines if "val/psnr" in line][-1]
-    assert {f"val/codebook_usage_{level}" for level in (0, 1, 2)} <= metrics.keys()
+    assert {f"val/codebook_usage_{level}" for level in range(4)} <= metrics.keys()
     assert list((levels_run / "image-tokenizer" / "images").glob("codebook-usage-*.png"))
 
 

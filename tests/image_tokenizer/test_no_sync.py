@@ -20,7 +20,10 @@ SIDE = 16
 SHAPE: dict[str, Any] = {"patch_size": 4, "widths": (16,), "blocks": 2, "block_kernels": (3, 1), "bottleneck": 1}
 TWO: dict[str, Any] = SHAPE | {"widths": (16, 16), "patch_size": 2}
 MODELS: dict[str, dict[str, Any]] = {
-    **{name: SHAPE | {"kind": "vqvae", "quantizer": quantizer} for name, quantizer in KINDS.items()},
+    **{
+        name: SHAPE | {"kind": "vqvae", "quantizer": q | ({"scales": (1, 2, 4)} if q["kind"] == "multiscale" else {})}
+        for name, q in KINDS.items()
+    },
     "dvae": SHAPE | {"kind": "dvae", "codebook_size": 32, "code_width": 8},
     "dvae straight through": SHAPE | {"kind": "dvae", "codebook_size": 32, "code_width": 8, "straight_through": True},
     "vqvae2": TWO | {"kind": "vqvae2", "quantizers": [KINDS["ema"], KINDS["gradient"]]},

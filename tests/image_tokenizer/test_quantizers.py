@@ -22,12 +22,15 @@ from pipeline.image_tokenizer.quantizers.step_mean import StepMean
 from tests.launches import Launches
 from tests.no_sync import no_sync
 
-KINDS = {
+BOOK = {"codebook_size": 64, "code_width": 8}
+KINDS: dict[str, dict[str, object]] = {
     "ema": {"kind": "ema", "codebook_size": 64, "code_width": 8},
     "gradient": {"kind": "gradient", "codebook_size": 64, "code_width": 8},
     "rotation": {"kind": "ema", "codebook_size": 64, "code_width": 8, "gradient": "rotation"},
     "normalized": {"kind": "gradient", "codebook_size": 64, "code_width": 4, "normalize": True},
     "residual": {"kind": "ema", "codebook_size": 64, "code_width": 8, "depth": 3},
+    "multiscale": {"kind": "multiscale", "scales": (1, 2, 3), "codebook": {"kind": "ema", **BOOK}},
+    "multiscale gradient": {"kind": "multiscale", "scales": (1, 3, 3), "codebook": {"kind": "gradient", **BOOK}},
     "fsq": {"kind": "fsq", "channels": (4, 4, 4)},
     "lfq": {"kind": "lfq", "bits": 6},
     "bsq": {"kind": "lfq", "bits": 6, "spherical": True},
@@ -55,7 +58,7 @@ def test_vectors_of_codes_are_what_the_decoder_sees_in_training(name: str) -> No
     made.after_update(applied=True)
     seen = made(x, 1).vectors
     codes = made.eval().encode(x)
-    assert [code.shape for code in codes] == [(4, 9)] * len(made.codebook_sizes)
+    assert [code.shape for code in codes] == [(4, side**2) for side in made.grid_sides(3)]
     assert all(code.min() >= 0 and code.max() < size for code, size in zip(codes, made.codebook_sizes, strict=True))
     torch.testing.assert_close(made.vectors(codes), seen, atol=1e-5, rtol=1e-4)
     assert made.vectors(codes).shape == (4, 9, made.code_width)

@@ -14,7 +14,7 @@ from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective, drop_captions
 
-LAYOUTS = [Layout.of(5, 40, [(3, 4, 16)]), Layout.of(1, 30, [(1, 1, 4), (2, 2, 8), (4, 3, 32)])]
+LAYOUTS = [Layout.of(5, 40, [(3, 4, 16)]), Layout.of(1, 30, [(1, 1, 4), (2, 2, 8), (3, 3, 8), (4, 3, 32)])]
 
 
 def built(layout: Layout, **shape: object) -> Transformer:

@@ -6,6 +6,7 @@ A kind is a file here, and a class of that file in `QUANTIZERS`:
     gradient   nearest vector of a codebook that learns by gradient
     fsq        finite scalar quantization: each channel rounded to one of a few values (from vector-quantize-pytorch)
     lfq        lookup-free quantization, and its spherical form BSQ: each channel's sign
+    multiscale one codebook on grids from coarse to fine, each on what the ones before left
     gumbel     Gumbel-softmax relaxation of a categorical: the discrete VAE's
 
 docs/tokenizers.md says which are the library's, which are written here, and why.
@@ -29,6 +30,7 @@ QUANTIZERS = {
     "gradient": "pipeline.image_tokenizer.quantizers.gradient:GradientQuantizer",
     "fsq": "pipeline.image_tokenizer.quantizers.fsq:FiniteScalarQuantizer",
     "lfq": "pipeline.image_tokenizer.quantizers.lfq:LookupFreeQuantizer",
+    "multiscale": "pipeline.image_tokenizer.quantizers.multiscale:MultiscaleQuantizer",
     "gumbel": "pipeline.image_tokenizer.quantizers.gumbel:GumbelQuantizer",
 }
 

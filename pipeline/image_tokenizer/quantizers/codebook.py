@@ -119,6 +119,7 @@ class Codebook(nn.Module, ABC):
         # Of one step, emptied after its update: no buffers, which DistributedDataParallel would overwrite by rank 0's.
         self._statistics: Tensor | None = None
         self._seen: list[Tensor] = []
+        self.calls = 1  # of `forward` for each micro-batch
 
     def _random_vectors(self) -> Tensor:
         vectors = torch.randn(self.config.codebook_size, self.config.code_width)
@@ -158,8 +159,9 @@ class Codebook(nn.Module, ABC):
         return F.embedding(codes, self.vectors())
 
     def forget(self) -> Tensor | None:
-        """Empty what a step leaves behind; returns its vectors [n,D] on this rank, of all micro-batches."""
-        seen, self._seen, self._statistics = self._seen, [], None
+        """Empty what a step leaves behind; returns its vectors [n,D] on this rank: of each call, all micro-batches'."""
+        seen = [vectors for call in range(self.calls) for vectors in self._seen[call :: self.calls]]
+        self._seen, self._statistics = [], None
         return torch.cat(seen) if len(seen) > 1 else next(iter(seen), None)
 
     def _new_statistics(self) -> Tensor:

@@ -1,0 +1,54 @@
+"""`image_tokenizer.init_from`: a tokenizer starts with another one's weights, as far as they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from pipeline.config.image_tokenizer import ModelConfig
+from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.start import start_from
+
+MODEL: dict[str, Any] = {"kind": "vqvae", "widths": [8, 8], "blocks": 1, "block_kernels": [3, 1], "bottleneck": 2}
+
+
+def _tokenizer(seed: int, size: int = 16, **quantizer: Any) -> ImageTokenizer:
+    torch.manual_seed(seed)
+    of_kind = {"kind": "ema", "codebook_size": 16, "code_width": 4} | quantizer
+    config: ModelConfig = TypeAdapter(ModelConfig).validate_python(MODEL | {"quantizer": of_kind})
+    return build(config, size)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    tokenizer = _tokenizer(1)
+    with torch.no_grad():
+        for name, value in tokenizer.state_dict().items():
+            if value.is_floating_point():
+                value.normal_()
+            assert name
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_at_another_image_size_every_tensor_is_the_others(other: Path) -> None:
+    tokenizer = _tokenizer(2, size=32)
+    fit = start_from(tokenizer, other)
+    theirs = ImageTokenizer.from_pretrained(other).state_dict()
+    assert fit.taken == len(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in tokenizer.state_dict().items())
+
+
+def test_a_codebook_of_another_size_begins_fresh_with_all_its_statistics(other: Path) -> None:
+    tokenizer, fresh = _tokenizer(2, codebook_size=32), _tokenizer(2, codebook_size=32).state_dict()
+    fit = start_from(tokenizer, other)
+    theirs = ImageTokenizer.from_pretrained(other).state_dict()
+    left = {line.partition(":")[0] for line in fit.fresh}
+    assert any("codebook" in name for name in left)
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in left else theirs[name]), name
+        assert not ("codebooks.0." in name and name not in left)
