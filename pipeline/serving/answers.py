@@ -54,14 +54,14 @@ class Answers:
 
     def partial(self, event: Partial, kind: str) -> str:
         """An event of a stream; `kind`: image_generation or image_edit."""
-        values = {"b64_json": _base64(event.png), "partial_image_index": event.index, "candidate": event.candidate}
+        values = {"b64_json": base64_of(event.png), "partial_image_index": event.index, "candidate": event.candidate}
         return _event(f"{kind}.partial_image", self._common | values)
 
     def completed(self, finished: Finished, kind: str) -> str:
         """The last events of a stream, one an image."""
         events = []
         for made in finished.images:
-            values = {"b64_json": _base64(made.png), "usage": self._usage(1)} | self._facts(made)
+            values = {"b64_json": base64_of(made.png), "usage": self._usage(1)} | self._facts(made)
             events.append(_event(f"{kind}.completed", self._common | values))
         return "".join(events)
 
@@ -77,7 +77,7 @@ class Answers:
     def _image(self, made: Made) -> dict[str, object]:
         if self._as_url:
             return {"url": f"{self._base_url}v1/images/files/{self._files.add(made.png)}"}
-        return {"b64_json": _base64(made.png)}
+        return {"b64_json": base64_of(made.png)}
 
     def _facts(self, made: Made) -> dict[str, object]:
         facts: dict[str, object] = {"seed": self._order.seed, "candidate": made.candidate}
@@ -111,5 +111,6 @@ def _event(kind: str, values: dict[str, object]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind} | values)}\n\n"
 
 
-def _base64(png: bytes) -> str:
+def base64_of(png: bytes) -> str:
+    """As JSON carries it."""
     return base64.b64encode(png).decode()

@@ -24,16 +24,18 @@ from pipeline.core.errors import UserError
 from pipeline.core.version import VERSION
 from pipeline.sampling.image_prompt import ImagePrompt
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.serving.answers import Answers, Files, error_event
+from pipeline.serving.answers import Answers, Files, base64_of, error_event
 from pipeline.serving.asked import Asked, AskedOfImage, invalid
 from pipeline.serving.counts import CONTENT_TYPE, Counts
 from pipeline.serving.engine import Engine
+from pipeline.serving.nearest import NearestImages
 from pipeline.serving.order import Event, Failed, Finished, Order, Partial
-from pipeline.serving.refusal import Refusal
+from pipeline.serving.refusal import ErrorBody, Refusal
 from pipeline.serving.uploads import mask_of, upload
 
 _PAGE = Path(__file__).parent / "page"
 _CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_NEIGHBOURS = 4
 _UPLOAD = {"type": "string", "format": "binary"}
 
 
@@ -47,15 +49,25 @@ class Served:
     counts: Counts
     timeout_s: float
     started: int  # seconds since the epoch
+    nearest: NearestImages | None = None  # None: the run does not say what it was trained with
 
 
 def build_app(served: Served) -> FastAPI:
     """The application; `Guard` belongs around it."""
     app = FastAPI(
-        title="Smalti", version=VERSION, description=f"Images by {served.name}.", docs_url=None, redoc_url=None
+        title="Smalti",
+        version=VERSION,
+        description=f"Images by {served.name}.",
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            "4XX": {"description": "What was expected, and found, in one line", "model": ErrorBody},
+            "5XX": {"description": "It was too busy, or was asked to stop", "model": ErrorBody},
+        },
     )
     _add_errors(app)
     _add_images(app, served)
+    _add_nearest(app, served)
     _add_state(app, served)
     _add_page(app)
     return app
@@ -116,6 +128,26 @@ def _add_images(app: FastAPI, served: Served) -> None:
         if png is None:
             raise Refusal(404, "expected an image of this name, found none: old ones are forgotten", "not_found")
         return Response(png, media_type="image/png")
+
+
+def _add_nearest(app: FastAPI, served: Served) -> None:
+    schema = {"type": "object", "properties": {"image": _UPLOAD}, "required": ["image"]}
+    body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+    @app.post("/v1/images/nearest", openapi_extra=body)
+    async def nearest(request: Request) -> Response:
+        """The training images that look most like an image, nearest first, where the run has them."""
+        if served.nearest is None:
+            raise Refusal(404, "expected a run that was evaluated, found none here", "not_found")
+        async with request.form(max_files=1, max_fields=1) as form:
+            image = form.get("image")
+            if not isinstance(image, UploadFile):
+                raise Refusal(400, "image: expected a file", "invalid_value", "image")
+            content = await image.read()
+        asked = upload(content, "image", served.pipeline.image_tokenizer.image_size)
+        found = await asyncio.to_thread(served.nearest, asked, _NEIGHBOURS)
+        data = [{"caption": one.caption, "distance": one.distance, "b64_json": base64_of(one.png)} for one in found]
+        return JSONResponse({"data": data})
 
 
 def _edit_body() -> dict[str, object]:
@@ -261,6 +293,7 @@ def _model(served: Served) -> dict[str, object]:
         "sampling": pipeline.told(pipeline.source.sampling).model_dump(mode="json"),
         "guidance_trained": pipeline.source.guidance_trained,
         "reranker": pipeline.ranker is not None,
+        "nearest": served.nearest is not None,
         "slots": served.engine.slots,
         "model_hash": pipeline.source.model_hash,
         "training_step": pipeline.source.step,  # null: the finished transformer

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import math
 
+from pydantic import BaseModel
+
+
+class ErrorFacts(BaseModel):
+    """Of an error, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None  # the field that is wrong
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The answer to a request that gets no images."""
+
+    error: ErrorFacts
+
 
 class Refusal(Exception):
     """The request is answered with `status` and `message`."""
@@ -18,7 +35,8 @@ class Refusal(Exception):
     @property
     def body(self) -> dict[str, object]:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        facts = ErrorFacts(message=self.message, type=kind, param=self.param, code=self.code)
+        return ErrorBody(error=facts).model_dump()
 
     @property
     def headers(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ from pipeline.serving.app import Served, build_app
 from pipeline.serving.counts import Counts
 from pipeline.serving.engine import Engine
 from pipeline.serving.guard import LOCAL_NAMES, Guard
+from pipeline.serving.nearest import NearestImages
 
 _SHORTEST_TOKEN = 16  # characters
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -57,7 +58,8 @@ def serve(directory: Path, serving: Serving, step: int | None = None) -> None:
     pipeline = Pipeline.from_pretrained(directory, device(), step=step)
     engine = Engine(pipeline, serving.slots, serving.waiting, serving.timeout_s, counts)
     name = serving.name or directory.absolute().name
-    app = build_app(Served(name, pipeline, engine, counts, serving.timeout_s, int(time.time())))
+    nearest = NearestImages.of_run(directory, device())
+    app = build_app(Served(name, pipeline, engine, counts, serving.timeout_s, int(time.time()), nearest))
     only_local = serving.host in LOCAL_NAMES
     guard = Guard(app, counts.answered, token, only_local, serving.body_limit)
     config = uvicorn.Config(

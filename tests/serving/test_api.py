@@ -16,14 +16,17 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.model_source import newest_step
 from pipeline.sampling.pipeline import Pipeline
+from pipeline.serving.nearest import NearestImages
 from tests.conftest import NO_TRACKING
 from tests.launch import command, environment, launch
 from tests.serving.conftest import serving
@@ -136,6 +139,24 @@ def test_openais_client_generates_streams_and_edits(client: openai.OpenAI) -> No
     assert url is not None
     assert url[0].url is not None
     assert urllib.request.urlopen(url[0].url).read() == base64.b64decode(last.b64_json)
+
+
+def test_nearest_training_images_are_those_of_the_run(tiny_run: Path, server: str, any_order: Path) -> None:
+    def nearest(content: bytes) -> list[dict[str, Any]]:
+        form = multipart(image=content), "v1/images/nearest", "multipart/form-data; boundary=b"
+        status, answer = ask(server, *form)
+        assert status == 200, answer
+        found = answer["data"]
+        assert isinstance(found, list)
+        assert [one["distance"] for one in found] == sorted(one["distance"] for one in found)
+        return found
+
+    first, *others = nearest(next((tiny_run / "generate").glob("prompts/*.png")).read_bytes())
+    itself, *_ = nearest(base64.b64decode(first["b64_json"]))
+    assert (itself["caption"], itself["b64_json"]) == (first["caption"], first["b64_json"])
+    assert itself["distance"] < 0.1 < first["distance"] <= others[0]["distance"]
+    assert ask(server, multipart(image=b"no image"), "v1/images/nearest", "multipart/form-data; boundary=b")[0] == 400
+    assert NearestImages.of_run(any_order, torch.device("cpu")) is None  # an export tells nothing of its data
 
 
 def multipart(**fields: bytes) -> bytes:

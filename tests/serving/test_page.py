@@ -142,6 +142,8 @@ def test_a_mask_is_painted_by_keys_and_by_mouse_and_filled(page: Driver) -> None
 def test_a_phone_shows_all_without_scrolling_sideways(page: Driver, scheme: str) -> None:
     look(page, 390, scheme)
     generate(page, "a prompt with averyveryverylongwordthatdoesnotfitintoanyline of text", "5")
+    page.find_element(By.XPATH, "//button[.='Nearest']").click()
+    wait(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".nearest img")) == 4)
     page.find_element(By.XPATH, "//button[.='Change']").click()
     by_id(page, "settings").find_element(By.TAG_NAME, "summary").click()
     assert page.execute_script("return document.documentElement.scrollWidth") == 390

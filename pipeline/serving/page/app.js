@@ -156,6 +156,38 @@ function complete(figure, values, event) {
   buttons.className = "buttons";
   buttons.append(button("Change", () => edit({ blob, codes: event.codes, asked: values })), save);
   figure.append(buttons);
+  if (model?.nearest) buttons.append(button("Nearest", (press) => nearest(figure, blob, press.currentTarget)));
+}
+
+// The training images most like an image, below it.
+async function nearest(figure, blob, pressed) {
+  pressed.disabled = true;
+  const form = new FormData();
+  form.append("image", blob, "image.png");
+  try {
+    const answer = await fetch("v1/images/nearest", { method: "POST", headers: headers(), body: form });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error.message);
+    const list = document.createElement("ol");
+    list.className = "nearest";
+    list.setAttribute("aria-label", "Nearest training images, nearest first");
+    list.append(...found.data.map((one) => {
+      const item = document.createElement("li");
+      const img = document.createElement("img");
+      img.src = `data:image/png;base64,${one.b64_json}`;
+      img.alt = `training image: ${one.caption}`;
+      const caption = document.createElement("span");
+      caption.textContent = `${one.caption}, ${one.distance.toFixed(1)}`;
+      item.append(img, caption);
+      return item;
+    }));
+    figure.append(list);
+    pressed.remove();
+    say("nearest training images, with their distances");
+  } catch (error) {
+    pressed.disabled = false;
+    say(error.message, true);
+  }
 }
 
 function button(text, action) {
