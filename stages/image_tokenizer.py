@@ -21,9 +21,11 @@ from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
 from pipeline.image_tokenizer.image_losses import add_image_losses
+from pipeline.image_tokenizer.start import start_from
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.orchestration.start_model import find_start, init_from
 from pipeline.training.stopping import evaluation_batches, stoppable
-from pipeline.training.trainer import train
+from pipeline.training.trainer import resumes, train
 
 log = logging.getLogger(__name__)
 _IMAGES = 32  # of each split
@@ -41,6 +43,9 @@ class Workload:
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         torch.manual_seed(run.config.seed)
         self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
+        if (source := init_from(self.config)) and not resumes(run):
+            folder = find_start(source, run.name).folder
+            start_from(self.tokenizer, folder).tell("image_tokenizer.init_from", folder)
         self.objective = self.tokenizer.objective()
         add_image_losses(self.objective, self.train.image_size, self.config.perceptual, self.config.adversarial)
         self.evaluation: Evaluation | None = None

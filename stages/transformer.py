@@ -26,6 +26,7 @@ from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
+from pipeline.orchestration.start_model import find_start, init_from
 from pipeline.sampling.all_ranks import generate_on_all_ranks
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
@@ -34,11 +35,12 @@ from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
 from pipeline.training.checkpoint import step_of
 from pipeline.training.consolidate import consolidate
 from pipeline.training.stopping import evaluation_batches, stoppable
-from pipeline.training.trainer import train
+from pipeline.training.trainer import resumes, train
 from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.position_plot import position_plot
+from pipeline.transformer.start import OtherWeights
 
 _IMAGES = 8
 _TITLES = ("Training captions", "Validation captions")
@@ -61,6 +63,7 @@ class Workload:
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
         with initial_values(run.config.seed) as self.initial:
             self.objective = JointObjective(build_transformer(layout, self.config), self.config, run.config.seed)
+        self._start_from_another()
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())
         self._curve: Image.Image | None = None
@@ -73,6 +76,17 @@ class Workload:
     def tokens_per_sample(self) -> int:
         """T + N."""
         return self.objective.transformer.layout.length
+
+    def _start_from_another(self) -> None:
+        """With `init_from`: what the parameters get their first values from; a resumed training has its own."""
+        if (source := init_from(self.config)) is None or resumes(self.run):
+            return
+        start = find_start(source, self.run.name)
+        text = start.text_tokenizer
+        theirs = TextTokenizer.from_pretrained(text).ids if text else None
+        weights = OtherWeights(self.objective.transformer, start.folder, self.text_tokenizer.ids, theirs)
+        weights.fit.tell("transformer.init_from", start.folder)
+        self.initial.replace(weights.values)
 
     def _encode_caption(self) -> EncodeWithDropout | None:
         """How training encodes captions anew for each sample and epoch; None: the ids of the arrays."""

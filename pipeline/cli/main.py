@@ -37,7 +37,7 @@ from pipeline.cli.reconstruct import reconstruct
 from pipeline.cli.runs import runs
 from pipeline.cli.serve import serve
 from pipeline.cli.slurm import COMMANDS as SLURM_COMMANDS
-from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
+from pipeline.cli.stage import AMEND, TAKE_OVER, run_stage_here, stage_arguments
 from pipeline.cli.ui import ui
 from pipeline.config.base import to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
@@ -46,7 +46,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.text import one_line
 from pipeline.core.version import VERSION
 from pipeline.orchestration.graph import STAGE_NAMES, STAGES, stages_of
-from pipeline.orchestration.run_directory import source_name
+from pipeline.orchestration.run_record import source_name
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -117,6 +117,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="say which stages would run, and why; change nothing")
 @click.option("--print-config", is_flag=True, help="print the resolved config and do nothing")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER)
+@click.option("--amend", is_flag=True, help=AMEND)
 @click.option("--hosts", "hostfile", type=click.Path(path_type=Path), help="machines, `NAME slots=PROCESSES` a line")
 def run(
     config_path: str,
@@ -126,6 +127,7 @@ def run(
     dry_run: bool,
     print_config: bool,
     take_over: bool,
+    amend: bool,
     hostfile: Path | None,
 ) -> None:
     """Run every stage that is not up to date, on this machine; with --hosts trainings run on several.
@@ -142,7 +144,9 @@ def run(
 
     refuse_what_decides_results(os.environ)
     hosts = read_hosts(hostfile) if hostfile else ()
-    run_pipeline(config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run, hosts=hosts)
+    run_pipeline(
+        config, source_name(config_path), take_over, first=first, only=only, dry_run=dry_run, amend=amend, hosts=hosts
+    )
     if not dry_run and only in (None, STAGE_NAMES[-1]):
         _say_what_is_worth_a_look(config)
         click.echo(f"done: open {config.run_directory / 'report' / 'index.html'}", err=True)
@@ -161,12 +165,13 @@ def _stage_command(name: str) -> click.Command:
     @click.option("--config", "config_path", required=True, help="pipeline config, or a run's config.yaml")
     @click.option("--print-config", is_flag=True, help="print the stage's resolved config and do nothing")
     @click.option("--take-over", is_flag=True, help=TAKE_OVER)
+    @click.option("--amend", is_flag=True, help=AMEND)
     @_overrides
-    def command(config_path: str, overrides: tuple[str, ...], print_config: bool, take_over: bool) -> None:
+    def command(config_path: str, overrides: tuple[str, ...], print_config: bool, take_over: bool, amend: bool) -> None:
         if print_config:
             click.echo(to_yaml(load_pipeline(config_path, overrides).section(name)), nl=False)
             return
-        run_stage_here(name, stage_arguments(config_path, take_over, overrides))
+        run_stage_here(name, stage_arguments(config_path, take_over, overrides, amend))
 
     return command
 

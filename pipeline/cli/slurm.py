@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.stage import TAKE_OVER
+from pipeline.cli.stage import AMEND, TAKE_OVER
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import STAGE_NAMES
-from pipeline.orchestration.run_directory import source_name
+from pipeline.orchestration.run_record import source_name
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import load_cluster
 from pipeline.slurm.status import as_json, as_table, run_status
@@ -34,6 +34,7 @@ _POLL_S = 10.0  # what many people ask a controller for all day
 @_only
 @click.option("--dry-run", is_flag=True, help="write the job files to slurm/dry-run, print the table, change nothing")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER)
+@click.option("--amend", is_flag=True, help=AMEND)
 def submit(
     config_path: str,
     overrides: tuple[str, ...],
@@ -42,12 +43,12 @@ def submit(
     only: str | None,
     dry_run: bool,
     take_over: bool,
+    amend: bool,
 ) -> None:
     """Submit every stage that is not finished to Slurm, as a chain of jobs."""
     config, cluster = load_pipeline(config_path, overrides), load_cluster(cluster_path)
-    submit_pipeline(
-        config, source_name(config_path), cluster, first=first, only=only, dry_run=dry_run, take_over=take_over
-    )
+    source = source_name(config_path)
+    submit_pipeline(config, source, cluster, first=first, only=only, dry_run=dry_run, take_over=take_over, amend=amend)
     if not dry_run:
         click.echo(f"follow it with: smalti status {config.run_directory}", err=True)
 

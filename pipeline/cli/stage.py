@@ -35,12 +35,14 @@ from pipeline.core.urls import MaskingFormatter
 from pipeline.core.watchdog import rank_log
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
-from pipeline.orchestration.run_directory import source_name, writing_in
+from pipeline.orchestration.run_directory import writing_in
+from pipeline.orchestration.run_record import source_name
 from pipeline.orchestration.stage_run import StageRun, execute
 
 log = logging.getLogger(__name__)
 
 TAKE_OVER = "use a run directory that was made from a config file of another name"
+AMEND = "go on with another learning rate or the like in the middle of a training, from its checkpoint"
 
 
 def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
@@ -56,14 +58,14 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         distributed.forget_leftovers(os.environ, joins=stage.trains)
         gpus.show_own_instance(os.environ)
         refuse_what_decides_results(os.environ)
-        config, source, array_task, take_over = _arguments(stage)
+        config, source, array_task, flags = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
         if stage.trains:
             training = config.training(stage.section)
             if training is not None and training.deterministic:
                 prepare_determinism()
             distributed.init()
-        execute(stage, config, source, array_task, body, take_over)
+        execute(stage, config, source, array_task, body, **flags)
         status = 0
     except StoppedOnRequest as request:
         log.info("%s; run the same command again to resume", request)
@@ -88,25 +90,26 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
     distributed.leave(status)
 
 
-def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None, bool]:
-    """The resolved config, the name of the config file it came from, the array task, and --take-over."""
-    parsed: dict[str, tuple[str, str | None, bool, tuple[str, ...]]] = {}
+def _arguments(stage: Stage) -> tuple[PipelineConfig, str, tuple[int, int] | None, dict[str, bool]]:
+    """The resolved config, the name of the config file it came from, the array task, and what `execute` may do."""
+    parsed: dict[str, tuple[str, str | None, dict[str, bool], tuple[str, ...]]] = {}
 
     @click.command(help=f"Run the stage {stage.name} of a pipeline.")
     @click.option("--config", "path", required=True, help="pipeline config (YAML), or a run's config.yaml")
     @click.option("--array-task", metavar="I/N", help="do the share of task I (from 0) of N; then run the stage itself")
     @click.option("--take-over", is_flag=True, help=TAKE_OVER)
+    @click.option("--amend", is_flag=True, help=AMEND)
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    def command(path: str, array_task: str | None, take_over: bool, overrides: tuple[str, ...]) -> None:
-        parsed["it"] = (path, array_task, take_over, overrides)
+    def command(path: str, array_task: str | None, overrides: tuple[str, ...], **flags: bool) -> None:
+        parsed["it"] = (path, array_task, flags, overrides)
 
     try:
         if command.main(prog_name=f"python -m {stage.module}", standalone_mode=False) == 0 and not parsed:
             sys.exit(0)  # --help
     except click.ClickException as error:
         raise UserError(error.format_message()) from error
-    path, array_task, take_over, overrides = parsed["it"]
-    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task), take_over
+    path, array_task, flags, overrides = parsed["it"]
+    return load_pipeline(path, overrides), source_name(path), _parsed_task(stage, array_task), flags
 
 
 def _parsed_task(stage: Stage, text: str | None) -> tuple[int, int] | None:
@@ -128,9 +131,10 @@ def run_stage_here(name: str, arguments: list[str]) -> NoReturn:
     raise AssertionError("a stage ends its process")
 
 
-def stage_arguments(config_path: str, take_over: bool, overrides: tuple[str, ...]) -> list[str]:
+def stage_arguments(config_path: str, take_over: bool, overrides: tuple[str, ...], amend: bool = False) -> list[str]:
     """What a command passes on to the stage that it starts."""
-    return ["--config", config_path, *(["--take-over"] if take_over else []), *overrides]
+    flags = [name for name, given in (("--take-over", take_over), ("--amend", amend)) if given]
+    return ["--config", config_path, *flags, *overrides]
 
 
 def _configure_logging(path: Path) -> None:

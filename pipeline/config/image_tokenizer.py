@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Config, operational
+from pipeline.config.base import Config, added, operational
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.config.ode import OdeConfig
 from pipeline.config.quantizers import CodebookConfig, GumbelConfig, GumbelSettings, QuantizerConfig
@@ -117,6 +117,12 @@ class ImageTokenizerConfig(Config):
     """What the image-tokenizer stage trains."""
 
     model: ModelConfig = DVAEConfig()
+    init_from: str | None = added(
+        None,
+        min_length=1,
+        description="RUN, EXPORT or FOLDER: start with the weights of the image tokenizer there, as far as they fit;"
+        " their content, not this path, decides whether a stage is up to date. null: start fresh",
+    )
     training: TrainingConfig
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None

@@ -125,5 +125,11 @@ class TransformerConfig(TransformerShape):
     bpe_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"
     )
+    init_from: str | None = added(
+        None,
+        min_length=1,
+        description="RUN, EXPORT or FOLDER: start with the weights of the transformer there, as far as they fit;"
+        " their content, not this path, decides whether a stage is up to date. null: start fresh",
+    )
     training: TrainingConfig = TrainingConfig(steps=10_000, batch_size=64)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -59,15 +59,26 @@ class InitialValues:
         self._writes: list[_Write] = []
         self._given: dict[int, tuple[nn.Parameter, Tensor]] = {}  # vectors, with what their constructors gave them
         self._known: set[int] = set()
+        self._values_of: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, drawn: drawn
 
-    @torch.no_grad()
+    def replace(self, values_of: Callable[[nn.Parameter, Tensor], Tensor]) -> None:
+        """From now on `draw` gives `values_of(parameter, what is drawn)`, of the same shape."""
+        self._values_of = values_of
+
     def draw(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter once, with its values in float32 and in full, in an order of its own.
 
-        It seeds torch's global generator; until its end nothing else may draw from that.
-
         Raises:
             RuntimeError: a matrix has got its values in a way that cannot be repeated.
+        """
+        for parameter, drawn in self._drawn():
+            yield parameter, self._values_of(parameter, drawn)
+
+    @torch.no_grad()
+    def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """As the constructor would have drawn them.
+
+        It seeds torch's global generator; until its end nothing else may draw from that.
         """
         torch.manual_seed(self._seed)
         last = {id(write.parameter): i for i, write in enumerate(self._writes) if write.name in _OVERWRITE}

@@ -48,11 +48,13 @@ def run_pipeline(
     first: str | None = None,
     only: str | None = None,
     dry_run: bool = False,
+    amend: bool = False,
     hosts: tuple[Host, ...] = (),
 ) -> None:
     """Bring the stages of the run up to date: all; from `first` to the end; or `only` one. `dry_run`: say what runs.
 
-    `hosts`: the machines that trainings run on, and nothing else; empty: this one.
+    `amend`: what changed in the middle of a training is wanted. `hosts`: the machines that trainings run on, and
+    nothing else; empty: this one.
 
     Raises:
         StoppedOnRequest: a signal came; the running stage has saved what it had.
@@ -62,6 +64,8 @@ def run_pipeline(
     stages = chosen_stages(config, first, only)
     check_before_start(config, lambda stage: _processes(config, stage, hosts))
     runs.check(source, take_over)
+    for stage in stages:
+        runs.go_on(config, stage, amend, check_only=True)
     if dry_run:
         _say_what_runs(config, runs, stages)
         return
@@ -76,7 +80,7 @@ def run_pipeline(
             if stop.received:
                 raise StoppedOnRequest(f"stopped by {stop.received} before {stage.name}")
             _say(stage, _shortened(reasons))
-            _run_stage(stage, config, runs, stop, hosts)
+            _run_stage(stage, config, runs, stop, hosts, amend)
             # An old _SUCCESS, of another config, says nothing of this stage.
             if runs.stale_reasons(config, stage) or (stop.received and runs.outside_changes(config, stage)):
                 raise StoppedOnRequest(f"{stage.name} was stopped on request")
@@ -110,12 +114,17 @@ def _processes(config: PipelineConfig, stage: Stage, hosts: tuple[Host, ...]) ->
 
 
 def _run_stage(
-    stage: Stage, config: PipelineConfig, runs: RunDirectory, stop: StopRequest, hosts: tuple[Host, ...] = ()
+    stage: Stage,
+    config: PipelineConfig,
+    runs: RunDirectory,
+    stop: StopRequest,
+    hosts: tuple[Host, ...] = (),
+    amend: bool = False,
 ) -> None:
     processes = local_processes(config, stage)
     outside = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
     environment = outside | IMPORTS_THIS_CODE | {RUNNER_VARIABLE: str(os.getpid())}
-    arguments = [stage.module, "--config", str(runs.path / "config.yaml")]
+    arguments = [stage.module, "--config", str(runs.path / "config.yaml"), *(["--amend"] if amend else [])]
     single = [sys.executable, "-m", *arguments]
     if hosts and stage.trains:
         _run_on_hosts(stage, runs, single, hosts, stop)

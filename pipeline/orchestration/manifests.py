@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.manifest import FileRecord
+from pipeline.orchestration.going_on import Amendment
 
 _Version = tuple[int, int, int]  # inode, time and size: files are replaced whole, never changed
 
@@ -20,6 +21,7 @@ class Manifest(TypedDict):
     config: dict[str, object]  # `graph.stage_identity`
     inputs: dict[str, str]  # the hash of each input's manifest
     outputs: dict[str, FileRecord]
+    amendments: NotRequired[list[Amendment]]  # what changed in the middle of a training
     hash: str  # of all above: what was made from what, and no times, paths or versions
     code: NotRequired[dict[str, object] | None]  # version.json of the run's code
     outside: NotRequired[str]  # the stamp of what it read from outside of the run

@@ -11,6 +11,7 @@ from pipeline.config.base import flatten
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.urls import mask, mask_all
+from pipeline.orchestration.going_on import amendments_of
 from pipeline.orchestration.mlflow_store import Store, legal_name
 from pipeline.orchestration.tracking import EVENTS, METRICS, Status, metrics_of, parsed
 
@@ -252,8 +253,11 @@ def _events(directory: Path) -> list[dict[str, Any]]:
 
 
 def _parameters(directory: Path) -> object:
-    """The config that decided the stage's result."""
+    """The config that decided the stage's result; MLflow keeps what a key began with, so changes have names apart."""
     try:
-        return dict(read_json(directory / "identity.json"))["config"]
+        changes = {
+            f"amended.{at['step']}.{at['key']}": f"{at['old']} -> {at['new']}" for at in amendments_of(directory)
+        }
+        return dict(read_json(directory / "identity.json"))["config"] | changes
     except (OSError, UserError, KeyError, TypeError, ValueError):
         return {}

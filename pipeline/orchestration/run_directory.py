@@ -12,29 +12,29 @@ moved to `superseded/`, and restored from there if that config returns.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.config.base import differences, digest, to_yaml
 from pipeline.config.pipeline import PipelineConfig, is_run_config
-from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, remove_leftovers, sha256_file, write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
 from pipeline.core.manifest import first_fault, record
 from pipeline.orchestration.code_snapshot import record_version
-from pipeline.orchestration.graph import Stage, inputs_of, stage_identity, stage_named, stages_of
+from pipeline.orchestration.going_on import Amendment, amendments_of, new_amendments, recorded_identity
+from pipeline.orchestration.graph import Stage, inputs_of, stage_named, stages_of
 from pipeline.orchestration.manifests import Manifest, Manifests
 from pipeline.orchestration.outside import changes, record_stamp, recorded_stamp
+from pipeline.orchestration.run_record import FORMAT, recorded_source
+from pipeline.orchestration.start_model import made_from
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of run.json; a higher one is of a later version, which may mean something else by the same names
 # What may lie in a directory before its run.json does: locks, and the files of `submit --dry-run`.
 _BEFORE_A_RUN = {"locks", "slurm", "logs"}
 # Not part of a finished stage's result, and not taken over by a run that branches off.
@@ -154,14 +154,14 @@ class RunDirectory:
             if files:
                 self._check_outputs(name, manifest, reader=stage.name)
             inputs[name] = manifest["hash"]
-        return {"config": stage_identity(config, stage.name), "inputs": inputs}
+        return {"config": made_from(config, stage, self.stage(stage.name)), "inputs": inputs}
 
     def stale_reasons(self, config: PipelineConfig, stage: Stage, files: bool = True) -> list[str]:
         """Why this stage must run; empty if it is up to date. `files`: look at its files, too."""
         manifest = self.manifest(stage.name)
         if manifest is None:
             return ["not finished"] if self.stage(stage.name).exists() else ["not run yet"]
-        reasons = differences(manifest["config"], stage_identity(config, stage.name))
+        reasons = differences(manifest["config"], made_from(config, stage, self.stage(stage.name)))
         for name in inputs_of(config, stage):
             current = self.manifest(name)
             if name not in manifest["inputs"]:
@@ -200,7 +200,7 @@ class RunDirectory:
         # A key that only one of the two versions knows makes no difference.
         reasons = [
             reason
-            for reason in differences(manifest["config"], stage_identity(config, stage.name))
+            for reason in differences(manifest["config"], made_from(config, stage, self.stage(stage.name)))
             if "(absent)" not in reason
         ]
         reasons += [f"input {name} changed" for name in self._changed_inputs(manifest)]
@@ -231,14 +231,21 @@ class RunDirectory:
             reasons += self.stale_inputs(config, upstream, files=False) or own
         return list(dict.fromkeys(reasons))
 
-    def begin(self, config: PipelineConfig, stage: Stage, identity: dict[str, object] | None = None) -> bool:
+    def begin(
+        self, config: PipelineConfig, stage: Stage, identity: dict[str, object] | None = None, amend: bool = False
+    ) -> bool:
         """Make the stage directory ready; False if the stage is up to date.
 
-        A directory of the same identity is continued; one of another identity is moved to `superseded/`.
+        A directory of the same identity is continued, and so is a training of which only that changed which may
+        (`going_on.py`); one of another identity is moved to `superseded/`.
         `identity`: as `identity` returned it, which otherwise is asked.
+
+        Raises:
+            UserError: what changed in the middle of a training needs `amend`.
         """
         identity = identity or self.identity(config, stage)
-        self._put_in_place(stage, identity)
+        if not self._go_on(stage, identity, amend):
+            self._put_in_place(stage, identity)
         if not self.stale_reasons(config, stage) and not self.outside_changes(config, stage):
             return False
         self._write_start(config, stage, identity)
@@ -249,7 +256,7 @@ class RunDirectory:
     ) -> bool:
         """Like `begin` for one of several array tasks, whose work stays. Hold a lock: it looks at no input's files."""
         directory = self.stage(stage.name)
-        is_new = not directory.exists() or _recorded_identity(directory) != identity
+        is_new = not directory.exists() or recorded_identity(directory) != identity
         if is_new:
             self._put_in_place(stage, identity)
         if changed := self.outside_changes(config, stage):  # since it was finished
@@ -258,13 +265,38 @@ class RunDirectory:
             self._write_start(config, stage, identity)
         return not (self.task_marker(stage.name, task).exists() or self.manifest(stage.name))
 
+    def go_on(self, config: PipelineConfig, stage: Stage, amend: bool, check_only: bool = False) -> None:
+        """What `begin` does with a training of which only that changed which may; nothing while inputs are stale.
+
+        Raises:
+            UserError: as `begin` would.
+        """
+        if stage.trains and self.stage(stage.name).exists() and not self.stale_inputs(config, stage, files=False):
+            self._go_on(stage, self.identity(config, stage, files=False), amend, check_only)
+
+    def _go_on(self, stage: Stage, identity: dict[str, object], amend: bool, check_only: bool = False) -> bool:
+        """Whether a training goes on though its identity changed; then that is recorded, unless `check_only`."""
+        if self._superseded_path(stage.name, identity).is_dir():
+            return False  # its config comes back
+        changes = new_amendments(self.stage(stage.name), stage, identity, amend)
+        if changes and not check_only:
+            self._record_identity(stage, identity, changes)
+            for change in changes:
+                log.warning("{}: goes on after step {step} with {key}: {old} -> {new}".format(stage.name, **change))
+        return bool(changes)
+
+    def _record_identity(self, stage: Stage, identity: dict[str, object], changes: Sequence[Amendment] = ()) -> None:
+        directory = self.stage(stage.name)
+        amendments = [*amendments_of(directory), *changes]
+        write_json(directory / "identity.json", identity | ({"amendments": amendments} if amendments else {}))
+
     def _put_in_place(self, stage: Stage, identity: dict[str, object]) -> None:
         """Move a directory of another identity away, and bring back one of this identity, if there is one."""
         directory = self.stage(stage.name)
-        if directory.exists() and _recorded_identity(directory) != identity:
+        if directory.exists() and recorded_identity(directory) != identity:
             self._supersede(directory)
         superseded = self._superseded_path(stage.name, identity)
-        if not directory.exists() and superseded.is_dir() and _recorded_identity(superseded) == identity:
+        if not directory.exists() and superseded.is_dir() and recorded_identity(superseded) == identity:
             superseded.rename(directory)
             log.info("%s: restored from %s", stage.name, superseded)
 
@@ -273,7 +305,7 @@ class RunDirectory:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "_SUCCESS").unlink(missing_ok=True)
         remove_leftovers(directory)
-        write_json(directory / "identity.json", identity)
+        self._record_identity(stage, identity)
         record_stamp(directory, config)
         write_atomic(directory / "config.yaml", to_yaml(config.section(stage.name)))
 
@@ -288,7 +320,7 @@ class RunDirectory:
 
     def missing_tasks(self, config: PipelineConfig, stage: Stage, tasks: int) -> list[int]:
         """The array tasks that have not done their share yet. The inputs must be finished."""
-        known = _recorded_identity(self.stage(stage.name)) == self.identity(config, stage)
+        known = recorded_identity(self.stage(stage.name)) == self.identity(config, stage)
         known = known and not self.outside_changes(config, stage)
         return [i for i in range(tasks) if not (known and self.task_marker(stage.name, (i, tasks)).exists())]
 
@@ -317,18 +349,12 @@ class RunDirectory:
         return self.path / "superseded" / f"{name}-{digest(identity)[:12]}"
 
     def _supersede(self, directory: Path) -> None:
-        target = self._superseded_path(directory.name, _recorded_identity(directory))
+        target = self._superseded_path(directory.name, recorded_identity(directory))
         if target.exists():  # from an earlier time with the same config; the newer one is at least as far
             shutil.rmtree(target)
         target.parent.mkdir(exist_ok=True)
         directory.rename(target)
         log.info("%s: moved the outputs of another config to %s (safe to delete)", directory.name, target)
-
-
-def _recorded_identity(directory: Path) -> object:
-    """The identity that a stage directory is made from; None if there is none."""
-    path = directory / "identity.json"
-    return with_current_names(read_json(path)) if path.exists() else None
 
 
 def config_of(run_directory: Path) -> Path:
@@ -343,34 +369,6 @@ def config_of(run_directory: Path) -> Path:
     if not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         raise UserError(f"expected a run directory, found no config.yaml in {run_directory}: give runs/<name>")
     return path
-
-
-def source_name(path: str) -> str:
-    """The name under which a run directory records its config file; a run's own copy stands for the original.
-
-    Empty: a run's own copy, beside a run.json that is missing or damaged.
-    """
-    file = Path(path) / "config.yaml" if os.path.isdir(path) else Path(path)
-    return recorded_source(file.parent) if is_run_config(file) else file.name
-
-
-def recorded_source(run_directory: Path) -> str:
-    """The name of the config file that run.json records; empty if run.json is missing or damaged.
-
-    Raises:
-        UserError: a later version of Smalti made the run.
-    """
-    try:
-        record = json.loads((run_directory / "run.json").read_text())
-        made_by, source = record.get("format", FORMAT), record["config_file"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
-    if not isinstance(made_by, int) or made_by > FORMAT:
-        raise UserError(
-            f"{run_directory / 'run.json'}: expected format {FORMAT} or lower, found {made_by}:"
-            f" a later version of Smalti made this run; use that one"
-        )
-    return str(source)
 
 
 @contextmanager

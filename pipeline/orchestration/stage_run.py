@@ -100,10 +100,12 @@ def execute(
     array_task: tuple[int, int] | None,
     body: Callable[[StageRun], None],
     take_over: bool = False,
+    amend: bool = False,
 ) -> None:
     """Run the stage `body` in its run directory, from locks to manifest; nothing if the stage is up to date.
 
-    Every rank of a stage that trains calls this. `source` is the name of the config file.
+    Every rank of a stage that trains calls this. `source` is the name of the config file. `amend`: what changed in the
+    middle of a training is wanted.
 
     Raises:
         UserError: the stage cannot start, or `body` found a mistake; on every rank.
@@ -117,7 +119,7 @@ def execute(
         outcome: bool | UserError = False
         if distributed.is_main():
             try:
-                outcome = _begin(stage, config, source, runs, array_task, held, take_over)
+                outcome = _begin(stage, config, source, runs, array_task, held, take_over, amend)
             except UserError as error:
                 outcome = error
         outcome = distributed.broadcast_object(outcome)
@@ -144,6 +146,7 @@ def _begin(
     array_task: tuple[int, int] | None,
     held: ExitStack,
     take_over: bool,
+    amend: bool,
 ) -> bool:
     """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
@@ -155,6 +158,7 @@ def _begin(
         runs.check(source, take_over)
         if config.branched_from is None:  # a refused command changes nothing
             _refuse_stale_inputs(stage, config, runs)
+            runs.go_on(config, stage, amend, check_only=True)
             checked = True
         with runs.lock_run(wait_s=max(patience_s, _OPENING_S)):  # those started side by side open it one by one
             runs.open(config, source)
@@ -169,7 +173,7 @@ def _begin(
     _refuse_empty_splits(stage, runs)
     identity = runs.identity(config, stage, files=False)
     if array_task is None:
-        return runs.begin(config, stage, identity)
+        return runs.begin(config, stage, identity, amend)
     with Lock(runs.lock(f"{stage.name}.begin"), f"the start of stage {stage.name}", patience_s):
         return runs.begin_task(config, stage, array_task, identity)
 

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.core.atomic_io import read_json
 from pipeline.core.weights import count_parameters
 from pipeline.data.shards import caption_count
+from pipeline.orchestration.going_on import Amendment
 from pipeline.orchestration.graph import STAGES
 from pipeline.orchestration.tracking import read_history
 
@@ -39,6 +40,7 @@ class StageFacts:
     parameters: int | None
     output_bytes: int
     history: list[dict[str, float]] = field(repr=False)
+    amendments: list[Amendment] = field(default_factory=list)  # what changed in the middle of its training
 
     @property
     def steps(self) -> int | None:
@@ -99,13 +101,15 @@ def read_facts(directories: Mapping[str, Path]) -> RunFacts:
 
 def _stage(name: str, directory: Path) -> StageFacts:
     timing = _json(directory / "timing.json") or _json(directory / "manifest.json")
-    outputs = _json(directory / "manifest.json").get("outputs", {})
+    manifest = _json(directory / "manifest.json")
+    outputs = manifest.get("outputs", {})
     return StageFacts(
         name=name,
         wall_time_s=timing.get("wall_time_s"),
         parameters=count_parameters(directory / "model"),
         output_bytes=sum(output["bytes"] for output in outputs.values()),
         history=read_history(directory),
+        amendments=manifest.get("amendments", []),
     )
 
 

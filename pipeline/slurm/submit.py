@@ -66,8 +66,11 @@ def submit_pipeline(
     only: str | None = None,
     dry_run: bool = False,
     take_over: bool = False,
+    amend: bool = False,
 ) -> None:
     """Submit every stage that is not finished; `first`: that stage and what comes after it; `only`: that one.
+
+    `amend`: what changed in the middle of a training is wanted.
 
     Raises:
         UserError: the cluster file does not fit, jobs of another config are active, or Slurm refuses.
@@ -78,6 +81,8 @@ def submit_pipeline(
         config, lambda stage: cluster.resources(stage).world_size, where=" (nodes × tasks in the cluster file)"
     )
     runs.check(source, take_over)
+    for stage in stages_of(config):
+        runs.go_on(config, stage, amend, check_only=True)
     if dry_run:
         jobs = _active_jobs(runs.path, dry_run)
         if jobs:
@@ -97,6 +102,8 @@ def submit_pipeline(
             click.echo("jobs of this run are active: their config and code stay as they are", err=True)
         else:
             runs.open(config, source)
+            for stage in stages_of(config):
+                runs.go_on(config, stage, amend)
             copy_packages(runs.path / "code" / "src")
         plan = make_plan(config, runs, cluster, jobs, chosen)
         _write_files(plan, cluster, runs, runs.path / "slurm")

@@ -91,14 +91,15 @@ class TextTokenizer:
         """
         normalized = self._tokenizer.normalizer.normalize_str(caption)
         words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
-        ids = [self._ids[part] for word in words for part in _merged(word, self._ranks, dropout, rng)]
+        ids = [self.ids[part] for word in words for part in _merged(word, self._ranks, dropout, rng)]
         return (ids + [PAD_ID] * self.text_length)[: self.text_length]
 
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[Tokenizer, TextTokenizerConfig]]:
         return TextTokenizer, (self._tokenizer, self.config)
 
     @cached_property
-    def _ids(self) -> dict[str, int]:
+    def ids(self) -> dict[str, int]:
+        """The id of each token, as the tokenizer spells it."""
         return dict(self._tokenizer.get_vocab())
 
     @cached_property

@@ -21,6 +21,7 @@ class State:
     # The line logged at this step, if its evaluation was stopped: the resumed training begins with both.
     evaluation_stopped: dict[str, float] | None = None
     best: Best = field(default_factory=Best)  # with keep_best
+    has_optimizer: bool = True  # of its checkpoint; False after the last step with keep_optimizer: false
 
     @classmethod
     def read(cls, path: Path) -> State:

@@ -70,13 +70,13 @@ def train(
     own_log = watchdog.rank_log(run.directory.parent / "logs", run.name, distributed.rank())
     with device_errors_in_a_line(training), watchdog.watching(training.hang_timeout_s, own_log):
         speed = Speedometer(training, workload)
-        start = Start(initial, drawn=not _resumes(run)) if initial else None
+        start = Start(initial, drawn=not resumes(run)) if initial else None
         built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
         return Trainer(run, training, workload, built, speed).run()
 
 
-def _resumes(run: StageRun) -> bool:
-    """Whether a checkpoint will be restored: `Checkpoints.restore` raises where there are some and none is usable."""
+def resumes(run: StageRun) -> bool:
+    """Collective: whether a checkpoint will be restored; where there are some and none is usable, restoring raises."""
     folders = (run.directory / "checkpoints").glob("step-*") if distributed.is_main() else ()
     return distributed.broadcast_object(any(folder.name.removeprefix("step-").isdigit() for folder in folders))
 
@@ -353,11 +353,12 @@ class Trainer:
         training, at_end = self.training, self._is_over()
         if at_end and not training.keep_optimizer:
             self.checkpoints.keep = 1  # nothing is resumed from those of before
-        files = self.engine.checkpoint_files(with_optimizer=training.keep_optimizer or not at_end)
+        has_optimizer = training.keep_optimizer or not at_end
+        files = self.engine.checkpoint_files(has_optimizer)
         if self.ema:
             files |= [shards_file("ema", self.engine.local_shards(self.ema.average))]
         if distributed.is_main():
-            files["trainer.json"] = asdict(self.state)
+            files["trainer.json"] = asdict(self.state) | {"has_optimizer": has_optimizer}
             if exported := self.engine.objective.exported():
                 files["model.json"] = vars(exported)
         return files
@@ -380,6 +381,12 @@ class Trainer:
         self._running.start(state.sums, state.count, state.nonfinite_steps, state.nonfinite_in_a_row)
         if self.ema:
             self.ema.updates = state.step - state.nonfinite_steps
+        if not state.has_optimizer and not self._is_over() and distributed.is_main():
+            log.warning(
+                "%s: the checkpoint of step %d has no optimizer states (keep_optimizer: false): they begin anew",
+                self.stage.name,
+                state.step,
+            )
 
     def _load(self, directory: Path) -> None:
         self.engine.load(directory)

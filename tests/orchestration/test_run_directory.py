@@ -13,7 +13,8 @@ import pytest
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import stage_named, stages_of
-from pipeline.orchestration.run_directory import RunDirectory, source_name
+from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.run_record import source_name
 from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import environment
 

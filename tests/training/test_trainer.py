@@ -113,9 +113,10 @@ class PlainEngine:
         return {"training.pt": [self.objective.state_dict(), self.optimizer.state_dict()][: 1 + with_optimizer]}
 
     def load(self, directory: Path) -> None:
-        model, optimizer = torch.load(directory / "training.pt")
+        model, *optimizer = torch.load(directory / "training.pt")
         self.objective.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
+        for states in optimizer:  # dropped after the last step, with keep_optimizer: false
+            self.optimizer.load_state_dict(states)
 
 
 class SmallWorkload:

@@ -108,9 +108,12 @@ class AccelerateEngine:
     def load(self, directory: Path) -> None:
         state = torch.load(directory / "training.pt", map_location=distributed.device(), weights_only=True)
         _load_weights(self.objective, state["model"], directory)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             if "optimizer" in state:  # it is not after the last step, with keep_optimizer: false
                 self.optimizer.load_state_dict(state["optimizer"])
+                for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                    group.update(own)  # rates are those of the config, which may have changed since
         except ValueError as error:  # other groups of parameters
             raise UserError(
                 f"the checkpoint {directory} has the optimizer of another version ({error}): remove {directory.parent}"

@@ -1,0 +1,72 @@
+"""`init_from` in a stage's identity: the content of the weights counts, and not where they lie."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.pipeline import load_pipeline
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.start_model import find_start, made_from
+from tests.conftest import TINY
+
+STAGE = stage_named("image-tokenizer")
+
+
+def _model(folder: Path, content: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text(content)
+    return folder
+
+
+def _made_from(directory: Path, source: Path | None) -> dict[str, object]:
+    overrides = [] if source is None else [f"image_tokenizer.init_from={source}"]
+    return made_from(load_pipeline(TINY, overrides), STAGE, directory)
+
+
+def test_the_content_of_the_weights_is_a_part_of_the_identity_and_their_path_is_not(tmp_path: Path) -> None:
+    a, moved, b = (_model(tmp_path / name, name[0]) for name in ("a", "a-moved", "b"))
+    stage = tmp_path / "stage"
+    assert _made_from(stage, a) == _made_from(stage, moved)
+    assert len({str(_made_from(stage, source)) for source in (a, b, None)}) == 3
+    assert "init_from" not in str(_made_from(stage, None))
+
+
+def test_a_stage_that_has_begun_does_not_ask_for_weights_that_are_gone(tmp_path: Path) -> None:
+    source = _model(tmp_path / "a", "a")
+    config = load_pipeline(TINY, [f"image_tokenizer.init_from={source}", f"runs={tmp_path / 'runs'}"])
+    runs = RunDirectory(config.run_directory)
+    runs.check("tiny.yaml")
+    runs.open(config, "tiny.yaml")
+    for name in ("prepare", "image-tokenizer"):
+        runs.begin(config, stage_named(name))
+        (runs.stage(name) / "output.txt").write_text(name)
+        runs.finish(stage_named(name), {runs.stage(name) / "output.txt": None})
+    shutil.rmtree(source)
+    assert not runs.stale_reasons(config, STAGE)
+    with pytest.raises(UserError, match=r"image_tokenizer.init_from: expected a run, an export or a folder"):
+        made_from(config, STAGE, tmp_path / "another")
+
+
+def test_of_a_run_the_finished_stage_is_taken_and_its_text_tokenizer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = _model(run / "transformer" / "model", "weights")
+    (run / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"expected a run whose stage transformer is finished"):
+        find_start(run, "transformer")
+    (run / "transformer" / "_SUCCESS").write_text("")
+    (run / "text-tokenizer").mkdir()
+    (run / "text-tokenizer" / "tokenizer.json").write_text("{}")
+    assert find_start(run, "transformer").folder == model
+    exported = _model(run / "transformer" / "exported" / "step-00000010", "then")
+    for source in (run, exported, model):
+        assert find_start(source, "transformer").text_tokenizer == run / "text-tokenizer"
+    with pytest.raises(UserError, match="found the run's own, .*: raise training.steps"):
+        made_from(
+            load_pipeline(TINY, [f"transformer.init_from={run}"]), stage_named("transformer"), run / "transformer"
+        )
