@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -176,6 +176,15 @@ def all_gather_objects(value: T) -> list[T]:
         return values
     dist.all_gather_object(values, value, group=_control)
     return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value` on rank 0, in the order of ranks, nothing on the others; anything that pickle takes."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.gather_object(value, values if is_main() else None, group=_control)
+    return cast(list[T], values) if is_main() else []
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:

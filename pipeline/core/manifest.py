@@ -40,22 +40,15 @@ def record(path: Path, sha256: str | None = None) -> FileRecord:
     return {"bytes": path.stat().st_size, "sha256": sha256 or sha256_file(path)}
 
 
-def first_fault(
-    directory: Path, files: Mapping[str, FileRecord], *, hashed: bool = True, rank: int = 0, ranks: int = 1
-) -> Fault | None:
+def first_fault(directory: Path, files: Mapping[str, FileRecord], *, hashed: bool = True) -> Fault | None:
     """The first file that is missing, of another size or of another content than recorded; None: all are as recorded.
 
     Args:
         directory: the folder that names are relative to.
         files: the record of each file, by name.
         hashed: compare hashes, too, which reads the files; sizes are always compared.
-        rank, ranks: this process hashes every `ranks`-th file, from number `rank` on. The others look at the rest.
     """
-    for number, (name, recorded) in enumerate(files.items()):
-        fault = _fault(directory / name, recorded, hashed and number % ranks == rank)
-        if fault:
-            return fault
-    return None
+    return next((fault for name in files if (fault := _fault(directory / name, files[name], hashed))), None)
 
 
 def _fault(path: Path, recorded: FileRecord, hashed: bool) -> Fault | None:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -88,17 +89,21 @@ def write_tensors(path: Path, layouts: Mapping[str, TensorLayout], tensor_of: Ca
 
 
 class TensorFile:
-    """A file's header, read when made; its values are read when asked for, without mapping the file."""
+    """A file's header, read when made; its values are read when asked for, without mapping the file.
+
+    It is open until `close`, after which it opens again where more is read.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when the file's header is damaged."""
         self.path = path
+        self._open: FileIO | None = None
         self.layouts: dict[str, TensorLayout] = {}
         self._starts: dict[str, int] = {}  # of each tensor's bytes in the file
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+            self._open = FileIO(path)
+            length = int.from_bytes(_read(self._open, 8), "little")
+            header = json.loads(_read(self._open, min(length, _LONGEST_HEADER)))
             for name, entry in header.items():
                 if name != "__metadata__":
                     self.layouts[name] = TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -115,16 +120,37 @@ class TensorFile:
         dtype = self.layouts[name].dtype
         direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
         values = out.detach() if direct else torch.empty(out.numel(), dtype=dtype)
-        buffer = _memory(values)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._starts[name] + start * dtype.itemsize)
-            while buffer:
-                if not (count := file.readinto(buffer)):
-                    raise UserError(f"{self.path} is damaged: expected all of {name}, found the end; restore it")
-                buffer = buffer[count:]
+        self._open = self._open or FileIO(self.path)
+        self._open.seek(self._starts[name] + start * dtype.itemsize)
+        memory = _memory(values)
+        if _fill(self._open, memory) < len(memory):
+            raise UserError(f"{self.path} is damaged: expected all of {name}, found the end; restore it")
         if not direct:
             with torch.no_grad():
                 out.copy_(values)
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._open:
+            self._open.close()
+        self._open = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read(file: FileIO, size: int) -> bytes:
+    """As many of the next bytes as there are."""
+    data = bytearray(size)
+    return bytes(memoryview(data)[: _fill(file, memoryview(data))])
+
+
+def _fill(file: FileIO, memory: memoryview) -> int:
+    """Read up to the end of the memory or of the file; how many bytes."""
+    done = 0
+    while done < len(memory) and (count := file.readinto(memory[done:])):
+        done += count
+    return done
 
 
 def _header(names: Sequence[str], layouts: Mapping[str, TensorLayout]) -> bytes:

@@ -53,7 +53,7 @@ from pipeline.core import distributed
 from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, first_fault
-from pipeline.training.checkpoint_files import Files, HostCopy, write_files
+from pipeline.training.checkpoint_files import Files, HostCopy, shares, write_files
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +220,14 @@ class Checkpoints:
         return None
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the checkpoint after `step` steps, or None. All ranks share the work of hashing it."""
-        return next((found for found in distributed.all_gather_objects(_damage(self.path(step))) if found), None)
+        """What is wrong with the checkpoint after `step` steps, or None. Each rank looks at its share of the files."""
+        path = self.path(step)
+        files = distributed.broadcast_object(_recorded(path) if distributed.is_main() else {})
+        if isinstance(files, str):
+            return files
+        fault = first_fault(path, shares(files, distributed.world_size())[distributed.rank()])
+        told = f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
+        return next((found for found in distributed.all_gather_objects(told) if found), None)
 
     def _found(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
@@ -282,17 +288,15 @@ def _expect_on_disk(temporary: Path, written: list[str]) -> None:
         time.sleep(0.5)
 
 
-def _damage(directory: Path) -> str | None:
-    """The first fault of a checkpoint, or None. Each rank hashes its share of the files."""
+def _recorded(directory: Path) -> Records | str:
+    """The files of a checkpoint as its manifest has them, or what is wrong with that."""
     manifest = directory / "manifest.json"
     if not manifest.exists():
         return "manifest.json is missing"
     try:
-        files = dict(sorted(read_json(manifest)["files"].items()))
-    except (UserError, KeyError):
+        return dict(read_json(manifest)["files"])
+    except (UserError, KeyError, TypeError, ValueError):
         return "manifest.json is damaged"
-    fault = first_fault(directory, files, rank=distributed.rank(), ranks=distributed.world_size())
-    return f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
 
 
 def _set_aside(final: Path) -> Path | None:

@@ -7,8 +7,10 @@ records = write_files(directory, HostCopy().of(files))
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -38,6 +40,38 @@ def _write(path: Path, content: object) -> FileRecord:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def own_part(count: int, rank: int, ranks: int) -> range:
+    """Of `count` things in a row, those of a process: as many as of the others, and its own where each has one."""
+    return range(-(-rank * count // ranks), -(-(rank + 1) * count // ranks))
+
+
+def shares(files: Mapping[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
+    """Each process's share of a checkpoint's files, when all look after them: of about as many bytes.
+
+    As far as that goes it is what the process reads itself, so that the file comes over the network once.
+    """
+    size_of = {name: record.get("bytes", 0) for name, record in files.items()}
+    kinds = [list(of_kind) for _, of_kind in groupby(sorted(files), key=lambda name: name.partition("-")[0])]
+    average = sum(size_of.values()) / ranks
+    found: list[list[str]] = [[] for _ in range(ranks)]
+    taken, left = [0] * ranks, []
+    for names in sorted(kinds, key=lambda names: -max(size_of[name] for name in names)):
+        for rank in range(ranks):
+            for name in (names[number] for number in own_part(len(names), rank, ranks)):
+                if taken[rank] + size_of[name] / 2 <= average:
+                    found[rank].append(name)
+                    taken[rank] += size_of[name]
+                else:
+                    left.append(name)
+    least = [(of_rank, rank) for rank, of_rank in enumerate(taken)]
+    heapq.heapify(least)
+    for name in sorted(left, key=lambda name: -size_of[name]):
+        of_rank, rank = least[0]
+        heapq.heapreplace(least, (of_rank + size_of[name], rank))
+        found[rank].append(name)
+    return [{name: files[name] for name in names} for names in found]
 
 
 class HostCopy:

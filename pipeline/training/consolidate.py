@@ -49,7 +49,7 @@ def consolidate(
             " resume the run, and export the next one"
         )
     exported = read_json(checkpoint / "model.json")
-    average = ShardedState(checkpoint, "ema")
+    average = ShardedState(checkpoint, "ema", alone=True)
     if averaged and not average.names:
         raise UserError(
             f"expected averaged weights in {checkpoint}, found none: the training has no ema_decay; add --no-averaged"
@@ -117,7 +117,7 @@ def find_checkpoint(stage: Path, step: int) -> Path:
 def _of_shards(checkpoint: Path) -> _State:
     """DeepSpeed's engine: float32 weights, and the buffers."""
     state = read_json(checkpoint / "engine.json")
-    weights, buffers = ShardedState(checkpoint, "training"), ShardedState(checkpoint, "buffers")
+    weights, buffers = (ShardedState(checkpoint, kind, alone=True) for kind in ("training", "buffers"))
     layouts = {name: TensorLayout(torch.float32, tuple(shape)) for name, shape in state["shapes"].items()}
     of_buffers = {name: TensorLayout(buffers.dtype(name), tuple(s)) for name, s in state.get("buffers", {}).items()}
 

@@ -41,15 +41,6 @@ def test_sizes_alone_are_compared_without_reading(tmp_path: Path, files: dict[st
     assert first_fault(tmp_path, files, hashed=False)
 
 
-def test_one_of_all_ranks_finds_a_changed_file_and_every_rank_a_missing_one(
-    tmp_path: Path, files: dict[str, FileRecord]
-) -> None:
-    (tmp_path / "b" / "c").write_text("CONTENT of b/c")
-    assert [bool(first_fault(tmp_path, files, rank=rank, ranks=3)) for rank in range(3)] == [False, True, False]
-    (tmp_path / "b" / "c").unlink()
-    assert all(first_fault(tmp_path, files, rank=rank, ranks=3) for rank in range(3))
-
-
 def test_a_record_without_sizes_still_finds_a_missing_file(tmp_path: Path, files: dict[str, FileRecord]) -> None:
     hashes: dict[str, FileRecord] = {name: {"sha256": recorded["sha256"]} for name, recorded in files.items()}
     assert first_fault(tmp_path, hashes) is None
