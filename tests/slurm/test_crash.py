@@ -62,11 +62,11 @@ exit 1"""
 def test_time_limits_without_progress_fail_a_job_that_says_so(slurm: Slurm, run_copy: Path) -> None:
     default = '{partition: normal, time: "2"}'  # so near that every stop is one for the limit
     more = {"stages": "{}", "launcher": _launcher(run_copy.parent, "exit 0"), "supervisor_python": sys.executable}
-    training = Training(slurm, run_copy, 1, default=default, max_time_limits="1", **more)
+    training = Training(slurm, run_copy, 1, default=default, max_time_limits="2", **more)
     training.wait_for_the_end()
     assert training.state() == "FAILED"
-    assert training.notes() == ["started", "time limit"] * 2
-    line = "time limit, occurrence 2 without progress: the cluster file allows 1 (max_time_limits)"
+    assert training.notes() == ["started", "time limit"] * 3
+    line = "time limit, occurrence 3 without progress: the cluster file allows 2 (max_time_limits)"
     assert line in slurm.smalti("status", str(run_copy))
 
 

@@ -88,11 +88,21 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
     assert launched.count(launched[-1]) == 1
 
 
-def test_a_user_signal_and_a_requeue_by_hand_lose_nothing_and_cancel_ends_it(slurm: Slurm, run_copy: Path) -> None:
+def test_a_user_signal_a_requeue_by_hand_and_a_controller_that_restarts_lose_nothing_and_cancel_ends_it(
+    slurm: Slurm, run_copy: Path
+) -> None:
     training = Training(slurm, run_copy, 2, **TWO_NODES)
     theirs = int(slurm("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 300"))
     ranks = training.wait_for_steps(0)
     follower = slurm.follow("logs", str(run_copy), "transformer", "--follow", "-n", "0")
+    slurm.testbed("crash", "slurmctld")
+    before = training.step()
+    signal_all(ranks, signal.SIGCONT)
+    wait_until("a step without a controller", lambda: training.step() > before)
+    signal_all(ranks, signal.SIGSTOP)
+    slurm.testbed("boot", "slurmctld")
+    assert training.notes() == ["started"]
+    assert training.state() == "RUNNING"
     signal_all(ranks, signal.SIGCONT)
     slurm("scancel", "--signal=USR2", str(training.id))
     signal_all(training.wait_for_steps(1), signal.SIGCONT)
