@@ -48,6 +48,7 @@ format: $(VENV)/.test
 # What is generated in docs/; a test says when it is out of date.
 docs: $(VENV)/.test
 	$(BIN)/python -m pipeline.cli.config_reference > docs/config.md
+	$(BIN)/python -m pipeline.cli.python_reference > docs/python-reference.md
 
 # The documentation site, in build/site; a warning is an error. Links to what is no page lead to the repository.
 site: $(VENV)/.site

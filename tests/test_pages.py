@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 import tomllib
@@ -11,6 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
+import pipeline
+from pipeline.cli import python_reference
 from pipeline.cli.main import cli
 from pipeline.config.pipeline import load_pipeline
 from pipeline.config.renamed import RENAMED
@@ -116,6 +119,15 @@ def test_the_python_of_the_api_page_runs(tiny_run: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "python-api.md", "exec"), {})
     assert {path.name for path in tmp_path.glob("*.png")} == {"0-0.png", "0-1.png", "1-0.png", "1-1.png"}
+
+
+def test_every_public_name_is_documented_from_its_docstring() -> None:
+    assert _page("python-reference.md") == python_reference.page(), "run make docs"
+    public = [getattr(pipeline, name) for name in pipeline.__all__ if name != "__version__"]
+    assert public == python_reference.CLASSES
+    for one in (*public, *python_reference.THEIRS):
+        for name, member in {"": one, **python_reference.members(one)}.items():
+            assert inspect.getdoc(member), f"{one.__name__}.{name}"
 
 
 def test_every_page_is_on_the_map_and_on_the_site() -> None:
