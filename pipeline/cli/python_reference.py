@@ -18,7 +18,8 @@ _INTRODUCTION = """\
 # Every public class
 
 Made by `python -m pipeline.cli.python_reference > docs/python-reference.md`; change the docstrings instead. Examples
-that run: [python-api.md](python-api.md). The first four are `from pipeline import …`; below them what they take and give.
+that run: [python-api.md](python-api.md). The first four are `from pipeline import …`; below them
+what they take and give.
 """
 CLASSES: list[type] = [getattr(pipeline, name) for name in pipeline.__all__ if name != "__version__"]
 THEIRS: list[type] = [GeneratedImage, ImagePrompt, SamplingConfig, Callbacks, ModelSource, UserError]
