@@ -12,6 +12,7 @@ import logging
 from pipeline.cli.stage import run_stage
 from pipeline.core.atomic_io import write_json
 from pipeline.core.distributed import is_main
+from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 from pipeline.data.catalog import Catalog
 from pipeline.orchestration.stage_run import StageRun
@@ -19,6 +20,8 @@ from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.text_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
+
+_ENCODED = 10_000  # captions at a time
 
 
 def main(run: StageRun) -> None:
@@ -35,7 +38,7 @@ def main(run: StageRun) -> None:
     chosen = catalog.caption_sample(count, run.config.seed)
     captions = list(progress(chosen, total=count, description="captions", unit="caption"))
     tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
-    stats = _statistics(tokenizer, captions)
+    stats = statistics(tokenizer, captions)
     log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))
     run.tracker.log(stats, 0)
     tokenizer.save_pretrained(run.directory)
@@ -44,9 +47,10 @@ def main(run: StageRun) -> None:
         run.add_output(name, artifact=True)
 
 
-def _statistics(tokenizer: TextTokenizer, captions: list[str]) -> dict[str, float]:
+def statistics(tokenizer: TextTokenizer, captions: list[str]) -> dict[str, float]:
     """The metrics in stats.json, by name."""
-    counts = sorted(tokenizer.token_counts(captions))
+    # In pieces: an encoding takes more memory than its caption by far.
+    counts = sorted(count for some in batched(captions, _ENCODED) for count in tokenizer.token_counts(some))
     cut = sum(count > tokenizer.text_length for count in counts)
     return {
         "captions": float(len(captions)),

@@ -132,18 +132,19 @@ class _OfSplit(Mapping[str, Column]):
         return sum(1 for _ in self)
 
 
-def write_catalog(directory: Path, split: str, files: Sequence[Path]) -> CatalogEntry:
+def saved_columns(files: Sequence[Path], split: str) -> Iterator[Columns]:
+    """A split's columns of each part, from the files that `save_columns` wrote."""
+    for path in files:
+        with np.load(path, allow_pickle=False) as columns:
+            yield _OfSplit(columns, split)
+
+
+def write_catalog(directory: Path, split: str, parts: Parts) -> CatalogEntry:
     """Write a split's columns to `directory`/catalog, from those of its parts; what index.json says of them.
 
     Memory is that of one part and of `_LOOKUP_SLICE` hashes, whatever the split holds. The columns mean nothing without
     their checksums, which come last; so they wait for the disk together, and not each by itself.
     """
-
-    def parts() -> Iterator[Columns]:
-        for path in files:
-            with np.load(path, allow_pickle=False) as columns:
-                yield _OfSplit(columns, split)
-
     writers: dict[str, CheckedWriter] = {}
     path = directory / FOLDER / f"{split}.checksums"
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
 from pipeline.data import png
-from pipeline.data.catalog_columns import FOLDER, write_catalog
+from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, opened_source
@@ -103,7 +104,7 @@ def _write_catalog(
     written = {}
     for split in SPLITS:
         files = [parts[Path(shard["name"]).stem] for shard in splits[split]["shards"]]
-        written[split] = write_catalog(directory, split, files)
+        written[split] = write_catalog(directory, split, partial(saved_columns, files, split))
     wanted = {f"{split}.{name}" for split, entry in written.items() for name in (*entry["bytes"], "checksums")}
     for path in sorted((directory / FOLDER).iterdir()):
         if path.name not in wanted:

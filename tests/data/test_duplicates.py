@@ -7,7 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from pipeline.data.duplicates import same_image, same_key
+from pipeline.core import signals
+from pipeline.core.errors import StoppedOnRequest
+from pipeline.data import duplicates
+from pipeline.data.duplicates import _near_an_earlier, same_image, same_key
 from pipeline.data.images import perceptual_hash
 from tests.data.sample_images import encoded, image
 
@@ -57,6 +60,47 @@ def test_near_hashes_are_exactly_those_that_comparing_all_pairs_finds(tmp_path: 
     ]
     assert 10 < len(expected) < 590
     assert same_image(files, bits, without).tolist() == expected
+
+
+def _brute_force(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.bool_]:
+    """Which differ in at most `bits` bits from one before them."""
+    near = np.zeros(len(hashes), bool)
+    for number in range(1, len(hashes)):
+        near[number] = (np.bitwise_count(hashes[:number] ^ hashes[number]) <= bits).any()
+    return near
+
+
+@pytest.mark.parametrize(("bits", "group"), [(1, 32), (3, 32), (4, 256)])
+@pytest.mark.parametrize("per_slice", [1 << 24, 700])
+def test_hashes_that_agree_in_most_bits_are_compared_in_groups_of_bounded_size(
+    bits: int, group: int, per_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_GROUP", group)
+    rng = np.random.default_rng(bits)
+    flat = rng.integers(0, 1 << 12, 4_000, np.uint64) << np.uint64(30)  # 52 bits are the same in all of them
+    flat &= ~np.where(flat >> np.uint64(41), np.uint64(7 << 30), np.uint64(0))  # and 55 in half of them
+    drawings = rng.integers(0, 1 << 24, 1_500, np.uint64) * np.uint64(0x10_0001) & np.uint64(0x00FF_00FF_00FF_0000)
+    photographs = rng.integers(0, 1 << 64, 500, np.uint64)
+    copies = photographs[:200] ^ (np.uint64(1) << rng.integers(0, 64, 200, np.uint64))
+    hashes = np.concatenate([flat, drawings, photographs, copies])
+    hashes = rng.permutation(np.unique(hashes))
+    expected = _brute_force(hashes, bits)
+    assert 150 < expected.sum() < len(hashes) - 150
+    assert np.array_equal(_near_an_earlier(hashes, bits, per_slice), expected)
+
+
+def test_a_stop_is_looked_at_while_images_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = _random(1_000, 3)[:, 0]
+    looked: list[bool] = []
+
+    def stop_at_the_third() -> None:
+        looked.append(True)
+        if len(looked) == 3:
+            raise StoppedOnRequest("asked to")
+
+    monkeypatch.setattr(signals, "check", stop_at_the_third)
+    with pytest.raises(StoppedOnRequest):
+        _near_an_earlier(hashes, 3)
 
 
 def _scene(number: int, side: int = 96) -> Image.Image:
