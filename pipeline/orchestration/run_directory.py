@@ -269,8 +269,9 @@ class RunDirectory:
         """What `begin` does with a training of which only that changed which may; nothing while inputs are stale.
 
         Raises:
-            UserError: as `begin` would.
+            UserError: as `begin` would, also where `init_from` leads nowhere.
         """
+        made_from(config, stage, self.stage(stage.name))
         if stage.trains and self.stage(stage.name).exists() and not self.stale_inputs(config, stage, files=False):
             self._go_on(stage, self.identity(config, stage, files=False), amend, check_only)
 

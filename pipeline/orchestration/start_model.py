@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.config.base import Config, digest
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.yaml_text import read_yaml
 from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.errors import UserError
 from pipeline.orchestration.going_on import recorded_identity
@@ -41,7 +42,7 @@ def init_from(section: Config) -> Path | None:
 def made_from(config: PipelineConfig, stage: Stage, directory: Path) -> dict[str, object]:
     """`stage_identity`, with the content of the weights that the stage starts with in place of their path.
 
-    What the stage in `directory` has begun with is not asked for again: that may be gone.
+    What the stage in `directory` has begun with may be gone.
 
     Raises:
         UserError: there are no such weights, or they are the stage's own.
@@ -52,7 +53,7 @@ def made_from(config: PipelineConfig, stage: Stage, directory: Path) -> dict[str
     try:
         start = find_start(source, stage.name)
     except UserError:
-        if (known := _recorded(directory, stage.section)) is None:
+        if (known := _recorded(directory, stage.section, str(source))) is None:
             raise
         return _with(own, stage.section, known)
     if start.folder.resolve().is_relative_to(directory.resolve()):
@@ -69,11 +70,15 @@ def _with(own: dict[str, object], section: str, content: str) -> dict[str, objec
     return own | {section: values | {"init_from": content}}
 
 
-def _recorded(directory: Path, section: str) -> str | None:
-    """The content of what the stage in `directory` has begun with."""
-    recorded = recorded_identity(directory)
-    found = recorded["config"][section].get("init_from") if isinstance(recorded, dict) else None
-    return None if found is None else str(found)
+def _recorded(directory: Path, section: str, source: str) -> str | None:
+    """The content of what the stage in `directory` has begun with; None: it has not, or from another place."""
+    recorded, config = recorded_identity(directory), directory / "config.yaml"
+    if not isinstance(recorded, dict) or not config.is_file():
+        return None
+    began = read_yaml(config.read_text(), str(config))
+    from_here = isinstance(began, dict) and began.get("init_from") == source
+    found = recorded["config"][section].get("init_from")
+    return str(found) if from_here and found is not None else None
 
 
 def find_start(source: Path, stage: str) -> StartModel:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.local_runner import run_pipeline
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.start_model import find_start, made_from
 from tests.conftest import TINY
@@ -49,6 +50,9 @@ def test_a_stage_that_has_begun_does_not_ask_for_weights_that_are_gone(tmp_path:
         runs.finish(stage_named(name), {runs.stage(name) / "output.txt": None})
     shutil.rmtree(source)
     assert not runs.stale_reasons(config, STAGE)
+    elsewhere = load_pipeline(TINY, [f"image_tokenizer.init_from={tmp_path / 'b'}", f"runs={tmp_path / 'runs'}"])
+    with pytest.raises(UserError, match=r"found none of them at .*/b: give another path"):
+        runs.stale_reasons(elsewhere, STAGE)
     with pytest.raises(UserError, match=r"image_tokenizer.init_from: expected a run, an export or a folder"):
         made_from(config, STAGE, tmp_path / "another")
 
@@ -70,3 +74,10 @@ def test_of_a_run_the_finished_stage_is_taken_and_its_text_tokenizer(tmp_path: P
         made_from(
             load_pipeline(TINY, [f"transformer.init_from={run}"]), stage_named("transformer"), run / "transformer"
         )
+
+
+def test_a_place_without_a_model_is_told_before_the_first_stage_runs(tmp_path: Path) -> None:
+    config = load_pipeline(TINY, ["transformer.init_from=nowhere", f"runs={tmp_path}"])
+    with pytest.raises(UserError, match=r"transformer.init_from: .* found none of them at nowhere"):
+        run_pipeline(config, "tiny.yaml")
+    assert not list(tmp_path.iterdir())

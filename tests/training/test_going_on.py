@@ -193,20 +193,25 @@ def test_a_finished_transformer_goes_on_with_more_steps_and_what_reads_it_is_out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_fine_tuning_starts_at_the_validation_loss_of_the_model_that_it_starts_from(
-    zero_stage: int, tiny_run: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stage", "metric", "more"),
+    [
+        ("transformer", "val/loss/image", ["transformer.deepspeed.zero_stage=0"]),
+        ("transformer", "val/loss/image", ["transformer.deepspeed.zero_stage=3"]),
+        ("image-tokenizer", "val/psnr", []),
+    ],
+)
+def test_a_fine_tuning_starts_where_the_model_that_it_starts_from_was(
+    stage: str, metric: str, more: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
     run = _prepared(tiny_run, tmp_path, *BEFORE_THE_TRANSFORMER)
+    shutil.rmtree(run / stage, ignore_errors=True)
+    section = stage.replace("-", "_")
     training = "{steps: 1, batch_size: 16, warmup_steps: 0, learning_rate: 1.0e-9}"
-    overrides = [f"transformer.init_from={tiny_run}", f"transformer.training={training}", NO_TRACKING]
-    stage = f"transformer.deepspeed.zero_stage={zero_stage}"
-    told = launch("stages.transformer", "--config", str(run / "config.yaml"), stage, *overrides)
-    tensors = len(load_file(tiny_run / "transformer/model/model.safetensors"))
-    assert (
-        f"transformer.init_from: {tensors} tensors start with the values of {tiny_run}/transformer/model, 0 fresh"
-        in told
-    )
-    found, theirs = (_metrics(of, "transformer")[-1] for of in (run, tiny_run))
-    for name in ("val/loss/image", "val/loss/text"):
-        assert found[name] == pytest.approx(theirs[name], rel=1e-4)  # in bf16
+    overrides = [f"{section}.init_from={tiny_run}", f"{section}.training={training}", NO_TRACKING, *more]
+    told = launch(f"stages.{section}", "--config", str(run / "config.yaml"), *overrides)
+    tensors = len(load_file(tiny_run / stage / "model/model.safetensors"))
+    assert f"init_from: {tensors} tensors start with the values of {tiny_run}/{stage}/model, 0 fresh" in told
+    found, theirs = (_metrics(of, stage)[-1][metric] for of in (run, tiny_run))
+    assert found == pytest.approx(theirs, rel=1e-4)
+    assert "init_from" in (run / stage / "identity.json").read_text()
