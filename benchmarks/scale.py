@@ -70,6 +70,57 @@ def starts(folder: Path, sizes: tuple[int, ...]) -> None:
 
 
 @main.command()
+@click.argument("samples", type=int)
+def formats(samples: int) -> None:
+    """512 captions at random of SAMPLES in three formats: what the catalog's is chosen by."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = np.sort(np.random.default_rng(0).choice(samples, CHOSEN, replace=False)).tolist()
+    table = pa.table({"caption": _captions()})  # of a shard
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, name) for name in ("catalog", "arrow", "parquet")}
+        entry = write_catalog(files["catalog"], "train", partial(_parts, samples))
+        parquet = pq.ParquetWriter(files["parquet"], table.schema, compression="zstd", write_page_checksum=True)
+        with parquet, pa.ipc.new_file(files["arrow"], table.schema) as arrow:
+            for _ in range(samples // PER_SHARD):
+                parquet.write_table(table, row_group_size=PER_SHARD)
+                arrow.write_table(table, max_chunksize=PER_SHARD)
+
+        def flat() -> list[str]:
+            counted: SplitIndex = {"samples": samples, "bytes": 0, "shards": []}
+            index: PrepareIndex = {
+                "image_size": 64,
+                "splits": {"train": counted},
+                "catalog": {"train": entry},
+                "rejected": {"samples": 0, "reasons": {}},
+                "conversions": {},
+                "credit": None,
+            }
+            return Catalog(files["catalog"], "train", index).captions(rows)
+
+        def in_arrow() -> list[str]:
+            file = pa.ipc.open_file(pa.memory_map(str(files["arrow"])))
+            return [file.get_batch(row // PER_SHARD)["caption"][row % PER_SHARD].as_py() for row in rows]
+
+        def in_parquet() -> list[str]:
+            file = pq.ParquetFile(files["parquet"], page_checksum_verification=True)
+            return [file.read_row_group(row // PER_SHARD)["caption"][row % PER_SHARD].as_py() for row in rows]
+
+        sizes = {
+            flat: entry["bytes"]["captions"] + entry["bytes"]["captions.ends"],
+            in_arrow: files["arrow"].stat().st_size,
+            in_parquet: files["parquet"].stat().st_size,
+        }
+        for read, size in sizes.items():
+            begun = time.process_time()
+            assert len(read()) == CHOSEN
+            print(
+                f"{read.__name__}: {1e3 * (time.process_time() - begun):.1f} ms, {size / samples:.1f} bytes a caption"
+            )
+
+
+@main.command()
 @click.argument("sizes", type=int, nargs=-1, required=True)
 @click.option("--bits", default=3, show_default=True)
 @click.option("--brute-force", is_flag=True, help="compare all pairs, too, and the results")

@@ -181,10 +181,11 @@ class Catalog:
     def _located(self, row: int) -> tuple[ShardFile, int]:
         """The shard that holds a sample, open, and which of its samples that is."""
         number = int(np.searchsorted(self._ends, row, side="right"))
-        if self._open is None or self._open[0] != number:
+        opened = self._open  # once: another thread may put another one there
+        if opened is None or opened[0] != number:
             shard = self.shards[number]
-            self._open = (number, ShardFile(self.directory / shard.name, shard))
-        return self._open[1], row - int(self._ends[number] - self.shards[number].samples)
+            opened = self._open = (number, ShardFile(self.directory / shard.name, shard))
+        return opened[1], row - int(self._ends[number] - self.shards[number].samples)
 
     _open: tuple[int, ShardFile] | None = None  # the shard that was read last: rows mostly come in order
 
