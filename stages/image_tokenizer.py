@@ -1,6 +1,7 @@
 """Stage 3, image-tokenizer: learn to turn images into grids of discrete codes, and back.
 
-Reads prepare (image shards). Trains the tokenizer of `image_tokenizer.model` through accelerate. Writes
+Reads prepare (image shards). Trains the tokenizer of `image_tokenizer.model` through accelerate, or takes or trains
+further that of `image_tokenizer.pretrained`. Writes
 model/{model.safetensors,config.json} (`ImageTokenizer.from_pretrained` loads them with plain torch) and
 reconstructions.png: training and validation images above what their codes decode to. See pipeline/image_tokenizer/.
 """
@@ -18,9 +19,10 @@ from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
 from pipeline.data.stream import ImageStream
-from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
 from pipeline.image_tokenizer.image_losses import add_image_losses
+from pipeline.image_tokenizer.pretrained import new_tokenizer
 from pipeline.image_tokenizer.start import start_from
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.start_model import find_start, init_from
@@ -42,7 +44,7 @@ class Workload:
         self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         torch.manual_seed(run.config.seed)
-        self.tokenizer: ImageTokenizer = build(self.config.model, self.train.image_size)
+        self.tokenizer: ImageTokenizer = new_tokenizer(self.config, self.train.image_size)
         if (source := init_from(self.config)) and not resumes(run):
             folder = find_start(source, run.name).folder
             start_from(self.tokenizer, folder).tell("image_tokenizer.init_from", folder)
@@ -91,7 +93,12 @@ class Workload:
 
 def main(run: StageRun) -> None:
     workload = Workload(run)
-    train(run, run.config.image_tokenizer.training, workload, engine="accelerate")
+    section = run.config.image_tokenizer
+    if section.pretrained and section.pretrained.train is None:
+        workload.tokenizer.to(distributed.device())
+        run.tracker.log(workload.evaluate(workload.objective), step=0)
+    else:
+        train(run, section.training, workload, engine="accelerate")
     if not distributed.is_main():
         return
     workload.tokenizer.save_pretrained(run.directory / "model")

@@ -110,7 +110,68 @@ class VQVAE2Config(ArchitectureConfig):
         return self
 
 
-ModelConfig = Annotated[DVAEConfig | VQVAEConfig | VQVAE2Config, Field(discriminator="kind")]
+class VQGANConfig(Config):
+    """The architecture of Esser et al. 2021, with any quantizer: one grid of positions at the coarsest resolution.
+
+    The image is downsampled by `2 ** (len(multipliers) - 1)` on each side. LlamaGen's VQ-16 is the defaults with attention [4].
+    """
+
+    kind: Literal["vqgan"]
+    channels: int = Field(128, ge=32, multiple_of=32, description="of the first layer; norms have 32 groups")
+    multipliers: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, description="channels per resolution as multiples of `channels`, fine to coarse"
+    )
+    blocks: int = Field(2, ge=1, description="residual blocks per resolution; the decoder has one more")
+    attention: tuple[int, ...] = Field(
+        (), description="resolutions with attention behind each block; 0 is the finest. The middle always has it"
+    )
+    latent_width: int = Field(256, ge=1, description="channels between the halves and the quantizer")
+    quantizer: QuantizerConfig = CodebookConfig(kind="gradient", codebook_size=16384, code_width=8, normalize=True)
+    channels_last: bool = Field(True, description="memory layout of the convolutions")
+    reconstruction: Literal["l1", "l2"] = Field("l2", description="loss between an image and its reconstruction")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of the square that one code stands for."""
+        return 1 << (len(self.multipliers) - 1)
+
+    @property
+    def channels_of_resolutions(self) -> tuple[int, ...]:
+        """Fine to coarse."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of what the encoder gives: features of one resolution alone."""
+        return (self.latent_width,)
+
+    @property
+    def quantizers(self) -> tuple[QuantizerConfig, ...]:
+        """Its one grid's quantizer."""
+        return (self.quantizer,)
+
+    @model_validator(mode="after")
+    def _check(self) -> VQGANConfig:
+        if min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be 1 or more; found {list(self.multipliers)}")
+        if wrong := [i for i in self.attention if not 0 <= i < len(self.multipliers)]:
+            raise ValueError(f"attention must name resolutions 0 to {len(self.multipliers) - 1}; found {wrong[0]}")
+        return self
+
+
+ModelConfig = Annotated[DVAEConfig | VQVAEConfig | VQVAE2Config | VQGANConfig, Field(discriminator="kind")]
+
+
+class PretrainedTokenizerConfig(Config):
+    """An image tokenizer of another library, whose weights say what shape it has."""
+
+    library: Literal["transformers", "diffusers", "taming", "llamagen"] = Field(
+        description="transformers: Janus's; diffusers: VQModel; taming: also latent-diffusion's"
+    )
+    path: str = Field(
+        min_length=1, description="folder or file: safetensors, or what torch.load(weights_only=True) reads"
+    )
+    train: Literal["decoder", "all"] | None = Field(None, description="null: nothing, the stage takes it as it is")
 
 
 class ImageTokenizerConfig(Config):
@@ -123,12 +184,28 @@ class ImageTokenizerConfig(Config):
         description="RUN, EXPORT or FOLDER: start with the weights of the image tokenizer there, as far as they fit;"
         " their content, not this path, decides whether a stage is up to date. null: start fresh",
     )
+    pretrained: PretrainedTokenizerConfig | None = added(
+        None, description="in place of `model`: an image tokenizer of another library, as it is or trained further"
+    )
     training: TrainingConfig
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
     usage_floor: float = operational(
         0.1, ge=0, le=1, description="a warning says what to try when fewer of the codes occur on the validation split"
     )
+
+    @model_validator(mode="after")
+    def _check_pretrained(self) -> ImageTokenizerConfig:
+        if self.pretrained and self.model != DVAEConfig():  # the config of a run names defaults, too
+            raise ValueError("pretrained brings its own model: leave `model` out, or `pretrained`")
+        if self.pretrained and self.init_from:
+            raise ValueError("pretrained brings its own weights: leave `init_from` out, or `pretrained`")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """What is trained or taken, in a word."""
+        return f"{self.pretrained.library}'s VQGAN" if self.pretrained else self.model.kind
 
     @model_validator(mode="after")
     def _check_start(self) -> ImageTokenizerConfig:

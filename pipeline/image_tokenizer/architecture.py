@@ -12,6 +12,7 @@ full resolution, where a small machine would spend most of its time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 
 import torch
@@ -70,7 +71,24 @@ class EncoderResolution(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class EncoderHalf(nn.Module):
+    """What every encoder has. `resolutions` go from fine to coarse, each with its `blocks`."""
+
+    resolutions: nn.ModuleList
+
+
+class DecoderHalf(nn.Module, ABC):
+    """What every decoder has. `resolutions` go from coarse to fine, each with its `blocks`."""
+
+    stem: nn.Module  # vectors [B,D,h,w] -> [B,C,h,w]
+    resolutions: nn.ModuleList
+
+    @abstractmethod
+    def finish(self, x_BChw: Tensor, begin: int) -> Tensor:
+        """From the input of resolution `begin` (the number of resolutions: none is left) to the pixels."""
+
+
+class Encoder(EncoderHalf):
     """Images [B,3,H,W] in [0,1] -> features [B,C,h,w] of each resolution, fine to coarse, after a ReLU."""
 
     def __init__(self, config: ArchitectureConfig) -> None:
@@ -107,7 +125,7 @@ class DecoderResolution(nn.Module):
         return out
 
 
-class Decoder(nn.Module):
+class Decoder(DecoderHalf):
     """Vectors [B,D,h,w] -> parameters of the pixels' distribution, float32 [B,6,H,W] (μ, ln b) or [B,3,H,W].
 
     `resolutions` go from coarse to fine. Where finer ones have codes too, their vectors are added to what the coarser
@@ -127,7 +145,6 @@ class Decoder(nn.Module):
         return self.finish(self.stem(z_BDhw), 0)
 
     def finish(self, x_BChw: Tensor, begin: int) -> Tensor:
-        """From the input of resolution `begin` (the number of resolutions: none is left) to the pixels."""
         for resolution in self.resolutions[begin:]:
             x_BChw = resolution(x_BChw)
         # Pixel values in float32: at the end of training the loss resolves finer steps than bfloat16 has.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig
+from pipeline.config.image_tokenizer import ModelConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.core.objective import Objective, ParameterGroup
@@ -35,6 +35,7 @@ KINDS = {
     "dvae": "pipeline.image_tokenizer.dvae:DiscreteVAE",
     "vqvae": "pipeline.image_tokenizer.vqvae:VQVAE",
     "vqvae2": "pipeline.image_tokenizer.vqvae:VQVAE2",
+    "vqgan": "pipeline.image_tokenizer.vqgan:VQGAN",
 }
 
 
@@ -122,7 +123,7 @@ class TokenizerObjective(Objective):
         return []
 
 
-def check_size(image_size: int, config: ArchitectureConfig) -> None:
+def check_size(image_size: int, config: ModelConfig) -> None:
     if image_size % config.factor:
         raise UserError(
             f"images of {image_size}×{image_size} cannot be cut into codes of {config.factor}×{config.factor}"
@@ -155,6 +156,7 @@ def _build_to_load(values: dict[str, Any], where: str) -> ImageTokenizer:
 def _rename_parameters(module: nn.Module, state: dict[str, Tensor], *_: object) -> None:
     if legacy.is_legacy(state):
         assert isinstance(module, ImageTokenizer)
+        assert isinstance(module.config, legacy.OldConfig)
         log.info("image tokenizer: weights of the version before; their parameters are renamed while loading")
         current = legacy.with_current_names(state, module.config)
         state.clear()

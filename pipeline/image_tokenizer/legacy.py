@@ -11,21 +11,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.config.image_tokenizer import ModelConfig
+from pipeline.config.image_tokenizer import DVAEConfig, VQVAE2Config, VQVAEConfig
 from pipeline.config.quantizers import CodebookConfig
+
+OldConfig = DVAEConfig | VQVAEConfig | VQVAE2Config
 
 
 def is_legacy(state: Mapping[str, Tensor]) -> bool:
     return "encoder.layers.1.weight" in state
 
 
-def with_current_names(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def with_current_names(state: Mapping[str, Tensor], config: OldConfig) -> dict[str, Tensor]:
     """A state dict of the version before, with today's names; names that no rule knows stay as they are."""
     modules = renamed_modules(config)
     return {_renamed(name, modules): value for name, value in state.items()}
 
 
-def renamed_modules(config: ModelConfig) -> dict[str, str]:
+def renamed_modules(config: OldConfig) -> dict[str, str]:
     """Old name → today's, of modules and of single parameters and buffers."""
     names = _encoder(config) | _decoder(config)
     if config.kind == "dvae":
@@ -38,7 +40,7 @@ def renamed_modules(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _encoder(config: ModelConfig) -> dict[str, str]:
+def _encoder(config: OldConfig) -> dict[str, str]:
     names, index = {"encoder.layers.1": "encoder.stem"}, 2  # layer 0 folds pixels into channels
     for i in range(len(config.widths)):
         if i:
@@ -50,7 +52,7 @@ def _encoder(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _decoder(config: ModelConfig) -> dict[str, str]:
+def _decoder(config: OldConfig) -> dict[str, str]:
     names, index = {"decoder.layers.0": "decoder.stem"}, 1
     for i in range(len(config.widths)):
         if i:
@@ -62,7 +64,7 @@ def _decoder(config: ModelConfig) -> dict[str, str]:
     return names | {f"decoder.layers.{index + 1}": "decoder.head"}  # behind a ReLU
 
 
-def _blocks(config: ModelConfig) -> int:
+def _blocks(config: OldConfig) -> int:
     return 1 if config.block == "ode" else config.blocks
 
 

@@ -23,10 +23,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.image_tokenizer import ModelConfig, VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
 from pipeline.core.objective import Exported
-from pipeline.image_tokenizer.architecture import Decoder, Encoder, conv, use_channels_last
+from pipeline.image_tokenizer.architecture import Decoder, DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
 from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, check_size
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
@@ -45,7 +45,7 @@ class VQVAE(ImageTokenizer):
         check_size(image_size, config)
         super().__init__(config, image_size)
         widths = config.widths[::-1]
-        self.encoder = Encoder(config)
+        self.encoder = self._new_encoder()
         quantizers: list[Quantizer] = []
         for i, quantizer in enumerate(config.quantizers):
             values = 3 * (config.factor // 2**i) ** 2
@@ -53,10 +53,18 @@ class VQVAE(ImageTokenizer):
             quantizers.append(build_quantizer(quantizer, widths[i] * (2 if i else 1), values))
             quantizers[i].grid_sides(self._side(i))  # says so if it does not fit
         self.quantizers = nn.ModuleList(quantizers)
-        self.decoder = Decoder(config, quantizers[0].code_width)
+        self.decoder = self._new_decoder(quantizers[0].code_width)
         self.expand = nn.ModuleList(conv(q.code_width, widths[i], 1) for i, q in enumerate(quantizers) if i)
         if config.channels_last:
             use_channels_last(self)
+
+    def _new_encoder(self) -> EncoderHalf:
+        assert isinstance(self.config, ArchitectureConfig)
+        return Encoder(self.config)
+
+    def _new_decoder(self, code_width: int) -> DecoderHalf:
+        assert isinstance(self.config, ArchitectureConfig)
+        return Decoder(self.config, code_width)
 
     @property
     def levels(self) -> list[Level]:

@@ -100,7 +100,7 @@ def _models(
 ) -> Iterable[tuple[object, ...]]:
     shape = config.transformer
     yield "text tokenizer", "–", f"BPE, {layout['text_vocab_size']:,} tokens, {layout['text_length']} per caption"
-    yield "image tokenizer", _parameters(source.image_tokenizer), f"{config.image_tokenizer.model.kind}: {levels}"
+    yield "image tokenizer", _parameters(source.image_tokenizer), f"{config.image_tokenizer.kind}: {levels}"
     what = f"{shape.layers} layers, width {shape.width}, {shape.heads} heads"
     yield "transformer", _parameters(source.transformer), what
     if source.reranker:

@@ -132,6 +132,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pipeline.image_tokenizer.base import build
+    from pipeline.image_tokenizer.pretrained import model_of
     from pipeline.training.flops import measure
     from pipeline.training.optimizer import muon_matrices
     from pipeline.transformer.layout import Layout
@@ -141,7 +142,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     precision = resolved_precision(training.precision, device == "cuda", "deepspeed")
     micro = training.batch_size // gpus // accumulation_steps(training, gpus)
     with torch.device("meta"):
-        image_tokenizer = build(config.image_tokenizer.model, config.prepare.image_size)
+        image_tokenizer = build(model_of(config.image_tokenizer), config.prepare.image_size)
     layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
     with FakeTensorMode():
         objective = _objective(config, layout)
