@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,46 @@ def test_asked_to_stop_saves_and_wants_to_be_run_again(number: signal.Signals, t
     assert "run the same command again to resume" in errors
     assert not (directory / "_SUCCESS").exists()
     assert len(list((directory / "checkpoints").iterdir())) == 1
+
+
+SPINS = """
+import signal
+def spins_for_ever(number, frame):
+    while True:
+        pass
+signal.signal(signal.SIGUSR1, spins_for_ever)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGUSR1])  # stopped, and spinning in Python
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_with_stacks_and_the_next_one_ends_with_the_same_bits(
+    number: signal.Signals, tmp_path: Path, tiny_run: Path, undisturbed_on_two: Path
+) -> None:
+    run = _prepared(tiny_run, tmp_path, *BEFORE_THE_TRANSFORMER)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SPINS)
+    arguments = ["run", str(TINY), "--only", "transformer", f"runs={tmp_path}", "processes=2", *SHARDED]
+    with subprocess.Popen(
+        command("pipeline", [*arguments, "transformer.training.hang_timeout_s=8"]),
+        env=environment(PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as runner:
+        _wait_for(lambda: _after_first_checkpoint(run / "transformer"), runner)
+        ranks = {child.environ()["RANK"]: child for child in psutil.Process(runner.pid).children()}
+        ranks["1"].send_signal(number)
+        _, told = runner.communicate(timeout=200)
+    assert "error: transformer failed (exit 70): " in told
+    if number == signal.SIGSTOP:  # the other one waits for it
+        assert re.search(r"error: rank 0 hangs: no sign of life for 8 s, since step \d+, in \w+, where it waits", told)
+        assert "pipeline/training/trainer.py" in (run / "logs/transformer/rank-00000.log").read_text()
+    else:
+        assert re.search(r"error: rank 1 hangs: no sign of life for 8 s, since step \d+, in no collective", told)
+        assert "in spins_for_ever" in (run / "logs/transformer/rank-00001.log").read_text()
+    assert "resuming from step" in launch("pipeline", *arguments)
+    assert _outputs(run, "transformer") == _outputs(undisturbed_on_two, "transformer")
 
 
 @pytest.mark.parametrize(("stage", "processes"), [("image-tokenizer", 1), ("transformer", 2)])
