@@ -21,9 +21,11 @@ from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.mlflow_sender import _parameters
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.report.run_facts import read_facts
+from pipeline.slurm.cluster import load_cluster
+from pipeline.slurm.submit import submit_pipeline
 from pipeline.training.schedule import learning_rate_factor
 from tests.conftest import NO_TRACKING, TINY
-from tests.launch import launch
+from tests.launch import ROOT, launch
 from tests.training.test_resume import BEFORE_THE_TRANSFORMER, _killed, _metrics, _outputs, _prepared
 from tests.training.test_trainer import SmallWorkload, _repeatable, _train
 
@@ -109,7 +111,19 @@ def test_another_rate_in_the_middle_is_refused_by_key_old_and_new_unless_it_is_a
         (20, "learning_rate", 0.001),
         (20, "steps", 40),
     ]
-    assert dict(_parameters(begun.directory))["amended.20.transformer.training.steps"] == "30 -> 40"  # type: ignore[call-overload]
+    parameters = _parameters(begun.directory)
+    assert isinstance(parameters, dict)
+    assert parameters["amended.20.transformer.training.steps"] == "30 -> 40"
+
+
+def test_submit_refuses_as_run_does_and_what_it_records_with_amend_counts_for_the_jobs(tmp_path: Path) -> None:
+    begun = Begun(tmp_path, 20, finished=False)
+    cluster = load_cluster(ROOT / "configs" / "cluster" / "example.yaml")
+    changed = begun.changed(RATE)
+    with pytest.raises(UserError, match=r"learning_rate: 0\.002 -> 0\.001 after step 20 of 30: add --amend"):
+        submit_pipeline(changed, "tiny.yaml", cluster, dry_run=True)
+    begun.runs.go_on(changed, begun.stage, amend=True)
+    assert begun.begin(RATE)
 
 
 def test_what_may_not_change_in_the_middle_starts_over_whether_amended_or_not(tmp_path: Path) -> None:
@@ -169,6 +183,8 @@ def test_a_training_amended_in_its_middle_and_killed_ends_with_the_bits_of_an_am
     launch("pipeline", *command, f"runs={run.parent}")
     assert _outputs(run, "image-tokenizer") == _outputs(undisturbed, "image-tokenizer")
     assert _metrics(run, "image-tokenizer") == _metrics(undisturbed, "image-tokenizer")
+    model = "model/model.safetensors"  # the optimizer's rate, too, is the new one
+    assert _outputs(run, "image-tokenizer")[model] != _outputs(tiny_run, "image-tokenizer")[model]
     rates = {
         line["step"]: line["learning_rate"] for line in _metrics(run, "image-tokenizer") if "learning_rate" in line
     }
