@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
@@ -60,8 +62,9 @@ class Row:
 class RasterRow(Row):
     """One that is drawn code by code: the first `index` of them are there, and those of an image prompt."""
 
+    written: NDArray[np.int64]  # the memory of `codes`, where reading or writing one takes no microseconds
     known: list[int] | None  # UNKNOWN where a code is drawn
-    uniforms: Tensor  # float64 [N]
+    uniforms: list[float]  # N
     scales: list[float] | None  # of guidance, for each of the N codes
     settings: str  # of `sampling`, to compare
 
@@ -84,6 +87,7 @@ class RowBatch:
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]
         self._cache = model.new_cache(slots)
         self._hidden = model.head.weight.new_empty(0, model.shape.width)  # [R, D]
+        self._of_all = RowStep(model, self._cache)
         self._step: RowStep | None = None
         self.rows: list[RasterRow] = []
 
@@ -106,7 +110,11 @@ class RowBatch:
         scales, known = guidance_scales(sampling, model.layout), None if known_N is None else known_N.tolist()
         start = torch.full((model.layout.image_length,), UNKNOWN) if known_N is None else known_N.cpu()
         settings = sampling.model_dump_json()
-        rows = [RasterRow(start.clone(), given, sampling, known, own, scales, settings) for own in uniforms_BN]
+        starts = [start.clone() for _ in uniforms_BN]
+        rows = [
+            RasterRow(codes, given, sampling, codes.numpy(), known, uniforms, scales, settings)
+            for codes, uniforms in zip(starts, uniforms_BN.tolist(), strict=True)
+        ]
         if given == model.layout.image_length:
             return rows
         used, guided = self._slots - self.free, scales is not None
@@ -138,13 +146,15 @@ class RowBatch:
     @torch.inference_mode()
     def step(self) -> Sequence[Row]:
         """Draw the next code of every row; those that are finished now have left."""
-        first = accumulate((row.slots for row in self.rows), initial=0)
-        by_kind = sorted(zip(self.rows, first, strict=False), key=lambda own: self._kind(own[0]))
-        for _, members in groupby(by_kind, lambda own: self._kind(own[0])):
-            rows, slots = zip(*members, strict=True)
-            self._draw(rows, slots)
+        first = list(accumulate((row.slots for row in self.rows), initial=0))[:-1]
+        of_kind: dict[tuple[int, str], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            of_kind.setdefault((self._levels[row.index], row.settings), []).append(place)
+        for places in of_kind.values():
+            self._draw([self.rows[place] for place in places], [first[place] for place in places])
         finished = [row for row in self.rows if row.finished]
-        self.leave(finished)
+        if finished:
+            self.leave(finished)
         if self.rows:
             self._read()
         return finished
@@ -159,27 +169,23 @@ class RowBatch:
             prompted, unprompted = logits.chunk(2)
             scales = [row.scales[row.index] for row in rows if row.scales is not None]
             logits = guide(prompted, unprompted, logits.new_tensor(scales)[:, None])
-        uniforms = torch.stack([row.uniforms[row.index] for row in rows]).to(logits.device)
+        uniforms = torch.tensor([row.uniforms[row.index] for row in rows], dtype=torch.float64, device=logits.device)
         for row, code in zip(rows, draw(logits, uniforms, rows[0].sampling).tolist(), strict=True):
             known = UNKNOWN if row.known is None else row.known[row.index]
-            row.codes[row.index] = code if known == UNKNOWN else known
+            row.written[row.index] = code if known == UNKNOWN else known
             row.index += 1
 
     def _read(self) -> None:
         """Put each row's newest code into the cache."""
-        last = [(int(row.codes[row.index - 1]), row.index - 1) for row in self._owners()]
+        last = [(int(row.written[row.index - 1]), row.index - 1) for row in self._owners()]
         self._hidden = self._stepping().read([code for code, _ in last], [index for _, index in last])
 
     def _stepping(self) -> RowStep:
         """The step of the rows that are there."""
         if self._step is None:
             used = self._slots - self.free
-            self._step = RowStep(self._model, [LayerCache(own.keys[:used], own.values[:used]) for own in self._cache])
+            self._step = self._of_all.of_rows([LayerCache(own.keys[:used], own.values[:used]) for own in self._cache])
         return self._step
-
-    def _kind(self, row: RasterRow) -> tuple[int, str]:
-        """What rows have in common whose codes are drawn together."""
-        return self._levels[row.index], row.settings
 
     def _owners(self) -> list[RasterRow]:
         """Whose each row of the cache is."""

@@ -21,6 +21,7 @@ class Counts:
             "smalti_request_seconds", "from request to last byte", ["path"], buckets=_SECONDS, registry=self._registry
         )
         self._images = Counter("smalti_images", "images generated", registry=self._registry)
+        self._codes = Counter("smalti_codes", "codes drawn, whoever still waits for them", registry=self._registry)
         self._waiting = Gauge("smalti_waiting_requests", "requests in the queue", registry=self._registry)
         self._drawn = Gauge("smalti_drawn_images", "images that are being drawn", registry=self._registry)
 
@@ -31,6 +32,9 @@ class Counts:
 
     def generated(self, images: int) -> None:
         self._images.inc(images)
+
+    def drew(self, codes: int) -> None:
+        self._codes.inc(codes)
 
     def now(self, waiting: int, drawn: int) -> None:
         self._waiting.set(waiting)

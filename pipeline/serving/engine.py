@@ -109,8 +109,10 @@ class Engine:
         self._running += admitted  # first: whatever goes wrong, all of them are answered
         for order in admitted:
             self._join(order)
-        if self._batch.rows:
+        if rows := self._batch.rows:
+            before = sum(row.index for row in rows)
             self._batch.step()
+            self._counts.drew(sum(row.index for row in rows) - before)
         for order in self._running:
             self._tell(order)
         self._running = [order for order in self._running if not all(row.finished for row in order.rows)]

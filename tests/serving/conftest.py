@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.atomic_io import read_json, write_json
 from pipeline.sampling.export import export_run
 from pipeline.transformer.build import build_transformer, load_transformer
+from pipeline.transformer.layout import Layout
 from tests.launch import command, environment
 
 
@@ -43,6 +45,19 @@ def server(tiny_run: Path) -> Iterator[str]:
     """The address of a server that takes one guided image at once, and 20 requests in its queue."""
     with serving(tiny_run, "--slots", "4", "--waiting", "20") as (address, _):
         yield address
+
+
+@pytest.fixture(scope="session")
+def long_images(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the tiny run for images of 128 x 128 pixels, 1,024 codes, whose transformer is untrained."""
+    folder = tmp_path_factory.mktemp("long") / "exported"
+    export_run(tiny_run, folder)
+    config = read_json(folder / "image-tokenizer" / "config.json")
+    write_json(folder / "image-tokenizer" / "config.json", config | {"image_size": 128})
+    small = load_transformer(folder / "transformer")
+    layout = Layout.of(small.layout.text_length, small.layout.text_vocab_size, [(32, 32, 64)])
+    build_transformer(layout, small.shape).save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -220,6 +220,18 @@ def test_a_client_that_is_gone_frees_its_place(server: str) -> None:
     assert answered < 40  # of those that are gone next to none was drawn to its end
 
 
+def test_a_stream_that_is_closed_in_the_middle_is_not_drawn_to_its_end(long_images: Path) -> None:
+    with serving(long_images, "--slots", "2") as (server, _):
+        client = openai.OpenAI(base_url=f"{server}v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.images.generate(prompt="joker", n=2, stream=True, partial_images=64)
+        assert next(iter(stream)).type == "image_generation.partial_image"
+        stream.close()
+        while metric(server, "smalti_drawn_images "):
+            time.sleep(0.01)
+        assert 0 < metric(server, "smalti_codes_total ") < 2 * 1024
+        assert metric(server, "smalti_images_total ") == 0
+
+
 def metric(server: str, name: str) -> float:
     lines = urllib.request.urlopen(server + "metrics").read().decode().splitlines()
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
