@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.pretrained import LIBRARIES, load_pretrained, new_tokenizer, their_names
-from tests.image_tokenizer.golden_vqgan import EVERY, GOLDEN, SIDE, SIZES, images, seeded
+from tests.image_tokenizer.golden_vqgan import CASES, EVERY, GOLDEN, SIDE, images, seeded
 
 SMALL: dict[str, Any] = {"kind": "vqgan", "channels": 32, "multipliers": [1, 2], "blocks": 1, "latent_width": 8}
 BOOK = {"kind": "gradient", "codebook_size": 48, "code_width": 4}
@@ -37,11 +37,11 @@ def theirs(library: str, **changes: Any) -> dict[str, Tensor]:
     return seeded({names[name]: list(value.shape) for name, value in own.items() if name in names})
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_diffusers_weights_give_its_codes_and_pixels(size: str, tmp_path: Path) -> None:
-    golden = json.loads(GOLDEN.read_text())[size]
+@pytest.mark.parametrize(("library", "size"), CASES)
+def test_weights_give_the_codes_and_pixels_of_their_library(library: str, size: str, tmp_path: Path) -> None:
+    golden = json.loads(GOLDEN.read_text())[f"{library}, {size}"]
     save_file(seeded(golden["shapes"]), tmp_path / "diffusion_pytorch_model.safetensors")
-    tokenizer = loaded("diffusers", tmp_path)
+    tokenizer = loaded(library, tmp_path)
     [codes] = tokenizer.encode(images())
     assert codes.tolist() == golden["codes"]
     assert len(codes.unique()) > 8
