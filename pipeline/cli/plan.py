@@ -10,6 +10,7 @@ import click
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.slurm.cluster import seconds
+from pipeline.training.host_plan import host_memory
 from pipeline.training.resource_plan import (
     GPUS,
     Gpu,
@@ -43,6 +44,10 @@ class _Number(click.FloatRange):
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1), help="how many, over all nodes")
 @click.option("--peak-tflops", type=_Number(0.001, 1e9), help="of a GPU that is not listed")
 @click.option("--memory-gb", type=_Number(0.001, 1e9), help="of a GPU that is not listed")
+@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1), help="processes of a node")
+@click.option(
+    "--host-memory-gb", type=_Number(0.001, 1e9), help="of a node, for its processes: what takes more is named"
+)
 @click.option(
     "--utilisation",
     default=0.4,
@@ -58,6 +63,8 @@ def plan(
     gpus: int,
     peak_tflops: float | None,
     memory_gb: float | None,
+    gpus_per_node: int,
+    host_memory_gb: float | None,
     utilisation: float,
     time_limit: str,
 ) -> None:
@@ -70,7 +77,8 @@ def plan(
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"expected a model that can be counted, found one too large: {error}") from error
     lines = [*_model(config, model), "", *_time(config, model, gpu, device, gpus, utilisation, time_limit, limit_s)]
-    click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus)]))
+    host = _host(config, model, gpus, min(gpus_per_node, gpus), host_memory_gb)
+    click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, _images(config, model, device)]))
 
 
 def _gpu(name: str, peak_tflops: float | None, memory_gb: float | None) -> Gpu:
@@ -162,9 +170,18 @@ def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[s
         fits = f"  more than {gpu.memory_gb:g} GB: {', '.join(over)}" if over else ""
         shown = "".join(f"{_gb(getattr(need, name)):>12}" for name in _COLUMNS)
         lines.append(f"{'*' if stage == chosen else ' '} {stage} {shown}{fits}")
-    host = memory(model, training, section.deepspeed, chosen, gpus).host
-    lines += [f"* the config's stage; each process takes {_gb(host)} of the host's memory besides"]
-    return [*lines, *_smaller(config, model, chosen, gpus, limit), *_images(config, model, gpu)]
+    return [*lines, "* the config's stage", *_smaller(config, model, chosen, gpus, limit)]
+
+
+def _host(config: PipelineConfig, model: Model, gpus: int, per_node: int, limit_gb: float | None) -> str:
+    """The host's memory on a node, and what does not fit into it."""
+    section = config.transformer
+    stage = section.deepspeed.stage(gpus, model.precision)
+    peaks = host_memory(model, section.training, section.deepspeed, stage, gpus, per_node).peaks
+    over = [name for name, peak in peaks.items() if limit_gb is not None and peak > limit_gb * 1e9]
+    shown = ", ".join(f"{name} {_gb(peak)}" for name, peak in peaks.items())
+    fits = f"; more than {limit_gb:g} GB: {', '.join(over)}" if over else ""
+    return f"host memory     of a node with {per_node} processes: {shown}{fits}"
 
 
 def _smaller(config: PipelineConfig, model: Model, stage: int, gpus: int, limit: float) -> list[str]:
@@ -182,13 +199,13 @@ def _smaller(config: PipelineConfig, model: Model, stage: int, gpus: int, limit:
     return ["no micro-batch fits: more GPUs, a higher zero_stage, offload_optimizer or activation_checkpointing=block"]
 
 
-def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> list[str]:
+def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> str:
     """Keys and values of generated images, and how many fit."""
     fitting, asked = fitting_images(model, gpu.memory_gb * 1e9), config.generate.batch_size
     line = f"generate        {_gb(2 * model.cache_row)} of keys and values per image, with guidance; {fitting:,} fit"
     if not fitting:
-        return [f"{line}: the weights alone fill the GPU"]
-    return [line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"]
+        return f"{line}: the weights alone fill the GPU"
+    return line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"
 
 
 def _seconds(text: str) -> float:

@@ -109,7 +109,6 @@ class Memory:
     images: float
     checkpoint: float
     end: float
-    host: float  # in the host's memory: the model at the start, or the copy of a checkpoint that is being written
 
     @property
     def peak(self) -> float:
@@ -246,7 +245,6 @@ def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, s
     beginning = max(number * model.largest_parameter, FLOAT32 * model.parameters / gpus) if stage == 3 else 0.0
     exchanged = FLOAT32 * model.largest_parameter / slices if training.ema_decay else 0
     gathered = number * (model.outside_blocks + model.largest_block) if stage == 3 and gpus > 1 else 0
-    in_float32 = FLOAT32 * (model.parameters if stage < 3 else model.largest_parameter)
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -259,7 +257,6 @@ def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, s
         images=kept + gathered + _images_at_once(stage, gpus) * _cache(model),
         checkpoint=there,  # it is copied as it lies there
         end=there + exchanged,
-        host=max(in_float32, checkpoint_bytes(model, training) / gpus),
     )
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -16,6 +17,7 @@ from benchmarks.plan_memory import MODELS, measured, planned
 from pipeline.cli.plan import plan
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
+from pipeline.training.host_plan import host_memory
 from pipeline.training.optimizer import muon_matrices
 from pipeline.training.resource_plan import checkpoint_bytes, count, duration, memory
 from pipeline.transformer.layout import Layout
@@ -87,6 +89,30 @@ def test_with_muon_a_checkpoint_has_one_state_of_each_matrix_that_muon_trains() 
     assert 0 < matrices < model.parameters
     muon = training.model_copy(update={"optimizer": "muon"})
     assert checkpoint_bytes(model, training) - checkpoint_bytes(model, muon) == 4 * matrices
+
+
+def test_host_memory_of_a_checkpoint_and_of_the_start_is_what_a_training_had_there(tiny_run: Path) -> None:
+    config = load_pipeline(tiny_run / "config.yaml")
+    section, model = config.transformer, count(config, gpus=1)
+    files = (tiny_run / "transformer/checkpoints/step-00000030").glob("*.safetensors")
+    written = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    weights = load_file(tiny_run / "transformer/model/model.safetensors").values()
+    node = host_memory(model, section.training, section.deepspeed, 1, gpus=1, per_node=1)
+    assert node.checkpoint == pytest.approx(written, rel=0.01)
+    assert node.start == sum(weight.nbytes for weight in weights)
+    assert node.end == node.checkpoint + max(weight.nbytes for weight in weights)
+    four_of_sixteen = host_memory(model, section.training, section.deepspeed, 3, gpus=16, per_node=4)
+    assert four_of_sixteen.checkpoint == node.checkpoint / 4
+    assert four_of_sixteen.start == 4 * max(weight.nbytes for weight in weights)
+
+
+def test_host_memory_that_a_node_has_not_is_named_with_what_takes_it() -> None:
+    offload = ["transformer.deepspeed.offload_optimizer=true", "transformer.deepspeed.zero_stage=2"]
+    arguments = [str(TINY), *offload, "--gpus", "4", "--gpus-per-node", "2", "--host-memory-gb"]
+    little = CliRunner().invoke(plan, [*arguments, "0.001"], catch_exceptions=False).output
+    assert "host memory     of a node with 2 processes: start " in little
+    assert "; more than 0.001 GB: start, step, checkpoint, end\n" in little
+    assert "more than" not in CliRunner().invoke(plan, [*arguments, "1"], catch_exceptions=False).output
 
 
 def test_requeues_are_those_of_jobs_that_stop_before_their_limit() -> None:

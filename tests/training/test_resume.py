@@ -218,10 +218,10 @@ def test_a_process_that_hangs_ends_the_run_with_stacks_and_the_next_one_ends_wit
         _, told = runner.communicate(timeout=200)
     assert "error: transformer failed (exit 70): " in told
     if number == signal.SIGSTOP:  # the other one waits for it
-        assert re.search(r"error: rank 0 hangs: no sign of life for 8 s, since step \d+, in \w+, where it waits", told)
+        assert re.search(r"error: rank 0 hangs: no sign of life for \d+ s, since .+, in \w+, where it waits", told)
         assert "pipeline/training/trainer.py" in (run / "logs/transformer/rank-00000.log").read_text()
     else:
-        assert re.search(r"error: rank 1 hangs: no sign of life for 8 s, since step \d+, in no collective", told)
+        assert re.search(r"error: rank 1 hangs: no sign of life for \d+ s, since .+, in no collective", told)
         assert "in spins_for_ever" in (run / "logs/transformer/rank-00001.log").read_text()
     assert "resuming from step" in launch("pipeline", *arguments)
     assert _outputs(run, "transformer") == _outputs(undisturbed_on_two, "transformer")
