@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
+import shutil
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from pipeline.cli import python_reference
 from pipeline.cli.main import cli
 from pipeline.config.pipeline import load_pipeline
 from pipeline.config.renamed import RENAMED
-from tests.launch import ROOT
+from tests.launch import ROOT, launch
 from tests.prose_and_tree import sources, walk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -47,6 +50,48 @@ def test_a_command_of_a_page_is_understood(words: list[str], tmp_path: Path, mon
     overrides = [str(word) for word in context.params.get("overrides") or () if "=" in str(word)]
     if overrides:
         load_pipeline(ROOT / "configs" / "openmoji.yaml", overrides)
+
+
+# What is not run here, by how it begins or what is in it, and why.
+NOT_RUN = {
+    "serve": "tests/serving", "ui": "has no end", "--watch": "has no end",
+    "submit": "tests/slurm", "resubmit": "tests/slurm", "cancel": "tests/slurm", "logs": "tests/slurm",
+    "doctor": "tests/doctor", "plan": "tests/training",
+    "run": "trains: tests/orchestration, tests/training", "evaluate --config": "takes the run of the demo",
+    "report --config": "takes the run of the demo", "inception-v3": "needs weights that have no package",
+    "--best": "needs a sweep", "--keep": "needs a reranker", "--step": "needs a checkpoint of the demo",
+}  # fmt: skip
+
+
+def _is_run(words: list[str]) -> bool:
+    begins = [words[: len(own.split())] == own.split() or own in words[1:] for own in NOT_RUN]
+    return words == ["run", "runs/openmoji", "--dry-run"] or not any(begins)
+
+
+def test_commands_of_the_pages_do_what_they_say_in_a_tiny_run(tiny_run: Path, tmp_path: Path) -> None:
+    for name in ("openmoji", "mine", "six", "a", "b"):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "prompts.txt").write_text("joker\n")
+    for folder in ("photos", "FOLDER"):
+        shutil.copytree(tiny_run / "generate" / "prompts", tmp_path / folder)
+    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
+        for image in (tmp_path / "photos").iterdir():
+            tar.add(image, image.name)
+    unlike = {tuple(words): words for words in _commands() if _is_run(words)}
+    assert len(unlike) >= 16
+    said = launch("tests.pages_worker", json.dumps(list(unlike.values())), cwd=tmp_path)
+    assert not re.findall("^FAILED .*", said, re.MULTILINE)
+    for made in (
+        "sheet.png",
+        "look",
+        "hearts.png",
+        "compared.html",
+        "exported/pipeline.json",
+        "rebuilt",
+        "samples.npz",
+    ):
+        assert (tmp_path / made).exists(), made
 
 
 def _symbols(path: Path) -> set[str]:
