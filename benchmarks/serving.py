@@ -45,7 +45,7 @@ def main(run: Path, seconds: float, turns: int) -> None:
     with serving(run) as (server, process):
         click.echo(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         many_clients(server, process, seconds)
-        beside_offline(server, run, turns)
+        beside_offline(server, process, run, turns)
         malformed(server, 1000)
 
 
@@ -100,7 +100,8 @@ def many_clients(server: str, process: psutil.Process, seconds: float) -> None:
     )
 
 
-def beside_offline(server: str, run: Path, turns: int) -> None:
+def beside_offline(server: str, process: psutil.Process, run: Path, turns: int) -> None:
+    """In seconds, and in those of a processor: the server's, or this process's, which other work disturbs less."""
     pipeline = Pipeline.from_pretrained(run)
     ways: dict[str, Callable[[], object]] = {
         "8 clients": lambda: _at_once(server),
@@ -110,19 +111,25 @@ def beside_offline(server: str, run: Path, turns: int) -> None:
         "offline, one": lambda: pipeline.generate(PROMPTS[:1], seed=1),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    of_cpu = dict.fromkeys(ways, 0.0)
     for turn in range(turns + 1):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            used = time.process_time if name.startswith("offline") else lambda: sum(process.cpu_times()[:2])
+            begin, before = time.perf_counter(), used()
             way()
             if turn:  # the first one warms up
                 seconds[name].append(time.perf_counter() - begin)
+                of_cpu[name] += (used() - before) / turns
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name, value in median.items():
-        click.echo(f"{name:24}{value:8.2f} s")
+        click.echo(f"{name:24}{value:8.2f} s, {of_cpu[name]:8.3f} of CPU time")
     ratio = median["offline, batch of 8"] / median["8 clients"]
     click.echo(f"8 clients: {ratio:.2f} x the offline batch (bar 0.9)")
     click.echo(f"8 clients: {median['8 one after the other'] / median['8 clients']:.2f} x one after the other (bar 3)")
     click.echo(f"a lone request: {median['one client'] / median['offline, one']:.2f} x offline (bar 1.1)")
+    ratio = of_cpu["offline, batch of 8"] / of_cpu["8 clients"]
+    lone = of_cpu["one client"] / of_cpu["offline, one"]
+    click.echo(f"in CPU time: 8 clients {ratio:.2f} x the offline batch, a lone request {lone:.2f} x offline")
 
 
 def _at_once(server: str) -> None:
