@@ -14,6 +14,7 @@ from pipeline.orchestration.graph import stage_named
 from pipeline.slurm.cluster import load_cluster
 from pipeline.slurm.render import JobFile, render
 from tests.launch import ROOT
+from tests.slurm.conftest import assert_clean
 
 
 def _job_file(cluster: Path, run: Path) -> str:
@@ -97,6 +98,10 @@ def test_the_supervisor_needs_no_packages() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--max-crashes" in done.stdout
+
+
+def test_the_command_for_a_newer_slurm_is_clean() -> None:
+    assert_clean([ROOT / "slurm" / "on-debian"])
 
 
 @pytest.mark.parametrize("recipe", ["smalti.def", "Dockerfile"])
