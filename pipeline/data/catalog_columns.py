@@ -40,7 +40,7 @@ WORD = 8  # bytes of every number in the columns
 NUMBER = "number."  # what the columns of numbers begin with
 _NAME = re.compile(r"\w{1,64}", re.ASCII)  # of numbers that become a column
 _NUMBERS = 32  # columns of numbers, at most: those that most parts have
-_LOOKUP_SLICE = 1 << 24  # hashes that are sorted at a time: some 700 MB
+_LOOKUP_SLICE = 1 << 24  # hashes that are sorted at a time
 
 
 class Sink(Protocol):
