@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.core.errors import UserError
-from pipeline.training.checkpoint_files import write_files
+from pipeline.core.manifest import FileRecord
+from pipeline.training.checkpoint_files import shares, write_files
 from pipeline.training.engines.base import expect_same_shapes
 from pipeline.training.sharded_state import ShardedState, TensorShard, shards_file
+
+WRITTEN = {"ema": 1, "training": 3}  # kind -> about so many thousand bytes
 
 
 @pytest.fixture
@@ -46,3 +49,18 @@ def test_a_checkpoint_of_another_shape_is_refused_with_what_was_expected_and_fou
         expect_same_shapes({"head.weight": [4, 8], "a": [1]}, {"head.weight": [4, 16], "a": [1]}, tmp_path)
     with pytest.raises(UserError, match=r"expected extra of shape none, found \[2\]"):
         expect_same_shapes({"a": [1]}, {"a": [1], "extra": [2]}, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 11])
+def test_each_file_of_a_checkpoint_is_in_the_share_of_one_process_and_its_own_where_as_many_wrote_them(
+    ranks: int,
+) -> None:
+    sizes = {f"{kind}-{rank:05d}.safetensors": 1000 * n - rank for kind, n in WRITTEN.items() for rank in range(8)}
+    files: dict[str, FileRecord] = {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()}
+    found = shares(files | {"trainer.json": {"bytes": 10, "sha256": ""}}, ranks)
+    assert sorted(name for share in found for name in share) == sorted([*files, "trainer.json"])
+    if ranks == 8:
+        for rank, share in enumerate(found):
+            assert {f"{kind}-{rank:05d}.safetensors" for kind in WRITTEN} <= set(share)
+    most = max(sum(sizes.get(name, 0) for name in share) for share in found)
+    assert most <= sum(sizes.values()) / ranks + max(sizes.values())
