@@ -113,7 +113,8 @@ class VQVAE2Config(ArchitectureConfig):
 class VQGANConfig(Config):
     """The architecture of Esser et al. 2021, with any quantizer: one grid of positions at the coarsest resolution.
 
-    The image is downsampled by `2 ** (len(multipliers) - 1)` on each side. LlamaGen's VQ-16 is the defaults with attention [4].
+    The image is downsampled by `2 ** (len(multipliers) - 1)` on each side.
+    LlamaGen's VQ-16 is the defaults with attention [4].
     """
 
     kind: Literal["vqgan"]
