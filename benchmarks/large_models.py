@@ -5,7 +5,8 @@
 On CPUs, with random ids instead of data: start, steps, an evaluation, a grid of sample images, a checkpoint, the end
 (an export from the checkpoint), and a resume at another number of processes. A line for each phase and rank: peak
 resident memory since the phase began, without what torch took before; the share of weights, optimizer, gradients and
-average (float32: 24 bytes a parameter / processes); and the bar at the start, 1.2 × share + 2 × the largest parameter.
+average (float32: 24 bytes a parameter / processes; bf16-weights: 20; without an average 4 less); and the bar at the
+start, 1.2 × share + 2 × the largest parameter.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def _train(arguments: argparse.Namespace, folder: Path) -> None:
     ema = {"kind": "ema", "codebook_size": arguments.codebook, "code_width": 8}
     shape = {"patch_size": 2, "widths": [16, 16], "blocks": 1, "block_kernels": [3, 1]}
     image_tokenizer = build({"kind": "vqvae", "quantizer": ema, **shape}, 16).eval()
-    training = TrainingConfig(steps=8, batch_size=_BATCH * 2, warmup_steps=0, precision="fp32", ema_decay=0.9)
+    precision, decay = arguments.precision, arguments.average or None
+    training = TrainingConfig(steps=8, batch_size=_BATCH * 2, warmup_steps=0, precision=precision, ema_decay=decay)
     config = TransformerConfig(
         layers=arguments.layers,
         width=arguments.width,
@@ -93,12 +95,12 @@ def _train(arguments: argparse.Namespace, folder: Path) -> None:
         sizes = [parameter.numel() for parameter in objective.parameters()]
         start = Start(initial, drawn=not resumes)
         engine = build_engine("deepspeed", objective, training, DeepSpeedConfig(zero_stage=3), folder, start)
-        average = Ema(engine.local_parameters, 0.9)
+        average = Ema(engine.local_parameters, arguments.average) if arguments.average else None
     if resumes:
         with meter.phase("resume"):
             checkpoints.restore(lambda directory: _read(engine, average, directory))
     _phases(meter, engine, average, checkpoints, Pipeline(text, objective.transformer, image_tokenizer), resumes)
-    share = 24 * sum(sizes) / distributed.world_size() / _GB
+    share = _bytes_a_parameter(arguments) * sum(sizes) / distributed.world_size() / _GB
     bar = 1.2 * share + 2 * 4 * max(sizes) / _GB
     told = {"parameters": sum(sizes), "share_gb": round(share, 3), "bar_gb": round(bar, 3), "phases": meter.found}
     for rank, own in enumerate(distributed.all_gather_objects(told)):
@@ -107,13 +109,19 @@ def _train(arguments: argparse.Namespace, folder: Path) -> None:
     distributed.leave(0)
 
 
-def _read(engine: Engine, average: Ema, directory: Path) -> None:
+def _bytes_a_parameter(arguments: argparse.Namespace) -> int:
+    """Of weights, their float32 copy, moments, gradients and average, on all processes together."""
+    return (16 if arguments.precision == "bf16-weights" else 20) + (4 if arguments.average else 0)
+
+
+def _read(engine: Engine, average: Ema | None, directory: Path) -> None:
     engine.load(directory)
-    engine.read_shards(average.average, ShardedState(directory, "ema"))
+    if average:
+        engine.read_shards(average.average, ShardedState(directory, "ema"))
 
 
 def _phases(
-    meter: Meter, engine: Engine, average: Ema, checkpoints: Checkpoints, pipeline: Pipeline, resumed: bool
+    meter: Meter, engine: Engine, average: Ema | None, checkpoints: Checkpoints, pipeline: Pipeline, resumed: bool
 ) -> None:
     layout, share = pipeline.transformer.layout, 2 * _BATCH // distributed.world_size()
     text = torch.randint(1, 200, (share, layout.text_length))
@@ -122,20 +130,25 @@ def _phases(
         for step in range(2):
             engine.accumulate(batch, step, 1.0, last=True)
             engine.update(1.0)
-            average.update()
+            if average:
+                average.update()
     engine.objective.eval()
     with meter.phase("evaluation"), torch.no_grad():
-        average.swap()
-        engine.sync_parameters()
+        if average:
+            average.swap()
+            engine.sync_parameters()
         engine.model(batch, 0)
     with meter.phase("images"), torch.no_grad(), engine.gathered_outside_blocks():
         generate_on_all_ranks(pipeline, [["red joker", "Brazil"]], 0, engine.in_step)
+    if average:
         average.swap()
-    engine.sync_parameters()
+        engine.sync_parameters()
     if resumed:
         return
     with meter.phase("checkpoint"):
-        files = engine.checkpoint_files() | dict([shards_file("ema", engine.local_shards(average.average))])
+        files = engine.checkpoint_files()
+        if average:
+            files |= [shards_file("ema", engine.local_shards(average.average))]
         if distributed.is_main():
             files["model.json"] = vars(engine.objective.exported())
         checkpoints.save(2, files)
@@ -151,6 +164,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--codebook", type=int, default=8192)
+    parser.add_argument("--precision", choices=("fp32", "bf16-weights"), default="fp32")
+    parser.add_argument("--average", type=float, default=0.9, help="ema_decay; 0: none")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--resume-processes", type=int, default=4)
     arguments = parser.parse_args()
