@@ -170,7 +170,9 @@ class PretrainedTokenizerConfig(Config):
         description="transformers: Janus's; diffusers: VQModel; taming: also latent-diffusion's"
     )
     path: str = Field(
-        min_length=1, description="folder or file: safetensors, or what torch.load(weights_only=True) reads"
+        min_length=1,
+        description="folder or file: safetensors, or what torch.load(weights_only=True) reads; its content, not this"
+        " path, decides whether a stage is up to date",
     )
     train: Literal["decoder", "all"] | None = Field(None, description="null: nothing, the stage takes it as it is")
 

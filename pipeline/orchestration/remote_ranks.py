@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ def _terminate(children: list[subprocess.Popen[bytes]]) -> None:
     for child in children:
         if child.poll() is None:
             child.terminate()
+            child.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
 
 
 if __name__ == "__main__":

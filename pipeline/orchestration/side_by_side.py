@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def wait_for_all(children: Sequence[subprocess.Popen[bytes]], meet: bool) -> int
                 failed = child.returncode
                 for other in waiting:
                     other.terminate()
+                    other.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
                 if meet:
                     kill_at = time.monotonic() + GRACE_S
         if time.monotonic() > kill_at:

@@ -1,14 +1,18 @@
 """`init_from`: the model whose weights a training starts with, in a run, an export or a folder. Imports no torch.
 
+What `image_tokenizer.pretrained` takes counts by its content, too.
+
 start = find_start("runs/openmoji", "transformer")     # RUN/transformer/model, EXPORT/transformer or the folder itself
 start.content                                          # a hash of its weights: part of the stage's identity
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 from pipeline.config.base import Config, digest
 from pipeline.config.pipeline import PipelineConfig
@@ -17,6 +21,9 @@ from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.errors import UserError
 from pipeline.orchestration.going_on import recorded_identity
 from pipeline.orchestration.graph import Stage, stage_identity
+
+Keys = tuple[str, ...]
+_INIT_FROM, _PRETRAINED = ("init_from",), ("pretrained", "path")  # in the section of a stage
 
 
 @dataclass(frozen=True)
@@ -47,38 +54,63 @@ def made_from(config: PipelineConfig, stage: Stage, directory: Path) -> dict[str
     Raises:
         UserError: there are no such weights, or they are the stage's own.
     """
-    own, source = stage_identity(config, stage.name), init_from(config.section(stage.section))
-    if source is None:
+    own, given = stage_identity(config, stage.name), _given(config.section(stage.section))
+    if given is None:
         return own
+    keys, path = given
     try:
-        start = find_start(source, stage.name)
+        content = _of_other_library(Path(path)) if keys == _PRETRAINED else _of_start(Path(path), stage, directory)
     except UserError:
-        if (known := _recorded(directory, stage.section, str(source))) is None:
+        known = _recorded(directory, stage.section, keys, path)
+        if known is None:
             raise
-        return _with(own, stage.section, known)
+        content = known
+    *sections, last = stage.section, *keys
+    values = changed = deepcopy(own)
+    for name in sections:
+        values = cast(dict[str, object], values[name])
+    values[last] = content
+    return changed
+
+
+def _given(section: Config) -> tuple[Keys, str] | None:
+    """Which key of the section names weights to begin with, and the path that it gives."""
+    for keys in (_INIT_FROM, _PRETRAINED):
+        found: object = section
+        for key in keys:
+            found = getattr(found, key, None)
+        if found is not None:
+            return keys, str(found)
+    return None
+
+
+def _of_start(source: Path, stage: Stage, directory: Path) -> str:
+    start = find_start(source, stage.name)
     if start.folder.resolve().is_relative_to(directory.resolve()):
         raise UserError(
             f"{stage.section}.init_from: expected another model, found the run's own, {start.folder}: raise"
             " training.steps to go on with it, or set name=… for a run that starts from it"
         )
-    return _with(own, stage.section, start.content)
+    return start.content
 
 
-def _with(own: dict[str, object], section: str, content: str) -> dict[str, object]:
-    values = own[section]
-    assert isinstance(values, dict)
-    return own | {section: values | {"init_from": content}}
+def _of_other_library(path: Path) -> str:
+    files = [*_weights(path), *path.glob("diffusion_pytorch_model.safetensors")] if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise UserError(f"image_tokenizer.pretrained.path: expected weights at {path}, found none: check the path")
+    return digest([_sha256(file) for file in files])[:16]
 
 
-def _recorded(directory: Path, section: str, source: str) -> str | None:
+def _recorded(directory: Path, section: str, keys: Keys, path: str) -> str | None:
     """The content of what the stage in `directory` has begun with; None: it has not, or from another place."""
-    recorded, config = recorded_identity(directory), directory / "config.yaml"
-    if not isinstance(recorded, dict) or not config.is_file():
+    identity, config = recorded_identity(directory), directory / "config.yaml"
+    if not isinstance(identity, dict) or not config.is_file():
         return None
-    began = read_yaml(config.read_text(), str(config))
-    from_here = isinstance(began, dict) and began.get("init_from") == source
-    found = recorded["config"][section].get("init_from")
-    return str(found) if from_here and found is not None else None
+    began: object = read_yaml(config.read_text(), str(config))
+    found: object = identity["config"][section]
+    for key in keys:
+        began, found = (values.get(key) if isinstance(values, dict) else None for values in (began, found))
+    return str(found) if began == path and found is not None else None
 
 
 def find_start(source: Path, stage: str) -> StartModel:

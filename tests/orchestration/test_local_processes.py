@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,13 @@ def test_a_process_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.Monkey
     commands = [[sys.executable, "-c", deaf], [sys.executable, "-c", "raise SystemExit(3)"]]
     with pytest.raises(UserError, match=r"transformer failed \(exit 3\)"):
         local_runner._run_processes(stage_named("transformer"), runs, commands, [{}, {}], StopRequest())
+
+
+def test_a_stopped_process_hears_that_it_is_to_end_when_another_fails() -> None:
+    stopped = subprocess.Popen(["sleep", "60"])
+    stopped.send_signal(signal.SIGSTOP)
+    assert side_by_side.wait_for_all([stopped, subprocess.Popen(["false"])], meet=True) == 1
+    assert stopped.returncode == -signal.SIGTERM  # and was not killed after the grace
 
 
 def test_a_launcher_around_smalti_run_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

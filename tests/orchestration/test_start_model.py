@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
@@ -36,6 +37,21 @@ def test_the_content_of_the_weights_is_a_part_of_the_identity_and_their_path_is_
     assert _made_from(stage, a) == _made_from(stage, moved)
     assert len({str(_made_from(stage, source)) for source in (a, b, None)}) == 3
     assert "init_from" not in str(_made_from(stage, None))
+
+
+def test_of_another_librarys_tokenizer_the_content_counts_too(tmp_path: Path) -> None:
+    values = yaml.safe_load(TINY.read_text())
+    del values["image_tokenizer"]["model"]
+
+    def of(source: Path) -> dict[str, object]:
+        values["image_tokenizer"]["pretrained"] = {"library": "taming", "path": str(source)}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        return made_from(load_pipeline(tmp_path / "config.yaml"), STAGE, tmp_path / "stage")
+
+    a, moved, b = (_model(tmp_path / name, name[0]) for name in ("a", "a-moved", "b"))
+    assert of(a) == of(moved) == of(a / "model.safetensors") != of(b)
+    with pytest.raises(UserError, match=r"pretrained\.path: expected weights at .*/nowhere, found none"):
+        of(tmp_path / "nowhere")
 
 
 def test_a_stage_that_has_begun_does_not_ask_for_weights_that_are_gone(tmp_path: Path) -> None:
