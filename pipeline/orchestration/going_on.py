@@ -1,4 +1,4 @@
-"""A training that goes on from its checkpoint though its config changed: more steps, or with --amend what may change.
+"""A training that resumes from its checkpoint though its config changed: more steps, or with --amend what may change.
 
 Its directory then stays where it is. What changed, and after which step, is recorded in its identity.json as
 `amendments`, and in the manifest when it is finished. Imports no torch.
@@ -54,7 +54,7 @@ def amendments_of(directory: Path) -> list[Amendment]:
 
 
 def new_amendments(directory: Path, stage: Stage, wanted: Mapping[str, object], amend: bool) -> list[Amendment]:
-    """With which changes the training in `directory` goes on to become `wanted`, an identity.
+    """With which changes the training in `directory` resumes as `wanted`, an identity.
 
     Empty: it is `wanted`, or other things changed, too, so that it starts over.
 

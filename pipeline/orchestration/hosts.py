@@ -79,7 +79,7 @@ class RemoteRanks(subprocess.Popen[bytes]):
         self._write(json.dumps(task))
 
     def send_signal(self, number: int) -> None:
-        """SIGTERM to the ranks there, who save; any other signal ends the connection, and they end, too."""
+        """SIGTERM to the ranks there, who save; one that ends the connection ends them, too."""
         if number == signal.SIGTERM:
             self._write("stop")
         else:

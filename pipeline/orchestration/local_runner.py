@@ -28,7 +28,7 @@ from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import STAGES, Stage, check_before_start, chosen_stages
 from pipeline.orchestration.hosts import Host, RemoteRanks, ranks_on
 from pipeline.orchestration.run_directory import RunDirectory
-from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, wait_for_all
+from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, ask_to_end, wait_for_all
 
 # A stage runs the code that runs this, and no module of the same name in the current folder, which is where an empty
 # entry of PYTHONPATH points, too.
@@ -198,16 +198,11 @@ class StopRequest:
         """From now on these processes are the stage; they get a signal that came while they were started, too."""
         self._children = children
         if self.received:
-            self._terminate()
+            ask_to_end(self._children)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        self._terminate()
-
-    def _terminate(self) -> None:
-        for child in self._children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
+        ask_to_end(self._children)
 
 
 def _gpus() -> list[str]:

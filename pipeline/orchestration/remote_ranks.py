@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, GRACE_S, wait_for_all
+from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, GRACE_S, ask_to_end, wait_for_all
 
 
 def main() -> None:
@@ -35,18 +34,11 @@ def main() -> None:
 def _obey(children: list[subprocess.Popen[bytes]]) -> None:
     for line in sys.stdin:
         if line.strip() == "stop":
-            _terminate(children)
-    _terminate(children)
+            ask_to_end(children)
+    ask_to_end(children)
     time.sleep(GRACE_S)
     for child in children:
         child.kill()
-
-
-def _terminate(children: list[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-            child.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
 
 
 if __name__ == "__main__":

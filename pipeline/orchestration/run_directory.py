@@ -276,14 +276,14 @@ class RunDirectory:
             self._go_on(stage, self.identity(config, stage, files=False), amend, check_only)
 
     def _go_on(self, stage: Stage, identity: dict[str, object], amend: bool, check_only: bool = False) -> bool:
-        """Whether a training goes on though its identity changed; then that is recorded, unless `check_only`."""
+        """Whether a training resumes though its identity changed; then that is recorded, unless `check_only`."""
         if self._superseded_path(stage.name, identity).is_dir():
             return False  # its config comes back
         changes = new_amendments(self.stage(stage.name), stage, identity, amend)
         if changes and not check_only:
             self._record_identity(stage, identity, changes)
             for change in changes:
-                log.warning("{}: goes on after step {step} with {key}: {old} -> {new}".format(stage.name, **change))
+                log.warning("{}: resumes after step {step} with {key}: {old} -> {new}".format(stage.name, **change))
         return bool(changes)
 
     def _record_identity(self, stage: Stage, identity: dict[str, object], changes: Sequence[Amendment] = ()) -> None:

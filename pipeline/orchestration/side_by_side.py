@@ -14,6 +14,14 @@ GRACE_S = 30.0  # seconds in which the other processes of a training may end by 
 DEAF_TO_CTRL_C = ("/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh")
 
 
+def ask_to_end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to those that run; one that is stopped (SIGSTOP) would not hear it, and is continued."""
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+            child.send_signal(signal.SIGCONT)
+
+
 def wait_for_all(children: Sequence[subprocess.Popen[bytes]], meet: bool) -> int:
     """Wait until all have ended; the exit code of the first that failed (below 0: a signal's number), else 0.
 
@@ -30,9 +38,7 @@ def wait_for_all(children: Sequence[subprocess.Popen[bytes]], meet: bool) -> int
             waiting.remove(child)
             if child.returncode and not failed:
                 failed = child.returncode
-                for other in waiting:
-                    other.terminate()
-                    other.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
+                ask_to_end(waiting)
                 if meet:
                     kill_at = time.monotonic() + GRACE_S
         if time.monotonic() > kill_at:

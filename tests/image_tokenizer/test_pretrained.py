@@ -45,9 +45,9 @@ def test_weights_give_the_codes_and_pixels_of_their_library(library: str, size: 
     [codes] = tokenizer.encode(images())
     assert codes.tolist() == golden["codes"]
     assert len(codes.unique()) > 8
-    [vectors] = [tokenizer.quantizers[0].vectors([codes])]  # type: ignore[index, union-attr, operator]
+    [vectors] = [tokenizer.quantizers[0].vectors([codes])]
     assert isinstance(vectors, Tensor)
-    pixels = tokenizer._decoded(lambda grid, context: vectors)  # type: ignore[operator]
+    pixels = tokenizer._decoded(lambda grid, context: vectors)
     torch.testing.assert_close(pixels.detach().flatten()[::EVERY], torch.tensor(golden["pixels"]), atol=1e-5, rtol=0)
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_file_loads_and_what_no_image_depends_on_is_left(
     tokenizer = loaded(library, tmp_path / "last.ckpt")
     [level] = tokenizer.levels
     assert tuple(level) == (16, 16, 48)
-    assert tokenizer.config.quantizers[0].normalize == (library == "llamagen")  # type: ignore[union-attr]
+    assert tokenizer.config.quantizers[0].normalize == (library == "llamagen")
     decoder = tokenizer.state_dict()["decoder.resolutions.1.blocks.0.conv1.weight"]
     name = {"taming": "decoder.up.0.block.0", "llamagen": "decoder.conv_blocks.1.res.0"}[library]
     assert torch.equal(decoder, state[f"{name}.conv1.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -35,11 +36,25 @@ def test_a_process_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.Monkey
         local_runner._run_processes(stage_named("transformer"), runs, commands, [{}, {}], StopRequest())
 
 
+def _stopped() -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(["sleep", "60"])
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # else what is sent next may come first
+    return process
+
+
 def test_a_stopped_process_hears_that_it_is_to_end_when_another_fails() -> None:
-    stopped = subprocess.Popen(["sleep", "60"])
-    stopped.send_signal(signal.SIGSTOP)
+    stopped = _stopped()
     assert side_by_side.wait_for_all([stopped, subprocess.Popen(["false"])], meet=True) == 1
     assert stopped.returncode == -signal.SIGTERM  # and was not killed after the grace
+
+
+def test_a_stopped_process_hears_that_the_runner_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_runner.signal, "signal", lambda *_: None)
+    request, stopped = StopRequest(), _stopped()
+    request.pass_on_to([stopped])
+    request._on_signal(signal.SIGINT, None)
+    assert stopped.wait(10) == -signal.SIGTERM
 
 
 def test_a_launcher_around_smalti_run_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

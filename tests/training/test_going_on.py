@@ -201,7 +201,7 @@ def test_a_finished_transformer_goes_on_with_more_steps_and_what_reads_it_is_out
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run)
     told = launch("pipeline", "run", str(run), "transformer.training.steps=40", "--only", "transformer", NO_TRACKING)
-    assert "transformer: goes on after step 30 with transformer.training.steps: 30 -> 40" in told
+    assert "transformer: resumes after step 30 with transformer.training.steps: 30 -> 40" in told
     assert "resuming from step 30" in told
     assert read_json(run / "transformer/checkpoints/step-00000040/trainer.json")["step"] == 40
     assert "generate        would run: input transformer changed" in launch("pipeline", "run", str(run), "--dry-run")

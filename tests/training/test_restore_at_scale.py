@@ -57,7 +57,7 @@ class Threads:
         self._all_here.wait()
         values = list(self._values)
         self._all_here.wait()
-        return values  # type: ignore[return-value]
+        return values
 
     def run(self, work: Callable[[], None]) -> list[Exception]:
         """Work as each rank, to the end; the errors."""
@@ -108,7 +108,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Threads]]
 
         def counted_stat(path: object, **options: object) -> os.stat_result:
             threads.looked_at[threads.rank or 0] += "step-" in str(path)
-            return stat(path, **options)  # type: ignore[arg-type]
+            return stat(path, **options)
 
         monkeypatch.setattr(os, "stat", counted_stat)
         monkeypatch.setattr(distributed, "rank", lambda: threads.rank or 0)
@@ -152,7 +152,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr(os, "fsync", lambda _: None)
         records = {}
         for rank in range(WRITERS):
-            patched.setattr(distributed, "rank", lambda: rank)  # noqa: B023
+            patched.setattr(distributed, "rank", lambda rank=rank: rank)
             spans = _spans(WRITERS)
             weights, *moments, average = _tensors(spans)
             states: dict[str, object] = dict(zip(STATES, moments, strict=True))
