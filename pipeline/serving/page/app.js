@@ -74,7 +74,7 @@ async function generate(values, image = null) {
   if (values.seed === undefined) values = { ...values, seed: Math.floor(Math.random() * 2 ** 32) };
   busy(true);
   say("waiting for a place …");
-  const figures = showPlaces(values);
+  const cards = showPlaces(values);
   const partials = model ? model.levels.reduce((sum, level) => sum + level.height, 0) : 8;
   const body = { ...values, stream: true, codes: true, partial_images: Math.min(partials, 64) };
   try {
@@ -85,16 +85,16 @@ async function generate(values, image = null) {
     let done = 0;
     for await (const event of events(answer.body)) {
       if (event.type === "error") throw new Error(event.error.message);
-      const figure = event.type.endsWith(".partial_image") ? figures[event.candidate] : figures[done];
-      figure.querySelector("img").src = `data:image/png;base64,${event.b64_json}`;
-      if (event.type.endsWith(".completed")) { complete(figure, values, event); done += 1; }
+      const card = event.type.endsWith(".partial_image") ? cards[event.candidate] : cards[done];
+      card.querySelector("img").src = `data:image/png;base64,${event.b64_json}`;
+      if (event.type.endsWith(".completed")) { complete(card, values, event); done += 1; }
       else say(`generating, ${event.partial_image_index + 1} of ${body.partial_images} rows`);
     }
-    if (done < figures.length) throw new Error("the server ended before the images were done");
+    if (done < cards.length) throw new Error("the server ended before the images were done");
     remember(values, image);
     say(`${done} ${done === 1 ? "image" : "images"}, seed ${values.seed}`);
   } catch (error) {
-    figures.forEach((figure) => { if (figure.classList.contains("drawing")) figure.remove(); });
+    cards.forEach((card) => { if (card.classList.contains("drawing")) card.remove(); });
     say(error.name === "AbortError" ? "cancelled" : error.message, error.name !== "AbortError");
   } finally {
     running = null;
@@ -126,27 +126,27 @@ async function* events(stream) {
 
 function showPlaces(values) {
   $("empty")?.remove();
-  const figures = Array.from({ length: values.n }, () => {
-    const figure = document.createElement("figure");
-    figure.className = "drawing";
+  const cards = Array.from({ length: values.n }, () => {
+    const card = document.createElement("figure");
+    card.className = "drawing";
     const img = document.createElement("img");
     img.alt = `${values.prompt}, being generated`;
     img.src = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==";
     const caption = document.createElement("figcaption");
     caption.textContent = values.prompt;
-    figure.append(img, caption);
-    return figure;
+    card.append(img, caption);
+    return card;
   });
-  $("images").prepend(...figures);
-  return figures;
+  $("images").prepend(...cards);
+  return cards;
 }
 
-function complete(figure, values, event) {
-  figure.classList.remove("drawing");
-  const img = figure.querySelector("img");
+function complete(card, values, event) {
+  card.classList.remove("drawing");
+  const img = card.querySelector("img");
   img.alt = `${values.prompt}, seed ${event.seed}, image ${event.candidate + 1}`;
   const score = event.score === undefined ? "" : `, score ${event.score.toFixed(1)}`;
-  figure.querySelector("figcaption").textContent = `${values.prompt} · seed ${event.seed}, ${event.candidate + 1}${score}`;
+  card.querySelector("figcaption").textContent = `${values.prompt} · seed ${event.seed}, ${event.candidate + 1}${score}`;
   const blob = blobOf(event.b64_json);
   const save = document.createElement("a");
   save.href = URL.createObjectURL(blob);
@@ -155,12 +155,12 @@ function complete(figure, values, event) {
   const buttons = document.createElement("div");
   buttons.className = "buttons";
   buttons.append(button("Change", () => edit({ blob, codes: event.codes, asked: values })), save);
-  figure.append(buttons);
-  if (model?.nearest) buttons.append(button("Nearest", (press) => nearest(figure, blob, press.currentTarget)));
+  card.append(buttons);
+  if (model?.nearest) buttons.append(button("Nearest", (press) => nearest(card, blob, press.currentTarget)));
 }
 
 // The training images most like an image, below it.
-async function nearest(figure, blob, pressed) {
+async function nearest(card, blob, pressed) {
   pressed.disabled = true;
   const form = new FormData();
   form.append("image", blob, "image.png");
@@ -181,7 +181,7 @@ async function nearest(figure, blob, pressed) {
       item.append(img, caption);
       return item;
     }));
-    figure.append(list);
+    card.append(list);
     pressed.remove();
     say("nearest training images, with their distances");
   } catch (error) {
@@ -322,11 +322,11 @@ function showCodes(levels) {
       context.fillStyle = `hsl(${hue} 60% ${35 + (40 * code) / codebook_size}%)`;
       context.fillRect(index % width, Math.floor(index / width), 1, 1);
     });
-    const figure = document.createElement("div");
+    const grid = document.createElement("div");
     const caption = document.createElement("div");
     caption.className = "soft";
     caption.textContent = `level ${number + 1}: ${width} × ${height} codes of ${codebook_size}`;
-    figure.append(canvas, caption);
-    return figure;
+    grid.append(canvas, caption);
+    return grid;
   }));
 }
