@@ -42,19 +42,33 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class Attention(nn.Module):
-    """Multi-head attention; queries and keys are RMS-normalised (Henry et al. 2020; Dehghani et al. 2023), several
-    heads of queries may share one of keys and values (Ainslie et al. 2023)."""
+class Heads(nn.Module):
+    """What attention of every kind is made of: projections to heads, the norms of queries and keys, the way out.
 
-    def __init__(self, shape: TransformerShape, pattern: Pattern) -> None:
+    Queries and keys are RMS-normalised (Henry et al. 2020; Dehghani et al. 2023), several heads of queries may share
+    one of keys and values (Ainslie et al. 2023).
+    """
+
+    def __init__(self, shape: TransformerShape, **heads: int) -> None:
+        """`heads`: the projections by name, each to so many heads."""
         super().__init__()
-        self.pattern: Pattern = pattern
         self.heads, self.kv_heads, self.head_width = shape.heads, shape.key_value_heads, shape.head_width
         self.scale, self.rotary = shape.attention_scale, shape.positions == "rotary"
-        self.qkv = nn.Linear(shape.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        for name, count in heads.items():
+            self.add_module(name, nn.Linear(shape.width, count * self.head_width, bias=False))
         self.query_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
         self.out = nn.Linear(shape.width, shape.width, bias=False)
+
+
+class Attention(Heads):
+    """Multi-head self-attention."""
+
+    qkv: nn.Linear
+
+    def __init__(self, shape: TransformerShape, pattern: Pattern) -> None:
+        super().__init__(shape, qkv=shape.heads + 2 * shape.key_value_heads)
+        self.pattern: Pattern = pattern
 
     def forward(
         self, x_BSD: Tensor, tables: Tables, cache: LayerCache | None = None, start: int = 0, turn: Turn | None = None

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.transformer import TransformerShape
-from pipeline.transformer.attention import LayerCache, Turn, attend
+from pipeline.transformer.attention import Heads, LayerCache, Turn, attend
 from pipeline.transformer.blocks import GELU, SwiGLU
-from pipeline.transformer.norms import RMSNorm, build_norm
+from pipeline.transformer.norms import build_norm
 from pipeline.transformer.rotary import rotate
 from pipeline.transformer.tables import Tables
 
@@ -26,18 +26,14 @@ class Turns(NamedTuple):
     memory: Turn
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Heads):
     """Multi-head attention of queries to keys and values that are made of the memory, what has been read."""
 
+    query: nn.Linear
+    key_value: nn.Linear
+
     def __init__(self, shape: TransformerShape) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_width = shape.heads, shape.key_value_heads, shape.head_width
-        self.scale = shape.attention_scale
-        self.query = nn.Linear(shape.width, self.heads * self.head_width, bias=False)
-        self.key_value = nn.Linear(shape.width, 2 * self.kv_heads * self.head_width, bias=False)
-        self.query_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_width, eps=1e-6) if shape.qk_norm else nn.Identity()
-        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        super().__init__(shape, query=shape.heads, key_value=2 * shape.key_value_heads)
 
     def forward(
         self,
