@@ -25,6 +25,9 @@ class OpenMojiSource(_Source):
 
     kind: Literal["openmoji"]
     limit: int | None = Field(None, ge=1, description="only the first so many, in the order of their code points")
+    colored: int = added(0, ge=0, le=9, description="of each, so many more in other colors: 'blue lemon'")
+    outlined: float = added(0, ge=0, le=1, description="the share that comes as an outline, too: 'outline of lemon'")
+    paired: int = added(0, ge=0, description="so many more of two things: 'lemon and cat'")
 
 
 class FolderSource(_Source):
@@ -132,6 +135,9 @@ class ShapesSource(_Source):
     kind: Literal["shapes"]
     samples: int = Field(20_000, ge=1, description="scenes")
     seed: int = Field(0, ge=0, description="another one draws other scenes")
+    grid: int | None = added(
+        None, ge=4, le=256, description="cells on a side of a grid in whose cells the shapes lie; null: anywhere"
+    )
 
 
 Source = Annotated[

@@ -104,7 +104,20 @@ def test_held_out_prompts_can_be_drawn_and_are_judged_right() -> None:
         assert judge(draw(scene_of(prompt, random, held_out=True), 64), prompt.say(random)).right
 
 
-def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
+@pytest.mark.parametrize("grid", [4, 8])
+def test_on_a_grid_every_thing_lies_in_the_middle_of_its_cells_and_is_judged_right(grid: int) -> None:
+    samples = [sample(0, number, grid) for number in range(200)]
+    assert scores((draw(scene, 48), caption) for caption, scene in samples)["overall"] == 1.0
+    things = [thing for _, scene in samples for thing in scene.things]
+    small = {thing.x for thing in things if thing.size == "small"}
+    first = 1 / 2 if grid == 4 else 1  # cells from the edge to the center of a small thing: it covers 1 of 4, 2 of 8
+    assert small == {(first + n) / grid for n in range(grid if grid == 4 else grid - 1)}
+    assert not any(is_held_out(scene) for _, scene in samples)
+
+
+def test_a_sample_is_a_function_of_seed_number_and_grid_alone() -> None:
+    assert [sample(3, n, 4) for n in range(5)] == [sample(3, n, 4) for n in (0, 1, 2, 3, 4)]
+    assert sample(3, 1, 4) != sample(3, 1, 8)
     assert [sample(3, n) for n in range(5)] == [sample(3, n) for n in (0, 1, 2, 3, 4)]
     assert sample(3, 1) != sample(4, 1)
     caption, scene = sample(0, 0)

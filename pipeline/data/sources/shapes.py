@@ -26,13 +26,14 @@ class Shapes:
                 f" smaller images small shapes cannot be told apart"
             )
         self.samples = config.samples
-        self.seed = config.seed
+        self.seed, self.grid = config.seed, config.grid
         self.image_size = image_size
 
     def parts(self, size: int) -> Iterator[Part]:
         for number, start in enumerate(range(0, self.samples, size)):
             items = range(start, min(start + size, self.samples))
-            yield Part(number, digest([VERSION, self.seed, self.image_size, start, len(items)]), (start, len(items)))
+            about = [VERSION, self.seed, self.image_size, start, len(items), *([self.grid] if self.grid else [])]
+            yield Part(number, digest(about), (start, len(items)))
 
     def left_out(self) -> Mapping[str, int]:
         return {}
@@ -40,7 +41,7 @@ class Shapes:
     def records(self, part: Part) -> Iterator[Item]:
         start, count = part.items
         for number in range(start, start + count):
-            caption, scene = sample(self.seed, number)
+            caption, scene = sample(self.seed, number, self.grid)
             png = io.BytesIO()
             draw(scene, self.image_size).save(png, "PNG", compress_level=1)
             yield Record(f"{number:08d}", png.getvalue(), caption, ".png")
