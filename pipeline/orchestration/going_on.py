@@ -14,6 +14,7 @@ from typing import TypedDict
 from pipeline.config.base import flatten
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json
+from pipeline.core.checkpoint_names import saved_steps
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import Stage
 
@@ -111,5 +112,4 @@ def _steps(flat: Mapping[str, object], prefix: str) -> int:
 
 def _newest_step(directory: Path) -> int:
     """Of a training's complete checkpoints; 0: there is none."""
-    names = (path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(saved_steps(directory / "checkpoints"), default=0)

@@ -39,7 +39,6 @@ whichever of them a training resumes from, the best one of that moment is there.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 import uuid
@@ -51,14 +50,13 @@ from pathlib import Path
 
 from pipeline.core import distributed
 from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
+from pipeline.core.checkpoint_names import REPLACED, complete_checkpoints
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.training.checkpoint_files import Files, HostCopy, shares, write_files
 
 log = logging.getLogger(__name__)
 
-_COMPLETE = re.compile(r"step-(\d+)")
-_REPLACED = ".replaced"
 _LISTING_TIMEOUT_S = 90.0  # a client of a network file system may show a listing of up to a minute ago
 _LOOKS_APART_S = 10.0  # while all wait for a save: the ranks meet more often than a collective times out
 Records = dict[str, FileRecord]
@@ -231,7 +229,7 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
-        return sorted((p for p in self.directory.glob("step-*") if _COMPLETE.fullmatch(p.name)), key=step_of)[::-1]
+        return list(complete_checkpoints(self.directory).values())
 
 
 def step_of(path: Path) -> int:
@@ -303,7 +301,7 @@ def _set_aside(final: Path) -> Path | None:
     """Rename the checkpoint that is to be replaced by one of the same step, if there is one; its name until then."""
     if not final.exists():
         return None
-    replaced = final.with_suffix(_REPLACED)
+    replaced = final.with_suffix(REPLACED)
     if replaced.exists():
         _delete(replaced)
     return final.rename(replaced)
@@ -311,7 +309,7 @@ def _set_aside(final: Path) -> Path | None:
 
 def _put_back(directory: Path) -> None:
     """What a process that was killed had set aside is the checkpoint of its step, unless the new one is complete."""
-    for replaced in sorted(directory.glob(f"step-*{_REPLACED}")):
+    for replaced in sorted(directory.glob(f"step-*{REPLACED}")):
         if (final := replaced.with_suffix("")).exists():
             _delete(replaced)
         else:

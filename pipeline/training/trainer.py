@@ -23,6 +23,7 @@ import torch
 from pipeline.config.base import digest
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
 from pipeline.core import distributed, signals, watchdog
+from pipeline.core.checkpoint_names import saved_steps
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
 from pipeline.core.progress import progress
@@ -77,8 +78,7 @@ def train(
 
 def resumes(run: StageRun) -> bool:
     """Collective: whether a checkpoint will be restored; where there are some and none is usable, restoring raises."""
-    folders = (run.directory / "checkpoints").glob("step-*") if distributed.is_main() else ()
-    return distributed.broadcast_object(any(folder.name.removeprefix("step-").isdigit() for folder in folders))
+    return distributed.broadcast_object(distributed.is_main() and bool(saved_steps(run.directory / "checkpoints")))
 
 
 class Trainer:

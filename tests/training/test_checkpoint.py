@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -19,10 +21,12 @@ from pipeline.config.training import steps_or_seconds
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, record
+from pipeline.orchestration.stage_run import StageRun
 from pipeline.training import checkpoint, save_interval
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import Files, HostCopy
 from pipeline.training.save_interval import SaveInterval
+from pipeline.training.trainer import resumes
 from tests.launch import launch
 
 WEIGHTS = "weights.json"
@@ -175,12 +179,16 @@ def test_saving_a_step_again_leaves_the_first_until_the_second_is_complete(check
 
 
 @pytest.mark.slow
-def test_a_kill_before_any_file_operation_of_saving_a_step_again_leaves_one_of_the_two(tmp_path: Path) -> None:
+def test_a_kill_before_any_file_operation_of_saving_a_step_again_leaves_one_of_the_two_and_the_next_start_sees_it(
+    tmp_path: Path,
+) -> None:
     found, ended = [], False
     while not ended:
-        directory = tmp_path / str(len(found))
+        stage = cast(StageRun, SimpleNamespace(directory=tmp_path / str(len(found))))
+        directory = stage.directory / "checkpoints"
         _save(Checkpoints(directory, keep=1), 1, [1])
         ended = _saved_in_a_process_that_is_killed(directory, [2], operation=len(found))
+        assert resumes(stage)  # or it would draw weights, for the checkpoint to replace
         found.append(_restore(Checkpoints(directory, keep=1)))
         assert [path.name for path in directory.iterdir()] == ["step-00000001"]
     assert found == sorted(found)

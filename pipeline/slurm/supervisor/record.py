@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.atomic_io import write_json
+from pipeline.core.checkpoint_names import saved_steps
 from pipeline.slurm.supervisor.policy import Life
 
 _TAIL_BYTES = 65_536
-_CHECKPOINT = re.compile(r"step-(\d+)")
 _LIVES_KEPT = 1000
 
 
@@ -71,8 +71,7 @@ def write_record(path: Path, record: Record) -> None:
 def progress(stage_directory: Path, trains: bool) -> int:
     """How far a stage got: the step of its newest checkpoint; if it does not train, how many files it has made."""
     if trains:
-        found = [_CHECKPOINT.fullmatch(path.name) for path in stage_directory.glob("checkpoints/step-*")]
-        return max((int(match[1]) for match in found if match), default=0)
+        return max(saved_steps(stage_directory / "checkpoints"), default=0)
     # Hidden ones are what a dead process left half-written.
     return sum(not name.startswith(".") for _, _, names in os.walk(stage_directory) for name in names)
 
