@@ -80,19 +80,37 @@ class Slurm:
         return found[1]
 
 
-def wait_until(what: str, condition: Callable[[], T], seconds: float = 240, share: float = 0.1) -> T:
+def wait_until(
+    what: str, condition: Callable[[], T], seconds: float = 240, share: float = 0.1, run: Path | None = None
+) -> T:
     """Until the condition's value is true; returns it, for what is looked at once more may be gone.
 
     Args:
+        seconds: with `run`, since the jobs of this run directory have last written something: a busy machine makes a
+            chain of stages slow, and only one that does nothing hangs.
         share: of the time that asking may take; Slurm's answers cost the processor that what is waited for needs.
     """
-    deadline = time.monotonic() + seconds
-    asked = time.monotonic()
+    asked = since = time.monotonic()
+    seen = written(run)
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for this: {what}"
+        if seen != (seen := written(run)):
+            since = asked
+        assert time.monotonic() < since + seconds, f"waited {seconds:.0f} s for this: {what}"
         time.sleep(max(0.1, (time.monotonic() - asked) / share))
         asked = time.monotonic()
     return found
+
+
+def written(run: Path | None) -> tuple[int, int]:
+    """How many files there are in a run directory, and their bytes: not the locks, whose heart beats all the time."""
+    files = 0
+    size = 0
+    for folder, _, names in os.walk(run) if run else ():
+        for name in [] if Path(folder).name == "locks" else names:
+            with suppress(FileNotFoundError):
+                size += (Path(folder) / name).stat().st_size
+                files += 1
+    return files, size
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -158,20 +176,24 @@ class Training:
         self.jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
         self.id = self.jobs["transformer"]
 
+    def wait_until(self, what: str, condition: Callable[[], T]) -> T:
+        """As long as its jobs write something now and then."""
+        return wait_until(what, condition, run=self.run)
+
     def step(self) -> int:
         lines = whole_lines(self.run / "transformer" / "metrics.jsonl")
         return json.loads(lines[-1])["step"] if lines else 0
 
     def wait_for_steps(self, restarts: int) -> list[int]:
         """Wait until the job has trained a little after so many restarts; its processes, all asleep."""
-        wait_until(f"restart {restarts}", lambda: self.notes().count("started") > restarts)
+        self.wait_until(f"restart {restarts}", lambda: self.notes().count("started") > restarts)
         before = self.step()
 
         def all_beyond() -> list[int]:
             ranks = self.ranks() if self.step() not in (before, 100) else []
             return ranks if len(ranks) == self.processes else []
 
-        ranks = wait_until("a step", all_beyond)
+        ranks = self.wait_until("a step", all_beyond)
         signal_all(ranks, signal.SIGSTOP)
         return ranks
 
@@ -192,7 +214,7 @@ class Training:
         return self.slurm.job(self.id, "JobState")
 
     def wait_for_the_end(self) -> None:
-        wait_until("the end", lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED"))
+        self.wait_until("the end", lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED"))
 
 
 def start(*options: str) -> Slurm:
@@ -229,7 +251,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         testbed("scancel", "--user", getpass.getuser())
         for node in testbed("sinfo", "-h", "-N", "-t", "down", "-o", "%n").split():
             testbed.testbed("boot", node)
-        wait_until("the end of what a test left behind", lambda: not testbed("squeue", "-h", "--me").strip(), 60)
+        wait_until("the end of what a test left behind", lambda: not testbed("squeue", "-h", "--me").strip())
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Slurm, Training, signal_all, wait_until, weights
+from tests.slurm.conftest import Slurm, Training, signal_all, weights
 
 pytestmark = pytest.mark.slurm
 
@@ -36,7 +36,7 @@ def test_ranks_that_die_by_a_signal_or_an_error_come_back_and_change_no_bit(
     ranks = training.wait_for_steps(1)
     (run_copy.parent / "break").touch()
     os.kill(ranks[2], signal.SIGKILL)
-    wait_until("the error", lambda: training.notes().count("crash") == 3)
+    training.wait_until("the error", lambda: training.notes().count("crash") == 3)
     training.wait_for_the_end()
     assert training.state() == "COMPLETED"
     assert training.notes() == [*["started", "crash"] * 3, "started", "finished"]
@@ -76,15 +76,17 @@ def test_where_requeue_is_refused_a_successor_goes_on_and_dependents_wait_for_it
     training = Training(slurm, run_copy, 1, **more)
     waits = ["--parsable", f"--dependency=afterok:{training.id}", "--kill-on-invalid-dep=yes", "-o", "/dev/null"]
     dependent = int(slurm("sbatch", *waits, "--wrap", "true"))
-    wait_until("the first life", lambda: training.notes() == ["started"])
+    training.wait_until("the first life", lambda: training.notes() == ["started"])
     slurm("scontrol", "update", f"jobid={training.id}", "requeue=0")
     (run_copy.parent / "stop").touch()
-    wait_until("the successor", lambda: len(training.notes()) == 3)
+    training.wait_until("the successor", lambda: len(training.notes()) == 3)
     successor = json.loads((run_copy / "slurm" / "jobs.json").read_text())[-1]["id"]
     assert successor != training.id
     assert training.state() == "COMPLETED"
     assert slurm.job(dependent, "Dependency").startswith(f"afterok:{successor}")
-    wait_until("the dependent's end", lambda: slurm.states()[dependent] not in ("PENDING", "RUNNING", "COMPLETING"))
+    training.wait_until(
+        "the dependent's end", lambda: slurm.states()[dependent] not in ("PENDING", "RUNNING", "COMPLETING")
+    )
     assert slurm.states()[dependent] == "COMPLETED"
     listed = {entry["stage"]: entry for entry in json.loads(slurm.smalti("status", str(run_copy), "--json"))}
     assert (listed["transformer"]["state"], listed["transformer"]["job"]) == ("FINISHED", str(successor))

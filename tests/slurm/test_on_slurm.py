@@ -44,10 +44,12 @@ def test_prepare_as_an_array_makes_the_bytes_of_one_process_even_where_requeue_i
     run = tmp_path / "tiny"
     jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
     record = run / "slurm" / "prepare.task-1.lives.json"
-    wait_until("the task's first life", lambda: events(record) == ["started"])
+    wait_until("the task's first life", lambda: events(record) == ["started"], run=run)
     slurm("scontrol", "update", f"jobid={jobs['prepare.tasks']}_1", "requeue=0")
     (tmp_path / "stop").touch()
-    wait_until("the join's end", lambda: slurm.states()[jobs["prepare"]] not in ("PENDING", "RUNNING", "COMPLETING"))
+    wait_until(
+        "the join's end", lambda: slurm.states()[jobs["prepare"]] not in ("PENDING", "RUNNING", "COMPLETING"), run=run
+    )
     assert events(record) == ["started", "asked to stop", "started", "finished"]
     first, second = (life["job"] for life in json.loads(record.read_text())["lives"])
     assert first == f"{jobs['prepare.tasks']}_1"

@@ -23,18 +23,16 @@ USR2_BIT = 1 << (signal.SIGUSR2 - 1)
 def _run_into_the_time_limit(training: Training, ranks: list[int]) -> None:
     """Slurm looks every 30 s who is near a limit. The ranks sleep until its signal is there, however fast they are."""
     training.slurm("scontrol", "update", f"jobid={training.id}", "EndTime=now+1minute")
-    wait_until("USR2", lambda: all(map(_has_been_signalled, ranks)), 45)
+    wait_until("USR2", lambda: all(map(_has_been_signalled, ranks)))
     signal_all(ranks, signal.SIGCONT)
-    wait_until("the requeue", lambda: training.state() == "PENDING", 60)
+    wait_until("the requeue", lambda: training.state() == "PENDING")
     training.slurm("scontrol", "update", f"jobid={training.id}", "TimeLimit=30")
 
 
 def _be_killed_by_the_time_limit(training: Training, ranks: list[int]) -> None:
     """The ranks sleep through the signal ahead of it and through TERM, for which Slurm wakes them, until KILL."""
     training.slurm("scontrol", "update", f"jobid={training.id}", "EndTime=now+1")
-    wait_until(
-        "the requeue", lambda: (signal_all(ranks, signal.SIGSTOP), training.state() == "PENDING")[1], 90, share=1
-    )
+    wait_until("the requeue", lambda: (signal_all(ranks, signal.SIGSTOP), training.state() == "PENDING")[1], share=1)
     training.slurm("scontrol", "update", f"jobid={training.id}", "TimeLimit=30")
 
 
@@ -71,7 +69,7 @@ def test_three_time_limits_a_preemption_and_a_dead_node_change_no_bit(
 
     signal_all(training.wait_for_steps(4), signal.SIGCONT)
     slurm.testbed("crash", "node2")
-    wait_until("the loss noticed", lambda: training.state() == "PENDING", 60)
+    wait_until("the loss noticed", lambda: training.state() == "PENDING")
     slurm.testbed("boot", "node2")
 
     training.wait_for_the_end()
@@ -98,7 +96,7 @@ def test_a_user_signal_a_requeue_by_hand_and_a_controller_that_restarts_lose_not
     slurm.testbed("crash", "slurmctld")
     before = training.step()
     signal_all(ranks, signal.SIGCONT)
-    wait_until("a step without a controller", lambda: training.step() > before)
+    training.wait_until("a step without a controller", lambda: training.step() > before)
     signal_all(ranks, signal.SIGSTOP)
     slurm.testbed("boot", "slurmctld")
     assert training.notes() == ["started"]
@@ -107,14 +105,14 @@ def test_a_user_signal_a_requeue_by_hand_and_a_controller_that_restarts_lose_not
     slurm("scancel", "--signal=USR2", str(training.id))
     signal_all(training.wait_for_steps(1), signal.SIGCONT)
     slurm("scontrol", "requeue", str(training.id))
-    wait_until("restart 2", lambda: training.notes().count("started") == 3)
+    training.wait_until("restart 2", lambda: training.notes().count("started") == 3)
     assert training.notes().count("asked to stop") == 1
     assert f"cancelled: {training.id}" in slurm.smalti("cancel", str(run_copy))
     again = slurm.smalti("resubmit", str(run_copy), "--only", "transformer")  # at once, while that job is still ending
     assert "submitted: slurm/transformer.sbatch" in again
-    wait_until("the first one cancelled", lambda: training.state() == "CANCELLED", 30)
+    wait_until("the first one cancelled", lambda: training.state() == "CANCELLED")
     assert "cancelled: " in slurm.smalti("cancel", str(run_copy))
-    wait_until("all ours ended", lambda: training.slurm("squeue", "-h", "-o", "%A").split() == [str(theirs)], 30)
+    wait_until("all ours ended", lambda: training.slurm("squeue", "-h", "-o", "%A").split() == [str(theirs)])
     assert slurm.states()[theirs] in ("PENDING", "RUNNING")
     assert "is queued or running" in slurm.smalti("cancel", str(run_copy))
     slurm("scancel", str(theirs))
@@ -131,7 +129,7 @@ def test_a_preemption_with_grace_and_a_time_limit_with_progress_spend_no_budget(
     training = Training(slurm, run_copy, 1, default=default, stages="{}", max_time_limits="0")
     ranks = training.wait_for_steps(0)
     slurm("sbatch", "-p", "normal", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-    wait_until("USR2", lambda: all(map(_has_been_signalled, ranks)), 45)
+    wait_until("USR2", lambda: all(map(_has_been_signalled, ranks)))
     signal_all(ranks, signal.SIGCONT)
     ranks = training.wait_for_steps(1)
     slurm("scontrol", "update", "partition=preempt", "GraceTime=0")
@@ -139,7 +137,7 @@ def test_a_preemption_with_grace_and_a_time_limit_with_progress_spend_no_budget(
 
     slurm("scancel", "--signal=USR2", str(training.id))
     signal_all(ranks, signal.SIGCONT)
-    wait_until("another start", lambda: training.notes()[-2:] == ["time limit", "started"])
+    training.wait_until("another start", lambda: training.notes()[-2:] == ["time limit", "started"])
     # On a busy machine it runs into its limit sooner, too.
     assert set(training.notes()) == {"started", "preempted", "time limit"}
     slurm.smalti("cancel", str(run_copy))
@@ -155,7 +153,7 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
     signal_all([rank for rank in ranks if rank != ranks[2]], signal.SIGCONT)
     training.wait_for_the_end()
     assert training.state() == "FAILED"
-    wait_until("no dependent pending", lambda: not slurm("squeue", "-h", "--me").strip(), 30)
+    wait_until("no dependent pending", lambda: not slurm("squeue", "-h", "--me").strip())
     states = {script: slurm.states()[job] for script, job in training.jobs.items()}
     assert states == {**dict.fromkeys(states, "CANCELLED"), "transformer": "FAILED"}
     table = slurm.smalti("status", str(run_copy))
@@ -177,14 +175,14 @@ def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm:
         *("transformer", "generate", "generate", "evaluate", "report")
     ]
     slurm.smalti("cancel", str(run_copy))
-    wait_until("an empty queue", lambda: not slurm("squeue", "-h", "--me").strip(), 60)
+    wait_until("an empty queue", lambda: not slurm("squeue", "-h", "--me").strip())
 
 
 def test_a_users_mistake_is_told_once_and_leaves_nothing_pending(slurm: Slurm, tmp_path: Path) -> None:
     source = "prepare.source={kind: folder, path: /nowhere/at/all}"
     cluster = str(cluster_file(tmp_path))
     slurm.smalti("submit", str(TINY), f"runs={tmp_path}", source, "--cluster", cluster)
-    wait_until("an empty queue", lambda: not slurm("squeue", "-h", "--me").strip(), 60)
+    wait_until("an empty queue", lambda: not slurm("squeue", "-h", "--me").strip())
     listed = {entry["stage"]: entry for entry in json.loads(slurm.smalti("status", str(tmp_path / "tiny"), "--json"))}
     assert listed["prepare"]["state"] == "FAILED"
     assert "error: " in listed["prepare"]["failure"]
@@ -218,7 +216,7 @@ def _on_node1(folder: Path, line: str) -> str:
 
 
 def _assert_node1_left(training: Training, why: str) -> None:
-    wait_until("work on the other node", training.ranks)
+    training.wait_until("work on the other node", training.ranks)
     assert training.slurm.job(training.id, "NodeList") == "node2"
     assert training.slurm.job(training.id, "ExcNodeList") == "node1"
     assert f"preflight: bad host node1: {why}" in training.log()

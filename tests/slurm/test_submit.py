@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.conftest import STAGE_NAMES, TINY
 from tests.slurm.conftest import STEPS, Slurm, assert_clean, cluster_file, events, processes_of, wait_until, weights
 
 pytestmark = pytest.mark.slurm
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,19 +45,20 @@ def submitted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submitt
     jobs = {entry["script"]: entry["id"] for entry in json.loads((path / "slurm" / "jobs.json").read_text())}
     seen = Submitted(path, jobs, others)
 
-    at_work = wait_until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
+    def until(what: str, condition: Callable[[], T]) -> T:
+        return wait_until(what, condition, run=path)
+
+    at_work = until("an array task at work", lambda: processes_of(jobs["tokenize.tasks"], "stages.tokenize"))
     os.kill(at_work[0], signal.SIGKILL)
     records = path / "slurm"
-    wait_until("its death noted", lambda: any("crash" in events(f) for f in records.glob("tokenize.task-*.lives.json")))
+    until("its death noted", lambda: any("crash" in events(f) for f in records.glob("tokenize.task-*.lives.json")))
     seen.join_state_after_death = slurm.job(jobs["tokenize"], "JobState")
 
-    wait_until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"))
+    until("the transformer at work", lambda: processes_of(jobs["transformer"], "stages.transformer"))
     seen.again = slurm.smalti(*submit)
     seen.jobs_after_again = set(slurm.states())
 
-    wait_until(
-        "the last stage's end", lambda: slurm.states()[jobs["report"]] not in ("PENDING", "RUNNING", "COMPLETING"), 240
-    )
+    until("the last stage's end", lambda: slurm.states()[jobs["report"]] not in ("PENDING", "RUNNING", "COMPLETING"))
     seen.final_states = slurm.states()
     return seen
 
@@ -148,7 +152,7 @@ def test_a_job_that_dies_before_its_stage_begins_is_failed_whatever_lies_there(
     slurm.smalti("submit", str(copy), "report.title=Another", "--cluster", str(cluster))
     job = json.loads((copy / "slurm" / "jobs.json").read_text())[-1]["id"]
     assert job not in submitted.jobs.values()
-    wait_until("its end", lambda: slurm.states()[job] not in ("PENDING", "RUNNING", "COMPLETING"))
+    wait_until("its end", lambda: slurm.states()[job] not in ("PENDING", "RUNNING", "COMPLETING"), run=copy)
     assert (copy / "report" / "_SUCCESS").exists()
     assert slurm.states()[job] == "FAILED"
     assert slurm.job(job, "ExitCode") == "127:0"
