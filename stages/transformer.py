@@ -1,6 +1,7 @@
 """Stage 5, transformer: learn text and image codes as one sequence, on the DeepSpeed engine.
 
-Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts while training).
+Reads tokenize (token arrays), text-tokenizer and image-tokenizer (to generate a few prompts while training), and looks
+for the prompts of `generate` in prepare's catalog before it begins.
 Writes model/{model.safetensors,config.json} (`load_transformer` loads them with plain torch)
 and samples.png, those images of the model's step. See pipeline/transformer/.
 """
@@ -21,9 +22,9 @@ from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
 from pipeline.core.weights import model_files
+from pipeline.data.catalog import prepared_catalog
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
-from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.start_model import find_start, init_from
@@ -151,10 +152,10 @@ def _check_prompts(run: StageRun) -> None:
     """
     if (run.directory / "checkpoints").exists():
         return
-    error, arrays = None, TokenArrays(run.input("tokenize"), "train")
-    if distributed.is_main() and all("captions" in shard for shard in arrays.shards):
+    error, catalog = None, prepared_catalog(run.input("prepare"), "train") if distributed.is_main() else None
+    if catalog is not None:
         try:
-            check_against_training(run.config.generate, arrays.all_captions())
+            check_against_training(run.config.generate, catalog)
         except UserError as mistake:
             error = mistake
     if (told := distributed.broadcast_object(error)) is not None:

@@ -230,6 +230,14 @@ class Catalog:
         return words
 
 
+def prepared_catalog(prepare_dir: Path, split: str) -> Catalog | None:
+    """The catalog of a split, where one lies there: an earlier version wrote none, and shards may have gone since."""
+    if not (prepare_dir / "index.json").is_file():
+        return None
+    index = read_index(prepare_dir)
+    return Catalog(prepare_dir, split, index) if "catalog" in index else None
+
+
 def _ints(rows: Rows) -> Ints:
     return np.asarray(rows, dtype=np.int64)
 

@@ -86,7 +86,9 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
 def _check_all(folder: Path, shards: list[Shard]) -> None:
     for shard in progress(shards, description="verify", unit="shard", shown=len(shards) > 1):
         check_shard(folder, shard)
-        ShardFile(folder / shard.name, shard).read(shard.samples - 1)
+        images = ShardFile(folder / shard.name, shard)
+        for row in range(shard.samples):  # the index beside the tar leads to each image
+            images.read(row)
 
 
 def _spread(folder: Path, index: PrepareIndex) -> Iterator[Sample]:

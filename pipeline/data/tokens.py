@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
@@ -226,12 +226,6 @@ class TokenArrays:
             text, ends = self._lines(shard)
             found.append(text[ends[row - 1] + 1 if row else 0 : ends[row]].decode())
         return found
-
-    def all_captions(self) -> Iterator[str]:
-        """All captions of all samples, in their order. Every shard must keep some."""
-        for entry in self.shards:
-            # By line feeds alone, as they are written: splitlines() knows more ends of a line.
-            yield from (self.directory / entry["captions"]).read_text().split("\n")[:-1]
 
     def _map_lines(self, shard: int) -> tuple[mmap.mmap, NDArray[np.uint32]]:
         """All captions of a shard, and where each ends."""

@@ -23,6 +23,7 @@ class Stage:
 
     name: str
     inputs: tuple[str, ...] = ()
+    looks_at: tuple[str, ...] = ()  # read for checks alone: no part of what the result is a function of
     trains: bool = False  # runs as one process per GPU of its job; its section has a `training`
     shards: bool = False  # its work can be split into independent array tasks
     workers: bool = False  # one process of it fills a machine's cores by itself: array tasks are for several machines
@@ -43,7 +44,7 @@ _WORK = (
     Stage("text-tokenizer", inputs=("prepare",)),
     Stage("image-tokenizer", inputs=("prepare",), trains=True),
     Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),
-    Stage("transformer", inputs=("text-tokenizer", "image-tokenizer", "tokenize"), trains=True),
+    Stage("transformer", ("text-tokenizer", "image-tokenizer", "tokenize"), looks_at=("prepare",), trains=True),
     Stage("reranker", inputs=("prepare", "text-tokenizer"), trains=True),
     Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker"), shards=True),
     Stage("evaluate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "generate"), shards=True),
@@ -126,4 +127,7 @@ def _check_guidance(config: PipelineConfig) -> None:
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:
     """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
     section = stage_named(stage).section
-    return {"seed": config.seed, section: identity(config.section(section))}
+    own: dict[str, object] = {"seed": config.seed, section: identity(config.section(section))}
+    if stage == "text-tokenizer" and config.transformer.condition == "class":
+        own["condition"] = "class"
+    return own

@@ -52,12 +52,12 @@ class StageRun:
         self._runs = runs
 
     def input(self, name: str) -> Path:
-        """The directory of a finished input stage.
+        """The directory of a finished input stage, or of one that this stage looks at.
 
         Raises:
             KeyError: the graph does not list `name` among this stage's inputs.
         """
-        if name not in self.stage.inputs:
+        if name not in self.stage.inputs + self.stage.looks_at:
             raise KeyError(f"{self.name} does not list {name} among its inputs in pipeline/orchestration/graph.py")
         return self._runs.stage(name)
 

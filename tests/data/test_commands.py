@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from PIL import Image
 from pipeline.cli.main import cli
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
+from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.tokens import TokenArrays
 from pipeline.image_tokenizer.base import ImageTokenizer
+from tests.data.sample_images import folder_config
 from tests.data.small_run import make_small_run
 
 SAMPLES = 40
@@ -62,6 +65,14 @@ def test_inspect_names_a_replaced_tar_and_a_flipped_byte(tmp_path: Path) -> None
     tar = run / "prepare/train/000000.tar"
     tar.write_bytes(tar.read_bytes()[:-512] + b"x" * 512)
     with pytest.raises(UserError, match=r"train/000000\.tar is not the shard that prepare wrote"):
+        _smalti("inspect", run)
+    shutil.rmtree(run / "prepare")
+    prepare(run / "prepare", folder_config(run / "in", image_size=16, validation_fraction=0.1), seed=0)
+    places = run / "prepare/train/000000.index.npy"
+    content = bytearray(places.read_bytes())
+    content[-24 * 3] ^= 1  # where the third image from the end begins
+    places.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000000\.tar is damaged at sample \d+: wrong checksum"):
         _smalti("inspect", run)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
+from pipeline.data.catalog import Catalog
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenize_shards import TokenizeJob, all_shards, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
@@ -80,6 +81,38 @@ def test_killed_worker_of_prepare_fails_the_stage_and_the_next_run_ends_with_the
     assert "finished shards are kept: run the same command again" in messages
     prepare(out, folder_config(folder, **VALUES), seed=0)
     assert tree_bytes(out) == fresh
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.data.prepare import prepare
+from tests.data.sample_images import folder_config
+if __name__ == "__main__":
+    folder, out, name = sys.argv[1:]
+    def die(event, arguments):
+        if event in ("open", "os.rename") and os.path.basename(str(arguments[0])).startswith(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(die)
+    prepare(Path(out), folder_config(Path(folder), shard_size=20, image_size=32, workers=1), seed=0)
+"""
+
+
+@pytest.mark.parametrize("name", ["train.captions", ".train.checksums", ".index.json"])
+def test_killed_while_it_replaces_a_catalog_prepare_ends_with_the_same_bytes_and_neither_is_read_as_the_other(
+    name: str, tmp_path: Path
+) -> None:
+    folder, out = write_folder(tmp_path / "in", 12), tmp_path / "out"
+    prepare(out, folder_config(folder, **VALUES), seed=0)
+    write_folder(folder, 12, start=20)
+    (tmp_path / "dies.py").write_text(DIES)
+    command = [sys.executable, str(tmp_path / "dies.py"), str(folder), str(out), name]
+    assert subprocess.run(command, env=environment(), timeout=120).returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="catalog/train.* is .*damaged.*run the stage prepare again"):
+        Catalog(out, "train").verify()  # by the index of before
+    prepare(out, folder_config(folder, **VALUES), seed=0)
+    prepare(tmp_path / "undisturbed", folder_config(folder, **VALUES), seed=0)
+    assert tree_bytes(out) == tree_bytes(tmp_path / "undisturbed")
 
 
 def _on_small_disk(

@@ -33,7 +33,7 @@ def test_the_file_of_a_stage_runs_it_and_says_what_it_does(stage: Stage) -> None
 
 def test_stages_read_only_what_comes_before_them_and_the_report_reads_everything() -> None:
     for number, stage in enumerate(STAGES):
-        assert set(stage.inputs) <= set(STAGE_NAMES[:number])
+        assert set(stage.inputs + stage.looks_at) <= set(STAGE_NAMES[:number])
     assert STAGES[-1].name == "report"
     assert STAGES[-1].inputs == STAGE_NAMES[:-1]
 
