@@ -25,6 +25,9 @@ class OpenMojiSource(_Source):
 
     kind: Literal["openmoji"]
     limit: int | None = Field(None, ge=1, description="only the first so many, in the order of their code points")
+    without: tuple[Literal["people", "flags"], ...] = added(
+        (), description="leave these out; people are all that come in skin tones, hands, too"
+    )
     colored: int = added(0, ge=0, le=9, description="of each, so many more in other colors: 'blue lemon'")
     outlined: float = added(0, ge=0, le=1, description="the share that comes as an outline, too: 'outline of lemon'")
     paired: int = added(0, ge=0, description="so many more of two things: 'lemon and cat'")

