@@ -4,11 +4,11 @@
         …
 
 A lock whose owner is gone is taken over: at once when the owner is a dead process of this machine, else when this
-process itself has seen no beat for `STALE_AFTER_S`, whatever the clocks of other hosts say. When the owner is an
-earlier start of the same Slurm job, on another node, two missed beats are enough. A process that finds its lock taken
+process itself has seen no beat for `STALE_AFTER_S`, whatever the clocks of other hosts say, or a little sooner when the
+owner is an earlier start of the same Slurm job, on another node. A process that finds its lock taken
 over ends itself at once: it was asleep for that long, and another one writes now. One that cannot beat for half of
-`STALE_AFTER_S`, whatever the file system answers, ends itself too, before another one may take over; one that was
-stopped (SIGSTOP, Ctrl-Z) looks before it does anything else.
+`STALE_AFTER_S`, whatever the file system answers or if it never does, ends itself too, before another one may take
+over; one that was stopped (SIGSTOP, Ctrl-Z) looks before it does anything else.
 
 Why not filelock's lease (SoftFileLease, 4.2): an owner that was stopped, then continued, writes beside the new one
 until its next heartbeats, and a killed process that nobody has waited for (a zombie, as stages are for a moment)
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 90.0
-SAME_JOB_STALE_AFTER_S = 25.0
+SAME_JOB_STALE_AFTER_S = 60.0  # its owner has stopped by then: half of the other, two beats and a second
 _DYING_S = 0.5  # a process of this machine may just be dying
 _SILENT_S = 5.0  # seconds of waiting before a line says so
 _POLL_S = 0.1
@@ -106,6 +106,7 @@ class Lock:
         _held.add(self)
         _look_when_continued()
         threading.Thread(target=self._keep_alive, name="lock heartbeat", daemon=True).start()
+        threading.Thread(target=self._end_if_silent, name="lock watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -148,6 +149,16 @@ class Lock:
         while not self._released.wait(HEARTBEAT_S):
             self.beat_or_end()
 
+    def _end_if_silent(self) -> None:
+        """Beside the heartbeat, which a file system that does not answer (an NFS server is away) may hold for hours."""
+        looked = time.monotonic()
+        while not self._released.wait(HEARTBEAT_S):
+            # All of this process was stopped for longer than that: the heartbeat looks first.
+            was_stopped = time.monotonic() - looked > 2 * HEARTBEAT_S + 1
+            looked = time.monotonic()
+            if not was_stopped and self._process == os.getpid():
+                self._end_after_silence()
+
     def beat_or_end(self) -> None:
         """Show that the owner lives; end this process if that failed for so long that another one may take over."""
         try:
@@ -159,7 +170,11 @@ class Lock:
             if not self._told:
                 log.warning("%s: the heartbeat of its lock %s failed (%s): trying on", self.what, self.path, error)
             self._told = True
+        self._end_after_silence()
+
+    def _end_after_silence(self) -> None:
         if self._silent_s() > STALE_AFTER_S / 2:
+            threading.Timer(1.0, os._exit, (1,)).start()  # the log may lie on a file system that does not answer
             log.critical(
                 "%s: no heartbeat of %s for %.0f s: this process ends before another one takes over",
                 self.what,
