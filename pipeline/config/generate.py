@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, added, operational
 
+# What a setting for raster models is told of the other orders.
+INSTEAD_OF_SPECULATION = {"any": "set passes instead", "scale": "leave it out"}
+
 
 class SamplingConfig(Config):
     """How a code is drawn from its logits. The defaults draw from the model's own distribution."""

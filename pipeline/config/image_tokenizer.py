@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.config.base import Config, added, operational
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
 from pipeline.config.ode import OdeConfig
-from pipeline.config.quantizers import CodebookConfig, GumbelConfig, GumbelSettings, QuantizerConfig
+from pipeline.config.quantizers import CodebookConfig, GumbelConfig, GumbelSettings, QuantizerConfig, levels_of
 from pipeline.config.training import TrainingConfig
 
 
@@ -204,6 +204,11 @@ class ImageTokenizerConfig(Config):
         if self.pretrained and self.init_from:
             raise ValueError("pretrained brings its own weights: leave `init_from` out, or `pretrained`")
         return self
+
+    @property
+    def levels(self) -> int:
+        """Grids of codes; those of other libraries have one."""
+        return 1 if self.pretrained else sum(map(levels_of, self.model.quantizers))
 
     @property
     def kind(self) -> str:

@@ -178,3 +178,10 @@ class GumbelConfig(GumbelSettings):
 QuantizerConfig = Annotated[
     CodebookConfig | MultiscaleConfig | FSQConfig | LFQConfig | GumbelConfig, Field(discriminator="kind")
 ]
+
+
+def levels_of(quantizer: QuantizerConfig) -> int:
+    """Grids of codes that a quantizer makes of one grid of features."""
+    if isinstance(quantizer, MultiscaleConfig):
+        return len(quantizer.scales)
+    return quantizer.depth if isinstance(quantizer, CodebookConfig) else 1

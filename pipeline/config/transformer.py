@@ -47,8 +47,10 @@ class TransformerShape(Config):
     conv_kernel: int = Field(11, ge=1, description="side of the convolutional pattern, odd")
     qk_norm: bool = Field(True, description="RMS-normalise queries and keys")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the output of attention and MLP, in training")
-    order: Literal["raster", "any"] = added(
-        "raster", description="of image codes: row by row, or any, learned in random orders, many codes a pass"
+    order: Literal["raster", "any", "scale"] = added(
+        "raster",
+        description="of image codes: raster, row by row; any, learned in random orders, many codes a pass; scale, all"
+        " codes of a level in one pass",
     )
     base_width: int | None = Field(
         None, ge=8, description="muP: the width that learning_rate was found at; None: no transfer between widths"
@@ -70,8 +72,8 @@ class TransformerShape(Config):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; choose a divisor")
         if self.positions == "rotary" and self.head_width % 4:
             raise ValueError(f"rotary positions need width / heads in multiples of 4, found {self.head_width}")
-        if self.order == "any" and self.attention == "sparse":
-            raise ValueError("order any needs attention full, found sparse: its patterns are those of rows")
+        if self.order != "raster" and self.attention == "sparse":
+            raise ValueError(f"order {self.order} needs attention full, found sparse: its patterns are those of rows")
         if self.order == "any" and self.layers < 2:
             raise ValueError(
                 f"order any needs at least 2 layers, one that reads and one that asks, found {self.layers}"
@@ -124,6 +126,13 @@ class TransformerConfig(TransformerShape):
     )
     bpe_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"
+    )
+    code_noise: float = added(
+        0.1,
+        ge=0,
+        lt=1,
+        description="order scale: up to this share of a sample's codes are read as others in training, so that finer"
+        " levels learn to live with wrong draws",
     )
     init_from: str | None = added(
         None,

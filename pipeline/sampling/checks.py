@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pipeline.config.generate import SamplingConfig
+from pipeline.config.generate import INSTEAD_OF_SPECULATION, SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
@@ -49,14 +49,16 @@ def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_traine
     """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained,
     passes of a raster model, or more or less of them than its codes and levels allow."""
     layout = model.layout
-    if model.order == "raster" and (given := sampling.in_passes):
+    if model.order != "any" and (given := sampling.in_passes):
+        how = "code by code" if model.order == "raster" else "level by level"
         raise UserError(
-            f"{given[0]}: expected a transformer of order any (transformer.order=any), found one of order raster, which"
-            " draws code by code: leave it out"
+            f"{given[0]}: expected a transformer of order any (transformer.order=any), found one of order"
+            f" {model.order}, which draws {how}: leave it out"
         )
     if model.order != "raster" and sampling.speculate is not None:
         raise UserError(
-            f"speculate: expected a transformer of order raster, found one of order {model.order}: set passes instead"
+            f"speculate: expected a transformer of order raster, found one of order {model.order}:"
+            f" {INSTEAD_OF_SPECULATION[model.order]}"
         )
     fewest, most = len(layout.levels), layout.image_length
     if sampling.passes is not None and not fewest <= sampling.passes <= most:

@@ -28,6 +28,7 @@ from pipeline.core.seeds import hash64
 from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import ModelStep
 from pipeline.sampling.draw_next import UNKNOWN, Drawing, DrawNext, DrawWithNumbers, DrawWithTensors, guidance_scales
+from pipeline.sampling.level_decode import draw_by_level
 from pipeline.sampling.parallel_decode import draw_in_passes
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.speculate import draw_speculating
@@ -35,6 +36,7 @@ from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.next_scale import NextScaleTransformer
 from pipeline.transformer.orders import sorted_within_levels
 
 log = logging.getLogger(__name__)
@@ -64,20 +66,23 @@ def draw_codes(
     compiled: bool = False,
     step: StepKind | None = None,
 ) -> Tensor:
-    """Draw the codes of B candidates, coarse to fine, raster order; of an any-order model in `sampling.passes`.
+    """Draw the codes of B candidates, coarse to fine, raster order; of an any-order model in `sampling.passes`,
+    of a next-scale model level by level.
 
     Args:
         text_PT: text ids of the prompts (0: pad).
         prompt_of_B: which prompt each candidate belongs to.
         uniforms_BN: each candidate's own random numbers, `numbers_per_image` of them.
         known_PN: codes that each prompt's candidates have from the start; UNKNOWN (-1) where one is to be drawn.
-        on_code: called after each code, or pass, with the number of codes there are by now, and all codes [B, N].
+        on_code: called after each code, pass or level, with the number of codes there are by now, and all codes [B, N].
         compiled: run the step through `torch.compile`.
         step: which one decodes; None: what `choose_step` says.
 
     Returns:
         int64 [B, N], each level's own ids (no offsets).
     """
+    if isinstance(model, NextScaleTransformer):
+        return draw_by_level(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     if isinstance(model, AnyOrderTransformer):
         return draw_in_passes(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     count = model.layout.image_length

@@ -57,7 +57,7 @@ class Callbacks:
 
     on_tokens: Callable[[int], object] | None = None  # with the number of codes that have been added, over all images
     on_row: Callable[[Tensor, int], object] | None = None  # with the codes [B, N] and how many of the N are there,
-    # after each row of codes; of a transformer of order any after each pass
+    # after each row of codes; of transformers of other orders than raster after each pass
 
 
 class Pipeline:
@@ -334,7 +334,7 @@ def _reporter(model: Transformer, images: int, callbacks: Callbacks) -> Callable
         reported = drawn
         level = layout.level_at(drawn - 1)
         row_is_full = (drawn - layout.level_starts[level]) % layout.levels[level].width == 0
-        if callbacks.on_row is not None and (row_is_full or model.order == "any"):
+        if callbacks.on_row is not None and (row_is_full or model.order != "raster"):
             callbacks.on_row(codes_BN, drawn)
 
     return report

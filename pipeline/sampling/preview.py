@@ -28,7 +28,7 @@ class Preview:
         levels = model.layout.levels
         into_last = max(drawn - sum(level.positions for level in levels[:-1]), 0)
         generated = into_last / levels[-1].positions if len(levels) == 1 or into_last else 1.0
-        if model.order == "any":  # codes lie anywhere, and those that are missing are code 0
+        if model.order != "raster":  # codes lie anywhere, and those that are missing are code 0
             generated = 1.0
         self._draw(image, generated)
         if drawn == codes_BN.shape[1]:  # the next batch is drawn below

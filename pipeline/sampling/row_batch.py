@@ -81,7 +81,7 @@ class RowBatch:
         if model.order != "raster":
             raise UserError(
                 f"expected a transformer of order raster, whose images advance code by code, found {model.order}:"
-                " take a PassBatch"
+                f" {'take a PassBatch' if model.order == 'any' else 'smalti generate draws its images'}"
             )
         self._model, self._slots = model, slots
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]

@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.attention.flex_attention import flex_attention
 
 from pipeline.config.transformer import TransformerShape
-from pipeline.transformer.attention_patterns import Pattern
+from pipeline.transformer.attention_patterns import Pattern, length_of
 from pipeline.transformer.norms import RMSNorm
 from pipeline.transformer.rotary import rotate
 from pipeline.transformer.tables import Tables
@@ -93,9 +93,10 @@ class Attention(Heads):
 
     def make_tables(self, tables: Tables, dtype: torch.dtype) -> None:
         """Make what training over whole sequences reads of `tables`: compiled code would trace how it is made."""
+        length = length_of(self.pattern, tables.layout)
         if self.rotary:
-            tables.rotary(0, tables.layout.length, dtype)
-        backend = choose_backend(tables.device.type, self.pattern, tables.layout.length, True, training=True)
+            tables.rotary(0, length, dtype)
+        backend = choose_backend(tables.device.type, self.pattern, length, True, training=True)
         if backend == "math":
             tables.bias(self.pattern, dtype)
         elif backend == "flex":
@@ -122,7 +123,7 @@ def attend(
     """
     if backend is None:
         queries = query.shape[2]
-        whole = queries == key.shape[2] == tables.layout.length
+        whole = queries == key.shape[2] == length_of(pattern, tables.layout)
         backend = choose_backend(query.device.type, pattern, queries, whole, query.requires_grad)
     if backend == "math":
         return _math(query, key, value, scale, pattern, tables)

@@ -11,6 +11,9 @@ and
 Layer i of L, counted from 1: convolution if i = L, column if (i - 2) mod 4 = 0, else row ("row, column, row, row").
 
 S positions are read: start, T of text, and the N codes but the last.
+
+Models of order scale have a pattern of their own, `levels`: a code's position, which asks for it, sees all text, the
+coarser levels and its own whole level (Tian et al. 2024, section 3.1). S is T + 1 + N there.
 """
 
 from __future__ import annotations
@@ -27,12 +30,14 @@ from pipeline.transformer.layout import Layout
 
 BLOCK = 128  # positions of a block of FlexAttention, both ways
 _PAIRS_AT_A_TIME = 2**20  # that a dense mask compares: all of 16,512 positions would take 1.1 GB, several times
-Pattern = Literal["full", "row", "column", "convolution"]
+Pattern = Literal["full", "row", "column", "convolution", "levels"]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key, as FlexAttention takes it
 
 
 def pattern_of(layer: int, shape: TransformerShape) -> Pattern:
     """The pattern of 0-based `layer`."""
+    if shape.order == "scale":
+        return "levels"
     if shape.attention == "full":
         return "full"
     if layer + 1 == shape.layers:
@@ -40,8 +45,13 @@ def pattern_of(layer: int, shape: TransformerShape) -> Pattern:
     return "column" if (layer + 1 - 2) % 4 == 0 else "row"
 
 
+def length_of(pattern: Pattern, layout: Layout) -> int:
+    """The S positions of a whole sequence."""
+    return layout.length + (1 if pattern == "levels" else 0)
+
+
 class PositionArrays(NamedTuple):
-    """What the patterns need to know of each position; int32 [S] each."""
+    """What the patterns need to know of each position; int32 [T + 1 + N] each."""
 
     level: Tensor  # -1: start and text
     level_width: Tensor  # codes per row; 1 for start and text
@@ -49,15 +59,14 @@ class PositionArrays(NamedTuple):
 
 
 def position_arrays(layout: Layout, device: torch.device) -> PositionArrays:
-    """Level, its width, and the column there, of each of the S positions."""
+    """Level, its width, and the column there, of start, text and all codes."""
     text = layout.text_length + 1
     levels, widths, columns = [-1] * text, [1] * text, [0] * text
     for number, level in enumerate(layout.levels):
         levels += [number] * level.positions
         widths += [level.width] * level.positions
         columns += list(range(level.width)) * level.height
-    arrays = torch.tensor([levels, widths, columns], dtype=torch.int32, device=device)
-    return PositionArrays(*arrays[:, :-1].contiguous())  # the last code is predicted, never read
+    return PositionArrays(*torch.tensor([levels, widths, columns], dtype=torch.int32, device=device))
 
 
 def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device) -> MaskMod:
@@ -71,6 +80,9 @@ def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device
         back = query - key
         if pattern == "full":
             return back >= 0
+        coarser = positions.level[key] != positions.level[query]
+        if pattern == "levels":
+            return (back >= 0) | (~coarser & (positions.level[query] >= 0))
         width = positions.level_width[query]
         if pattern == "row":
             near = back <= width
@@ -80,7 +92,6 @@ def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device
             half = kernel // 2
             # back = rows * width + sideways, 0 <= rows <= half, |sideways| <= half
             near = (back <= half * width + half) & ((back + half) % width <= 2 * half)
-        coarser = positions.level[key] != positions.level[query]
         return (back >= 0) & (near | coarser | (positions.level[query] < 0))
 
     return mask
@@ -88,8 +99,9 @@ def mask_mod(pattern: Pattern, layout: Layout, kernel: int, device: torch.device
 
 def dense_mask(pattern: Pattern, layout: Layout, kernel: int, device: torch.device) -> Tensor:
     """The pattern as bool [S, S]: row sees column."""
-    rows = max(_PAIRS_AT_A_TIME // layout.length, 1)
-    return torch.cat(list(_masks_of_rows(mask_mod(pattern, layout, kernel, device), layout.length, rows, device)))
+    length = length_of(pattern, layout)
+    rows = max(_PAIRS_AT_A_TIME // length, 1)
+    return torch.cat(list(_masks_of_rows(mask_mod(pattern, layout, kernel, device), length, rows, device)))
 
 
 def column_major(layout: Layout, device: torch.device) -> Tensor:

@@ -13,11 +13,16 @@ from pipeline.core.pretrained import load_model
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.next_scale import NextScaleTransformer
+
+_MODELS: dict[str, type[Transformer]] = {
+    model.order: model for model in (Transformer, AnyOrderTransformer, NextScaleTransformer)
+}
 
 
 def build_transformer(layout: Layout, shape: TransformerShape) -> Transformer:
     """The transformer that `shape.order` names."""
-    return (AnyOrderTransformer if shape.order == "any" else Transformer)(layout, shape)
+    return _MODELS[shape.order](layout, shape)
 
 
 def load_transformer(

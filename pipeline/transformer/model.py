@@ -40,7 +40,7 @@ INIT_STD = 0.02
 class Transformer(nn.Module):
     """The decoder. Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
 
-    order: ClassVar[Literal["raster", "any"]] = "raster"
+    order: ClassVar[Literal["raster", "any", "scale"]] = "raster"
 
     def __init__(self, layout: Layout, shape: TransformerShape) -> None:
         super().__init__()
@@ -150,10 +150,15 @@ class Transformer(nn.Module):
 
         It holds the first `length` positions; None: all.
         """
-        size = (batch, self.shape.key_value_heads, length or self.layout.length, self.shape.head_width)
+        size = (batch, self.shape.key_value_heads, length or self._cached_length, self.shape.head_width)
         dtype = working_precision(self.head.weight[:0]).dtype
         empty = [self.head.weight.new_empty(size, dtype=dtype) for _ in range(2 * self.shape.layers)]
         return [LayerCache(keys, values) for keys, values in zip(empty[::2], empty[1::2], strict=True)]
+
+    @property
+    def _cached_length(self) -> int:
+        """Positions of a whole image in a cache."""
+        return self.layout.length
 
     def read_text(self, text_BT: Tensor, cache: Cache) -> Tensor:
         """Put start and text into the cache; returns the hidden state [B, D] that predicts code 0."""

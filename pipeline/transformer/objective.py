@@ -23,7 +23,9 @@ from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.cross_entropy import Part, cross_entropy
+from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.next_scale import NextScaleTransformer
 from pipeline.transformer.orders import random_orders
 
 
@@ -77,10 +79,14 @@ class JointObjective(Objective):
 
     def _factors(self, text_BT: Tensor, codes_BN: Tensor, step: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The factors of the logits, and the codes in the order in which these predict them."""
-        if not isinstance(self.transformer, AnyOrderTransformer):
-            return self.transformer.hidden_and_head_weights(text_BT, codes_BN), codes_BN
-        order_BN = random_orders(codes_BN, self.transformer.layout, self.seed, step)
-        factors = self.transformer.hidden_and_head_weights(text_BT, codes_BN, order_BN)
+        model = self.transformer
+        if isinstance(model, NextScaleTransformer) and self.training:
+            read_BN = replace_codes(codes_BN, model.layout, self.config.code_noise)
+            return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
+        if not isinstance(model, AnyOrderTransformer):
+            return model.hidden_and_head_weights(text_BT, codes_BN), codes_BN
+        order_BN = random_orders(codes_BN, model.layout, self.seed, step)
+        factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)
         return factors, codes_BN.gather(1, order_BN)
 
 
@@ -101,3 +107,19 @@ def drop_captions(text_BT: Tensor, share: float) -> tuple[Tensor, Tensor | None]
         return text_BT, None
     dropped_B1 = torch.rand(len(text_BT), 1, device=text_BT.device) < share
     return text_BT.masked_fill(dropped_B1, PAD_ID), ~dropped_B1.expand_as(text_BT)
+
+
+def replace_codes(codes_BN: Tensor, layout: Layout, most: float) -> Tensor:
+    """Codes of which a share is others, drawn evenly from their codebooks; torch's global RNG.
+
+    The share is a sample's own, drawn evenly from 0 to `most`. After Han et al. 2024 (Infinity, arXiv
+    2412.04431), who flip bits and quantize anew what is left of the image; token arrays hold no image, so here the
+    targets stay.
+    """
+    if most == 0:
+        return codes_BN
+    sizes = [codes_BN.new_full((level.positions,), level.codebook_size) for level in layout.levels]
+    share_B1 = most * torch.rand(len(codes_BN), 1, device=codes_BN.device)
+    replaced_BN = torch.rand(codes_BN.shape, device=codes_BN.device) < share_B1
+    others_BN = torch.randint(2**62, codes_BN.shape, device=codes_BN.device) % torch.cat(sizes)
+    return torch.where(replaced_BN, others_BN, codes_BN)

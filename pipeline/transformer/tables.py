@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.resize import resize_matrix
 from pipeline.transformer.attention_patterns import (
     BLOCK,
     Pattern,
     column_major,
     dense_mask,
+    length_of,
     mask_mod,
     reordered,
     seen_in_blocks,
@@ -39,6 +41,7 @@ class Tables:
         self._bias: dict[tuple[Pattern, torch.dtype], Tensor] = {}
         self._block_masks: dict[Pattern, BlockMask] = {}
         self._column_major: tuple[Tensor, Tensor] | None = None
+        self._resizing: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode(False)
     def rotary(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,6 +85,25 @@ class Tables:
         return self._column_major
 
     @torch.inference_mode(False)
+    def to_finest(self, level: int) -> tuple[Tensor, Tensor]:
+        """What rows and columns of a level's grid are multiplied by to make a grid of the finest level, bicubic: [H, h]
+        and [W, w]."""
+        grid, finest = self.layout.levels[level], self.layout.levels[-1]
+        return self._resize(level, "bicubic", (grid.height, finest.height), (grid.width, finest.width))
+
+    @torch.inference_mode(False)
+    def from_finest(self, level: int) -> tuple[Tensor, Tensor]:
+        """The way back, the mean over the area: [h, H] and [w, W]."""
+        grid, finest = self.layout.levels[level], self.layout.levels[-1]
+        return self._resize(level, "area", (finest.height, grid.height), (finest.width, grid.width))
+
+    def _resize(self, level: int, mode: str, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if (level, mode) not in self._resizing:
+            matrices = resize_matrix(*rows, mode), resize_matrix(*columns, mode)
+            self._resizing[level, mode] = matrices[0].to(self.device), matrices[1].to(self.device)
+        return self._resizing[level, mode]
+
+    @torch.inference_mode(False)
     def block_mask(self, pattern: Pattern) -> BlockMask:
         """FlexAttention's form of the mask: which blocks of 128 x 128 positions hold anything at all.
 
@@ -89,7 +111,7 @@ class Tables:
         `create_block_mask` holds all pairs of positions, several times and some in int64, if it is not compiled.
         """
         if pattern not in self._block_masks:
-            length = self.layout.length
+            length = length_of(pattern, self.layout)
             mask = mask_mod(pattern, self.layout, self.shape.conv_kernel, self.device)
             if pattern == "column":
                 mask = reordered(mask, self.column_major()[0])

@@ -12,9 +12,10 @@ from torch import Tensor
 from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import VQVAEConfig
 from pipeline.core.errors import UserError
+from pipeline.core.resize import resize_matrix
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.quantizers import build_quantizer
-from pipeline.image_tokenizer.quantizers.multiscale import MultiscaleQuantizer, resize_matrix
+from pipeline.image_tokenizer.quantizers.multiscale import MultiscaleQuantizer
 from pipeline.sampling.image_prompt import _any_within
 
 SCALES = (1, 2, 3, 4, 6, 8)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.config.quantizers import MultiscaleConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.resize import resize_matrix
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer
 from pipeline.image_tokenizer.quantizers.codebook import Codebook
 from pipeline.image_tokenizer.quantizers.ema import EmaCodebook
@@ -188,14 +189,6 @@ class _Blend(nn.Module):
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
         return 0.5 * x_BDhw + 0.5 * cast(Tensor, self.conv(x_BDhw))
-
-
-def resize_matrix(from_side: int, to_side: int, mode: str) -> Tensor:
-    """M [to,from], with which M x Mᵀ is what `F.interpolate` makes of x [from,from].
-
-    As matrix products, gradients are the same bits each time; on GPUs those of torch's bicubic function are not.
-    """
-    return F.interpolate(torch.eye(from_side)[None, None], (to_side, from_side), mode=mode)[0, 0]
 
 
 def _resized(x_BDhw: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""Decoding of next-scale models: a pass for each level, whose codes are drawn at once.
+
+    codes = draw_by_level(model, text, prompt_of, uniforms, SamplingConfig())      # int64 [B, N]
+
+A code is drawn with its candidate's own number for its position, so it does not depend on who shares the batch. Known
+codes (an image prompt) stay; those of coarser levels are seen by all that is drawn, those of the same level by none.
+
+Shapes: P prompts, B candidates, R rows (B, or with guidance 2 B: the unprompted ones follow), N codes of all levels,
+n codes of a level, V codes of its codebook, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.config.generate import SamplingConfig
+from pipeline.sampling.draw_next import UNKNOWN
+from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.prompt_cache import read_prompts
+from pipeline.transformer.attention_patterns import length_of
+from pipeline.transformer.next_scale import NextScaleTransformer
+
+_LOGITS_AT_ONCE = 2**22  # of one part of a level's codes: 16 MB in float32, which a draw copies some times
+
+
+def draw_by_level(
+    model: NextScaleTransformer,
+    text_PT: Tensor,
+    prompt_of_B: Tensor,
+    uniforms_BN: Tensor,
+    sampling: SamplingConfig,
+    known_PN: Tensor | None = None,
+    on_level: Callable[[int, Tensor], object] | None = None,
+) -> Tensor:
+    """As `draw_codes`."""
+    codes_BN, levels = begin(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN)
+    for there in levels:
+        if on_level is not None:
+            on_level(there, codes_BN.clamp(min=0))
+    return codes_BN
+
+
+def begin(
+    model: NextScaleTransformer,
+    text_PT: Tensor,
+    prompt_of_B: Tensor,
+    uniforms_BN: Tensor,
+    sampling: SamplingConfig,
+    known_PN: Tensor | None = None,
+) -> tuple[Tensor, Iterator[int]]:
+    """What `draw_by_level` does, a level at a time: the codes, UNKNOWN where none is drawn yet, and an iterator.
+
+    Each `next` draws a level into the codes, and says how many there are of each image.
+    """
+    if known_PN is None:
+        known_PN = text_PT.new_full((len(text_PT), model.layout.image_length), UNKNOWN)
+    codes_BN = known_PN[prompt_of_B]
+    return codes_BN, _levels(model, text_PT, prompt_of_B, uniforms_BN, codes_BN, sampling)
+
+
+def _levels(
+    model: NextScaleTransformer,
+    text_PT: Tensor,
+    prompt_of_B: Tensor,
+    uniforms_BN: Tensor,
+    codes_BN: Tensor,
+    sampling: SamplingConfig,
+) -> Iterator[int]:
+    layout, guided = model.layout, sampling.guidance != 1.0
+    sizes = [level.positions for level in layout.levels]
+    parts = list(zip(codes_BN.split(sizes, dim=1), uniforms_BN.split(sizes, dim=1), strict=True))
+    holes = [level for level, (codes_Bn, _) in enumerate(parts) if bool((codes_Bn == UNKNOWN).any())]
+    if not holes:
+        yield layout.image_length
+        return
+    none_Pn = text_PT.new_empty((len(text_PT), 0))
+    _, cache = read_prompts(model, text_PT, prompt_of_B, none_Pn, guided, length_of("levels", layout))
+    below = None
+    for level, (codes_Bn, uniforms_Bn) in enumerate(parts[: holes[-1] + 1]):
+        hidden_RnD = model.read_level(level, below, cache)
+        if level in holes:
+            scale = sampling.guidance_at(level / (len(sizes) - 1)) if guided else None
+            drawn_Bn = _draw(model, hidden_RnD, level, uniforms_Bn, sampling, scale)
+            codes_Bn.copy_(torch.where(codes_Bn == UNKNOWN, drawn_Bn, codes_Bn))
+            yield layout.image_length if level == holes[-1] else layout.level_starts[level + 1]
+        if level < holes[-1]:
+            below = model.with_level(below, codes_Bn.repeat(2, 1) if guided else codes_Bn, level)
+
+
+def _draw(
+    model: NextScaleTransformer,
+    hidden_RnD: Tensor,
+    level: int,
+    uniforms_Bn: Tensor,
+    sampling: SamplingConfig,
+    scale: float | None,
+) -> Tensor:
+    """Codes of a level, [B, n]; `scale`: of guidance. A part of them at a time, for the sake of memory."""
+    at_once = max(_LOGITS_AT_ONCE // (len(hidden_RnD) * model.layout.levels[level].codebook_size), 1)
+    if uniforms_Bn.device.type != "cpu":
+        uniforms_Bn = uniforms_Bn.float()  # as `draw` takes them there
+    drawn: list[Tensor] = []
+    for hidden_RmD, uniforms_Bm in zip(hidden_RnD.split(at_once, 1), uniforms_Bn.split(at_once, 1), strict=True):
+        logits = model.level_logits(hidden_RmD, level).float()
+        if scale is not None:
+            prompted, unprompted = logits.chunk(2)
+            logits = guide(prompted, unprompted, scale)
+        drawn.append(draw(logits.flatten(0, 1), uniforms_Bm.flatten(), sampling).view_as(uniforms_Bm))
+    return torch.cat(drawn, dim=1)
