@@ -8,6 +8,7 @@ if fault:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,46 @@ from typing import NotRequired, TypedDict
 
 from pipeline.core.atomic_io import sha256_file
 
+BLOCK_BYTES = 1 << 22  # 200 GB have 48,000 of them, 4 MB of manifest
+
 
 class FileRecord(TypedDict):
-    """What is recorded of a file."""
+    """What is recorded of a file: its hash, or one for each block, so that processes can share looking at it."""
 
     bytes: NotRequired[int]  # some formats on disk record the hash alone
-    sha256: str
+    sha256: NotRequired[str]  # of the whole file, or
+    block_bytes: NotRequired[int]
+    blocks: NotRequired[list[tuple[int, str]]]  # first byte and SHA-256 of each; of a share not all of them
+
+
+class Hashed:
+    """The record of bytes that come one after the other; of more than a block it has the hash of each block."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self.size = 0
+        self._block_bytes = block_bytes
+        self._digest = hashlib.sha256()
+        self._done: list[tuple[int, str]] = []
+
+    def update(self, data: memoryview) -> None:
+        """Add some bytes."""
+        while data:
+            start = self.size - self.size % self._block_bytes
+            if start == self.size and start:
+                self._done.append((start - self._block_bytes, self._digest.hexdigest()))
+                self._digest = hashlib.sha256()
+            part = data[: start + self._block_bytes - self.size]
+            self._digest.update(part)
+            self.size += len(part)
+            data = data[len(part) :]
+
+    def record(self) -> FileRecord:
+        """Of all bytes until now."""
+        last = self._digest.hexdigest()
+        if not self._done:
+            return {"bytes": self.size, "sha256": last}
+        blocks = [*self._done, (len(self._done) * self._block_bytes, last)]
+        return {"bytes": self.size, "block_bytes": self._block_bytes, "blocks": blocks}
 
 
 @dataclass(frozen=True)
@@ -54,11 +89,24 @@ def first_fault(directory: Path, files: Mapping[str, FileRecord], *, hashed: boo
 def _fault(path: Path, recorded: FileRecord, hashed: bool) -> Fault | None:
     size = recorded.get("bytes")
     if not path.is_file():
-        return Fault(path, _sha256(recorded["sha256"]) if size is None else f"{size} bytes", "no file")
+        return Fault(path, _sha256(recorded.get("sha256", "none")) if size is None else f"{size} bytes", "no file")
     if size is not None and (found := path.stat().st_size) != size:
         return Fault(path, f"{size} bytes", f"{found} bytes")
-    if hashed and (sha256 := sha256_file(path)) != recorded["sha256"]:
-        return Fault(path, _sha256(recorded["sha256"]), _sha256(sha256))
+    if not hashed:
+        return None
+    if "blocks" in recorded:
+        return _fault_of_blocks(path, recorded["blocks"], recorded["block_bytes"])
+    if (sha256 := sha256_file(path)) != recorded.get("sha256"):
+        return Fault(path, _sha256(recorded.get("sha256", "none")), _sha256(sha256))
+    return None
+
+
+def _fault_of_blocks(path: Path, blocks: list[tuple[int, str]], block_bytes: int) -> Fault | None:
+    with open(path, "rb", buffering=0) as file:
+        for start, expected in blocks:
+            file.seek(start)
+            if (sha256 := hashlib.sha256(file.read(block_bytes)).hexdigest()) != expected:
+                return Fault(path, f"{_sha256(expected)} from byte {start} on", _sha256(sha256))
     return None
 
 

@@ -8,7 +8,6 @@ The safetensors package writes what is in memory all at once, and maps what it r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pipeline.core.atomic_io import set_mode_by_umask
 from pipeline.core.errors import UserError
-from pipeline.core.manifest import FileRecord
+from pipeline.core.manifest import BLOCK_BYTES, FileRecord, Hashed
 
 _NAMES = {  # in the order in which the format has them: the widest alignment first
     torch.int64: "I64",
@@ -70,22 +69,28 @@ class TensorLayout:
         return self.elements * self.dtype.itemsize
 
 
-def write_tensors(path: Path, layouts: Mapping[str, TensorLayout], tensor_of: Callable[[str], Tensor]) -> FileRecord:
+def write_tensors(
+    path: Path,
+    layouts: Mapping[str, TensorLayout],
+    tensor_of: Callable[[str], Tensor],
+    block_bytes: int = BLOCK_BYTES,
+) -> FileRecord:
     """Write a file and wait until it is on the disk; what was written, hashed on the way.
 
     Args:
         tensor_of: gives the tensor of a name, on any device. Called once for each, in the file's order; no other tensor
             is held meanwhile.
+        block_bytes: of which a hash each is recorded, where the file has more.
     """
     names = sorted(layouts, key=lambda name: (_ORDER[layouts[name].dtype], name))
-    digest, size = hashlib.sha256(), 0
+    hashed = Hashed(block_bytes)
     with open(path, "wb", buffering=0) as file:
-        size += _append(file.fileno(), memoryview(_header(names, layouts)), digest)
+        _append(file.fileno(), memoryview(_header(names, layouts)), hashed)
         for name in names:
-            size += _append(file.fileno(), _bytes_of(tensor_of(name), layouts[name], name), digest)
+            _append(file.fileno(), _bytes_of(tensor_of(name), layouts[name], name), hashed)
         os.fsync(file.fileno())
     set_mode_by_umask(path)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return hashed.record()
 
 
 class TensorFile:
@@ -177,11 +182,10 @@ def _memory(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _append(descriptor: int, data: memoryview, digest: hashlib._Hash) -> int:
-    """Write and hash some bytes; how many."""
+def _append(descriptor: int, data: memoryview, hashed: Hashed) -> None:
+    """Write and hash some bytes."""
     for start in range(0, len(data), _CHUNK):
         part = data[start : start + _CHUNK]
-        digest.update(part)
+        hashed.update(part)
         while part:
             part = part[os.write(descriptor, part) :]
-    return len(data)

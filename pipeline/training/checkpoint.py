@@ -15,7 +15,8 @@
 | `buffers-00000.safetensors`   | rank 0, `engines/deepspeed.py`    | persistent buffers                        |
 | `engine.json`                 | rank 0, `engines/deepspeed.py`    | shapes, optimizer's name, fp16 loss scale |
 | `manifest.json`               | rank 0, this module, last         | step, that of the best one with           |
-|                               |                                   | `keep_best`; size and SHA-256 of the rest |
+|                               |                                   | `keep_best`; size and SHA-256 of the      |
+|                               |                                   | rest, of large files one for each block   |
 
 In the background, a thread of each rank writes what was copied to the host's memory, while the training goes on. The
 ranks speak with each other only where they all are at the same step: `save`, `poll` and `finish`. One save is under way
@@ -220,10 +221,10 @@ class Checkpoints:
     def damage(self, step: int) -> str | None:
         """What is wrong with the checkpoint after `step` steps, or None. Each rank looks at its share of the files."""
         path = self.path(step)
-        files = distributed.broadcast_object(_recorded(path) if distributed.is_main() else {})
-        if isinstance(files, str):
-            return files
-        fault = first_fault(path, shares(files, distributed.world_size())[distributed.rank()])
+        dealt = distributed.broadcast_object(_dealt(path) if distributed.is_main() else [])
+        if isinstance(dealt, str):
+            return dealt
+        fault = first_fault(path, dealt[distributed.rank()])
         told = f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
         return next((found for found in distributed.all_gather_objects(told) if found), None)
 
@@ -286,14 +287,14 @@ def _expect_on_disk(temporary: Path, written: list[str]) -> None:
         time.sleep(0.5)
 
 
-def _recorded(directory: Path) -> Records | str:
-    """The files of a checkpoint as its manifest has them, or what is wrong with that."""
+def _dealt(directory: Path) -> list[Records] | str:
+    """The files of a checkpoint as its manifest has them, each process's share, or what is wrong with the manifest."""
     manifest = directory / "manifest.json"
     if not manifest.exists():
         return "manifest.json is missing"
     try:
-        return dict(read_json(manifest)["files"])
-    except (UserError, KeyError, TypeError, ValueError):
+        return shares(read_json(manifest)["files"], distributed.world_size())
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return "manifest.json is damaged"
 
 

@@ -6,20 +6,19 @@ records = write_files(directory, HostCopy().of(files))
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import os
-from collections.abc import Mapping
-from itertools import groupby
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.core.atomic_io import write_json
-from pipeline.core.manifest import FileRecord
+from pipeline.core.manifest import FileRecord, Hashed
 from pipeline.core.tensor_file import TensorLayout, write_tensors
 
+_CHUNK = 1 << 24  # bytes that are read at a time
 Files = dict[str, object]  # by name: of .safetensors named tensors, of .json any value, of .pt what torch.save takes
 
 
@@ -36,10 +35,12 @@ def _write(path: Path, content: object) -> FileRecord:
         write_json(path, content)
     else:
         torch.save(content, path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    hashed = Hashed()
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            hashed.update(memoryview(data))
         os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+    return hashed.record()
 
 
 def own_part(count: int, rank: int, ranks: int) -> range:
@@ -48,30 +49,42 @@ def own_part(count: int, rank: int, ranks: int) -> range:
 
 
 def shares(files: Mapping[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
-    """Each process's share of a checkpoint's files, when all look after them: of about as many bytes.
+    """Each process's share of a checkpoint's files, when all look after them: of as many bytes, to a block.
 
-    As far as that goes it is what the process reads itself, so that the file comes over the network once.
+    The files of all kinds lie side by side, and each process has a part of that row. As far as that goes it is what the
+    process reads itself, so that a block comes over the network once.
     """
-    size_of = {name: record.get("bytes", 0) for name, record in files.items()}
-    kinds = [list(of_kind) for _, of_kind in groupby(sorted(files), key=lambda name: name.partition("-")[0])]
-    average = sum(size_of.values()) / ranks
-    found: list[list[str]] = [[] for _ in range(ranks)]
-    taken, left = [0] * ranks, []
-    for names in sorted(kinds, key=lambda names: -max(size_of[name] for name in names)):
-        for rank in range(ranks):
-            for name in (names[number] for number in own_part(len(names), rank, ranks)):
-                if taken[rank] + size_of[name] / 2 <= average:
-                    found[rank].append(name)
-                    taken[rank] += size_of[name]
-                else:
-                    left.append(name)
-    least = [(of_rank, rank) for rank, of_rank in enumerate(taken)]
-    heapq.heapify(least)
-    for name in sorted(left, key=lambda name: -size_of[name]):
-        of_rank, rank = least[0]
-        heapq.heapreplace(least, (of_rank + size_of[name], rank))
-        found[rank].append(name)
-    return [{name: files[name] for name in names} for names in found]
+    kind_of = {name: name.partition("-")[0] for name in files}
+    of_kind = Counter[str]()
+    for name, recorded in files.items():
+        of_kind[kind_of[name]] += recorded.get("bytes", 0)
+    row, before = [], Counter[str]()
+    for name in sorted(files):
+        for size, part in _parts(files[name]):
+            where = (before[kind_of[name]] + size / 2) / max(of_kind[kind_of[name]], 1)
+            before[kind_of[name]] += size
+            row.append((where, name, size, part))
+    row.sort(key=lambda entry: entry[:2])
+    found: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
+    done, total = 0, max(sum(of_kind.values()), 1)
+    for _, name, size, part in row:
+        own = found[min(int((done + size / 2) * ranks / total), ranks - 1)]
+        done += size
+        if name in own:
+            own[name]["blocks"] += part["blocks"]
+        else:
+            own[name] = part
+    return found
+
+
+def _parts(recorded: FileRecord) -> Iterator[tuple[int, FileRecord]]:
+    """What can be looked at alone, a file or a block: its bytes, and the record of it."""
+    size = recorded.get("bytes", 0)
+    if "blocks" not in recorded:
+        yield size, recorded
+        return
+    for start, sha256 in recorded["blocks"]:
+        yield min(recorded["block_bytes"], size - start), {**recorded, "blocks": [(start, sha256)]}
 
 
 class HostCopy:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.manifest import FileRecord, first_fault, record
+from pipeline.core.manifest import FileRecord, Hashed, first_fault, record
 
 NAMES = ("a", "b/c", "d")
 
@@ -46,3 +46,23 @@ def test_a_record_without_sizes_still_finds_a_missing_file(tmp_path: Path, files
     assert first_fault(tmp_path, hashes) is None
     (tmp_path / "a").unlink()
     assert str(first_fault(tmp_path, hashes)).endswith("found no file")
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 8, 10])
+def test_a_changed_byte_is_found_by_whoever_looks_at_its_block(tmp_path: Path, size: int) -> None:
+    content, path, hashed = bytes(range(size)), tmp_path / "file", Hashed(block_bytes=4)
+    for start in range(0, size, 3):
+        hashed.update(memoryview(content)[start : start + 3])
+    recorded = hashed.record()
+    path.write_bytes(content)
+    assert first_fault(tmp_path, {"file": recorded}) is None
+    if size <= 4:
+        assert recorded == record(path)
+        return
+    assert [start for start, _ in recorded["blocks"]] == list(range(0, size, 4))
+    for at in range(size):
+        path.write_bytes(content[:at] + b"x" + content[at + 1 :])
+        for block in recorded["blocks"]:
+            fault = first_fault(tmp_path, {"file": {**recorded, "blocks": [block]}})
+            assert (fault is not None) == (block[0] == at - at % 4)
+            assert fault is None or f"from byte {block[0]} on" in fault.expected

@@ -34,6 +34,7 @@ WRITERS = 512
 PARAMETERS = {"embedding.weight": 512 * 2048 + 17, "blocks.0.attention.weight": 512 * 1024, "blocks.0.norm": 700}
 STATES = ("exp_avg", "exp_avg_sq")
 HEADERS = 10_000  # bytes: of the files that a process hashes and reads, here a tenth of them
+BLOCK = 640  # bytes: about as many a file as of 12 G parameters
 
 
 class Threads:
@@ -160,7 +161,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             averages = [TensorShard(s.name, s.start, average[s.offset : s.offset + s.length]) for s in spans]
             for name, tensors in (shards_file("training", training), shards_file("ema", averages)):
                 layouts = {key: TensorLayout.of(tensor) for key, tensor in tensors.items()}
-                records[name] = write_tensors(directory / name, layouts, tensors.__getitem__)
+                records[name] = write_tensors(directory / name, layouts, tensors.__getitem__, BLOCK)
     write_json(directory / "trainer.json", {"step": 1})
     records["trainer.json"] = record(directory / "trainer.json")
     write_json(directory / "manifest.json", {"step": 1, "files": records})
@@ -188,9 +189,9 @@ def _restore(checkpoints: Checkpoints) -> int:
     return 4 * 4 * flat.numel()
 
 
-@pytest.mark.parametrize(("readers", "most"), [(512, 2.0), (384, 2.125)])  # whole files are hashed: 6 at 5.33 each
+@pytest.mark.parametrize("readers", [512, 384])
 def test_a_process_reads_twice_what_it_needs_and_opens_and_looks_at_its_share(
-    readers: int, most: float, saved: Path, ranks: Callable[[int], Threads]
+    readers: int, saved: Path, ranks: Callable[[int], Threads]
 ) -> None:
     threads, needed, checkpoints = ranks(readers), [0] * readers, Checkpoints(saved, keep=1)
 
@@ -198,8 +199,8 @@ def test_a_process_reads_twice_what_it_needs_and_opens_and_looks_at_its_share(
         needed[distributed.rank()] = _restore(checkpoints)
 
     assert threads.run(work) == []
-    for rank in range(1, readers):  # rank 0 reads the manifest for all
-        assert threads.bytes_read[rank] < most * needed[rank] + HEADERS
+    # Rank 0 reads the manifest for all, and the last one needs less, of tensors that processes do not divide.
+    assert max(threads.bytes_read[1:]) < 2 * max(needed) + BLOCK + HEADERS
     assert max(threads.opened.values()) < 16
     assert max(threads.looked_at.values()) < 16
 
@@ -209,7 +210,8 @@ def test_damage_in_the_share_of_one_is_told_to_all_before_anything_is_read(
 ) -> None:
     shutil.copytree(saved, tmp_path / "damaged")
     damaged = tmp_path / "damaged/step-00000001/ema-00317.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:3000] + bytes([content[3000] ^ 1]) + content[3001:])
     threads, checkpoints = ranks(384), Checkpoints(tmp_path / "damaged", keep=1)
     read: list[Path] = []
 

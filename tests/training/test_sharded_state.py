@@ -64,3 +64,21 @@ def test_each_file_of_a_checkpoint_is_in_the_share_of_one_process_and_its_own_wh
             assert {f"{kind}-{rank:05d}.safetensors" for kind in WRITTEN} <= set(share)
     most = max(sum(sizes.get(name, 0) for name in share) for share in found)
     assert most <= sum(sizes.values()) / ranks + max(sizes.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 11])
+def test_each_block_of_a_checkpoint_is_in_the_share_of_one_process_and_shares_are_as_large_to_a_block(
+    ranks: int,
+) -> None:
+    files: dict[str, FileRecord] = {}
+    for kind, n in WRITTEN.items():
+        for rank in range(8):
+            size = 1000 * n - rank
+            blocks = [(start, "") for start in range(0, size, 64)]
+            files[f"{kind}-{rank:05d}.safetensors"] = {"bytes": size, "block_bytes": 64, "blocks": blocks}
+    found = shares(files, ranks)
+    for name, recorded in files.items():
+        assert [block for share in found if name in share for block in share[name]["blocks"]] == recorded["blocks"]
+    average = sum(recorded["bytes"] for recorded in files.values()) / ranks
+    for share in found:
+        assert abs(sum(64 * len(recorded["blocks"]) for recorded in share.values()) - average) <= 64 * (len(share) + 1)
