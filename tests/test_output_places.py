@@ -160,6 +160,10 @@ def test_generate_into_a_jpg_and_into_a_folder_with_a_dot_whatever_the_prompt(ti
         (["-o", "sheet.png", "-n", 1025], "a sheet holds 1024 images, found more: give a folder"),
         (["-o", "sheet.webp", "-n", 1000], "sheet.webp: expected at most 16,383 pixels a side"),
         (["--keep-rows", 2], "--keep-rows needs an image to start from"),
+        (["--extend", "left=8"], "--extend needs an image to start from"),
+        (["--image", "red.png", "--extend", "left"], "--extend: expected a side and pixels, as left=8 or top=4,left=8"),
+        (["--image", "red.png", "--extend", "left=4,right=4"], "extend: expected left or right, found both"),
+        (["--image", "red.png", "--extend", "left=4", "--keep-rows", 2], "--extend makes a mask of its own: leave out"),
         (["--top-p", 2], "'top_p': Input should be less than or equal to 1"),
     ],
 )
@@ -168,6 +172,7 @@ def test_mistakes_of_the_command_are_told_before_the_models_load(
 ) -> None:
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("the models were loaded"))
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("red.png")
     result = invoke("generate", tiny_run, "joker", *options)
     assert isinstance(result.exception, UserError), result.output
     assert complaint in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,9 @@ _image = click.Path(path_type=Path)
 _count = click.IntRange(min=1)
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval", "dtype"),
-    *("passes", "schedule", "pass_order", "speculate"),
+    *("passes", "schedule", "pass_order", "temperature_end", "speculate"),
 )
-_IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
+_IMAGE_RULES = ("keep_rows", "keep_levels", "mask", "extend")
 
 
 @click.command("generate")
@@ -47,15 +48,17 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask")
 )
 @click.option("--schedule", type=click.Choice(["cosine", "linear"]), help="how many codes each pass draws")
 @click.option("--pass-order", type=click.Choice(["random", "halton", "confidence"]), help="which codes come next")
+@click.option("--temperature-end", type=float, help="of the last pass of models of order any or scale")
 @click.option(
     "--speculate", type=click.IntRange(2, 64), help="codes guessed at a time if one image is drawn; same image"
 )
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")
-@click.option("--image", type=_image, help="an image to start from, with one of the next three")
+@click.option("--image", type=_image, help="an image to start from, with one of the next four")
 @click.option("--keep-rows", type=_count, help="complete it: rows of codes that stay, from the top")
 @click.option("--keep-levels", type=_count, help="vary it: coarse levels that stay")
 @click.option("--mask", type=_image, help="fill it: an image, white where new pixels are wanted")
+@click.option("--extend", help="go on beyond an edge: left=8 or top=4,left=8 moves the image by so many pixels")
 @click.option("--step", type=_count, help="with the transformer of this checkpoint of the run; it may be in training")
 @click.option("--reranker", type=_image, help="folder of a pretrained CLIP, in place of the run's own reranker")
 @click.option(
@@ -171,7 +174,7 @@ def _sampling(run_directory: Path, source: ModelSource, options: Options) -> Sam
 
 
 def _image_prompt(options: Options) -> ImagePrompt | None:
-    from pipeline.sampling.image_prompt import ImagePrompt
+    from pipeline.sampling.image_prompt import ImagePrompt, extended
     from pipeline.sampling.save import open_image
 
     rules = {name: options[name] for name in _IMAGE_RULES if options[name] is not None}
@@ -181,7 +184,19 @@ def _image_prompt(options: Options) -> ImagePrompt | None:
         return None
     if "mask" in rules:
         rules["mask"] = open_image(rules["mask"], "--mask", background="black")
+    if "extend" in rules:
+        if len(rules) > 1:
+            raise UserError(f"--extend makes a mask of its own: leave out --{next(iter(rules)).replace('_', '-')}")
+        return extended(open_image(options["image"], "--image"), _sides(rules["extend"]))
     return ImagePrompt(open_image(options["image"], "--image"), **rules)
+
+
+def _sides(text: str) -> dict[str, int]:
+    """Of "top=4,left=8"."""
+    found = re.fullmatch(r"\w+=\d+(,\w+=\d+)?", text)
+    if not found:
+        raise UserError(f"--extend: expected a side and pixels, as left=8 or top=4,left=8, found {text!r}")
+    return {side: int(pixels) for side, pixels in (part.split("=") for part in text.split(","))}
 
 
 def _best(run_directory: Path) -> Options:

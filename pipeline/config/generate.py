@@ -9,8 +9,14 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, added, operational
 
-# What a setting for raster models is told of the other orders.
-INSTEAD_OF_SPECULATION = {"any": "set passes instead", "scale": "leave it out"}
+# Settings that not every model follows, and the orders of those that do.
+_FOLLOWED_BY = {
+    "passes": ("any",),
+    "schedule": ("any",),
+    "pass_order": ("any",),
+    "temperature_end": ("any", "scale"),
+    "speculate": ("raster",),
+}
 
 
 class SamplingConfig(Config):
@@ -44,6 +50,13 @@ class SamplingConfig(Config):
     pass_order: Literal["random", "halton", "confidence"] = added(
         "random", description="order any: which codes come next; halton: spread out, confidence: the surest ones"
     )
+    temperature_end: float | None = added(
+        None,
+        ge=0,
+        le=10,
+        description="orders any and scale: temperature of the last pass (order any: of each level), from `temperature`"
+        " at the first; null: `temperature` in all",
+    )
     speculate: int | None = operational(
         None,
         ge=2,
@@ -62,11 +75,22 @@ class SamplingConfig(Config):
             raise ValueError(f"guidance_interval must be two rising numbers from 0 to 1, found {begin} and {end}")
         return self
 
-    @property
-    def in_passes(self) -> list[str]:
-        """The settings, given as other than their defaults, that only a transformer of order any follows."""
-        names = ("passes", "schedule", "pass_order")
-        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+    def not_followed_by(self, order: str) -> str | None:
+        """What is wrong with the first setting, given as other than its default, that models of `order` do not follow;
+        None: they follow all."""
+        for name, orders in _FOLLOWED_BY.items():
+            if order not in orders and getattr(self, name) != type(self).model_fields[name].default:
+                instead = "set passes instead" if (name, order) == ("speculate", "any") else "leave it out"
+                return f"{name}: expected transformer.order {' or '.join(orders)}, found {order}: {instead}"
+        return None
+
+    def in_pass(self, index: int, count: int) -> SamplingConfig:
+        """What pass `index` of `count` is drawn with: `temperature` at the first one, `temperature_end` at the last."""
+        if self.temperature_end is None:
+            return self
+        part = index / max(count - 1, 1)
+        temperature = self.temperature + part * (self.temperature_end - self.temperature)
+        return self.model_copy(update={"temperature": temperature})
 
     def guidance_at(self, progress: float) -> float:
         """The guidance scale when `progress` (0 to 1) of a level's codes are drawn.

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from pipeline.config.base import Config, load_config, operational
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.config.generate import INSTEAD_OF_SPECULATION, GenerateConfig
+from pipeline.config.generate import GenerateConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.renamed import with_current_names
@@ -81,12 +81,9 @@ class PipelineConfig(Config):
         return self
 
     def _check_order(self) -> None:
-        order, sampling = self.transformer.order, self.generate.sampling
-        if order != "any" and (given := sampling.in_passes):
-            raise ValueError(f"generate.sampling.{given[0]} needs transformer.order=any, found {order}: leave it out")
-        if order != "raster" and sampling.speculate is not None:
-            instead = INSTEAD_OF_SPECULATION[order]
-            raise ValueError(f"generate.sampling.speculate needs transformer.order=raster, found {order}: {instead}")
+        order = self.transformer.order
+        if wrong := self.generate.sampling.not_followed_by(order):
+            raise ValueError(f"generate.sampling.{wrong}")
         if order == "scale" and self.image_tokenizer.levels == 1:
             raise ValueError(
                 "transformer.order=scale needs an image tokenizer of several levels, found one: set"

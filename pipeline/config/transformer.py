@@ -127,6 +127,11 @@ class TransformerConfig(TransformerShape):
     bpe_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"
     )
+    order_anneal: tuple[int, int] | None = added(
+        None,
+        description="order any: codes come in raster order until the first of these steps, from the second on in random"
+        " orders, between in a growing share of the samples; null: in random orders from the start",
+    )
     code_noise: float = added(
         0.1,
         ge=0,
@@ -142,3 +147,13 @@ class TransformerConfig(TransformerShape):
     )
     training: TrainingConfig = TrainingConfig(steps=10_000, batch_size=64)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _check_anneal(self) -> TransformerConfig:
+        if self.order_anneal is None:
+            return self
+        if self.order != "any":
+            raise ValueError(f"order_anneal: expected order any, found {self.order}: leave it out")
+        if not 0 <= self.order_anneal[0] < self.order_anneal[1]:
+            raise ValueError(f"order_anneal: expected two rising steps, found {list(self.order_anneal)}")
+        return self

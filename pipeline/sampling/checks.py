@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pipeline.config.generate import INSTEAD_OF_SPECULATION, SamplingConfig
+from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
@@ -47,19 +47,10 @@ def check_counts(candidates: int, batch_size: int, keep: int | None, can_rank: b
 
 def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_trained: bool) -> None:
     """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained,
-    passes of a raster model, or more or less of them than its codes and levels allow."""
+    what is for models of another order, or more or less passes than its codes and levels allow."""
     layout = model.layout
-    if model.order != "any" and (given := sampling.in_passes):
-        how = "code by code" if model.order == "raster" else "level by level"
-        raise UserError(
-            f"{given[0]}: expected a transformer of order any (transformer.order=any), found one of order"
-            f" {model.order}, which draws {how}: leave it out"
-        )
-    if model.order != "raster" and sampling.speculate is not None:
-        raise UserError(
-            f"speculate: expected a transformer of order raster, found one of order {model.order}:"
-            f" {INSTEAD_OF_SPECULATION[model.order]}"
-        )
+    if wrong := sampling.not_followed_by(model.order):
+        raise UserError(wrong)
     fewest, most = len(layout.levels), layout.image_length
     if sampling.passes is not None and not fewest <= sampling.passes <= most:
         raise UserError(

@@ -3,6 +3,7 @@
     ImagePrompt(image, keep_rows=8)        complete: the first 8 rows of codes stay
     ImagePrompt(image, keep_levels=1)      vary: the coarse level stays, the finer ones are generated
     ImagePrompt(image, mask=mask)          fill: white pixels of the mask are generated
+    extended(image, {"left": 8})           go on beyond an edge: the image moves, and what it leaves is generated
 
 A raster model generates codes in order, level by level, and sees only what comes before. So a filled region knows
 what is above it and left of it, and of finer levels also the coarse codes of everything; it does not know what stays
@@ -11,7 +12,7 @@ below it and right of it within its level. `docs/sampling.md` says what helps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from pipeline.core.image_io import to_tensor
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.sampling.draw_next import UNKNOWN
+
+_OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,33 @@ class ImagePrompt:
             raise UserError(
                 f"an image prompt needs one of keep_rows, keep_levels and mask, found {' and '.join(rules) or 'none'}"
             )
+
+
+def extended(image: Image.Image, sides: Mapping[str, int]) -> ImagePrompt:
+    """`image` moved away from `sides` by so many pixels each; the strips that it leaves are generated.
+
+    The size stays the model's: what is moved beyond the other edge is gone. Until it is generated, a strip shows the
+    image's edge: the image tokenizer's codes beside it would otherwise show one to a strip of some color.
+
+    Raises:
+        UserError: a side that there is not, two opposite ones, or no less pixels than the image has.
+    """
+    for side, pixels in sides.items():
+        if side not in _OPPOSITE:
+            raise UserError(f"extend: expected left, right, top or bottom, found {side!r}")
+        if _OPPOSITE[side] in sides:
+            raise UserError(f"extend: expected {side} or {_OPPOSITE[side]}, found both: the image moves one way")
+        room = image.width if side in ("left", "right") else image.height
+        if not 1 <= pixels < room:
+            raise UserError(f"extend: expected {side} of 1 to {room - 1} pixels, found {pixels}")
+    across = sides.get("left", 0) - sides.get("right", 0)
+    down = sides.get("top", 0) - sides.get("bottom", 0)
+    pixels_HWC = np.asarray(image)
+    rows = np.clip(np.arange(image.height) - down, 0, image.height - 1)
+    columns = np.clip(np.arange(image.width) - across, 0, image.width - 1)
+    mask = Image.new("L", image.size, 255)
+    mask.paste(0, (across, down, across + image.width, down + image.height))
+    return ImagePrompt(Image.fromarray(pixels_HWC[rows][:, columns]), mask=mask)
 
 
 @torch.inference_mode()

@@ -83,7 +83,8 @@ def _levels(
         hidden_RnD = model.read_level(level, below, cache)
         if level in holes:
             scale = sampling.guidance_at(level / (len(sizes) - 1)) if guided else None
-            drawn_Bn = _draw(model, hidden_RnD, level, uniforms_Bn, sampling, scale)
+            in_level = sampling.in_pass(level, len(sizes))
+            drawn_Bn = _draw(model, hidden_RnD, level, uniforms_Bn, in_level, scale)
             codes_Bn.copy_(torch.where(codes_Bn == UNKNOWN, drawn_Bn, codes_Bn))
             yield layout.image_length if level == holes[-1] else layout.level_starts[level + 1]
         if level < holes[-1]:

@@ -81,8 +81,8 @@ def _passes(
     for level, passes in enumerate(codes_per_pass(layout, left, sampling)):
         start, end = layout.level_starts[level], layout.level_starts[level] + layout.levels[level].positions
         drawing.begin_level(level, order_BN[:, start:end], known=end - start - left[level])
-        for count in passes:
-            drawing.run(count)
+        for index, count in enumerate(passes):
+            drawing.run(count, sampling.in_pass(index, len(passes)))
             yield start + drawing.there
     if not left[-1]:
         yield layout.image_length
@@ -100,7 +100,7 @@ class _Drawing:
         codes_BN: Tensor,
         sampling: SamplingConfig,
     ) -> None:
-        self._model, self._codes, self._sampling = model, codes_BN, sampling
+        self._model, self._codes = model, codes_BN
         self._uniforms = uniforms_BN if uniforms_BN.device.type == "cpu" else uniforms_BN.float()
         self._scales = guidance_scales(sampling, model.layout)
         none_Pn = text_PT.new_empty((len(text_PT), 0))
@@ -114,12 +114,12 @@ class _Drawing:
         self._unread = torch.cat([self._unread, order_Bn[:, :known]], dim=1)
         self._left = order_Bn[:, known:]
 
-    def run(self, count: int) -> None:
+    def run(self, count: int, sampling: SamplingConfig) -> None:
         """One pass: draw `count` codes of what is left of the level."""
-        surest = self._sampling.pass_order == "confidence"
+        surest = sampling.pass_order == "confidence"
         asked = self._left if surest else self._left[:, :count]
         logits = self._logits(asked)  # [B, n, V]
-        codes = draw(logits.flatten(0, 1), self._uniforms.gather(1, asked).flatten(), self._sampling).view_as(asked)
+        codes = draw(logits.flatten(0, 1), self._uniforms.gather(1, asked).flatten(), sampling).view_as(asked)
         if surest:
             sure = logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
             ranks = sure.argsort(dim=1, descending=True, stable=True)

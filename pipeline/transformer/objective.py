@@ -85,9 +85,18 @@ class JointObjective(Objective):
             return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
         if not isinstance(model, AnyOrderTransformer):
             return model.hidden_and_head_weights(text_BT, codes_BN), codes_BN
-        order_BN = random_orders(codes_BN, model.layout, self.seed, step)
+        share = self._random_share(step) if self.training else 1.0
+        order_BN = random_orders(codes_BN, model.layout, self.seed, step, share)
         factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)
         return factors, codes_BN.gather(1, order_BN)
+
+    def _random_share(self, step: int) -> float:
+        """Of the samples of a step, those whose codes come in a random order and not in raster order (Yu et al. 2024,
+        RAR, anneal the other way round)."""
+        if self.config.order_anneal is None:
+            return 1.0
+        begin, end = self.config.order_anneal
+        return min(max((step - begin) / (end - begin), 0.0), 1.0)
 
 
 def _loss_metrics(text_losses: Tensor, level_losses: list[Tensor]) -> dict[str, Tensor]:

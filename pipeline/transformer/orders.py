@@ -21,8 +21,8 @@ def sorted_within_levels(keys_BN: Tensor, layout: Layout) -> Tensor:
     return torch.cat([k.argsort(dim=1, stable=True) + s for k, s in zip(parts, starts, strict=True)], dim=1)
 
 
-def random_orders(codes_BN: Tensor, layout: Layout, seed: int, step: int) -> Tensor:
-    """A random order for each sample: int64 [B, N].
+def random_orders(codes_BN: Tensor, layout: Layout, seed: int, step: int, share: float = 1.0) -> Tensor:
+    """A random order for each sample, or for a `share` of them and raster order for the others: int64 [B, N].
 
     A function of (seed, step, the sample's own codes) alone: the same at any number of processes and micro-batches,
     after a resume, and on any device. Integer arithmetic, which nowhere waits for the device.
@@ -30,7 +30,11 @@ def random_orders(codes_BN: Tensor, layout: Layout, seed: int, step: int) -> Ten
     places_N = torch.arange(codes_BN.shape[1], device=codes_BN.device)
     sample_B1 = _mix(_mix(places_N + 1) ^ _mix(codes_BN + 1)).sum(dim=1, keepdim=True)
     salt = hash64("order", seed, step) & _63_BITS
-    return sorted_within_levels(_mix(_mix(sample_B1 + salt) ^ _mix(places_N + 1)), layout)
+    keys_BN = _mix(_mix(sample_B1 + salt) ^ _mix(places_N + 1))
+    if share < 1:
+        chosen_B1 = _mix(sample_B1 + (hash64("anneal", seed, step) & _63_BITS)) & _63_BITS
+        keys_BN = torch.where(chosen_B1 < int(share * 2**63), keys_BN, places_N)
+    return sorted_within_levels(keys_BN, layout)
 
 
 def _mix(x: Tensor) -> Tensor:

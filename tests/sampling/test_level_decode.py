@@ -75,6 +75,17 @@ def test_at_temperature_0_each_level_is_the_likeliest_of_the_full_pass_with_guid
     assert torch.equal(torch.cat(best, dim=1), codes)
 
 
+def test_the_temperature_goes_from_the_first_level_to_the_last() -> None:
+    model = built()
+    hot = drawn(model, PAIRS, SamplingConfig(temperature=2))
+    cooling = drawn(model, PAIRS, SamplingConfig(temperature=2, temperature_end=0))
+    assert torch.equal(cooling[:, :1], hot[:, :1])
+    known = cooling[:1].repeat(3, 1)
+    known[:, 5:] = UNKNOWN
+    cold = drawn(model, PAIRS[:1], SamplingConfig(temperature=0), known)
+    assert torch.equal(cold[0], cooling[0])
+
+
 def test_known_codes_stay_and_coarser_ones_are_seen_by_what_is_drawn() -> None:
     model = built()
     free = drawn(model, PAIRS, SamplingConfig())
@@ -121,7 +132,9 @@ def test_a_config_whose_tokenizer_has_one_level_is_refused_before_anything_is_tr
         load_pipeline(
             TINY, ["transformer.order=scale", f"image_tokenizer.model={{kind: vqvae, quantizer: {quantizer}}}"]
         )
-    with pytest.raises(UserError, match=r"generate.sampling.passes needs transformer.order=any, found scale"):
+    with pytest.raises(
+        UserError, match=r"generate.sampling.passes: expected transformer.order any, found scale: leave it"
+    ):
         load_pipeline(
             TINY,
             ["transformer.order=scale", "image_tokenizer.model={kind: vqvae2}", "generate.sampling.passes=4"],
@@ -131,11 +144,9 @@ def test_a_config_whose_tokenizer_has_one_level_is_refused_before_anything_is_tr
 def test_what_a_next_scale_model_cannot_do_is_refused_in_one_line() -> None:
     model = built()
     for given in ({"passes": 4}, {"schedule": "linear"}, {"pass_order": "halton"}):
-        with pytest.raises(
-            UserError, match=f"^{next(iter(given))}: expected a transformer of order any .* order scale"
-        ):
+        with pytest.raises(UserError, match=f"^{next(iter(given))}: expected transformer.order any, found scale"):
             check_sampling(SamplingConfig.model_validate(given), model, True)
-    with pytest.raises(UserError, match="^speculate: .* found one of order scale: leave it out"):
+    with pytest.raises(UserError, match="^speculate: expected transformer.order raster, found scale: leave it out"):
         check_sampling(SamplingConfig(speculate=4), model, True)
     with pytest.raises(UserError, match="^--compile .* of order raster, found scale: leave it out"):
         check_compiler(model)

@@ -142,6 +142,23 @@ def test_fillings_are_ranked_by_what_stays_given_what_was_drawn() -> None:
     torch.testing.assert_close(log_likelihood(model, TEXT[:2], codes, known), expected)
 
 
+def test_the_temperature_goes_from_the_first_pass_to_the_last_of_each_level() -> None:
+    model = built()
+    cold = drawn(model, PAIRS, SamplingConfig(passes=2, temperature=0))
+    ends_cold = SamplingConfig(passes=8, schedule="linear", temperature=3, temperature_end=0)
+    assert [ends_cold.in_pass(i, 3).temperature for i in range(3)] == [3, 1.5, 0]
+    free = drawn(model, PAIRS, ends_cold)
+    assert not torch.equal(free, drawn(model, PAIRS, SamplingConfig(passes=8, schedule="linear", temperature=3)))
+    same = SamplingConfig(passes=2, temperature=0, temperature_end=0)
+    assert torch.equal(drawn(model, PAIRS, same), cold)
+    # A level of one pass has its first temperature.
+    assert torch.equal(drawn(model, PAIRS, SamplingConfig(passes=2, temperature=0, temperature_end=5)), cold)
+    with pytest.raises(
+        UserError, match=r"^temperature_end: expected transformer.order any or scale, found raster: leave"
+    ):
+        check_sampling(ends_cold.model_copy(update={"passes": None, "schedule": "cosine"}), built("raster"), True)
+
+
 def test_passes_draw_every_code_once_and_cosine_begins_with_few() -> None:
     one = Layout.of(4, 40, [(16, 16, 8)])
     assert codes_per_pass(one, [256], SamplingConfig()) == [[1] * 256]
@@ -175,7 +192,7 @@ def test_what_a_model_of_one_order_cannot_do_is_refused_in_one_line() -> None:
         check_sampling(SamplingConfig(passes=1), model, True)
     check_sampling(SamplingConfig(passes=20), model, True)
     for given in ({"passes": 4}, {"schedule": "linear"}, {"pass_order": "halton"}):
-        with pytest.raises(UserError, match=f"^{next(iter(given))}: expected a transformer of order any .* raster"):
+        with pytest.raises(UserError, match=f"^{next(iter(given))}: expected transformer.order any, found raster"):
             check_sampling(SamplingConfig.model_validate(given), raster, True)
     with pytest.raises(UserError, match="^--compile .* of order raster, found any: leave it out"):
         check_compiler(model)

@@ -150,6 +150,53 @@ def test_training_in_random_orders_learns_codes_by_heart_and_evaluation_is_the_s
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
+def test_an_anneal_goes_from_raster_to_random_orders_as_a_function_of_seed_step_and_sample() -> None:
+    layout = LAYOUTS[1]
+    codes = torch.randint(0, 4, (600, 17), generator=torch.Generator().manual_seed(0))
+    raster, free = torch.arange(17).expand(600, -1), random_orders(codes, layout, seed=1, step=9)
+    assert torch.equal(random_orders(codes, layout, 1, 9, share=0.0), raster)
+    some = random_orders(codes, layout, 1, 9, share=0.3)
+    moved = (some != raster).any(1)
+    assert torch.equal(some[moved], free[moved])
+    assert 130 < moved.sum() < 230
+    assert torch.equal(random_orders(codes[[40, 7]], layout, 1, 9, share=0.3), some[[40, 7]])
+    assert not torch.equal((random_orders(codes, layout, 1, 10, share=0.3) != raster).any(1), moved)
+    grown = (random_orders(codes, layout, 1, 9, share=0.6) != raster).any(1)
+    assert (grown | ~moved).all()
+    # Written down, for a resumed training.
+    assert moved[:24].nonzero()[:, 0].tolist() == [1, 2, 3, 10, 13, 14, 15, 16, 20]
+
+
+def test_training_anneals_orders_and_evaluation_does_not() -> None:
+    layout = LAYOUTS[0]
+    values = {"layers": 2, "width": 32, "heads": 4, "order": "any", "caption_dropout": 0.0, "order_anneal": [10, 20]}
+    config = TransformerConfig.model_validate(values)
+    torch.manual_seed(0)
+    objective = JointObjective(build_transformer(layout, config), config, seed=5)
+    for parameter in objective.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text, codes = batch(layout, 8)
+
+    def loss(step: int, training: bool) -> float:
+        return float(objective.train(training)({"text": text, "codes": codes}, step)[1]["loss/image"])
+
+    def of(order: Tensor) -> float:
+        hidden = logits_of(objective.transformer, text, codes, order)[1]  # type: ignore[arg-type]
+        return float(-hidden.detach().log_softmax(-1).gather(-1, codes.gather(1, order)[..., None]).mean())
+
+    raster = of(torch.arange(12).expand(8, -1))
+    assert [loss(step, True) for step in (0, 10)] == pytest.approx([raster] * 2)
+    assert loss(20, True) == pytest.approx(of(random_orders(codes, layout, 5, 20)))
+    assert loss(15, True) == pytest.approx(of(random_orders(codes, layout, 5, 15, share=0.5)))
+    assert loss(0, False) == pytest.approx(of(random_orders(codes, layout, 5, 0)))
+    for wrong, complaint in (
+        ({"order": "raster"}, "order any, found raster"),
+        ({"order_anneal": [4, 4]}, "two ris"),
+    ):
+        with pytest.raises(ValueError, match=f"order_anneal: expected {complaint}"):
+            TransformerConfig.model_validate(values | wrong)
+
+
 def test_a_folder_of_any_order_loads_as_such_and_one_of_raster_says_nothing_of_orders(tmp_path: Path) -> None:
     layout = LAYOUTS[0]
     model = built(layout)
