@@ -1,8 +1,8 @@
-"""Stage text-tokenizer: learn a byte-pair encoding from the captions of the training split.
+"""Stage text-tokenizer: learn a byte-pair encoding from the captions of the training split, or list their classes.
 
-Reads the captions of prepare/train: all, or a sample of `max_captions`. Writes tokenizer.json and config.json
-(`TextTokenizer.from_pretrained` loads them) and stats.json, of these captions: how many, vocabulary, tokens per
-caption, share that the window cuts.
+Reads the captions of prepare/train: all, or a sample of `max_captions`; of classes all. Writes tokenizer.json and
+config.json (`TextTokenizer.from_pretrained` loads them) and stats.json, of these captions: how many, vocabulary, tokens
+per caption, share that the window cuts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def main(run: StageRun) -> None:
     # Nothing but captions decides this, and generate, which needs it, comes hours later.
     check_against_training(run.config.generate, catalog)
     sampled_rows(len(catalog), run.config.generate.samples, run.seed)
-    count = min(catalog.caption_count, run.config.text_tokenizer.max_captions)
+    of_classes = run.config.transformer.condition == "class"
+    count = catalog.caption_count if of_classes else min(catalog.caption_count, run.config.text_tokenizer.max_captions)
     if count < catalog.caption_count:
         log.info("text tokenizer: %d of %d captions are read (max_captions)", count, catalog.caption_count)
     chosen = catalog.caption_sample(count, run.config.seed)
     captions = list(progress(chosen, total=count, description="captions", unit="caption"))
-    tokenizer = TextTokenizer.train(captions, run.config.text_tokenizer)
+    make = TextTokenizer.of_classes if of_classes else TextTokenizer.train
+    tokenizer = make(captions, run.config.text_tokenizer)
     stats = statistics(tokenizer, captions)
     log.info("text tokenizer: %s", ", ".join(f"{name} {value:g}" for name, value in stats.items()))
     run.tracker.log(stats, 0)

@@ -77,6 +77,10 @@ class PipelineConfig(Config):
                 f"generate.candidates={self.generate.candidates} needs a reranker to choose: set reranker.enabled=true"
             )
         self._check_order()
+        if self.transformer.condition == "class" and self.generate.new_prompts:
+            raise ValueError(
+                "generate.new_prompts: transformer.condition=class has no prompts but its classes: leave it out"
+            )
         self._check_image_size()
         return self
 

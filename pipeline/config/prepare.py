@@ -34,13 +34,19 @@ class OpenMojiSource(_Source):
 
 
 class FolderSource(_Source):
-    """Images in a folder (recursively), each with its caption in a `.txt` file of the same name beside it."""
+    """Images in a folder (recursively), each with its caption in a `.txt` file of the same name beside it.
+
+    Or with the name of its folder, for transformer.condition=class.
+    """
 
     kind: Literal["folder"]
     path: Url = Field(min_length=1, description="local path or fsspec URL")
     extensions: tuple[str, ...] = Field(
         (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
         description="files that are images, in lower case",
+    )
+    captions: Literal["files", "folders"] = added(
+        "files", description="folders: the name of the folder that an image lies in, as data sets of classes have it"
     )
 
     @field_validator("extensions")
@@ -89,7 +95,10 @@ class TableSource(_Source):
 
 
 class WebDatasetSource(_Source):
-    """Tars as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json, beside each other."""
+    """Tars as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json, beside each other.
+
+    Without a caption, a class in KEY.cls.
+    """
 
     kind: Literal["webdataset"]
     urls: tuple[Url, ...] | Url = Field(

@@ -117,7 +117,12 @@ class TransformerConfig(TransformerShape):
     Loss weights as Ramesh et al. 2021, section 2.2: text 1/8, image 7/8.
     """
 
-    text_loss_weight: float = Field(0.125, ge=0, description="weight of the cross-entropy of text tokens")
+    condition: Literal["text", "class"] = added(
+        "text", description="what captions are: text, or names of classes, of which each is one token"
+    )
+    text_loss_weight: float = Field(
+        0.125, ge=0, description="weight of the cross-entropy of text tokens; not given, 0 with condition class"
+    )
     image_loss_weight: float = Field(0.875, gt=0, description="weight of the cross-entropy of image tokens")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over its vocabulary")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator; try 1e-4")
@@ -156,4 +161,13 @@ class TransformerConfig(TransformerShape):
             raise ValueError(f"order_anneal: expected order any, found {self.order}: leave it out")
         if not 0 <= self.order_anneal[0] < self.order_anneal[1]:
             raise ValueError(f"order_anneal: expected two rising steps, found {list(self.order_anneal)}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_classes(self) -> TransformerConfig:
+        if self.condition == "class":
+            if self.bpe_dropout:
+                raise ValueError("bpe_dropout needs condition text: a class is one token")
+            if "text_loss_weight" not in self.model_fields_set:
+                object.__setattr__(self, "text_loss_weight", 0.0)
         return self

@@ -127,4 +127,7 @@ def _check_guidance(config: PipelineConfig) -> None:
 def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:
     """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
     section = stage_named(stage).section
-    return {"seed": config.seed, section: identity(config.section(section))}
+    own: dict[str, object] = {"seed": config.seed, section: identity(config.section(section))}
+    if stage == "text-tokenizer" and config.transformer.condition == "class":
+        own["condition"] = "class"
+    return own

@@ -102,6 +102,10 @@ class Asked(BaseModel):
             raise Refusal(400, f"size: expected {side}x{side} or auto: the model has one size", "invalid_value", "size")
         if self.rank and pipeline.ranker is None:
             raise Refusal(400, "rank: this model has no reranker: leave it out", "invalid_value", "rank")
+        try:
+            pipeline.text_tokenizer.check([self.prompt])
+        except UserError as error:
+            raise Refusal(400, f"prompt: {error}", "invalid_value", "prompt") from error
         needed = self.n * (1 if self.sampling(pipeline).guidance == 1 else 2)
         if needed > slots:
             raise Refusal(

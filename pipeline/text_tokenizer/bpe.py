@@ -1,4 +1,4 @@
-"""Captions to token ids: byte-level BPE through Hugging Face `tokenizers`.
+"""Captions to token ids: byte-level BPE through Hugging Face `tokenizers`, or of captions that are classes an id each.
 
     tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=1024, text_length=16))
     ids = tokenizer.encode(["red heart"])     # int64 [1, 16]: the caption's tokens, then zeros (pad)
@@ -13,8 +13,10 @@ captions (as a multiset) and the config.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 PAD_ID = 0
 _PAD = "[PAD]"
+_MOST_CLASSES = 65_535
+_NUMBER = re.compile("[0-9]+")
 
 
 class TextTokenizer:
@@ -62,8 +66,7 @@ class TextTokenizer:
         if not ordered:
             raise UserError("no captions to train the text tokenizer on: expected at least one in the train split")
         tokenizer = Tokenizer(models.BPE())
-        steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-        tokenizer.normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * config.lowercase)
+        tokenizer.normalizer = _normalizer(config)
         # The prefix space makes a word the same token at a caption's start as inside it.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
@@ -76,10 +79,56 @@ class TextTokenizer:
         tokenizer.train_from_iterator(ordered, trainer)
         return cls(tokenizer, config)
 
+    @classmethod
+    def of_classes(cls, captions: Iterable[str], config: TextTokenizerConfig) -> TextTokenizer:
+        """Every distinct caption is a class and has one id, in the order of names, of numbers if all are: 0 is 1.
+
+        Its window is one id, and the pad is the null class. `vocab_size` and `text_length` of `config` do not count.
+
+        Raises:
+            UserError: there are no captions, or more than 65,535 distinct ones.
+        """
+        tokenizer = Tokenizer(models.WordLevel({_PAD: PAD_ID}))
+        tokenizer.normalizer = _normalizer(config)
+        names = {tokenizer.normalizer.normalize_str(caption) for caption in captions}
+        if not 0 < len(names) <= _MOST_CLASSES:
+            raise UserError(
+                f"transformer.condition: expected 1 to {_MOST_CLASSES:,} classes, as different captions of the train"
+                f" split, found {len(names):,}: captions that say what an image shows need condition=text"
+            )
+        in_order = sorted(names, key=int if all(_NUMBER.fullmatch(name) for name in names) else str)
+        tokenizer.model = models.WordLevel({name: number for number, name in enumerate([_PAD, *in_order])})
+        return cls(tokenizer, config.model_copy(update={"text_length": 1}))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, in the order of their ids from 1 on; None: captions are text."""
+        if not isinstance(self._tokenizer.model, models.WordLevel):
+            return None
+        return sorted(self.ids, key=lambda name: self.ids[name])[1:]
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Raises UserError if captions are classes, and one of these is none of them."""
+        if not isinstance(self._tokenizer.model, models.WordLevel):
+            return
+        for caption in captions:
+            name = self._tokenizer.normalizer.normalize_str(caption)
+            if self.ids.get(name, PAD_ID) == PAD_ID:
+                near = difflib.get_close_matches(name, self.ids, n=1, cutoff=0)
+                raise UserError(
+                    f"expected the name of one of the {len(self.ids) - 1} classes that the model was trained on, found"
+                    f" '{caption}'; the nearest is '{near[0]}'"
+                )
+
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
-        """int64 [n, text_length]; a longer caption is cut (see `token_counts`), a shorter one padded with 0."""
+        """int64 [n, text_length]; a longer caption is cut (see `token_counts`), a shorter one padded with 0.
+
+        Raises:
+            UserError: of classes, a caption is none of them.
+        """
         import torch
 
+        self.check(captions)
         pads = [PAD_ID] * self.text_length
         rows = [(encoding.ids + pads)[: self.text_length] for encoding in self._tokenizer.encode_batch(list(captions))]
         return torch.tensor(rows, dtype=torch.int64).view(len(captions), self.text_length)
@@ -110,6 +159,7 @@ class TextTokenizer:
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """The tokens of each caption before cutting; above `text_length` means that `encode` cuts it."""
+        self.check(captions)
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
@@ -137,6 +187,11 @@ class TextTokenizer:
                 f"{directory}/tokenizer.json is damaged ({error}); run the text-tokenizer stage again"
             ) from error
         return cls(tokenizer, config)
+
+
+def _normalizer(config: TextTokenizerConfig) -> normalizers.Normalizer:
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    return normalizers.Sequence(steps + [normalizers.Lowercase()] * config.lowercase)
 
 
 @dataclass(frozen=True)

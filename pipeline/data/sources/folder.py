@@ -1,4 +1,5 @@
-"""A folder of images with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL.
+"""A folder of images with sidecar captions: `cat.jpg` and `cat.txt`, in any depth, local or by fsspec URL; or in
+folders that are named after classes.
 
 The listing is in memory, about 450 bytes per image with its caption file, and 1.8 kB at the peak for images of one
 folder: for more than some ten million, pack tars.
@@ -58,7 +59,7 @@ class Folder:
             )
         for number, start in enumerate(range(0, len(images), size)):
             paths = images[start : start + size]
-            captions = [_caption_of(path) for path in paths]
+            captions = [_caption_of(path) for path in paths] if self.config.captions == "files" else paths
             items = tuple((path, caption in found) for path, caption in zip(paths, captions, strict=True))
             stamps = [(found[path], found.get(caption)) for path, caption in zip(paths, captions, strict=True)]
             yield Part(number, digest([items, stamps]), items)
@@ -75,10 +76,15 @@ class Folder:
         stem, extension = posixpath.splitext(path)
         try:
             image = self._read(path, LARGEST_IMAGE)
-            caption = self._read(_caption_of(path), LARGEST_TEXT) if has_caption else None
+            caption = self._caption(path) if has_caption else None
         except UnreadableFile as error:
             return Unreadable(stem, "unreadable file", str(error))
         return Record(stem, image, caption, extension.lower())
+
+    def _caption(self, path: str) -> bytes | str | None:
+        if self.config.captions == "folders":
+            return posixpath.basename(posixpath.dirname(path)) or None
+        return self._read(_caption_of(path), LARGEST_TEXT)
 
     def _read(self, path: str, largest: int) -> bytes:
         full = f"{self.root}/{path}"

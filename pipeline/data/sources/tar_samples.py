@@ -17,6 +17,8 @@ from pipeline.data.sources.base import is_leftover
 from pipeline.data.sources.tar_members import Member
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")  # the first of these is a sample's image
+_TOLD = ("text", "json", "class")  # kinds of files that say what an image shows
+_KINDS = {"txt": "text", "json": "json", "cls": "class"}
 _LARGEST_GROUP = 1 << 30  # bytes of one group; beyond it, its files are taken for samples of their own
 
 
@@ -28,7 +30,7 @@ class File:
     prefix: str  # up to the first dot of the last part
     stem: str  # up to the last dot
     extension: str  # lower case, without the dot
-    kind: str  # image, text, json or other
+    kind: str  # image, text, json, class or other
     hidden: bool
     content: bytes | None
     problem: str
@@ -39,7 +41,7 @@ class File:
         folder, base = posixpath.split(member.name)
         stem, extension = posixpath.splitext(base)
         extension = extension[1:].lower()
-        kind = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension, "other")
+        kind = "image" if extension in IMAGES else _KINDS.get(extension, "other")
         prefix = base.partition(".")[0]
         hidden = is_leftover(member.name.removeprefix("./"))
         join = posixpath.join
@@ -63,6 +65,7 @@ class TarSample:
     image: File | None
     text: File | None
     json: File | None
+    label: File | None = None  # its class
     repeated_images: tuple[str, ...] = ()  # names of further images of this very key
     repeated_texts: tuple[str, ...] = ()
 
@@ -155,7 +158,7 @@ def _with_own_caption(group: _Group, enough: int) -> int:
     """How many stems have an image and a caption or metadata; counts no further than `enough`."""
     count = 0
     for files in group.stems.values():
-        count += _has(files, "image") and _has(files, "text", "json")
+        count += _has(files, "image") and _has(files, *_TOLD)
         if count == enough:
             break
     return count
@@ -164,8 +167,8 @@ def _with_own_caption(group: _Group, enough: int) -> int:
 def _found(group: _Group) -> Iterator[Found]:
     """The samples of a group that is complete."""
     images = {stem: files for stem, files in group.stems.items() if _has(files, "image")}
-    own = [stem for stem, files in images.items() if _has(files, "text", "json")]
-    captioned = any(_has(files, "text", "json") for files in group.stems.values())
+    own = [stem for stem, files in images.items() if _has(files, *_TOLD)]
+    captioned = any(_has(files, *_TOLD) for files in group.stems.values())
     if len(images) <= 1 and not group.split:
         yield _sample(group.key, group.files)
     elif group.split or len(own) > 1 or not captioned:
@@ -196,6 +199,7 @@ def _sample(key: str, files: list[File]) -> TarSample:
         images[0] if images else None,
         texts[0] if texts else None,
         jsons[0] if jsons else None,
+        next(iter(_plain(key, [f for f in files if f.kind == "class"])), None),
         tuple(file.name for file in images[1:]),
         tuple(file.name for file in [*texts[1:], *jsons[1:]]),
     )

@@ -144,7 +144,9 @@ class _Reading:
 
     def _record(self, sample: TarSample) -> Record | Unreadable:
         key = sample.key
-        problem = next((f for f in (sample.image, sample.text, sample.json) if f is not None and f.problem), None)
+        problem = next(
+            (f for f in (sample.image, sample.text, sample.json, sample.label) if f is not None and f.problem), None
+        )
         if problem is not None:
             return Unreadable(key, "unreadable file", f"{problem.name}: {problem.problem}")
         if sample.repeated_texts:
@@ -158,6 +160,8 @@ class _Reading:
         except (ValueError, RecursionError) as error:
             return Unreadable(key, "metadata is not JSON", str(error))
         caption = sample.text.content if sample.text else meta.get("caption")
+        if caption is None and sample.label is not None:
+            caption = sample.label.content
         group = group_of(meta.get(self.config.group_field)) if self.config.group_field else None
         if sample.image is None:
             return Record(key, None, caption, "", meta, group)
@@ -198,7 +202,7 @@ def _largest(name: str) -> int:
     extension = posixpath.splitext(name)[1][1:].lower()
     if is_leftover(name):
         return 0
-    return LARGEST_IMAGE if extension in IMAGES else LARGEST_TEXT if extension in ("txt", "json") else 0
+    return LARGEST_IMAGE if extension in IMAGES else LARGEST_TEXT if extension in ("txt", "json", "cls") else 0
 
 
 def _entries(files: AbstractFileSystem, folder: str) -> dict[str, _Info]:
