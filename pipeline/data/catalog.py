@@ -49,6 +49,7 @@ from pipeline.data.catalog_columns import (
 from pipeline.data.checked_file import BLOCK_BYTES, CheckedFile, MemoryFile, Ranges
 from pipeline.data.order import permute
 from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, read_index, read_shard
+from pipeline.data.stored_image import EXTENSIONS
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Catalog:
         """
         self.directory, self.split = Path(prepare_dir), split
         index = index or read_index(self.directory)
+        self.extension = f".{EXTENSIONS[index.get('storage', 'png')]}"  # of the images' files
         self.shards = [Shard(**entry) for entry in index["splits"][split]["shards"]]
         self._ends = np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
         self._files = _opened(self.directory, split, index)

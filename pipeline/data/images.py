@@ -55,7 +55,12 @@ class Decoded:
 
 
 def decode(
-    content: bytes | None, extension: str = "", filters: FilterConfig = ANY_SHAPE, background: str = "white"
+    content: bytes | None,
+    extension: str = "",
+    filters: FilterConfig = ANY_SHAPE,
+    background: str = "white",
+    *,
+    at_least: int | None = None,
 ) -> Decoded:
     """Decode a still image to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
 
@@ -63,6 +68,8 @@ def decode(
         content: a file of one of `FORMATS`, whatever its name says.
         extension: what the name says, which is noted where it is wrong.
         background: the colour under transparent pixels.
+        at_least: a JPEG whose sides all are twice as many pixels, or four or eight times, is decoded at a half, a
+            quarter or an eighth of its size, from fewer frequencies. None: whole.
 
     Raises:
         BadSample: missing, not an image, truncated, animated, too small, too long, or a decompression bomb.
@@ -70,6 +77,8 @@ def decode(
     with _reasons(content):
         image = _opened(content)
         _check_header(image, filters)
+        if at_least is not None and image.format == "JPEG":
+            image.draft(None, (at_least, at_least))
         image.load()
         conversions = []
         holds = _format(image)

@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
-from pipeline.data import png
+from pipeline.data import stored_image
 from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
@@ -91,6 +91,8 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
         "conversions": dict(sorted(conversions.items())),
         "credit": source.credit,
     }
+    if config.storage != "png":
+        index["storage"] = config.storage
     write_json(directory / "index.json", index)
     _say(kept, sum(split["samples"] for split in splits.values()), rejected, passed_over)
     return index
@@ -174,4 +176,4 @@ def _write_contact_sheet(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 def _image(directory: Path, shard: Shard, row: int) -> Image.Image:
-    return Image.fromarray(png.decode(ShardFile(directory / shard.name, shard).read(row)).transpose(1, 2, 0))
+    return Image.fromarray(stored_image.decode(ShardFile(directory / shard.name, shard).read(row)).transpose(1, 2, 0))

@@ -22,7 +22,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.core.seeds import random_of
 from pipeline.core.urls import mask
-from pipeline.data import png
+from pipeline.data import stored_image
 from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
 from pipeline.data.prepare_caption import caption_text, captions_of
@@ -249,7 +249,7 @@ class _Making:
                 self._reject(record, record.key, bad, len(together))
 
     def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
-        sample = Sample(safe_key(key), decoded.png, captions[0], record.meta, tuple(captions[1:]))
+        sample = Sample(safe_key(key), decoded.encoded, captions[0], record.meta, tuple(captions[1:]))
         hashed = key_hash(sample.key)
         if hashed in self.hashes:
             raise BadSample("duplicate key", _EARLIER["duplicate key"])
@@ -313,7 +313,7 @@ def _left_out(sample: Sample, reason: str) -> Rejection:
 class _Square:
     """An image that is good enough to keep, as it is stored."""
 
-    png: bytes
+    encoded: bytes
     conversions: tuple[str, ...]  # what was changed to make it an RGB image
     hash: int  # 0: nobody asked for it
 
@@ -334,7 +334,9 @@ def decode_record(record: Record, task: PartTask) -> _Square:
 
 def _decoded(record: Record, task: PartTask) -> _Square:
     config = task.config
-    decoded = decode(record.image, record.extension, config.filters)
+    # A JPEG is not decoded to more pixels than a JPEG needs; png and webp store what Lanczos makes of all of them.
+    at_least = config.image_size if config.storage == "jpeg" else None
+    decoded = decode(record.image, record.extension, config.filters, at_least=at_least)
     where = (0.5, 0.5)
     if config.crop == "random":
         rng = random_of("crop", task.seed, record.key)
@@ -345,4 +347,5 @@ def _decoded(record: Record, task: PartTask) -> _Square:
     except (TypeError, ValueError, RecursionError) as error:
         raise BadSample("metadata is not JSON", fault(error)) from error
     image_hash = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
-    return _Square(png.encode(image), decoded.conversions, image_hash)
+    encoded = stored_image.encode(image, config.storage, config.jpeg_quality)
+    return _Square(encoded, decoded.conversions, image_hash)

@@ -1,8 +1,8 @@
 """Image shards: WebDataset tars of one size of image, with an index.
 
     prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
-    prepare/train/000000.tar       members KEY.json, KEY.png and KEY.txt (caption), one sample after the other; where
-                                   an image has several captions, KEY.captions.json with all of them, the first too
+    prepare/train/000000.tar       members KEY.json, KEY.png (or .webp, .jpg) and KEY.txt (caption), one sample after
+                                   the other; where an image has several captions, KEY.captions.json with all of them
     prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
 
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
@@ -27,14 +27,18 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from PIL import Image
 
+from pipeline.config.prepare import Storage
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes
 from pipeline.core.manifest import first_fault
+from pipeline.data import stored_image
 
 _BLOCK = 512  # tar pads every member to whole blocks
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
 _INDEX_ROW = struct.Struct("<3q")  # first byte, bytes, CRC-32: a row of .index.npy
+_EXTENSIONS = tuple(stored_image.EXTENSIONS.values())
 _CAPTIONS = ".captions.json"  # member of an image with several captions
 
 
@@ -74,6 +78,7 @@ class PrepareIndex(TypedDict):
     """index.json of `prepare`."""
 
     image_size: int
+    storage: NotRequired[Storage]  # missing: png
     splits: dict[str, SplitIndex]
     catalog: NotRequired[dict[str, CatalogEntry]]  # by split; missing: an earlier version wrote none
     rejected: Rejected
@@ -88,7 +93,7 @@ class Sample:
     """A captioned image of an image shard. The image is decoded when first asked for."""
 
     key: str
-    png: bytes
+    encoded: bytes  # the image's file, as it is stored
     caption: str
     meta: Mapping[str, object]
     further: tuple[str, ...] = ()  # captions beside the first
@@ -101,7 +106,12 @@ class Sample:
     @cached_property
     def image(self) -> Image.Image:
         """RGB, image_size x image_size."""
-        return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
+        return Image.fromarray(stored_image.decode(self.encoded).transpose(1, 2, 0))
+
+    @property
+    def png(self) -> bytes:
+        """The image as a PNG file, in whatever format it is stored."""
+        return self.encoded if stored_image.storage_of(self.encoded) == "png" else png_bytes(self.image)
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
             for sample in samples:
                 _add(tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
-                begin = _add(tar, f"{sample.key}.png", sample.png)
-                index.append((begin, len(sample.png), zlib.crc32(sample.png)))
+                extension = stored_image.EXTENSIONS[stored_image.storage_of(sample.encoded)]
+                begin = _add(tar, f"{sample.key}.{extension}", sample.encoded)
+                index.append((begin, len(sample.encoded), zlib.crc32(sample.encoded)))
                 _add(tar, f"{sample.key}.txt", sample.caption.encode())
                 if sample.further:
                     _add(tar, sample.key + _CAPTIONS, json.dumps(sample.captions).encode())
@@ -255,15 +266,15 @@ def _samples(members: Iterator[tuple[str, bytes]]) -> Iterator[Sample]:
     name, content = next(members, end)
     while name:
         key = name.removesuffix(".json")
-        (image, png), (text, caption) = next(members, end), next(members, end)
-        if (name, image, text) != (f"{key}.json", f"{key}.png", f"{key}.txt"):
+        (image, encoded), (text, caption) = next(members, end), next(members, end)
+        if (name, text) != (f"{key}.json", f"{key}.txt") or image not in (f"{key}.{e}" for e in _EXTENSIONS):
             raise ValueError(f"{name}, {image}, {text} where KEY.json, KEY.png, KEY.txt should be")
         meta, (name, content) = content, next(members, end)
         further: tuple[str, ...] = ()
         if name == key + _CAPTIONS:
             further = tuple(json.loads(content)[1:])
             name, content = next(members, end)
-        yield Sample(key, png, caption.decode(), json.loads(meta), further)
+        yield Sample(key, encoded, caption.decode(), json.loads(meta), further)
 
 
 def _members(tar: mmap.mmap) -> Iterator[tuple[str, bytes]]:

@@ -30,7 +30,7 @@ from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
-from pipeline.data import png
+from pipeline.data import stored_image
 from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
 from pipeline.data.prefetch import load
 from pipeline.data.shards import ShardFile, read_index, read_shards
@@ -140,7 +140,7 @@ class ImageStream:
     def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
         file = self._open(shard)
         try:
-            image = png.decode(file.read(row))
+            image = stored_image.decode(file.read(row))
         except (OSError, ValueError, SyntaxError, zlib.error) as error:
             raise UserError(f"{file.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
         if image.shape != (3, self.image_size, self.image_size):

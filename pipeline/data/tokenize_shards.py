@@ -36,7 +36,7 @@ from pipeline.core.iteration import batched
 from pipeline.core.level import Level
 from pipeline.core.manifest import first_fault
 from pipeline.core.seeds import random_of
-from pipeline.data import png
+from pipeline.data import stored_image
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
 from pipeline.data.splits import SPLITS
@@ -339,7 +339,7 @@ def _batch(job: TokenizeJob, samples: list[Sample], crops: int) -> _Batch:
 
 def _versions(job: TokenizeJob, sample: Sample, crops: int) -> Iterator[NDArray[np.uint8]]:
     """The whole image and its random crops, uint8 [3, H, W] each."""
-    whole = png.decode(sample.png)
+    whole = stored_image.decode(sample.encoded)
     yield whole
     if crops > 1:
         image = Image.fromarray(whole.transpose(1, 2, 0))

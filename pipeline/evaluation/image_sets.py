@@ -182,8 +182,9 @@ def prepared_images(catalog: Catalog, rows: Sequence[int]) -> list[StoredImage]:
     known = zip(catalog.keys(rows), catalog.captions(rows), catalog.image_slices(rows), strict=True)
     found = []
     for key, text, (tar, begin, size) in known:
-        piece = FileSlice(tar, f"{tar}: {key}.png", begin, size)
-        found.append(StoredImage(key, piece, name=f"{key}.png", extension=".png", text=text))
+        name = f"{key}{catalog.extension}"
+        piece = FileSlice(tar, f"{tar}: {name}", begin, size)
+        found.append(StoredImage(key, piece, name=name, extension=catalog.extension, text=text))
     return found
 
 
