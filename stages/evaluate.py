@@ -43,8 +43,9 @@ def main(run: StageRun) -> None:
     scorer = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
     which, of = run.array_task or (0, 1)
-    for name, images in sets.all():
+    for number, (name, images) in enumerate(sets.all(), start=1):
         store.extract(images, which, of, f"features of {name} images")
+        run.pieces_done(number)
     if scorer and sets.generated:
         for images in (sets.generated, sets.own):
             FeatureStore(store.folder, scorer.images).extract(images, which, of, "CLIP's features")

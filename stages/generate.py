@@ -90,7 +90,7 @@ def _generate_samples(run: StageRun, pipeline: Pipeline, chosen: Sequence[tuple[
     config = run.config.generate
     tokens_per_sample = pipeline.transformer.layout.image_length * config.candidates
     with progress(total=len(chosen) * tokens_per_sample, description="generate", unit="token") as bar:
-        for start in run.my_share(range(0, len(chosen), config.shard_size)):
+        for number, start in enumerate(run.my_share(range(0, len(chosen), config.shard_size)), start=1):
             part = chosen[start : start + config.shard_size]
             path = run.directory / "samples" / f"{start // config.shard_size:06d}.tar"
             if path.exists():
@@ -103,6 +103,7 @@ def _generate_samples(run: StageRun, pipeline: Pipeline, chosen: Sequence[tuple[
                 write_shard(path, [_sample(key, caption, pipeline, one) for (key, caption), one in pairs])
             run.add_output(path)
             run.add_output(path.with_suffix(".index.npy"))
+            run.pieces_done(number)
 
 
 def _generate(

@@ -20,7 +20,7 @@ from pipeline.orchestration.stage_run import StageRun
 def main(run: StageRun) -> None:
     """Run the stage, or an array task of it, in `run`; rank 0 does the work."""
     if run.array_task is not None:
-        prepare_share(run.directory, run.config.prepare, run.seed, run.my_share)
+        prepare_share(run.directory, run.config.prepare, run.seed, run.my_share, run.pieces_done)
         return
     # Imported here: worker processes import this file, too, and need no torch.
     from pipeline.core import distributed

@@ -50,7 +50,8 @@ def main(run: StageRun) -> None:
     job = TokenizeJob(run.directory, run.input("prepare"), load_encoders(run), run.config.tokenize, run.seed)
     mine = run.my_share(all_shards(job.prepare_dir))
     with closing(tokenize_shards(job, mine)) as made:
-        for _ in progress(made, total=len(mine), description="tokenize", unit="shard"):
+        for done, _ in enumerate(progress(made, total=len(mine), description="tokenize", unit="shard"), start=1):
+            run.pieces_done(done)
             signals.check()
     if run.array_task is None:
         _join(run, job)

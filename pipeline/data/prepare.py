@@ -58,9 +58,15 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
 
 
 def prepare_share(
-    directory: Path, config: PrepareConfig, seed: int, share: Callable[[Sequence[Part]], Sequence[Part]]
+    directory: Path,
+    config: PrepareConfig,
+    seed: int,
+    share: Callable[[Sequence[Part]], Sequence[Part]],
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Make some parts of the source in `directory`, where others may be making the others; without index.
+
+    `on_done`: hears after each part how many are done.
 
     Raises:
         UserError: the source is not usable or went away.
@@ -72,7 +78,7 @@ def prepare_share(
         found = "1 part, which another task makes" if len(parts) == 1 else f"{len(parts)} parts, fewer than tasks"
         log.info("prepare: the source has %s: nothing to do here", found)
         return
-    _make_parts([PartTask(directory, config, seed, part) for part in mine], config.workers, "prepare")
+    _make_parts([PartTask(directory, config, seed, part) for part in mine], config.workers, "prepare", on_done)
 
 
 def _parts(config: PrepareConfig) -> list[Part]:
@@ -90,13 +96,19 @@ def _parts(config: PrepareConfig) -> list[Part]:
         ) from error
 
 
-def _make_parts(tasks: Sequence[PartTask], workers: int | None, description: str) -> None:
+def _make_parts(
+    tasks: Sequence[PartTask],
+    workers: int | None,
+    description: str,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> None:
     """Make the parts that are not finished yet. Workers also check those that are: hashing takes its time."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
     made = (make_part(task) for task in tasks) if workers <= 1 else in_processes(make_part, tasks, workers)
     try:
         with closing(made), progress(total=len(tasks), description=description, unit="shard") as bar:
-            for samples in made:
+            for done, samples in enumerate(made, start=1):
+                on_done(done)
                 bar.set_postfix_str(f"{samples} samples in the last")
                 bar.update(1)
                 signals.check()

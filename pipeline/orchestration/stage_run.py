@@ -7,12 +7,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.core.atomic_io import read_json, write_json
+from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
@@ -50,6 +50,11 @@ class StageRun:
         self.outputs: dict[Path, str | None] = {}
         self._artifacts: list[Path] = []
         self._runs = runs
+        self._pieces, self._pieces_path = 0, None
+        if array_task:
+            self._pieces_path = runs.task_marker(stage.name, array_task).with_suffix(".pieces")
+            with suppress(OSError, ValueError):
+                self._pieces = int(self._pieces_path.read_text())
 
     def input(self, name: str) -> Path:
         """The directory of a finished input stage, or of one that this stage looks at.
@@ -67,6 +72,15 @@ class StageRun:
             return items
         index, count = self.array_task
         return items[index::count]
+
+    def pieces_done(self, count: int) -> None:
+        """Tell how many pieces of its share an array task has done, those that it found done included.
+
+        By that a job's supervisor knows a task that gets on, life by life, from one that does not.
+        """
+        if self._pieces_path and count > self._pieces:
+            write_atomic(self._pieces_path, f"{count}\n")
+            self._pieces = count
 
     def add_output(self, path: Path | str, sha256: str | None = None, artifact: bool = False) -> None:
         """Add a file of the result to the manifest.

@@ -156,7 +156,9 @@ class ClusterConfig(Config):
     max_bad_hosts: int = Field(
         3, ge=0, description="how often a job moves away from a bad, late or dead host without progress before it fails"
     )
-    max_task_retries: int = Field(2, ge=0, description="`max_crashes` of an array task, which has no checkpoints")
+    max_task_retries: int = Field(
+        2, ge=0, description="`max_crashes` of an array task, whose progress are the parts or shards that it has made"
+    )
     preflight: Literal["several", "always", "never"] = Field(
         "several", description="check the hosts before a stage starts; several: in jobs of several processes"
     )

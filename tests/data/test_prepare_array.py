@@ -20,6 +20,7 @@ from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm.cluster import ClusterConfig, Resources
 from pipeline.slurm.submit import make_plan
+from pipeline.slurm.supervisor.record import progress
 from stages import prepare as stage
 from tests.conftest import TINY
 from tests.data.sample_images import write_folder
@@ -93,6 +94,7 @@ def test_an_array_of_any_size_and_its_join_make_the_bytes_of_one_process(
         _run(config, (task, tasks))
         if task == tasks - 1:
             assert len(list(directory.glob("parts/*.json"))) == len(range(12)[task::tasks])  # its own alone
+        assert progress(directory, False, (task, tasks)) == len(range(12)[task::tasks])  # as its supervisor sees it
     made = {path: path.stat().st_mtime_ns for path in sorted(directory.glob("parts/*.hashes.npy"))}
     assert len(made) == 12
     assert not (directory / "index.json").exists()

@@ -34,6 +34,26 @@ def test_what_setup_put_on_pythonpath_stays_there_behind_the_runs_own_code(tmp_p
     assert done.stdout == f"{ROOT}:/of/a/module\n"
 
 
+def test_the_ranks_of_a_restarted_job_meet_on_another_port_than_those_of_the_life_before(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{supervisor_python: /usr/bin/env}")
+    job = re.sub(
+        r'exec /usr/bin/env "\$code/.*',
+        "exec printenv MASTER_PORT",
+        _job_file(tmp_path / "c.yaml", tmp_path),
+        flags=re.DOTALL,
+    )
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho a\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    of_job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "a"}
+    ports = [
+        int(subprocess.run(["bash", "-c", job], env=of_job | restarted, capture_output=True, text=True).stdout)
+        for restarted in ({}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "2"})
+    ]
+    assert ports[0] == 10_000 + 41_234 % 20_000
+    assert len(set(ports)) == 3
+    assert all(10_000 <= port < 30_000 for port in ports)
+
+
 SITE = """
 module() { [[ $1 != load ]] || export LOADED="${*:2}" PYTHONPATH=/of/a/module; }
 """

@@ -35,25 +35,39 @@ def test_the_doctor_names_what_the_cluster_would_refuse_or_let_wait_for_ever(slu
 def test_prepare_as_an_array_makes_the_bytes_of_one_process_even_where_requeue_is_refused(
     slurm: Slurm, local_run: Path, tmp_path: Path
 ) -> None:
-    stopped = "if [[ $SLURM_ARRAY_TASK_ID == 1 && ! -e stopped ]]; then"
-    stopped += "\nuntil [[ -e stop ]]; do sleep 0.1; done\ntouch stopped\nexit 0\nfi"
-    more = {"launcher": launcher(tmp_path, stopped), "supervisor_python": sys.executable}
+    """Of three tasks one is asked to stop, and one is killed at its time limit."""
+    lines = """if [[ $SLURM_ARRAY_TASK_ID == 1 && ! -e stopped ]]; then
+until [[ -e stop ]]; do sleep 0.1; done
+touch stopped
+exit 0
+fi
+if [[ $SLURM_ARRAY_TASK_ID == 2 && ! -e killed ]]; then
+touch killed
+exec sleep 600
+fi"""
+    more = {"launcher": launcher(tmp_path, lines), "supervisor_python": sys.executable}
     cluster = cluster_file(tmp_path, stages="{prepare: {array: 3}}", **more)
     config = [str(TINY), f"runs={tmp_path}", "--cluster", str(cluster), "--only", "prepare"]
     slurm.smalti("submit", *config)
     run = tmp_path / "tiny"
     jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
-    record = run / "slurm" / "prepare.task-1.lives.json"
-    wait_until("the task's first life", lambda: events(record) == ["started"], run=run)
-    slurm("scontrol", "update", f"jobid={jobs['prepare.tasks']}_1", "requeue=0")
+    records = {task: run / "slurm" / f"prepare.task-{task}.lives.json" for task in (1, 2)}
+    for task, record in records.items():
+        wait_until("the task's first life", lambda: events(record) == ["started"], run=run)  # noqa: B023
+        slurm("scontrol", "update", f"jobid={jobs['prepare.tasks']}_{task}", "requeue=0")
+    wait_until("the task at work", (tmp_path / "killed").exists)
+    slurm("scontrol", "update", f"jobid={jobs['prepare.tasks']}_2", "EndTime=now+1")
     (tmp_path / "stop").touch()
     wait_until(
         "the join's end", lambda: slurm.states()[jobs["prepare"]] not in ("PENDING", "RUNNING", "COMPLETING"), run=run
     )
-    assert events(record) == ["started", "asked to stop", "started", "finished"]
-    first, second = (life["job"] for life in json.loads(record.read_text())["lives"])
-    assert first == f"{jobs['prepare.tasks']}_1"
-    assert second.endswith("_1")
-    assert second != first
+    assert events(records[1]) == ["started", "asked to stop", "started", "finished"]
+    assert events(records[2]) == ["started", "time limit", "started", "finished"]
+    for task, record in records.items():
+        first, second = (life["job"] for life in json.loads(record.read_text())["lives"])
+        assert first == f"{jobs['prepare.tasks']}_{task}"
+        assert second.endswith(f"_{task}")
+        assert second != first
+    assert slurm.states()[jobs["prepare"]] == "COMPLETED"
     made, locally = (json.loads((path / "prepare" / "manifest.json").read_text()) for path in (run, local_run))
     assert made["hash"] == locally["hash"]

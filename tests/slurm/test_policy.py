@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from pipeline.core import lock
 from pipeline.slurm.supervisor import job, policy
+from pipeline.slurm.supervisor.alone import one_at_a_time
 from pipeline.slurm.supervisor.job import moved_dependency
 from pipeline.slurm.supervisor.policy import Budgets, Decision, Ending, Life, decide, outcome_of
 from pipeline.slurm.supervisor.ranks import first_failure
 from pipeline.slurm.supervisor.record import Record, last_step, progress, read_record, write_record
+from tests.launch import ROOT
 
 BUDGETS = Budgets(max_time_limits=3, max_crashes=3, max_bad_hosts=3)
 
@@ -88,6 +93,36 @@ def test_the_same_error_at_the_same_step_twice_is_a_bug_and_fails_with_its_line(
     assert decided[-1].line.startswith(
         "failed: rank 2 on node2 failed first (exit 1), as before at step 57: ValueError"
     )
+
+
+def test_the_same_error_at_the_same_step_is_a_bug_though_a_checkpoint_came_between() -> None:
+    lives = [
+        _life(policy.CRASH, 0, 50, error="ValueError: x", step=57),
+        _life(policy.CRASH, 50, 55, error="ValueError: x", step=57),
+    ]
+    assert [one.action for one in _decisions(lives)] == ["again", "fail"]
+
+
+def test_a_task_of_an_array_fails_for_a_bug_at_one_of_its_pieces_and_not_at_two() -> None:
+    lives = [_life(policy.CRASH, 3, 3, error="ValueError: x"), _life(policy.CRASH, 3, 4, error="ValueError: x")]
+    for life in lives:
+        life.step = None
+    assert decide(lives, BUDGETS).action == "again"
+    assert decide([*lives, replace(lives[-1], progress_before=4)], BUDGETS).action == "fail"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled system error",
+        "RuntimeError: [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)",
+        "torch.distributed.DistNetworkError: The server socket has failed to bind: Address already in use",
+        "OSError: [Errno 108] Cannot send after transport endpoint shutdown",
+    ],
+)
+def test_an_error_of_a_link_or_a_file_system_is_no_bug(error: str) -> None:
+    lives = [_life(policy.CRASH, 50, 50, error=error, step=57)] * 4
+    assert [one.action for one in _decisions(lives)] == ["again"] * 3 + ["fail"]
 
 
 def test_a_step_that_slurm_killed_whole_is_no_bug_of_ours() -> None:
@@ -175,18 +210,60 @@ def test_a_successor_inherits_the_lives_and_a_new_submission_does_not(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("known", "keep", "moved"),
+    ("known", "array", "moved"),
     [
-        ("afterok:12(unfulfilled)", False, "afterok:15"),
-        ("afterok:11(unfulfilled),afterok:12(unfulfilled)", False, "afterok:11,afterok:15"),
-        ("afterok:9_*(unfulfilled):12_*(unfulfilled)", True, "afterok:9:12:15"),
-        ("afterok:112(unfulfilled)", False, "afterok:112(unfulfilled)"),
-        ("afterany:12(unfulfilled)", False, "afterany:12(unfulfilled)"),
-        ("(null)", False, "(null)"),
+        ("afterok:12(unfulfilled)", None, "afterok:15"),
+        ("afterok:11(unfulfilled),afterok:12(unfulfilled)", None, "afterok:11:15"),
+        ("singleton(unfulfilled),afterok:12(unfulfilled)", None, "singleton,afterok:15"),
+        ("afterok:112(unfulfilled)", None, "afterok:112(unfulfilled)"),
+        ("afterany:12(unfulfilled)", None, "afterany:12(unfulfilled)"),
+        ("(null)", None, "(null)"),
+        ("afterok:12?afterok:13", None, "afterok:12?afterok:13"),
+        ("afterok:9_*(unfulfilled):12_*(unfulfilled)", "theirs", "afterok:9:12:15"),
+        ("afterany:12_*(unfulfilled)", "theirs", "afterany:12_*(unfulfilled)"),
+        # The join: a task that was killed at its limit must not end it, and does its work in the successor.
+        ("afterok:12_*(unfulfilled)", "ours", "afterok:15,afterany:12"),
+        ("afterok:14_*(unfulfilled),afterany:12_*(unfulfilled)", "ours", "afterok:14:15,afterany:12"),
     ],
 )
-def test_what_waited_for_a_job_waits_for_its_successor(known: str, keep: bool, moved: str) -> None:
-    assert moved_dependency(known, "12", "15", keep) == moved
+def test_what_waited_for_a_job_waits_for_its_successor(
+    known: str, array: Literal["ours", "theirs"] | None, moved: str
+) -> None:
+    assert moved_dependency(known, "12", "15", array) == moved
+
+
+TASK = """
+import sys
+from pathlib import Path
+from pipeline.slurm.supervisor.alone import one_at_a_time
+from pipeline.slurm.supervisor.job import ThisJob
+job = ThisJob.__new__(ThisJob)
+job.name, job.task = f"12_{sys.argv[1]}", int(sys.argv[1])
+with one_at_a_time(Path(sys.argv[2]) / ".succession"):
+    job.move_dependents(f"2{sys.argv[1]}")
+"""
+
+
+def test_of_tasks_that_all_reach_their_time_limit_at_once_no_successor_is_forgotten(tmp_path: Path) -> None:
+    join = tmp_path / "join"
+    join.write_text("afterok:12_*(unfulfilled)\n")
+    tell = f'read -r dependency <{join}\nsleep 0.1\necho "30|$dependency|smalti:tokenize:/runs/x"'
+    for name, lines in (("squeue", tell), ("scontrol", f'echo "${{3#dependency=}}" >{join}')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    tasks = [subprocess.Popen([sys.executable, "-c", TASK, str(task), str(tmp_path)], env=paths) for task in range(6)]
+    assert [task.wait(60) for task in tasks] == [0] * 6
+    successors, array = join.read_text().strip().split(",")
+    assert sorted(successors.removeprefix("afterok:").split(":")) == [f"2{task}" for task in range(6)]
+    assert array == "afterany:12"
+
+
+def test_who_was_killed_in_the_middle_of_a_succession_holds_up_no_other_for_long(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with one_at_a_time(tmp_path / "x", stale_after_s=0.3):
+        assert (tmp_path / "x").exists()
+    assert not (tmp_path / "x").exists()
 
 
 def test_progress_is_the_newest_checkpoint_or_the_number_of_files(tmp_path: Path) -> None:
@@ -197,6 +274,10 @@ def test_progress_is_the_newest_checkpoint_or_the_number_of_files(tmp_path: Path
         (tmp_path / name).touch()
     assert progress(tmp_path, trains=True) == 100
     assert progress(tmp_path, trains=False) == 1
+    assert progress(tmp_path, False, (3, 64)) == 0
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "3-of-64.pieces").write_text("17")
+    assert progress(tmp_path, False, (3, 64)) == 17
     (tmp_path / "metrics.jsonl").write_text('{"step": 57, "loss": 1.0}\n{"step": 58, "lo')
     assert last_step(tmp_path) == 57
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.slurm.scheduler import record_job
 from pipeline.slurm.supervisor import policy
+from pipeline.slurm.supervisor.alone import one_at_a_time
 from pipeline.slurm.supervisor.job import ThisJob
 from pipeline.slurm.supervisor.policy import Budgets, Decision, Ending, Life, decide, outcome_of
 from pipeline.slurm.supervisor.ranks import FirstFailure, Interrupt, first_failure, run_ranks
@@ -72,7 +73,8 @@ class Supervisor:
         # What tells this file from the one that an earlier life, perhaps of another config, has left.
         self.success_before = _stamp(self.finished_path)
         self.record = read_record(self.record_path)
-        self.life = Life(self.job.name, time.time(), self.job.hosts, self._progress(), self._progress())
+        so_far = self._progress()
+        self.life = Life(self.job.name, time.time(), self.job.hosts, so_far, so_far)
         self.exit_code: int | None = None  # once it is decided what follows
 
     def run(self) -> int:
@@ -192,7 +194,10 @@ class Supervisor:
             return self._fail(Decision("fail", line, exit_code=75), ())
         self.record.jobs[successor] = self.record.jobs.get(self.job.name, self.job.name)
         write_record(self.record_path, self.record)
-        record_job(self.options.run, script, int(successor.split("_")[0]))
+        number = successor.split("_")[0]
+        with one_at_a_time(self.options.run / "slurm" / ".succession"):  # all tasks of an array have one time limit
+            self.job.move_dependents(number)
+            record_job(self.options.run, script, int(number))
         print(
             f"smalti: requeue is not allowed here: job {successor} resumes, and what waited waits for it",
             flush=True,
@@ -203,8 +208,8 @@ class Supervisor:
         return first_failure(self.first_failure_path, self.log, self.log_start_byte, code)
 
     def _progress(self) -> int:
-        """Of a task of an array there is none: the files of the stage are those of all its tasks."""
-        return progress(self.directory, self.options.trains) if self.job.task is None else 0
+        task = None if self.job.task is None else (self.job.task, self.options.array_tasks)
+        return progress(self.directory, self.options.trains, task)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

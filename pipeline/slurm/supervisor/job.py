@@ -8,11 +8,13 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 # Slurm asks every process of a job that it ends to end, too; what brings the job back must outlive that.
 _DEAF = ["/bin/sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh"]
 # Slurm looks at time limits every 30 s, and may send its signal up to 60 s early.
 _EARLY_S = 90.0
+_OURS = "smalti:"  # in the comment of a job
 _ANSWER_S = 30.0  # that hosts have to start a process, to be alive
 
 
@@ -78,9 +80,7 @@ class ThisJob:
         return True
 
     def submit_successor(self, script: Path, exclude: Sequence[str]) -> str | None:
-        """Submit the job file again, to start when this job has ended, and make what waits for this job wait for that
-        one; its name, or None if sbatch refuses."""
-        mine = self.name.split("_")[0]
+        """Submit the job file again, to start when this job has ended; its name, or None if sbatch refuses."""
         command = ["sbatch", "--parsable", f"--dependency=afterany:{self.name}"]
         if self.task is not None:
             command.append(f"--array={self.task}")
@@ -92,16 +92,18 @@ class ThisJob:
         answer = call([*_DEAF, *command, str(script)], environment=clean).strip().split(";")[0]
         if not answer.isdecimal():
             return None
-        self._move_dependents(mine, answer)
         return answer if self.task is None else f"{answer}_{self.task}"
 
-    def _move_dependents(self, mine: str, successor: str) -> None:
-        """A job's dependents wait for its successor instead; an array's for the other tasks and for the successor."""
-        for line in call(["squeue", "--me", "-h", "-o", "%A|%E"]).splitlines():
-            job, _, dependency = line.partition("|")
+    def move_dependents(self, successor: str) -> None:
+        """A job's dependents wait for its successor instead; those of an array for the successor of a task, too. One
+        process at a time: Slurm knows no change of a dependency, only another one in its place."""
+        mine = self.name.split("_")[0]
+        for line in call(["squeue", "--me", "-h", "-o", "%A|%E|%k"]).splitlines():
+            job, dependency, comment = line.split("|", 2)
             if job == successor:
                 continue
-            moved = moved_dependency(dependency, mine, successor, keep=self.task is not None)
+            whose: Literal["ours", "theirs"] = "ours" if _OURS in comment else "theirs"
+            moved = moved_dependency(dependency, mine, successor, None if self.task is None else whose)
             if moved != dependency:
                 _succeeds(["scontrol", "update", f"jobid={job}", f"dependency={moved}"])
 
@@ -110,22 +112,36 @@ class ThisJob:
         return call(["scontrol", "show", "hostnames", listed]).split() if listed else []
 
 
-def moved_dependency(dependency: str, job: str, successor: str, keep: bool) -> str:
-    """What squeue says of a dependency, `afterok:12(unfulfilled)`, with `successor` for `job`, or (`keep`) beside it.
+def moved_dependency(dependency: str, job: str, successor: str, array: Literal["ours", "theirs"] | None = None) -> str:
+    """What squeue says of a dependency, `afterok:12(unfulfilled)`, with `successor` for `job`.
 
-    Returns it unchanged if it does not name `job`.
+    Args:
+        array: `job` is an array, and `successor` that of one of its tasks, so `job` stays beside it. The task may end
+            at its time limit; of "ours", the join of the array, `afterany:12` lets it start all the same: it does
+            itself what it finds missing.
+
+    Returns it unchanged if it does not name `job`, or knows an "or" (?).
     """
-    terms = []
-    for term in dependency.split(","):
-        kind, _, rest = re.sub(r"\([^)]*\)", "", term).partition(":")
-        jobs = rest.split(":")
-        # squeue shows an array as 12_*.
-        if kind == "afterok" and (named := [name for name in jobs if name in (job, f"{job}_*")]):
-            others = [name.removesuffix("_*") for name in jobs if name not in named]
-            jobs = [*others, *([job] if keep else []), successor]
-        terms.append(":".join([kind, *jobs]) if rest else kind)
-    moved = ",".join(terms)
-    return dependency if moved == re.sub(r"\([^)]*\)", "", dependency) else moved
+    known = re.sub(r"\([^)]*\)", "", dependency)
+    terms: dict[str, list[str]] = {}
+    found = False
+    for term in known.split(","):
+        kind, *names = term.split(":")  # or a word alone: singleton
+        waits_for = terms.setdefault(kind, [])
+        for name in (name.removesuffix("_*") for name in names):  # squeue shows an array as 12_*
+            if name != job or (kind != "afterok" and (kind, array) != ("afterany", "ours")):
+                waits_for.append(name)
+                continue
+            found = True
+            if array == "theirs":
+                waits_for.append(name)
+            elif array == "ours":
+                terms.setdefault("afterany", []).append(name)
+    if not found or "?" in known:
+        return dependency
+    terms.setdefault("afterok", []).append(successor)
+    listed = {kind: dict.fromkeys(names) for kind, names in terms.items() if names or kind == "singleton"}
+    return ",".join(":".join([kind, *names]) for kind, names in listed.items())
 
 
 def call(command: Sequence[str], timeout_s: float = 120, environment: dict[str, str] | None = None) -> str:

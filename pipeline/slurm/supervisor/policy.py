@@ -29,7 +29,9 @@ _SAME_BUG_AFTER = 2  # crashes with one error at one step
 # An error that says that a machine, a link or a file system failed is no bug, however often it is seen.
 _OF_HARDWARE = re.compile(
     r"uncorrectable|\bECC\b|\bXid\b|NVLink|fallen off the bus|Input/output error|Remote I/O|Stale file handle"
-    r"|Connection (reset|refused|closed|timed out)|No route to host|\[Errno (5|116|121)\]",
+    r"|Connection (reset|refused|closed|timed out)|No route to host|Network is unreachable|transport endpoint"
+    r"|Broken pipe|Address already in use|nccl(System|Remote)Error|unhandled system error|collective operation timeout"
+    r"|\[Errno (5|116|121)\]",
     re.IGNORECASE,
 )
 
@@ -169,16 +171,16 @@ def _repeated_error(lives: Sequence[Life]) -> str | None:
     life = lives[-1]
     if life.outcome != CRASH or life.rank is None or not life.error or _OF_HARDWARE.search(life.error):
         return None
-    same = [
-        other
-        for other in lives
-        if other.outcome == CRASH
-        and (other.step, other.progress, _shape(other.error)) == (life.step, life.progress, _shape(life.error))
-    ]
-    if len(same) < _SAME_BUG_AFTER:
+    same = [other for other in lives if other.outcome == CRASH and _place(other) == _place(life)]
+    if sum(_shape(other.error) == _shape(life.error) for other in same) < _SAME_BUG_AFTER:
         return None
     where = "" if life.step is None else f" at step {life.step}"
     return f"failed: {_who(life)}, as before{where}: {life.error} (the same error in the same place is no accident)"
+
+
+def _place(life: Life) -> tuple[int | None, int]:
+    """Where it crashed: at a step, however far the checkpoints had come; where there are no steps, how far it came."""
+    return (None, life.progress) if life.step is None else (life.step, 0)
 
 
 def _shape(error: str) -> str:

@@ -68,8 +68,15 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, asdict(record))
 
 
-def progress(stage_directory: Path, trains: bool) -> int:
-    """How far a stage got: the step of its newest checkpoint; if it does not train, how many files it has made."""
+def progress(stage_directory: Path, trains: bool, array_task: tuple[int, int] | None = None) -> int:
+    """How far a stage got: the step of its newest checkpoint; if it does not train, how many files it has made; of a
+    task of an array, (index, count), how many pieces of its share: the files are those of all tasks."""
+    if array_task is not None:
+        index, count = array_task
+        try:
+            return int((stage_directory / "tasks" / f"{index}-of-{count}.pieces").read_text())
+        except (OSError, ValueError):
+            return 0
     if trains:
         return max(saved_steps(stage_directory / "checkpoints"), default=0)
     # Hidden ones are what a dead process left half-written.
