@@ -55,6 +55,10 @@ class ArchitectureConfig(Config):
         return self
 
 
+def _gumbel(settings: GumbelSettings) -> GumbelConfig:
+    return GumbelConfig(kind="gumbel", **{name: getattr(settings, name) for name in GumbelSettings.model_fields})
+
+
 class DVAEConfig(GumbelSettings, ArchitectureConfig):
     """The discrete VAE of Ramesh et al. 2021 (section 2.1, appendix A): the VQ-VAE with the Gumbel quantizer.
 
@@ -66,12 +70,42 @@ class DVAEConfig(GumbelSettings, ArchitectureConfig):
     @property
     def quantizers(self) -> tuple[QuantizerConfig, ...]:
         """Its one grid's quantizer."""
-        return (GumbelConfig(kind="gumbel", **{name: getattr(self, name) for name in GumbelSettings.model_fields}),)
+        return (_gumbel(self),)
 
     @property
     def channels_last(self) -> bool:
         """False, and no key: a finished run's identity and bits are those of the layout that it was trained in."""
         return False
+
+
+class OpenAIDVAEConfig(GumbelSettings):
+    """The discrete VAE that OpenAI published (package `dall_e`), block by block; the defaults are its sizes."""
+
+    kind: Literal["openai-dvae"]
+    widths: tuple[int, ...] = Field(
+        (256, 512, 1024, 2048),
+        min_length=1,
+        description="channels per resolution, fine to coarse; each next one halves",
+    )
+    blocks: int = Field(2, ge=1, description="residual blocks per resolution, in encoder and decoder alike")
+    channels_last: bool = Field(True, description="memory layout of the convolutions")
+    reconstruction: Literal["logit_laplace"] = "logit_laplace"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of the square that one code stands for."""
+        return 1 << (len(self.widths) - 1)
+
+    @property
+    def quantizers(self) -> tuple[QuantizerConfig, ...]:
+        """Its one grid's quantizer."""
+        return (_gumbel(self),)
+
+    @model_validator(mode="after")
+    def _check(self) -> OpenAIDVAEConfig:
+        if min(self.widths) < 4 or any(width % 4 for width in self.widths):
+            raise ValueError(f"widths must be positive multiples of 4; found {list(self.widths)}")
+        return self
 
 
 class VQVAEConfig(ArchitectureConfig):
@@ -127,6 +161,14 @@ class VQGANConfig(Config):
         (), description="resolutions with attention behind each block; 0 is the finest. The middle always has it"
     )
     latent_width: int = Field(256, ge=1, description="channels between the halves and the quantizer")
+    spatial_norm: bool = added(
+        False, description="the codes' vectors scale and shift what the decoder normalizes (MoVQ: Zheng et al. 2022)"
+    )
+    frames: int = added(
+        0,
+        ge=0,
+        description="of a tokenizer of videos (Emu3's), which sees an image as so many equal frames; 0: of images",
+    )
     quantizer: QuantizerConfig = CodebookConfig(kind="gradient", codebook_size=16384, code_width=8, normalize=True)
     channels_last: bool = Field(True, description="memory layout of the convolutions")
     reconstruction: Literal["l1", "l2"] = Field("l2", description="loss between an image and its reconstruction")
@@ -157,17 +199,22 @@ class VQGANConfig(Config):
             raise ValueError(f"multipliers must be 1 or more; found {list(self.multipliers)}")
         if wrong := [i for i in self.attention if not 0 <= i < len(self.multipliers)]:
             raise ValueError(f"attention must name resolutions 0 to {len(self.multipliers) - 1}; found {wrong[0]}")
+        if self.frames & (self.frames - 1):
+            raise ValueError(f"frames must be 0 or a power of 2; found {self.frames}")
         return self
 
 
-ModelConfig = Annotated[DVAEConfig | VQVAEConfig | VQVAE2Config | VQGANConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[
+    DVAEConfig | VQVAEConfig | VQVAE2Config | VQGANConfig | OpenAIDVAEConfig, Field(discriminator="kind")
+]
 
 
 class PretrainedTokenizerConfig(Config):
     """An image tokenizer of another library, whose weights say what shape it has."""
 
-    library: Literal["transformers", "diffusers", "taming", "llamagen"] = Field(
-        description="transformers: Janus's; diffusers: VQModel; taming: also latent-diffusion's"
+    library: Literal["transformers", "diffusers", "openai", "taming", "llamagen"] = Field(
+        description="transformers: Janus's, Chameleon's and Emu3's; diffusers: VQModel; openai: DALL-E's dVAE;"
+        " taming: VQModel and GumbelVQ, also latent-diffusion's"
     )
     path: str = Field(
         min_length=1,
@@ -213,7 +260,9 @@ class ImageTokenizerConfig(Config):
     @property
     def kind(self) -> str:
         """What is trained or taken, in a word."""
-        return f"{self.pretrained.library}'s VQGAN" if self.pretrained else self.model.kind
+        if self.pretrained is None:
+            return self.model.kind
+        return f"{self.pretrained.library}'s {'dVAE' if self.pretrained.library == 'openai' else 'VQGAN'}"
 
     @model_validator(mode="after")
     def _check_start(self) -> ImageTokenizerConfig:

@@ -12,7 +12,6 @@ full resolution, where a small machine would spend most of its time.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 
 import torch
@@ -77,15 +76,10 @@ class EncoderHalf(nn.Module):
     resolutions: nn.ModuleList
 
 
-class DecoderHalf(nn.Module, ABC):
+class DecoderHalf(nn.Module):
     """What every decoder has. `resolutions` go from coarse to fine, each with its `blocks`."""
 
-    stem: nn.Module  # vectors [B,D,h,w] -> [B,C,h,w]
     resolutions: nn.ModuleList
-
-    @abstractmethod
-    def finish(self, x_BChw: Tensor, begin: int) -> Tensor:
-        """From the input of resolution `begin` (the number of resolutions: none is left) to the pixels."""
 
 
 class Encoder(EncoderHalf):
@@ -145,6 +139,7 @@ class Decoder(DecoderHalf):
         return self.finish(self.stem(z_BDhw), 0)
 
     def finish(self, x_BChw: Tensor, begin: int) -> Tensor:
+        """From the input of resolution `begin` (the number of resolutions: none is left) to the pixels."""
         for resolution in self.resolutions[begin:]:
             x_BChw = resolution(x_BChw)
         # Pixel values in float32: at the end of training the loss resolves finer steps than bfloat16 has.

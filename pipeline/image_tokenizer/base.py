@@ -36,6 +36,7 @@ KINDS = {
     "vqvae": "pipeline.image_tokenizer.vqvae:VQVAE",
     "vqvae2": "pipeline.image_tokenizer.vqvae:VQVAE2",
     "vqgan": "pipeline.image_tokenizer.vqgan:VQGAN",
+    "openai-dvae": "pipeline.image_tokenizer.openai_dvae:OpenAIDVAE",
 }
 
 

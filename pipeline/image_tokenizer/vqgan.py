@@ -5,7 +5,11 @@
 
 A block is norm, swish, 3×3 convolution, twice, beside its input. Norms are over 32 groups, with ε = 1e-6. Going down
 is a convolution of stride 2 with a row and a column of zeros below and to the right alone; going up repeats pixels
-and convolves. The middle is a block, attention, a block. Published weights fit into it: pretrained.py.
+and convolves. The middle is a block, attention, a block. Published weights fit into it: pretrained/.
+
+With `spatial_norm` the codes' vectors scale and shift what the decoder normalizes, at every layer: Zheng et al. 2022,
+"MoVQ", section 3.2. With `frames` there are layers of a tokenizer of videos behind the encoder and before the decoder:
+still_image.py.
 """
 
 from __future__ import annotations
@@ -15,40 +19,66 @@ from torch import Tensor, nn
 
 from pipeline.config.image_tokenizer import VQGANConfig
 from pipeline.image_tokenizer.architecture import DecoderHalf, EncoderHalf
-from pipeline.image_tokenizer.vqvae import VQVAE
+from pipeline.image_tokenizer.still_image import FirstFrame, StillImage
+from pipeline.image_tokenizer.vqvae import OneGrid
 
 GROUPS = 32
 
 
-def norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """[B,C,h,w] -> [B,C,h,w]. It asks for no codes, and takes them as `SpatialNorm` does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(GROUPS, width, eps=1e-6)
+
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None = None) -> Tensor:
+        return super().forward(x_BChw)
+
+
+class SpatialNorm(nn.Module):
+    """norm(x) · scale(codes) + shift(codes), the codes' vectors enlarged to x's positions."""
+
+    def __init__(self, width: int, code_width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+        self.scale, self.shift = nn.Conv2d(code_width, width, 1), nn.Conv2d(code_width, width, 1)
+
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor) -> Tensor:
+        codes = F.interpolate(codes_BDss, size=x_BChw.shape[-2:], mode="nearest")
+        out: Tensor = self.norm(x_BChw) * self.scale(codes) + self.shift(codes)
+        return out
+
+
+def norm(width: int, code_width: int | None) -> nn.Module:
+    """A spatial one where there are codes, of `code_width` channels."""
+    return Norm(width) if code_width is None else SpatialNorm(width, code_width)
 
 
 class Block(nn.Module):
     """[B,in_width,h,w] -> [B,width,h,w]."""
 
-    def __init__(self, in_width: int, width: int) -> None:
+    def __init__(self, in_width: int, width: int, code_width: int | None) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(in_width), nn.Conv2d(in_width, width, 3, padding=1)
-        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.conv1 = norm(in_width, code_width), nn.Conv2d(in_width, width, 3, padding=1)
+        self.norm2, self.conv2 = norm(width, code_width), nn.Conv2d(width, width, 3, padding=1)
         self.shortcut: nn.Module = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BChw)))
-        out: Tensor = self.shortcut(x_BChw) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BChw, codes_BDss)))
+        out: Tensor = self.shortcut(x_BChw) + self.conv2(F.silu(self.norm2(h, codes_BDss)))
         return out
 
 
 class Attention(nn.Module):
     """Each position sees all, one head of all channels, beside its input: [B,C,h,w] -> [B,C,h,w]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, code_width: int | None) -> None:
         super().__init__()
-        self.norm = norm(width)
+        self.norm = norm(width, code_width)
         self.q, self.k, self.v, self.out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        h = self.norm(x_BChw)
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None) -> Tensor:
+        h = self.norm(x_BChw, codes_BDss)
         q, k, v = (part(h).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))  # [B,N,C]
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x_BChw.shape)
         out: Tensor = x_BChw + self.out(seen)
@@ -58,12 +88,14 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     """At the coarsest resolution, in both halves."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, code_width: int | None) -> None:
         super().__init__()
-        self.before, self.attention, self.after = Block(width, width), Attention(width), Block(width, width)
+        self.before, self.attention = Block(width, width, code_width), Attention(width, code_width)
+        self.after = Block(width, width, code_width)
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        out: Tensor = self.after(self.attention(self.before(x_BChw)))
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None) -> Tensor:
+        x = self.attention(self.before(x_BChw, codes_BDss), codes_BDss)
+        out: Tensor = self.after(x, codes_BDss)
         return out
 
 
@@ -94,17 +126,19 @@ class Up(nn.Module):
 class Resolution(nn.Module):
     """`blocks`, each followed by attention where there is one, then `to_next`: down, up or nothing."""
 
-    def __init__(self, in_width: int, width: int, blocks: int, attention: bool, to_next: nn.Module) -> None:
+    def __init__(
+        self, in_width: int, width: int, blocks: int, attention: bool, to_next: nn.Module, code_width: int | None = None
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width if i else in_width, width) for i in range(blocks))
-        self.attentions = nn.ModuleList(Attention(width) for _ in range(blocks if attention else 0))
+        self.blocks = nn.ModuleList(Block(width if i else in_width, width, code_width) for i in range(blocks))
+        self.attentions = nn.ModuleList(Attention(width, code_width) for _ in range(blocks if attention else 0))
         self.to_next = to_next
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
+    def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x_BChw = block(x_BChw)
+            x_BChw = block(x_BChw, codes_BDss)
             if len(self.attentions):
-                x_BChw = self.attentions[i](x_BChw)
+                x_BChw = self.attentions[i](x_BChw, codes_BDss)
         out: Tensor = self.to_next(x_BChw)
         return out
 
@@ -121,27 +155,30 @@ class Encoder(EncoderHalf):
         for i, (finer, width) in enumerate(zip((config.channels, *widths), widths, strict=False)):
             to_next = Down(width) if i < last else nn.Identity()
             self.resolutions.append(Resolution(finer, width, config.blocks, i in config.attention, to_next))
-        self.middle, self.norm = Middle(widths[-1]), norm(widths[-1])
+        self.middle, self.norm = Middle(widths[-1], None), Norm(widths[-1])
         self.head = nn.Conv2d(widths[-1], config.latent_width, 3, padding=1)
+        self.time = StillImage(config.latent_width, config.frames, config.blocks) if config.frames else nn.Identity()
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         x = self.stem(2 * images_B3HW - 1)
         for resolution in self.resolutions:
             x = resolution(x)
-        return [self.head(F.silu(self.norm(self.middle(x))))]
+        return [self.time(self.head(F.silu(self.norm(self.middle(x, None)))))]
 
 
 class Stem(nn.Module):
     """Vectors [B,D,h,w] -> [B,C,h,w], of the coarsest resolution."""
 
-    def __init__(self, code_width: int, latent_width: int, width: int) -> None:
+    def __init__(self, config: VQGANConfig, code_width: int, width: int, spatial: int | None) -> None:
         super().__init__()
-        self.project = nn.Conv2d(code_width, latent_width, 1)
-        self.conv = nn.Conv2d(latent_width, width, 3, padding=1)
-        self.middle = Middle(width)
+        latent = config.latent_width
+        self.project = nn.Conv2d(code_width, latent, 1)
+        self.time = FirstFrame(latent, config.frames, config.blocks) if config.frames else nn.Identity()
+        self.conv = nn.Conv2d(latent, width, 3, padding=1)
+        self.middle = Middle(width, spatial)
 
-    def forward(self, z_BDhw: Tensor) -> Tensor:
-        out: Tensor = self.middle(self.conv(self.project(z_BDhw)))
+    def forward(self, z_BDhw: Tensor, codes_BDhw: Tensor | None) -> Tensor:
+        out: Tensor = self.middle(self.conv(self.time(self.project(z_BDhw))), codes_BDhw)
         return out
 
 
@@ -152,23 +189,24 @@ class Decoder(DecoderHalf):
         super().__init__()
         widths = config.channels_of_resolutions[::-1]
         last = len(widths) - 1
-        self.stem = Stem(code_width, config.latent_width, widths[0])
+        self.spatial = code_width if config.spatial_norm else None
+        self.stem = Stem(config, code_width, widths[0], self.spatial)
         self.resolutions = nn.ModuleList()
         for i, (coarser, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            to_next = Up(width) if i < last else nn.Identity()
-            self.resolutions.append(
-                Resolution(coarser, width, config.blocks + 1, last - i in config.attention, to_next)
-            )
-        self.norm, self.head = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+            to_next, attention = Up(width) if i < last else nn.Identity(), last - i in config.attention
+            self.resolutions.append(Resolution(coarser, width, config.blocks + 1, attention, to_next, self.spatial))
+        self.norm, self.head = norm(widths[-1], self.spatial), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def finish(self, x_BChw: Tensor, begin: int) -> Tensor:
-        for resolution in self.resolutions[begin:]:
-            x_BChw = resolution(x_BChw)
-        pixels: Tensor = self.head(F.silu(self.norm(x_BChw))).float()
+    def forward(self, z_BDhw: Tensor) -> Tensor:
+        codes = None if self.spatial is None else self.stem.time(z_BDhw)
+        x_BChw = self.stem(z_BDhw, codes)
+        for resolution in self.resolutions:
+            x_BChw = resolution(x_BChw, codes)
+        pixels: Tensor = self.head(F.silu(self.norm(x_BChw, codes))).float()
         return (pixels + 1) / 2
 
 
-class VQGAN(VQVAE):
+class VQGAN(OneGrid):
     """One grid of codes, between the VQGAN's halves; the adversarial loss is the section's `adversarial`."""
 
     config_class = VQGANConfig

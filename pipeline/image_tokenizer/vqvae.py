@@ -131,17 +131,25 @@ class VQVAE(ImageTokenizer):
         """The decoder's output for the vectors of all grids."""
         x_BChw = self._walk(len(self.quantizers), vectors_of)
         assert x_BChw is not None
+        assert isinstance(self.decoder, Decoder)
         return self.decoder.finish(x_BChw, len(self.quantizers))
 
     def _walk(self, grids: int, vectors_of: VectorsOf) -> Tensor | None:
         """What the decoder makes of the `grids` coarsest grids, [B,C,h,w] at the resolution of the next one."""
         context: Tensor | None = None
         for grid in range(grids):
-            vectors_BND = vectors_of(grid, context)
-            e_BDhw = vectors_BND.transpose(1, 2).unflatten(2, (self._side(grid), self._side(grid)))
-            x = self.decoder.stem(e_BDhw) if context is None else context + self.expand[grid - 1](e_BDhw)
+            e_BDhw = self._grid(grid, vectors_of(grid, context))
+            x = (
+                self.decoder.get_submodule("stem")(e_BDhw)
+                if context is None
+                else context + self.expand[grid - 1](e_BDhw)
+            )
             context = self.decoder.resolutions[grid](x)
         return context
+
+    def _grid(self, grid: int, vectors_BND: Tensor) -> Tensor:
+        """[B,D,h,w]."""
+        return vectors_BND.transpose(1, 2).unflatten(2, (self._side(grid), self._side(grid)))
 
     def _side(self, grid: int) -> int:
         return self.image_size // self.config.factor * 2**grid
@@ -160,6 +168,14 @@ def _features(h_BChw: Tensor, context: Tensor | None) -> Tensor:
     """What a grid is quantized from, [B,N,C], positions in row-major order."""
     both = h_BChw if context is None else torch.cat([h_BChw, context], dim=1)
     return both.flatten(2).transpose(1, 2)
+
+
+class OneGrid(VQVAE):
+    """A tokenizer whose decoder takes the vectors of the one grid, and is no stack of resolutions alone."""
+
+    def _decoded(self, vectors_of: VectorsOf) -> Tensor:
+        pixels: Tensor = self.decoder(self._grid(0, vectors_of(0, None)))
+        return pixels
 
 
 class VQVAE2(VQVAE):

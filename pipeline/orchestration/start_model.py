@@ -19,6 +19,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.yaml_text import read_yaml
 from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.errors import UserError
+from pipeline.core.tokenizer_files import tokenizer_files
 from pipeline.orchestration.going_on import recorded_identity
 from pipeline.orchestration.graph import Stage, stage_identity
 
@@ -95,7 +96,7 @@ def _of_start(source: Path, stage: Stage, directory: Path) -> str:
 
 
 def _of_other_library(path: Path) -> str:
-    files = [*_weights(path), *path.glob("diffusion_pytorch_model.safetensors")] if path.is_dir() else [path]
+    files = tokenizer_files(path)
     if not files or not path.exists():
         raise UserError(f"image_tokenizer.pretrained.path: expected weights at {path}, found none: check the path")
     return digest([_sha256(file) for file in files])[:16]

@@ -17,8 +17,11 @@ from pipeline.config.image_tokenizer import ImageTokenizerConfig, PretrainedToke
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.image_tokenizer.base import build
-from pipeline.image_tokenizer.pretrained import LIBRARIES, load_pretrained, new_tokenizer, their_names
-from tests.image_tokenizer.golden_vqgan import CASES, EVERY, GOLDEN, SIDE, images, seeded
+from pipeline.image_tokenizer.losses import output_to_images, output_to_pixels
+from pipeline.image_tokenizer.pretrained import load_pretrained, new_tokenizer
+from pipeline.image_tokenizer.pretrained.names import LLAMAGEN, TAMING, their_names
+from pipeline.image_tokenizer.vqvae import VQVAE
+from tests.image_tokenizer.golden_vqgan import CASES, EVERY, GOLDEN, SIDE, images, images_for, seeded
 
 SMALL: dict[str, Any] = {"kind": "vqgan", "channels": 32, "multipliers": [1, 2], "blocks": 1, "latent_width": 8}
 BOOK = {"kind": "gradient", "codebook_size": 48, "code_width": 4}
@@ -32,8 +35,8 @@ def loaded(library: str, path: Path, side: int = SIDE, **more: Any) -> ImageToke
 def theirs(library: str, **changes: Any) -> dict[str, Tensor]:
     """Seeded weights as `library` names them."""
     config = parse_config(VQGANConfig, SMALL | {"quantizer": BOOK, "attention": [1], **changes}, "test")
-    own = build(config, SIDE).state_dict()
-    names = dict(their_names(config, LIBRARIES[library]))
+    own, names_there = build(config, SIDE).state_dict(), {"taming": TAMING, "llamagen": LLAMAGEN}[library]
+    names = dict(their_names(config, names_there)) | {"quantizers.0.codebooks.0.embedding": names_there.codebook}
     return seeded({names[name]: list(value.shape) for name, value in own.items() if name in names})
 
 
@@ -41,48 +44,14 @@ def theirs(library: str, **changes: Any) -> dict[str, Tensor]:
 def test_weights_give_the_codes_and_pixels_of_their_library(library: str, size: str, tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())[f"{library}, {size}"]
     save_file(seeded(golden["shapes"]), tmp_path / "diffusion_pytorch_model.safetensors")
-    tokenizer = loaded(library, tmp_path)
-    [codes] = tokenizer.encode(images())
+    tokenizer = loaded(library.split(",")[0], tmp_path)
+    [codes] = tokenizer.encode(images_for(library))
     assert codes.tolist() == golden["codes"]
-    assert len(codes.unique()) > 8
+    assert len(codes.unique()) > (4 if library == "openai" else 8)
     [vectors] = [tokenizer.quantizers[0].vectors([codes])]
     assert isinstance(vectors, Tensor)
-    pixels = tokenizer._decoded(lambda grid, context: vectors)
+    pixels = output_to_pixels(tokenizer.config.reconstruction, tokenizer._decoded(lambda grid, context: vectors))
     torch.testing.assert_close(pixels.detach().flatten()[::EVERY], torch.tensor(golden["pixels"]), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("multipliers", "blocks", "side"), [((1, 2), 1, 16), ((1, 1, 3), 2, 32)])
-@pytest.mark.slow
-def test_transformers_janus_gives_the_same_codes_and_pixels(
-    multipliers: tuple[int, ...], blocks: int, side: int, tmp_path: Path
-) -> None:
-    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-    from transformers.models.janus.modeling_janus import JanusVQVAE
-
-    config = JanusVQVAEConfig(
-        embed_dim=6,
-        num_embeddings=64,
-        latent_channels=12,
-        base_channels=32,
-        channel_multiplier=list(multipliers),
-        num_res_blocks=blocks,
-        num_patches=side >> (len(multipliers) - 1),
-    )
-    janus = JanusVQVAE(config).eval()
-    state = seeded({name: list(value.shape) for name, value in janus.state_dict().items()})
-    # On the unit sphere, as it was trained: there its encode, which leaves that out, finds the same codes.
-    state["quantize.embedding.weight"] = torch.nn.functional.normalize(state["quantize.embedding.weight"], dim=-1)
-    janus.load_state_dict(state)
-    janus.save_pretrained(tmp_path)
-    tokenizer = loaded("transformers", tmp_path, side)
-    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        codes = janus.encode(2 * x - 1).image_tokens.view(2, -1)
-        pixels = (janus.decode(codes) + 1) / 2
-    [own] = tokenizer.encode(x)
-    assert torch.equal(own, codes)
-    assert len(codes.unique()) > 8
-    torch.testing.assert_close(tokenizer.decode([codes]), pixels.clamp(0, 1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("library", "wrapped"), [("taming", "state_dict"), ("llamagen", "model")])
@@ -99,6 +68,44 @@ def test_a_checkpoint_file_loads_and_what_no_image_depends_on_is_left(
     decoder = tokenizer.state_dict()["decoder.resolutions.1.blocks.0.conv1.weight"]
     name = {"taming": "decoder.up.0.block.0", "llamagen": "decoder.conv_blocks.1.res.0"}[library]
     assert torch.equal(decoder, state[f"{name}.conv1.weight"])
+
+
+def openai_halves(folder: Path) -> dict[str, Tensor]:
+    """Seeded weights of OpenAI's dVAE in a folder, a file for each half, and all of them by their whole names."""
+    state = seeded(json.loads(GOLDEN.read_text())["openai, one block a group"]["shapes"])
+    for half in ("encoder", "decoder"):
+        own = {name.removeprefix(f"{half}."): value for name, value in state.items() if name.startswith(half)}
+        save_file(own, folder / f"{half}.safetensors")
+    return state
+
+
+def test_the_halves_of_openais_dvae_are_one_folder(tmp_path: Path) -> None:
+    state = openai_halves(tmp_path)
+    tokenizer = loaded("openai", tmp_path)
+    assert [tuple(level) for level in tokenizer.levels] == [(4, 4, 512)]
+    found = tokenizer.state_dict()
+    assert torch.equal(found["quantizers.0.project.bias"], state["encoder.blocks.output.conv.b"])
+    kernel = state["decoder.blocks.group_2.block_1.res_path.conv_1.w"]
+    assert torch.equal(found["decoder.resolutions.1.blocks.0.branch.1.weight"], kernel)
+    (tmp_path / "decoder.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"is no dVAE of openai's: there is no 'decoder.blocks.input.w'; check"
+    ) as caught:
+        loaded("openai", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["openai", "taming, gumbel"])
+def test_of_a_relaxed_quantizer_a_decoder_learns_on_the_codes_of_encode(library: str, tmp_path: Path) -> None:
+    golden = json.loads(GOLDEN.read_text())
+    name = next(case for case in golden if case.startswith(library))
+    save_file(seeded(golden[name]["shapes"]), tmp_path / "model.safetensors")
+    tokenizer = loaded(library.split(",")[0], tmp_path, train="decoder").train()
+    assert isinstance(tokenizer, VQVAE)
+    output, [quantized] = tokenizer(images(), 0)
+    again = output_to_images(tokenizer.config.reconstruction, output)
+    torch.testing.assert_close(again, tokenizer.decode(tokenizer.encode(images())), atol=1e-5, rtol=0)
+    assert quantized.loss == 0
 
 
 def test_it_is_saved_and_loaded_as_our_own(tmp_path: Path) -> None:

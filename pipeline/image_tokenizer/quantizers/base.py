@@ -43,8 +43,14 @@ class Quantizer(nn.Module, ABC):
     step_mean: Callable[[Tensor], Tensor] = staticmethod(distributed.mean_with_gradient)
 
     def forward(self, features_BNC: Tensor, step: int) -> Quantized:
-        """The training pass. All its randomness comes from torch's global generator."""
+        """The training pass. All its randomness comes from torch's global generator.
+
+        A quantizer that does not learn gives the vectors of its codes, as `encode` and `vectors` do, and has no loss.
+        """
         with torch.autocast(features_BNC.device.type, enabled=False):
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                vectors_BND = self._vectors(self._codes(features_BNC.detach().float())).detach()
+                return Quantized(vectors_BND, vectors_BND.new_zeros(()), {})
             return self._quantize(features_BNC.float(), step)
 
     @torch.no_grad()
