@@ -140,7 +140,7 @@ def _disk(folder: Path, prune: bool, yes: bool) -> None:
     failed = 0
     for entry in found:
         try:
-            delete(entry)
+            delete(entry, folder)
         except OSError as error:
             failed += 1
             click.echo(f"{entry.path} stays: {error.strerror}", err=True)

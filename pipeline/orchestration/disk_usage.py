@@ -6,9 +6,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from errno import EBUSY
 from pathlib import Path
 
-from pipeline.config.pipeline import load_pipeline
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.lock import owner_of
 from pipeline.orchestration.graph import Stage, stages_of
@@ -17,6 +18,7 @@ from pipeline.orchestration.run_directory import RunDirectory, config_of
 # Copies that versions before sent to MLflow: arrays of tokens and indexes, which lie in the run as well.
 _COPIED = ("*.npy", "*.keys.txt", "*.captions.txt")
 _LEFT = ("*.trash", "*.damaged", "*.damaged-*")  # of checkpoints
+_CACHE = ".cache"  # of all runs
 _TRASH = ".trash-"  # what a `--prune` that was killed had begun to delete
 
 
@@ -66,7 +68,7 @@ def deletable(folder: Path) -> Iterator[Deletable]:
     for run in runs:
         if not is_at_work(run):
             yield from _of_run(run)
-    cache = folder / ".cache" / "features"
+    cache = folder / _CACHE / "features"
     if not any(map(is_at_work, runs)):
         if cache.is_dir():
             yield _entry(cache, "features of images, which evaluate computes again")
@@ -78,12 +80,16 @@ def asked_for(folder: Path) -> list[Path]:
     return [path for run in runs_in(folder) for path in sorted(run.glob("*/exported/*")) if path.is_dir()]
 
 
-def delete(found: Deletable) -> None:
+def delete(found: Deletable, folder: Path) -> None:
     """Remove it, by a new name first, so that a half of it never passes for the whole.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: it cannot be removed, or somebody has begun to work in that run of `folder` since it was found.
     """
+    of_one_run = found.path.relative_to(folder).parts[0] != _CACHE
+    users = [folder / found.path.relative_to(folder).parts[0]] if of_one_run else runs_in(folder)
+    if busy := [run.name for run in users if is_at_work(run)]:
+        raise BlockingIOError(EBUSY, f"a process is at work in {busy[0]} now")
     for path in found.paths:
         trash = path if path.name.startswith(_TRASH) else path.with_name(f"{_TRASH}{path.name}")
         path.rename(trash)
@@ -100,7 +106,8 @@ def _of_run(run: Path) -> Iterator[Deletable]:
         config = load_pipeline(config_of(run))
     except UserError:  # of a later version, or damaged: only what is told by its place
         config = None
-    final = {stage.name for stage in stages_of(config) if _is_final(RunDirectory(run), stage)} if config else set()
+    runs = RunDirectory(run)
+    final = {stage.name for stage in stages_of(config) if _is_final(runs, config, stage)} if config else set()
     for folder in sorted(path for path in run.iterdir() if path.is_dir()):
         yield from _begun_to_delete(folder)
         checkpoints = folder / "checkpoints"
@@ -121,9 +128,9 @@ def _begun_to_delete(folder: Path) -> Iterator[Deletable]:
         yield _entry(path, "what an interrupted --prune has left")
 
 
-def _is_final(runs: RunDirectory, stage: Stage) -> bool:
-    """Whether the stage is finished; for which config does not matter, since its weights are those of its last step."""
-    return stage.trains and runs.manifest(stage.name) is not None
+def _is_final(runs: RunDirectory, config: PipelineConfig, stage: Stage) -> bool:
+    """Whether the stage is finished for the run's config; with another one, of more steps, it resumes."""
+    return stage.trains and not runs.stale_reasons(config, stage)
 
 
 def _entry(path: Path, why: str) -> Deletable:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.core.lock import Lock
-from tests.launch import launch
+from tests.launch import command, environment, launch
 from tests.orchestration.recorded_run import recorded_run
 
 
@@ -102,6 +104,33 @@ def test_what_a_deletion_has_left_goes_and_an_export_stays_and_is_named(tmp_path
 
 def test_without_yes_nothing_is_deleted(folder: Path) -> None:
     launch("pipeline", "runs", "--prune", cwd=folder.parent, check=False)  # stdin is no terminal, and says nothing
+    assert (folder / "tiny" / "transformer" / "checkpoints").is_dir()
+
+
+def test_a_run_that_begins_while_the_question_waits_for_its_answer_is_left_alone(folder: Path) -> None:
+    asking = subprocess.Popen(
+        command("pipeline", ("runs", "--prune"), 1),
+        env=environment(), cwd=folder.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert asking.stdin
+    assert asking.stdout
+    asked = b""
+    while b"delete all of this?" not in asked:
+        asked += asking.stdout.read1()  # type: ignore[attr-defined]
+    with Lock(folder / "tiny" / "locks" / "transformer.json", "transformer"):
+        told = asking.communicate(b"y\n")[0].decode()
+    assert "tiny/transformer/checkpoints stays: a process is at work in tiny now" in told
+    assert (folder / "tiny" / "transformer" / "checkpoints").is_dir()
+    assert not (folder / "other" / "transformer" / "checkpoints").exists()
+
+
+def test_the_checkpoints_of_a_training_that_is_to_get_more_steps_stay(folder: Path) -> None:
+    config = folder / "tiny" / "config.yaml"
+    loaded = yaml.safe_load(config.read_text())
+    loaded["transformer"]["training"]["steps"] += 10
+    config.write_text(yaml.safe_dump(loaded))
+    told = smalti(folder, "--prune", "--yes")
+    assert "tiny/image-tokenizer/checkpoints" in told
     assert (folder / "tiny" / "transformer" / "checkpoints").is_dir()
 
 
