@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,8 @@ class Contestant(ABC):
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup(list(self.module.parameters()))]
 
-    def set_micro_batches(self, count: int) -> None:
-        """Into how many micro-batches a step is cut."""
+    def look_ahead(self, micro_batches: Sequence[Tensor], progress: float) -> None:
+        """What a loss must know of a whole step of several micro-batches [b,3,H,W]."""
         return
 
     def after_update(self, applied: bool) -> None:
@@ -64,8 +64,8 @@ class Ours(Contestant):
     def decode(self, codes: list[Tensor]) -> Tensor:
         return self.tokenizer.decode(codes)
 
-    def set_micro_batches(self, count: int) -> None:
-        self.objective.set_micro_batches(count)
+    def look_ahead(self, micro_batches: Sequence[Tensor], progress: float) -> None:
+        self.objective.look_ahead([{"images": images} for images in micro_batches], int(progress * NOMINAL_STEPS))
 
     def after_update(self, applied: bool) -> None:
         self.objective.after_update(applied)

@@ -130,7 +130,6 @@ def train(
     train_images, val_images = images
     torch.manual_seed(seed)
     made = contestant(kind)
-    made.set_micro_batches(micro_batches)
     settings = PEER_TRAINING if kind in PEERS else TRAINING
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
     optimizer = build_adamw(made.parameter_groups(), config)
@@ -150,7 +149,11 @@ def train(
         batch = train_images[order[used : used + config.batch_size]]
         used += config.batch_size
         optimizer.zero_grad(set_to_none=True)
-        for micro in batch.chunk(micro_batches):
+        parts = batch.chunk(micro_batches)
+        if len(parts) > 1:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                made.look_ahead(parts, spent)
+        for micro in parts:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = made.loss(micro, spent) / micro_batches
             loss.backward()

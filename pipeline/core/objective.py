@@ -54,8 +54,11 @@ class Objective(nn.Module, ABC):
         """The attention within `blocks`, which selective activation checkpointing recomputes; arguments as theirs."""
         return []
 
-    def set_micro_batches(self, count: int) -> None:
-        """Learn into how many micro-batches a rank's part of a step is cut. Called once, before the training."""
+    def look_ahead(self, micro_batches: Sequence[dict[str, Tensor]], step: int) -> None:
+        """Learn what a loss must know of the whole step. Called before a step of several micro-batches, on every rank.
+
+        Without gradients, in the training's precision; it leaves no trace in the generator or in what learns.
+        """
         return
 
     def averaged_buffers(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ With the Gumbel quantizer it is the discrete VAE (dvae.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -83,6 +83,16 @@ class VQVAE(ImageTokenizer):
             return found[-1].vectors
 
         return self._decoded(vectors_of), found
+
+    def quantize(self, images_B3HW: Tensor, step: int) -> None:
+        """The quantizers' part of `forward`, for what they then know of these images."""
+        pyramid, finest = self._pyramid(images_B3HW), len(self.quantizers) - 1
+
+        def vectors_of(grid: int, context: Tensor | None) -> Tensor:
+            found: Quantized = self._quantizers()[grid](_features(pyramid[grid], context), step)
+            return found.vectors
+
+        vectors_of(finest, self._walk(finest, vectors_of))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -191,10 +201,11 @@ class VQVAEObjective(TokenizerObjective):
         super().__init__()
         self.tokenizer = tokenizer
         self.reconstruction = ReconstructionLoss(tokenizer.config.reconstruction)
-        asking = [quantizer for quantizer in tokenizer._quantizers() if quantizer.asks_for_even_use]
-        self.step_means = nn.ModuleList(StepMean(quantizer.codebook_sizes[0]) for quantizer in asking)
-        for quantizer, mean in zip(asking, self.step_means, strict=True):
-            quantizer.step_mean = mean.forward  # no part of the tokenizer
+        self._step_means: list[StepMean] = []
+        for quantizer in tokenizer._quantizers():
+            if quantizer.asks_for_even_use:
+                quantizer.step_mean = mean = StepMean()  # no part of the tokenizer
+                self._step_means.append(mean)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: images, uint8 [b,3,H,W]."""
@@ -228,12 +239,20 @@ class VQVAEObjective(TokenizerObjective):
         """Codebooks of moving averages learn once per update, after it."""
         for quantizer in self.tokenizer._quantizers():
             quantizer.after_update(applied)
-        for mean in self._step_means():
-            mean.after_update(applied)
+        for mean in self._step_means:
+            mean.forget()
 
-    def set_micro_batches(self, count: int) -> None:
-        for mean in self._step_means():
-            mean.micro_batches = count
-
-    def _step_means(self) -> list[StepMean]:
-        return cast("list[StepMean]", list(self.step_means))
+    def look_ahead(self, micro_batches: Sequence[dict[str, Tensor]], step: int) -> None:
+        """How evenly a step uses its codes, where a quantizer asks for it."""
+        if not self._step_means:
+            return
+        for mean in self._step_means:
+            mean.look_ahead()
+        device = micro_batches[0]["images"].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for batch in micro_batches:
+                self.tokenizer.quantize(batch["images"].float() / 255, step)
+        for quantizer in self.tokenizer._quantizers():
+            quantizer.forget()
+        for mean in self._step_means:
+            mean.settle()

@@ -92,7 +92,6 @@ class Trainer:
         self.workload = workload
         self.engine = engine
         self.accumulation = accumulation_steps(training, distributed.world_size())
-        engine.objective.set_micro_batches(self.accumulation)
         self.ema = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
         self.checkpoints = Checkpoints(
             run.directory / "checkpoints",
@@ -177,11 +176,14 @@ class Trainer:
     def _forward_and_backward(self, batch: Batch) -> list[Metrics]:
         """Accumulate the gradients of this rank's samples of one step; returns each micro-batch's metrics."""
         found: list[Metrics] = []
-        size = next(iter(batch.values())).shape[0] // self.accumulation
-        for index in range(self.accumulation):
-            micro = {name: tensor[index * size : (index + 1) * size] for name, tensor in batch.items()}
-            last = index == self.accumulation - 1
-            found.append(self.engine.accumulate(micro, self.state.step, 1 / self.accumulation, last))
+        size, step = next(iter(batch.values())).shape[0] // self.accumulation, self.state.step
+        cut = {name: tensor.split(size) for name, tensor in batch.items()}
+        parts = [{name: tensors[index] for name, tensors in cut.items()} for index in range(self.accumulation)]
+        if len(parts) > 1:
+            with torch.no_grad(), self.engine.autocast():
+                self.engine.objective.look_ahead(parts, step)
+        for part in parts:
+            found.append(self.engine.accumulate(part, step, 1 / self.accumulation, last=part is parts[-1]))
         return found
 
     def _look(self) -> Reading:

@@ -15,10 +15,11 @@ from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
 from pipeline.config.quantizers import CodebookConfig, QuantizerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.fake_cuda import fake_cuda
+from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.base import best_code, nearest_code
 from pipeline.image_tokenizer.quantizers.codebook import Codebook, kmeans
-from pipeline.image_tokenizer.quantizers.step_mean import StepMean
+from pipeline.image_tokenizer.vqvae import VQVAEObjective
 from tests.launches import Launches
 from tests.no_sync import no_sync
 
@@ -275,27 +276,51 @@ def test_entropies_of_binary_codes_are_those_of_the_whole_table() -> None:
 
 @pytest.mark.parametrize("name", ["lfq", "bsq", "gumbel"])
 def test_even_use_is_that_of_the_whole_step_however_many_micro_batches_it_has(name: str) -> None:
-    """The gradient of the entropy of a mean over micro-batches, on data that stay the same."""
-    gradients = []
+    """From the first step on: its loss and the loss's gradient."""
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = []
     for parts in (1, 4, 16):
-        made, mean = quantizer(name).train(), StepMean(64)
-        made.step_mean, mean.micro_batches = mean.forward, parts
+        objective = objective_with(KINDS[name])
+        micro_batches = [{"images": part} for part in images.chunk(parts)]
+        if parts > 1:
+            objective.look_ahead(micro_batches, 0)
+        losses = [objective.tokenizer(part["images"] / 255, 0)[1][0].loss / parts for part in micro_batches]
+        torch.stack(losses).sum().backward()
+        found.append((sum(losses).detach(), objective.tokenizer.quantizers[0].project.weight.grad))  # type: ignore[union-attr]
+    assert found[0][1].abs().sum() > 0
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+@pytest.mark.parametrize("quantizers", [("gumbel", "lfq"), ("ema", "gumbel"), ("multiscale", "lfq")])
+def test_looking_ahead_leaves_no_trace_but_the_steps_mean(quantizers: tuple[str, str]) -> None:
+    images = torch.randint(256, (4, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    states = []
+    for looks in (False, True):
+        objective = objective_with(*(KINDS[name] for name in quantizers), size=12)
         for step in range(2):
-            made.zero_grad()
-            for part in features(16, 4).chunk(parts):
-                (made(part, step).loss / parts).backward()
-            mean.after_update(applied=torch.tensor(True))
-        gradients.append(made.project.weight.grad)  # type: ignore[union-attr]
-    assert gradients[0].abs().sum() > 0
-    torch.testing.assert_close(gradients[1:], [gradients[0]] * 2)
+            torch.manual_seed(step)
+            if looks:
+                objective.look_ahead([{"images": part} for part in images.split(2)], step)
+                for mean in objective._step_means:
+                    mean.forget()
+            loss, _ = objective({"images": images}, step)
+            loss.backward()
+            objective.after_update(applied=True)
+        states.append((loss.detach(), objective.state_dict(), torch.get_rng_state()))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
-def test_a_step_that_was_skipped_is_not_the_mean_of_the_next_one() -> None:
-    mean = StepMean(4)
-    for value, applied in ((0.25, True), (math.nan, False)):
-        mean(torch.full((4,), value))
-        mean.after_update(torch.tensor(applied))
-    assert mean.latest.tolist() == [0.25] * 4
+def objective_with(*quantizers: dict[str, object], size: int = 8) -> VQVAEObjective:
+    """Of a VQ-VAE, or with several quantizers a VQ-VAE-2, of images of `size` pixels."""
+    torch.manual_seed(0)
+    model: dict[str, object] = {"bottleneck": 1, "blocks": 1, "patch_size": 4 // len(quantizers)}
+    if len(quantizers) == 1:
+        model |= {"kind": "vqvae", "widths": (16,), "quantizer": quantizers[0]}
+    else:
+        model |= {"kind": "vqvae2", "widths": (16, 16), "quantizers": quantizers}
+    objective = build(model, size).objective().train()
+    assert isinstance(objective, VQVAEObjective)
+    return objective
 
 
 @pytest.mark.parametrize("name", ["lfq", "bsq"])

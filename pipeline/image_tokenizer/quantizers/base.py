@@ -48,7 +48,7 @@ class Quantizer(nn.Module, ABC):
         A quantizer that does not learn gives the vectors of its codes, as `encode` and `vectors` do, and has no loss.
         """
         with torch.autocast(features_BNC.device.type, enabled=False):
-            if not any(parameter.requires_grad for parameter in self.parameters()):
+            if {parameter.requires_grad for parameter in self.parameters()} == {False}:
                 vectors_BND = self._vectors(self._codes(features_BNC.detach().float())).detach()
                 return Quantized(vectors_BND, vectors_BND.new_zeros(()), {})
             return self._quantize(features_BNC.float(), step)
@@ -102,6 +102,10 @@ class Quantizer(nn.Module, ABC):
     def averaged_codebooks(self) -> list[Tensor]:
         """The tables of codes' vectors that learn by moving averages: buffers."""
         return []
+
+    def forget(self) -> None:
+        """Empty what training passes since the last update left behind."""
+        return
 
     def after_update(self, applied: bool | Tensor) -> None:
         """Collective, once an optimizer update. `applied`: the update was finite and changed the weights."""

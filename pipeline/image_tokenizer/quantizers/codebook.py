@@ -93,6 +93,10 @@ class CodebookQuantizer(Quantizer, ABC):
         if z_nD is not None and applied:
             self._start(z_nD)
 
+    def forget(self) -> None:
+        for book in self._codebooks():
+            book.forget()
+
     @torch.no_grad()
     def _start(self, z_nD: Tensor) -> None:
         """Each codebook starts from what the ones before leave of this rank's vectors of the first step. Collective."""

@@ -154,6 +154,10 @@ class MultiscaleQuantizer(Quantizer):
     def averaged_codebooks(self) -> list[Tensor]:
         return [self.mean, self.square, *([book.embedding] if isinstance(book := self.codebook, EmaCodebook) else [])]
 
+    def forget(self) -> None:
+        self.codebook.forget()
+        self._moments = []
+
     @torch.no_grad()
     def after_update(self, applied: bool | Tensor) -> None:
         found, self._moments = self._moments, []

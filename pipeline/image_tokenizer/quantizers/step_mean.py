@@ -1,43 +1,44 @@
 """How often each code is used in a whole step, for the losses that ask for even use (lfq.py, gumbel.py).
 
-The loss of a step of several micro-batches is f(q̄) of the mean q̄ over all of them, which none of them knows. So each
-takes f's slope at the q̄ of the step before, which differs by one update, and its own part of q̄'s gradient: their sum
-is the whole step's. A single micro-batch takes its own q̄.
-
-It belongs to the objective: checkpoints hold it, an exported tokenizer does not.
+The loss of a step of several micro-batches is f(q̄) of the mean q̄ over all of them, which none of them knows. So before
+the first one, all of them pass encoder and quantizers once without gradients (`VQVAEObjective.look_ahead`). Each then
+takes f's slope at the step's own q̄, and its own part of q̄'s gradient: their sum is the whole step's. The slope at
+the step before, which costs nothing, is another loss: with few positions a code, that of other images.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core import distributed
 
 
-class StepMean(nn.Module):
+class StepMean:
     """Mean posterior [K] of a micro-batch -> the step's, over all ranks, with that micro-batch's gradient."""
 
-    latest: Tensor  # [K], of the step before; zeros before the first
+    def __init__(self) -> None:
+        self._seen: list[Tensor] | None = None  # while it looks ahead
+        self._ahead: Tensor | None = None  # [K], of the step that comes
 
-    def __init__(self, codes: int) -> None:
-        super().__init__()
-        self.micro_batches = 1  # of a step
-        self.register_buffer("latest", torch.zeros(codes))
-        self._seen: list[Tensor] = []  # of one step, emptied after its update
-
-    def forward(self, mean_K: Tensor) -> Tensor:
-        mean_K = distributed.mean_with_gradient(mean_K)
-        now = mean_K.detach()
-        self._seen.append(now)
-        if self.micro_batches == 1:
+    def __call__(self, mean_K: Tensor) -> Tensor:
+        if self._seen is not None:
+            self._seen.append(mean_K.detach())
             return mean_K
-        return torch.where(self.latest.sum() > 0, self.latest, now) + (mean_K - now)
+        if self._ahead is None:  # a step of one micro-batch
+            return distributed.mean_with_gradient(mean_K)
+        return self._ahead + (mean_K - mean_K.detach())
 
-    @torch.no_grad()
-    def after_update(self, applied: bool | Tensor) -> None:
-        """Keep the step's mean, if its update was `applied`."""
-        seen, self._seen = self._seen, []
-        if seen:
-            mean = torch.stack(seen).mean(0)
-            self.latest.copy_(torch.where(torch.as_tensor(applied), mean, self.latest))
+    def look_ahead(self) -> None:
+        """From here on, what it is called with are a step's micro-batches; none of them gets the step's mean."""
+        self._seen, self._ahead = [], None
+
+    def settle(self) -> None:
+        """Collective: those were all."""
+        if self._seen:
+            self._ahead = distributed.mean_tensor(torch.stack(self._seen).mean(0))
+        self._seen = None
+
+    def forget(self) -> None:
+        """The step is over."""
+        self._seen = self._ahead = None
