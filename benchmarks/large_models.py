@@ -1,182 +1,289 @@
-"""What each process of a ZeRO-3 training takes of the host's memory, phase by phase, beside its share of the state.
+r"""What each process of a ZeRO-3 training takes of the host's memory, phase by phase, beside `smalti plan`'s.
 
-    python -m benchmarks.large_models --width 1536 --layers 16 --processes 2 FOLDER
+    python -m benchmarks.large_models FOLDER configs/dalle-12b.yaml transformer.layers=2 \
+        transformer.training.precision=bf16-weights transformer.training.ema_decay=null
 
-On CPUs, with random ids instead of data: start, steps, an evaluation, a grid of sample images, a checkpoint, the end
-(an export from the checkpoint), and a resume at another number of processes. A line for each phase and rank: peak
-resident memory since the phase began, without what torch took before; the share of weights, optimizer, gradients and
-average (float32: 24 bytes a parameter / processes; bf16-weights: 20; without an average 4 less); and the bar at the
-start, 1.2 × share + 2 × the largest parameter.
+On CPUs, with random ids instead of data. A first life on --processes: start, two steps, an evaluation, a grid of sample
+images, and a stop, asked of rank 0 while images are generated, which saves. A second life on --resume-processes: start,
+resume, the same again, a checkpoint that is waited for, and the end (an export from it). --only names some phases.
+
+A line for each phase: peak resident memory in GB since the phase began, of each rank, without what torch took before;
+what `plan` says of a GPU and of the host together; of the start also the bar, 1.2 × share + 2 × the largest parameter,
+where the share is that of weights, optimizer, gradients and average.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import random
+import signal
+import string
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from pipeline.config.text_tokenizer import TextTokenizerConfig
-from pipeline.config.training import DeepSpeedConfig, TrainingConfig
-from pipeline.config.transformer import TransformerConfig
-from pipeline.core import distributed
+from benchmarks.plan_memory import status_bytes
+from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.config.training import accumulation_steps
+from pipeline.core import distributed, signals
 from pipeline.core.initial_values import initial_values
+from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.image_tokenizer.base import build
 from pipeline.sampling.all_ranks import generate_on_all_ranks
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint_files import Files
 from pipeline.training.consolidate import consolidate
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Engine, Start
+from pipeline.training.host_plan import host_memory
+from pipeline.training.resource_plan import FLOAT32, Model, count, memory
 from pipeline.training.sharded_state import ShardedState, shards_file
+from pipeline.training.stopping import EvaluationStopped
+from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
-from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 
-_BATCH = 2
 _GB = 1e9
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+_FIRST = ("start", "steps", "evaluation", "images", "stop")
+_SECOND = ("start", "resume", "steps", "evaluation", "images", "checkpoint", "end")
+_PROMPTS = ["red joker", "Brazil"]
 
 
 class Meter:
-    """Peak resident memory by phase."""
+    """Peak resident memory by phase, in GB beside what was there when it was made."""
 
     def __init__(self) -> None:
         self.before = psutil.Process().memory_info().rss
-        self.found: dict[str, dict[str, float]] = {}
+        self.peaks: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """What is done inside is that phase."""
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         started = time.monotonic()
         yield
-        peak = (_peak_bytes() - self.before) / _GB
-        self.found[name] = {"peak_gb": round(peak, 3), "s": round(time.monotonic() - started, 1)}
+        self.peaks[name] = (status_bytes("VmHWM") - self.before) / _GB
+        self.seconds[name] = time.monotonic() - started
 
 
-def _train(arguments: argparse.Namespace, folder: Path) -> None:
+@dataclass
+class Training:
+    """A training of the config's transformer on DeepSpeed's engine, as the stage builds it."""
+
+    config: PipelineConfig
+    engine: Engine
+    average: Ema | None
+    sizes: list[int]  # of parameters
+
+    def files(self) -> Files:
+        """This process's files of a checkpoint."""
+        files = self.engine.checkpoint_files()
+        if self.average:
+            files |= [shards_file("ema", self.engine.local_shards(self.average.average))]
+        if distributed.is_main():
+            files["model.json"] = vars(self.engine.objective.exported())
+        return files
+
+    def read(self, directory: Path) -> None:
+        """Load a checkpoint."""
+        self.engine.load(directory)
+        if self.average:
+            self.engine.read_shards(self.average.average, ShardedState(directory, "ema"))
+
+    def share(self, ranks: int) -> float:
+        """GB of weights, their float32 copy, moments, gradients and average, on one process."""
+        training = self.config.transformer.training
+        number = 2 if training.precision == "bf16-weights" else FLOAT32
+        moments = 1 if training.optimizer == "muon" else 2
+        a_parameter = 2 * number + FLOAT32 * (1 + moments + bool(training.ema_decay))
+        return a_parameter * sum(self.sizes) / ranks / _GB
+
+    def bar(self, ranks: int) -> float:
+        """GB that a start may take."""
+        return 1.2 * self.share(ranks) + 2 * FLOAT32 * max(self.sizes) / _GB
+
+
+def start_training(config: PipelineConfig, folder: Path, drawn: bool) -> Training:
+    """Build it without memory, and give it its share; values are `drawn`, or zeros for a checkpoint to replace."""
+    section, text = config.transformer, config.text_tokenizer
+    with torch.device("meta"):
+        levels = build(config.image_tokenizer.model, config.prepare.image_size).levels
+    layout = Layout.of(text.text_length, text.vocab_size, levels)
+    with initial_values(config.seed) as initial:
+        objective = JointObjective(build_transformer(layout, section), section, config.seed)
+    sizes = [parameter.numel() for parameter in objective.parameters()]
+    start, training = Start(initial, drawn), section.training
+    engine = build_engine("deepspeed", objective, training, section.deepspeed, folder, start)
+    average = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
+    return Training(config, engine, average, sizes)
+
+
+def planned(config: PipelineConfig, model: Model, ranks: int) -> dict[str, float]:
+    """GB of one process by phase, what is on a GPU and what is in the host's memory together."""
+    training, deepspeed = config.transformer.training, config.transformer.deepspeed
+    host = host_memory(model, training, deepspeed, 3, gpus=ranks, per_node=1).peaks
+    gpu = memory(model, training, deepspeed, 3, ranks).peaks
+    found = {name: (peak + host.get(name, 0.0)) / _GB for name, peak in gpu.items()}
+    names = {"step": "steps"}
+    found = {names.get(name, name): peak for name, peak in found.items()}
+    return found | {"stop": max(found["images"], found["checkpoint"])}
+
+
+def _live(arguments: argparse.Namespace, config: PipelineConfig) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401 – what it takes by itself is not the training's
 
     distributed.init()
-    text = TextTokenizer.train(["red joker", "Brazil"], TextTokenizerConfig(vocab_size=300, text_length=8))
-    ema = {"kind": "ema", "codebook_size": arguments.codebook, "code_width": 8}
-    shape = {"patch_size": 2, "widths": [16, 16], "blocks": 1, "block_kernels": [3, 1]}
-    image_tokenizer = build({"kind": "vqvae", "quantizer": ema, **shape}, 16).eval()
-    precision, decay = arguments.precision, arguments.average or None
-    training = TrainingConfig(steps=8, batch_size=_BATCH * 2, warmup_steps=0, precision=precision, ema_decay=decay)
-    config = TransformerConfig(
-        layers=arguments.layers,
-        width=arguments.width,
-        heads=arguments.width // 64,
-        caption_dropout=0,
-        training=training,
+    signals.install()
+    meter = Meter()
+    checkpoints = Checkpoints(
+        arguments.folder / "checkpoints", 1, in_background=config.transformer.training.async_checkpoints
     )
-    layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
-    meter, checkpoints = Meter(), Checkpoints(folder / "checkpoints", keep=1)
-    resumes = (folder / "checkpoints").exists()
+    resumes = arguments.life == 2 and "resume" in arguments.only
     with meter.phase("start"):
-        with initial_values(0) as initial:
-            objective = JointObjective(Transformer(layout, config), config)
-        sizes = [parameter.numel() for parameter in objective.parameters()]
-        start = Start(initial, drawn=not resumes)
-        engine = build_engine("deepspeed", objective, training, DeepSpeedConfig(zero_stage=3), folder, start)
-        average = Ema(engine.local_parameters, arguments.average) if arguments.average else None
+        training = start_training(config, arguments.folder, drawn=not resumes)
     if resumes:
         with meter.phase("resume"):
-            checkpoints.restore(lambda directory: _read(engine, average, directory))
-    _phases(meter, engine, average, checkpoints, Pipeline(text, objective.transformer, image_tokenizer), resumes)
-    share = _bytes_a_parameter(arguments) * sum(sizes) / distributed.world_size() / _GB
-    bar = 1.2 * share + 2 * 4 * max(sizes) / _GB
-    told = {"parameters": sum(sizes), "share_gb": round(share, 3), "bar_gb": round(bar, 3), "phases": meter.found}
-    for rank, own in enumerate(distributed.all_gather_objects(told)):
-        if distributed.is_main():
-            print(json.dumps({"processes": distributed.world_size(), "rank": rank} | own), flush=True)
+            checkpoints.restore(training.read)
+    _phases(arguments, meter, training, checkpoints)
+    told = distributed.all_gather_objects((meter.peaks, meter.seconds))
+    if distributed.is_main():
+        _print(training, [peaks for peaks, _ in told], told[0][1])
     distributed.leave(0)
 
 
-def _bytes_a_parameter(arguments: argparse.Namespace) -> int:
-    """Of weights, their float32 copy, moments, gradients and average, on all processes together."""
-    return (16 if arguments.precision == "bf16-weights" else 20) + (4 if arguments.average else 0)
-
-
-def _read(engine: Engine, average: Ema | None, directory: Path) -> None:
-    engine.load(directory)
-    if average:
-        engine.read_shards(average.average, ShardedState(directory, "ema"))
-
-
-def _phases(
-    meter: Meter, engine: Engine, average: Ema | None, checkpoints: Checkpoints, pipeline: Pipeline, resumed: bool
-) -> None:
-    layout, share = pipeline.transformer.layout, 2 * _BATCH // distributed.world_size()
-    text = torch.randint(1, 200, (share, layout.text_length))
-    batch = {"text": text, "codes": torch.zeros(share, layout.image_length, dtype=torch.long)}
-    with meter.phase("2 steps"):
-        for step in range(2):
-            engine.accumulate(batch, step, 1.0, last=True)
-            engine.update(1.0)
-            if average:
-                average.update()
+def _phases(arguments: argparse.Namespace, meter: Meter, training: Training, checkpoints: Checkpoints) -> None:
+    engine, average, config = training.engine, training.average, training.config
+    batch = _batch(config, engine)
+    if "steps" in arguments.only:
+        with meter.phase("steps"):
+            for step in range(2):
+                engine.accumulate(batch, step, 1.0, last=True)
+                engine.update(1.0)
+                if average:
+                    average.update()
     engine.objective.eval()
-    with meter.phase("evaluation"), torch.no_grad():
-        if average:
-            average.swap()
-            engine.sync_parameters()
-        engine.model(batch, 0)
-    with meter.phase("images"), torch.no_grad(), engine.gathered_outside_blocks():
-        generate_on_all_ranks(pipeline, [["red joker", "Brazil"]], 0, engine.in_step)
+    _take(average, engine)
+    if "evaluation" in arguments.only:
+        with meter.phase("evaluation"), torch.no_grad(), engine.autocast():
+            engine.model(batch, 0)
+    if arguments.only & {"images", "stop"}:
+        pipeline = _pipeline(config, engine)
+    if "images" in arguments.only:
+        with meter.phase("images"), torch.no_grad(), engine.gathered_outside_blocks(), engine.autocast():
+            generate_on_all_ranks(pipeline, [_PROMPTS], 0, engine.in_step)
+    if "stop" in arguments.only:
+        with meter.phase("stop"):
+            _stopped(pipeline, engine)
+            _take(average, engine)
+            checkpoints.save(2, training.files())
+            checkpoints.finish()
+        return
+    _take(average, engine)
+    if "checkpoint" in arguments.only:
+        with meter.phase("checkpoint"):
+            checkpoints.save(4, training.files())
+            checkpoints.finish()
+    if "end" in arguments.only and distributed.is_main():
+        with meter.phase("end"):
+            consolidate(checkpoints.path(4), arguments.folder / "model")
+    distributed.barrier()
+
+
+def _take(average: Ema | None, engine: Engine) -> None:
+    """Exchange the weights and their average."""
     if average:
         average.swap()
         engine.sync_parameters()
-    if resumed:
-        return
-    with meter.phase("checkpoint"):
-        files = engine.checkpoint_files()
-        if average:
-            files |= [shards_file("ema", engine.local_shards(average.average))]
-        if distributed.is_main():
-            files["model.json"] = vars(engine.objective.exported())
-        checkpoints.save(2, files)
+
+
+def _stopped(pipeline: Pipeline, engine: Engine) -> None:
+    """Rank 0 is asked to stop; all ranks hear it while they generate images."""
     if distributed.is_main():
-        with meter.phase("end: model/ from the checkpoint"):
-            consolidate(checkpoints.path(2), checkpoints.directory.parent / "model")
-    distributed.barrier()
+        os.kill(os.getpid(), signal.SIGUSR2)
+    try:
+        with torch.no_grad(), engine.gathered_outside_blocks(), engine.autocast():
+            generate_on_all_ranks(pipeline, [_PROMPTS], 0, engine.in_step)
+    except EvaluationStopped:
+        return
+    raise RuntimeError("expected the images to end where a rank is asked to stop, found all of them")
+
+
+def _batch(config: PipelineConfig, engine: Engine) -> dict[str, torch.Tensor]:
+    """Of one micro-batch, ids that are none of the data's."""
+    objective, training = engine.objective, config.transformer.training
+    assert isinstance(objective, JointObjective)
+    layout, ranks = objective.transformer.layout, distributed.world_size()
+    size = training.batch_size // ranks // accumulation_steps(training, ranks)
+    codes = torch.zeros(size, layout.image_length, dtype=torch.long)
+    return {"text": torch.randint(1, 200, (size, layout.text_length)), "codes": codes}
+
+
+def _pipeline(config: PipelineConfig, engine: Engine) -> Pipeline:
+    """With tokenizers of the config's sizes, that have learned nothing to speak of."""
+    chance = random.Random(0)
+    words = ("".join(chance.choices(string.ascii_lowercase, k=6)) for _ in range(4 * config.text_tokenizer.vocab_size))
+    text = TextTokenizer.train([*_PROMPTS, *words], config.text_tokenizer)
+    image_tokenizer: ImageTokenizer = build(config.image_tokenizer.model, config.prepare.image_size).eval()
+    assert isinstance(engine.objective, JointObjective)
+    return Pipeline(text, engine.objective.transformer, image_tokenizer)
+
+
+def _print(training: Training, peaks: list[dict[str, float]], seconds: dict[str, float]) -> None:
+    config, ranks = training.config, len(peaks)
+    plan = planned(config, count(config, ranks, "cpu"), ranks)
+    print(f"{sum(training.sizes) / 1e6:,.0f} M parameters on {ranks} processes, share {training.share(ranks):.2f} GB")
+    print("phase       " + "".join(f"  rank {rank}" for rank in range(ranks)) + "    plan       s")
+    for name in peaks[0]:
+        own = "".join(f"{of_rank[name]:8.2f}" if name in of_rank else "        " for of_rank in peaks)
+        told = f"{plan[name]:8.2f}" if name in plan else "        "
+        bar = f"   at most {training.bar(ranks):.2f}" if name == "start" else ""
+        print(f"{name:12}{own}{told}{seconds[name]:8.0f}{bar}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--codebook", type=int, default=8192)
-    parser.add_argument("--precision", choices=("fp32", "bf16-weights"), default="fp32")
-    parser.add_argument("--average", type=float, default=0.9, help="ema_decay; 0: none")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--resume-processes", type=int, default=4)
+    parser.add_argument("--resume-processes", type=int, default=1, help="0: no second life")
+    parser.add_argument("--only", nargs="+", default=[*_FIRST, *_SECOND], choices=[*_FIRST, *_SECOND], metavar="PHASE")
+    parser.add_argument("--life", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        _train(arguments, arguments.folder)
+    arguments.only = {*arguments.only}
+    config = load_pipeline(arguments.config, [*arguments.overrides, "transformer.deepspeed.zero_stage=3"])
+    if arguments.life:
+        arguments.only &= {*(_FIRST if arguments.life == 1 and arguments.resume_processes else _SECOND)}
+        _live(arguments, config)
         return
     arguments.folder.mkdir(parents=True)
-    for processes in (arguments.processes, arguments.resume_processes):
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, "-m", *torchrun, "-m", "benchmarks.large_models", *sys.argv[1:]]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for life, processes in enumerate((arguments.processes, arguments.resume_processes), 1):
+        if processes:
+            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command = [
+                sys.executable,
+                "-m",
+                *torchrun,
+                "-m",
+                "benchmarks.large_models",
+                *sys.argv[1:],
+                "--life",
+                str(life),
+            ]
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":
