@@ -49,6 +49,11 @@ class EvaluateConfig(Config):
     reconstructions: int = Field(250, ge=2, description="images of each split that the tokenizer reconstructs, at most")
     reconstructions_shown: int = Field(12, ge=0, description="of the validation images, for the report")
     samples_shown: int = Field(18, ge=0, description="of the generated images, drawn at random, for the report")
+    perturbations: list[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[int, Field(ge=1)]]] = added(
+        [],
+        description="pFID of the image tokenizer: pairs of a share of codes that are replaced and of how many nearest "
+        "codes, e.g. [0.5, 100]; it needs quantizers other than multiscale",
+    )
     inception_splits: int = Field(10, ge=1, description="parts of the Inception Score, for its spread")
     judged_prompts: int = added(
         40,

@@ -81,6 +81,9 @@ class PipelineConfig(Config):
             raise ValueError(
                 "generate.new_prompts: transformer.condition=class has no prompts but its classes: leave it out"
             )
+        kinds = {quantizer.kind for quantizer in self.image_tokenizer.model.quantizers}
+        if self.evaluate.perturbations and "multiscale" in kinds:
+            raise ValueError("evaluate.perturbations: pFID is not defined for quantizer multiscale: leave it out")
         self._check_image_size()
         return self
 

@@ -17,6 +17,7 @@ from pipeline.evaluation.comparison import caption_rows, classified_rows, compar
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, images_at, prepared_images
 from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics, pair_row
+from pipeline.evaluation.perturbed import perturbed_features
 from pipeline.evaluation.rows import Row
 from pipeline.evaluation.set_metrics import AUTHENTICITY, FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
 from pipeline.extractors.base import FeatureSet
@@ -125,7 +126,7 @@ def reranker_scores(images: list[StoredImage]) -> list[float] | None:
 def tokenizer_rows(
     tokenizer: ImageTokenizer, real: RealImages, store: FeatureStore, config: EvaluateConfig, seed: int
 ) -> list[Row]:
-    """PSNR, SSIM, LPIPS (where its weights are) and Fréchet distance of reconstructions, by split."""
+    """PSNR, SSIM, LPIPS (where its weights are) and Fréchet distance of reconstructions, by split; and pFID."""
     metrics = pair_metrics(config, next(tokenizer.parameters()).device)
     rows: list[Row | None] = []
     for split, samples in (("validation", real.validation), ("training", real.samples)):
@@ -138,6 +139,10 @@ def tokenizer_rows(
             rows.append(pair_row(metric, found, compares, len(samples), seed))
         originals = store.features(samples, f"features of {split} images")
         rows.append(row_of(FRECHET, TwoSets(rebuilt, config, seed, originals, paired=True), compares, prefix="r"))
+        for share, nearest in config.perturbations if split == "validation" else ():
+            wrong = perturbed_features(tokenizer, samples, (share, nearest), store.extractor, config.batch_size, seed)
+            told = f"{compares} with {100 * share:g} % of codes as one of the {nearest} nearest"
+            rows.append(row_of(FRECHET, TwoSets(wrong, config, seed, originals, paired=True), told, prefix="p"))
     return [row for row in rows if row is not None]
 
 
