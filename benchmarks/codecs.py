@@ -2,6 +2,7 @@
 
     python -m benchmarks.codecs formats FOLDER-OF-PHOTOGRAPHS
     python -m benchmarks.codecs prepare FOLDER-OF-PHOTOGRAPHS
+    python -m benchmarks.codecs memory FOLDER-OF-PHOTOGRAPHS
 
 The photographs become JPEGs of 512 pixels, quality 90, as img2dataset writes them; these become images of 256 pixels.
 Libraries that are not installed are left out: `pip install simplejpeg PyTurboJPEG imagecodecs 'pyvips[binary]'
@@ -16,7 +17,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -46,15 +47,10 @@ def main() -> None:
 @click.option("--rounds", default=3, show_default=True)
 def prepare_images(folder: Path, rounds: int) -> None:
     """The parts of the stage, without what it does once for all, by one worker; a tar of the photographs in FOLDER."""
-    crops = [_pillow(crop, "JPEG", quality=90) for path in sorted(folder.iterdir()) for crop in _crops(path)] * 3
+    crops = _jpegs(folder) * 3
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        with tarfile.open(work / "0.tar", "w") as tar:
-            for number, content in enumerate(crops):
-                for extension, member in (("jpg", content), ("txt", b"a photograph")):
-                    info = tarfile.TarInfo(f"{number:06d}.{extension}")
-                    info.size = len(member)
-                    tar.addfile(info, io.BytesIO(member))
+        _write_tar(work / "0.tar", crops)
         spent: dict[str, list[float]] = {storage: [] for storage in get_args(Storage)}
         size: dict[str, int] = {}
         for turn in range(rounds):
@@ -73,6 +69,23 @@ def prepare_images(folder: Path, rounds: int) -> None:
     for storage, times in spent.items():
         median, kilobytes = statistics.median(times), size[storage] / len(crops) / 1e3
         print(f"| {storage} | {len(crops) / median:.0f} | {before / median:.1f} x | {kilobytes:.0f} |")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--images", default=10_000, show_default=True)
+def memory(folder: Path, images: int) -> None:
+    """The peak memory of this process, which makes one part of IMAGES images, stored as JPEGs."""
+    with tempfile.TemporaryDirectory() as name:
+        work, crops = Path(name), _jpegs(folder)
+        _write_tar(work / "0.tar", (crops[number % len(crops)] for number in range(images)))
+        del crops
+        source = {"kind": "webdataset", "urls": str(work / "0.tar")}
+        values = {"source": source, "image_size": TO, "storage": "jpeg", "workers": 1}
+        before = _peak_mb()
+        prepare_share(work / "out", PrepareConfig.model_validate(values), 0, lambda parts: parts)
+        size = sum(path.stat().st_size for path in work.glob("out/*/*.tar")) / 1e6
+    print(f"{images:,} images, {size:,.0f} MB of shards: {_peak_mb():,.0f} MB at most, {before:,.0f} MB at the start")
 
 
 @main.command()
@@ -101,6 +114,24 @@ def formats(folder: Path, rounds: int) -> None:
         size = np.mean([len(content) for content in stored]) / 1e3
         told = "exact" if np.isinf(loss) else f"{loss:.1f}"
         print(f"| {name} | {spent['encode']:.2f} | {spent['decode']:.2f} | {size:.1f} | {told} |", flush=True)
+
+
+def _jpegs(folder: Path) -> list[bytes]:
+    return [_pillow(crop, "JPEG", quality=90) for path in sorted(folder.iterdir()) for crop in _crops(path)]
+
+
+def _write_tar(path: Path, images: Iterable[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, content in enumerate(images):
+            for extension, member in (("jpg", content), ("txt", b"a photograph")):
+                info = tarfile.TarInfo(f"{number:06d}.{extension}")
+                info.size = len(member)
+                tar.addfile(info, io.BytesIO(member))
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
 
 
 def _crops(path: Path) -> list[Image.Image]:

@@ -208,6 +208,11 @@ class PrepareConfig(Config):
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
     workers: int | None = operational(None, ge=1, description="processes; None: one per core")
+    verify: bool = operational(
+        False,
+        description="compare the tars of finished parts with their checksums, and make those anew that are damaged; "
+        "otherwise a restart looks at their sizes",
+    )
 
     @model_validator(mode="after")
     def _quality_of_a_jpeg(self) -> PrepareConfig:

@@ -19,17 +19,18 @@ from pipeline.config.base import digest, identity
 from pipeline.config.prepare import PrepareConfig
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
-from pipeline.core.manifest import FileRecord, first_fault
+from pipeline.core.manifest import Fault, FileRecord, first_fault
 from pipeline.core.seeds import random_of
 from pipeline.core.urls import mask
 from pipeline.data import stored_image
 from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
+from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
-from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard, write_shard
+from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Unreadable, fault
-from pipeline.data.splits import SPLITS, split_of
+from pipeline.data.splits import split_of
 
 _FORMAT = 3  # of the shards and records: parts of another format are made again
 _EARLIER = {  # reasons to leave a sample out that only the other samples tell
@@ -116,10 +117,14 @@ def make_part(task: PartTask) -> int:
     record = _finished_record(task)
     if record is None:
         return _make_from_source(task, task.without or {})
-    if task.without is not None and task.without != record["without"]:
-        if not record["without"].items() <= task.without.items():  # a sample that was left out is wanted again
-            return _make_from_source(task, task.without)
-        _leave_out(task, record, task.without)
+    without = record["without"] if task.without is None else task.without
+    is_read = without != record["without"] or "columns" not in record
+    if (is_read or task.config.verify) and _fault_of_shards(task, record, hashed=True):
+        return _make_from_source(task, task.without or {})
+    if without != record["without"]:
+        if not record["without"].items() <= without.items():  # a sample that was left out is wanted again
+            return _make_from_source(task, without)
+        _leave_out(task, record, without)
     elif "columns" not in record:  # made by a version that had no catalog: all that it needs is in the shards
         samples = {split: read_shard(task.directory, Shard(**entry)) for split, entry in record["shards"].items()}
         write_json(task.record_path, {**record, "columns": save_columns(task.columns_path, samples)})
@@ -135,7 +140,10 @@ def safe_key(key: str) -> str:
 
 
 def _finished_record(task: PartTask) -> PartRecord | None:
-    """The record of the part if it is of today's config and source, and its files are as it says; else None."""
+    """The record of the part if it is of today's config and source, and its files are as it says; else None.
+
+    Of the tars only the sizes are compared: whoever reads an image compares its own checksum.
+    """
     if not task.record_path.is_file():
         return None
     record = task.record()
@@ -143,22 +151,31 @@ def _finished_record(task: PartTask) -> PartRecord | None:
         return None
     files: dict[str, FileRecord] = {f"parts/{task.hashes_path.name}": {"sha256": record["hashes"]["sha256"]}}
     for split, entry in record["shards"].items():
-        files[entry["name"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
         files[index_path(Path(entry["name"])).as_posix()] = {"sha256": record["indexes"][split]}
     if "columns" in record:
         files[f"parts/{task.columns_path.name}"] = {"sha256": record["columns"]}
-    return record if first_fault(task.directory, files) is None else None
+    fault = first_fault(task.directory, files) or _fault_of_shards(task, record, hashed=False)
+    return record if fault is None else None
+
+
+def _fault_of_shards(task: PartTask, record: PartRecord, *, hashed: bool) -> Fault | None:
+    """The first tar of the part that is not as recorded."""
+    files: dict[str, FileRecord] = {
+        entry["name"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in record["shards"].values()
+    }
+    return first_fault(task.directory, files, hashed=hashed)
 
 
 def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
-    making = _Making(task, without)
-    counted = 0
-    for item in opened_source(task.config.source, task.config.image_size).records(task.part):
-        if isinstance(item, Counted):
-            counted += item.samples
-        else:
-            making.take(item)
-    making.check(counted)
+    with part_files(task.directory, task.record_path.stem) as files:
+        making = _Making(task, without, files)
+        counted = 0
+        for item in opened_source(task.config.source, task.config.image_size).records(task.part):
+            if isinstance(item, Counted):
+                counted += item.samples
+            else:
+                making.take(item)
+        making.check(counted)
     with atomic_path(task.hashes_path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array([*making.hashes.items()], dtype=np.uint64).reshape(-1, 2))
     part_record: PartRecord = {
@@ -173,16 +190,15 @@ def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
         "found": making.found,
         "passed_over": dict(sorted(making.passed_over.items())),
     }
-    _write(task, making.kept, part_record)
+    _write_record(task, files, part_record)
     return len(making.hashes)
 
 
 class _Making:
     """What becomes of the records of a part: each is kept, rejected, or left out."""
 
-    def __init__(self, task: PartTask, without: dict[str, str]) -> None:
-        self.task, self.without = task, without
-        self.kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    def __init__(self, task: PartTask, without: dict[str, str], files: PartFiles) -> None:
+        self.task, self.without, self.files = task, without, files
         self.rejected: list[Rejection] = []
         self.left_out: list[Rejection] = []
         self.passed_over: Counter[str] = Counter()
@@ -260,7 +276,7 @@ class _Making:
         self.conversions.update(decoded.conversions)
         # All captions of an image are in its split, which the key of the first one decides.
         group = safe_key(record.key) if record.group is None else record.group
-        self.kept[split_of(sample.key, group, self.task.config.validation_fraction)].append(sample)
+        self.files.add(split_of(sample.key, group, self.task.config.validation_fraction), sample)
 
     def _reject(self, record: Record, key: str, bad: BadSample, samples: int = 1) -> None:
         detail = "; ".join(text for text in (record.where, bad.detail) if text)
@@ -272,34 +288,23 @@ class _Making:
 
 def _leave_out(task: PartTask, record: PartRecord, without: dict[str, str]) -> None:
     """Write the shards of a finished part again without some of their samples."""
-    kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     left_out = list(record["left_out"])
-    for split, entry in record["shards"].items():
-        for sample in read_shard(task.directory, Shard(**entry)):
-            if reason := without.get(f"{key_hash(sample.key):016x}"):
-                left_out.append(_left_out(sample, reason))
-            else:
-                kept[split].append(sample)
-    _write(task, kept, {**record, "without": without, "left_out": left_out})
+    with part_files(task.directory, task.record_path.stem) as files:
+        for split, entry in record["shards"].items():
+            for sample in read_shard(task.directory, Shard(**entry)):
+                if reason := without.get(f"{key_hash(sample.key):016x}"):
+                    left_out.append(_left_out(sample, reason))
+                else:
+                    files.add(split, sample)
+    _write_record(task, files, {**record, "without": without, "left_out": left_out})
 
 
-def _write(task: PartTask, kept: dict[str, list[Sample]], record: PartRecord) -> None:
-    """Write the shards, and then `record` with what they are."""
-    shards: dict[str, ShardEntry] = {}
-    indexes: dict[str, str] = {}
-    for split, samples in kept.items():
-        path = task.directory / split / f"{task.part.number:06d}.tar"
-        if samples:
-            count, size, sha256 = write_shard(path, samples)
-            shards[split] = {"name": f"{split}/{path.name}", "samples": count, "bytes": size, "sha256": sha256}
-            captions = sum(len(sample.captions) for sample in samples)
-            if captions != count:
-                shards[split]["captions"] = captions
-            indexes[split] = sha256_file(index_path(path))
-    columns = save_columns(task.columns_path, {split: samples for split, samples in kept.items() if samples})
+def _write_record(task: PartTask, files: PartFiles, record: PartRecord) -> None:
+    """Write `record` with what the shards are, after the columns of their samples."""
+    columns = save_columns(task.columns_path, {split: samples for split, samples in files.kept.items() if samples})
     left_out = sorted(record["left_out"], key=lambda entry: entry["key"])
-    made: PartRecord = {**record, "shards": shards, "indexes": indexes, "columns": columns, "left_out": left_out}
-    write_json(task.record_path, made)
+    made = {"shards": files.shards, "indexes": files.indexes, "columns": columns, "left_out": left_out}
+    write_json(task.record_path, {**record, **made})
 
 
 def _left_out(sample: Sample, reason: str) -> Rejection:

@@ -19,6 +19,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,26 +141,47 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.npy")
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, int, str]:
-    """Write a tar and its index, atomically. Returns (samples, bytes, sha256 of the tar).
+class ShardWriter:
+    """A tar and its index, sample by sample; `open_shard` makes one."""
+
+    bytes: int  # of the tar; once it is closed
+    sha256: str
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self.index: list[tuple[int, int, int]] = []  # first byte, number of bytes and CRC-32 of each image
+        self._tar = tar
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample."""
+        extension = stored_image.EXTENSIONS[stored_image.storage_of(sample.encoded)]
+        _add(self._tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
+        begin = _add(self._tar, f"{sample.key}.{extension}", sample.encoded)
+        self.index.append((begin, len(sample.encoded), zlib.crc32(sample.encoded)))
+        _add(self._tar, f"{sample.key}.txt", sample.caption.encode())
+        if sample.further:
+            _add(self._tar, sample.key + _CAPTIONS, json.dumps(sample.captions).encode())
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[ShardWriter]:
+    """A writer of the tar at `path` and of its index, which are there when the block ends without error.
 
     The same samples give the same bytes: no times, no owners, fixed order of members.
     """
-    index: list[tuple[int, int, int]] = []
     with atomic_path(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
-            for sample in samples:
-                _add(tar, f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
-                extension = stored_image.EXTENSIONS[stored_image.storage_of(sample.encoded)]
-                begin = _add(tar, f"{sample.key}.{extension}", sample.encoded)
-                index.append((begin, len(sample.encoded), zlib.crc32(sample.encoded)))
-                _add(tar, f"{sample.key}.txt", sample.caption.encode())
-                if sample.further:
-                    _add(tar, sample.key + _CAPTIONS, json.dumps(sample.captions).encode())
-        size, sha256 = temporary.stat().st_size, sha256_file(temporary)
+            writer = ShardWriter(tar)
+            yield writer
+        writer.bytes, writer.sha256 = temporary.stat().st_size, sha256_file(temporary)
         with atomic_path(index_path(path)) as temporary_index, open(temporary_index, "wb") as file:
-            np.save(file, np.array(index, dtype=np.int64).reshape(-1, 3))
-    return len(index), size, sha256
+            np.save(file, np.array(writer.index, dtype=np.int64).reshape(-1, 3))
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Write a tar and its index, atomically."""
+    with open_shard(path) as writer:
+        for sample in samples:
+            writer.add(sample)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -168,6 +190,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     member.size = len(content)
     member.mode = 0o644
     tar.addfile(member, io.BytesIO(content))
+    tar.members = []  # type: ignore[attr-defined]  # it remembers every header
     return tar.offset - -(-len(content) // _BLOCK) * _BLOCK
 
 

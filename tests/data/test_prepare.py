@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.core.errors import UserError
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import prepare, prepare_share
 from pipeline.data.prepare_part import _EARLIER
 from pipeline.data.shards import read_samples
 from tests.data.sample_images import (
@@ -270,16 +271,50 @@ def test_changed_config_and_changed_source_are_not_mixed_with_old_shards(tmp_pat
     assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "fresh")
 
 
-def test_damaged_shard_is_made_again(tmp_path: Path) -> None:
+def _flip(tar: Path, at: int = 700) -> None:
+    content = bytearray(tar.read_bytes())
+    content[at] ^= 1
+    tar.write_bytes(content)
+
+
+def test_a_restart_reads_no_finished_tar_and_with_verify_makes_a_damaged_one_again(tmp_path: Path) -> None:
     config = folder_config(write_folder(tmp_path / "in", 6), shard_size=3, validation_fraction=0)
     prepare(tmp_path / "out", config, seed=0)
     before = tree_bytes(tmp_path / "out")
-    tar = tmp_path / "out/train/000001.tar"
-    content = bytearray(tar.read_bytes())
-    content[700] ^= 1
-    tar.write_bytes(content)
+    _flip(tmp_path / "out/train/000001.tar")
+    damaged = tree_bytes(tmp_path / "out")
     prepare(tmp_path / "out", config, seed=0)
+    assert tree_bytes(tmp_path / "out") == damaged != before
+    prepare(tmp_path / "out", config.model_copy(update={"verify": True}), seed=0)
     assert tree_bytes(tmp_path / "out") == before
+    for name in ("train/000001.tar", "train/000000.index.npy", "parts/000001.columns.npz"):  # told without verify
+        (tmp_path / "out" / name).write_bytes(before[name][:-1])
+        prepare(tmp_path / "out", config, seed=0)
+        assert tree_bytes(tmp_path / "out") == before
+
+
+def test_a_damaged_shard_is_not_written_again_without_its_duplicates_as_if_it_were_whole(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/0.tar", _members(range(2)))
+    write_tar(tmp_path / "in/1.tar", _members(range(1, 4)))
+    source = {"kind": "webdataset", "urls": f"{tmp_path}/in/*.tar"}
+    config = prepare_config(source, validation_fraction=0, max_rejected_fraction=0.5)
+    prepare_share(tmp_path / "out", config, 0, lambda parts: parts)
+    tar = tmp_path / "out/train/000001.tar"
+    _flip(tar, tar.read_bytes().rindex(b"IDAT") + 20)
+    for directory in ("out", "fresh"):
+        prepare(tmp_path / directory, config, seed=0)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "fresh")
+
+
+def test_no_more_than_one_image_of_a_part_is_in_memory(tmp_path: Path) -> None:
+    config = folder_config(write_folder(tmp_path / "in", 60), image_size=256, validation_fraction=0.1)
+    prepare(tmp_path / "warm", folder_config(write_folder(tmp_path / "few", 2)), seed=0)
+    tracemalloc.start()
+    prepare_share(tmp_path / "out", config, 0, lambda parts: parts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*/*.tar"))
+    assert peak < size / 3
 
 
 KILLED = """

@@ -188,10 +188,11 @@ def read_file(files: AbstractFileSystem, path: str, largest: int = LARGEST_IMAGE
 def _content(files: AbstractFileSystem, path: str, largest: int) -> bytes:
     content: bytes
     if isinstance(files, LocalFileSystem):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe is to wait for its other end
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # to open a pipe is to wait for its other end
             raise UnreadableFile(f"{path} is no regular file")
         with files.open(path, "rb") as file:
-            content = file.read(largest + 1)
+            content = file.read(min(about.st_size, largest) + 1)  # as much memory is set aside as is asked for
     else:
         size = files.size(path)
         content = files.cat_file(path) if size is None or size <= largest else b""
