@@ -49,12 +49,11 @@ class VQVAE(ImageTokenizer):
         quantizers: list[Quantizer] = []
         for i, quantizer in enumerate(config.quantizers):
             values = 3 * (config.factor // 2**i) ** 2
-            # Finer grids see the encoder's features beside what the coarser ones decode to.
-            quantizers.append(build_quantizer(quantizer, widths[i] * (2 if i else 1), values))
+            quantizers.append(build_quantizer(quantizer, self._features_width(i), values))
             quantizers[i].grid_sides(self._side(i))  # says so if it does not fit
         self.quantizers = nn.ModuleList(quantizers)
         self.decoder = self._new_decoder(quantizers[0].code_width)
-        self.expand = nn.ModuleList(conv(q.code_width, widths[i], 1) for i, q in enumerate(quantizers) if i)
+        self.expand = nn.ModuleList(self._new_expand(q.code_width, widths[i]) for i, q in enumerate(quantizers) if i)
         if config.channels_last:
             use_channels_last(self)
 
@@ -65,6 +64,20 @@ class VQVAE(ImageTokenizer):
     def _new_decoder(self, code_width: int) -> DecoderHalf:
         assert isinstance(self.config, ArchitectureConfig)
         return Decoder(self.config, code_width)
+
+    def halves(self) -> list[EncoderHalf | DecoderHalf]:
+        """Its stacks of resolutions."""
+        return [self.encoder, self.decoder]
+
+    def _features_width(self, grid: int) -> int:
+        """Channels that a grid is quantized from."""
+        width = self.config.widths[::-1][grid]
+        # Finer grids see the encoder's features beside what the coarser ones decode to.
+        return width * (2 if grid else 1)
+
+    def _new_expand(self, code_width: int, width: int) -> nn.Module:
+        """What makes a finer grid's vectors fit for `_joined`."""
+        return conv(code_width, width, 1)
 
     @property
     def levels(self) -> list[Level]:
@@ -79,7 +92,7 @@ class VQVAE(ImageTokenizer):
         pyramid, found = self._pyramid(images_B3HW), []
 
         def vectors_of(grid: int, context: Tensor | None) -> Tensor:
-            found.append(self._quantizers()[grid](_features(pyramid[grid], context), step))
+            found.append(self._quantizers()[grid](self._features(pyramid[grid], context), step))
             return found[-1].vectors
 
         return self._decoded(vectors_of), found
@@ -89,7 +102,7 @@ class VQVAE(ImageTokenizer):
         pyramid, finest = self._pyramid(images_B3HW), len(self.quantizers) - 1
 
         def vectors_of(grid: int, context: Tensor | None) -> Tensor:
-            found: Quantized = self._quantizers()[grid](_features(pyramid[grid], context), step)
+            found: Quantized = self._quantizers()[grid](self._features(pyramid[grid], context), step)
             return found.vectors
 
         vectors_of(finest, self._walk(finest, vectors_of))
@@ -126,7 +139,7 @@ class VQVAE(ImageTokenizer):
         codes: list[Tensor] = []
 
         def codes_of(grid: int, context: Tensor | None) -> list[Tensor]:
-            found = choose(self._quantizers()[grid], _features(pyramid[grid], context))
+            found = choose(self._quantizers()[grid], self._features(pyramid[grid], context))
             codes.extend(found)
             return found
 
@@ -152,10 +165,14 @@ class VQVAE(ImageTokenizer):
             x = (
                 self.decoder.get_submodule("stem")(e_BDhw)
                 if context is None
-                else context + self.expand[grid - 1](e_BDhw)
+                else self._joined(context, self.expand[grid - 1](e_BDhw))
             )
             context = self.decoder.resolutions[grid](x)
         return context
+
+    def _joined(self, context_BChw: Tensor, e_BChw: Tensor) -> Tensor:
+        """What the coarser grids decode to, with a finer one's part."""
+        return context_BChw + e_BChw
 
     def _grid(self, grid: int, vectors_BND: Tensor) -> Tensor:
         """[B,D,h,w]."""
@@ -173,11 +190,10 @@ class VQVAE(ImageTokenizer):
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         return self.encoder(images_B3HW)[::-1]
 
-
-def _features(h_BChw: Tensor, context: Tensor | None) -> Tensor:
-    """What a grid is quantized from, [B,N,C], positions in row-major order."""
-    both = h_BChw if context is None else torch.cat([h_BChw, context], dim=1)
-    return both.flatten(2).transpose(1, 2)
+    def _features(self, h_BChw: Tensor, context: Tensor | None) -> Tensor:
+        """What a grid is quantized from, [B,N,C], positions in row-major order."""
+        both = h_BChw if context is None else torch.cat([h_BChw, context], dim=1)
+        return both.flatten(2).transpose(1, 2)
 
 
 class OneGrid(VQVAE):
@@ -189,9 +205,50 @@ class OneGrid(VQVAE):
 
 
 class VQVAE2(VQVAE):
-    """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions."""
+    """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions.
+
+    With `finer: form` the finer grids see no color, only an image's dark channel (He et al. 2009: the least of red,
+    green and blue), and scale what the coarser ones decode to, in place of adding to it (Perez et al. 2018): the
+    coarsest grid is left with color, and any color goes with any form, also where training never saw the two together.
+    """
 
     config_class = VQVAE2Config
+
+    def __init__(self, config: ModelConfig, image_size: int) -> None:
+        assert isinstance(config, VQVAE2Config)
+        self._of_form = config.finer == "form"
+        super().__init__(config, image_size)
+        if self._of_form:
+            self.form_encoder = Encoder(config.model_copy(update={"widths": config.widths[:-1]}))
+            if config.channels_last:
+                use_channels_last(self.form_encoder)
+
+    def halves(self) -> list[EncoderHalf | DecoderHalf]:
+        return [*super().halves(), *([self.form_encoder] if self._of_form else [])]
+
+    def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
+        pyramid = super()._pyramid(images_B3HW)
+        if not self._of_form:
+            return pyramid
+        dark_B3HW = images_B3HW.amin(dim=1, keepdim=True).repeat(1, 3, 1, 1)
+        if self.config.channels_last:
+            dark_B3HW = dark_B3HW.contiguous(memory_format=torch.channels_last)
+        return [pyramid[0], *self.form_encoder(dark_B3HW)[::-1]]
+
+    def _features_width(self, grid: int) -> int:
+        return self.config.widths[::-1][grid] if self._of_form else super()._features_width(grid)
+
+    def _new_expand(self, code_width: int, width: int) -> nn.Module:
+        return super()._new_expand(code_width, 2 * width if self._of_form else width)
+
+    def _features(self, h_BChw: Tensor, context: Tensor | None) -> Tensor:
+        return super()._features(h_BChw, None if self._of_form else context)
+
+    def _joined(self, context_BChw: Tensor, e_BChw: Tensor) -> Tensor:
+        if not self._of_form:
+            return super()._joined(context_BChw, e_BChw)
+        scale, shift = e_BChw.chunk(2, dim=1)
+        return context_BChw * (1 + scale) + shift
 
 
 class VQVAEObjective(TokenizerObjective):
@@ -224,7 +281,7 @@ class VQVAEObjective(TokenizerObjective):
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks of encoder and decoder."""
-        halves = (self.tokenizer.encoder, self.tokenizer.decoder)
+        halves = self.tokenizer.halves()
         stacks = [resolution.get_submodule("blocks") for half in halves for resolution in half.resolutions]
         return [block for stack in stacks for block in stack.children()]
 
