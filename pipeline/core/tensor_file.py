@@ -82,7 +82,7 @@ def write_tensors(
             is held meanwhile.
         block_bytes: of which a hash each is recorded, where the file has more.
     """
-    names = sorted(layouts, key=lambda name: (_ORDER[layouts[name].dtype], name))
+    names = _in_order(layouts)
     hashed = Hashed(block_bytes)
     with open(path, "wb", buffering=0) as file:
         _append(file.fileno(), memoryview(_header(names, layouts)), hashed)
@@ -156,6 +156,10 @@ def _fill(file: FileIO, memory: memoryview) -> int:
     while done < len(memory) and (count := file.readinto(memory[done:])):
         done += count
     return done
+
+
+def _in_order(layouts: Mapping[str, TensorLayout]) -> list[str]:
+    return sorted(layouts, key=lambda name: (_ORDER[layouts[name].dtype], name))
 
 
 def _header(names: Sequence[str], layouts: Mapping[str, TensorLayout]) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import unwrap
-from itertools import groupby
 
 import torch
 from PIL import Image
@@ -35,7 +34,8 @@ def generate_on_all_ranks(
         in_step: the model's blocks are sharded; what is outside of them is there (`Engine.gathered_outside_blocks`).
 
     Raises:
-        EvaluationStopped: in step, when a rank was asked to stop, on every rank.
+        EvaluationStopped: a rank was asked to stop, on every rank. They look before each group's images, which are a
+            batch, and in step before every sixteenth code.
     """
     wanted = [(group, i) for group, prompts in enumerate(groups) for i in range(len(prompts))]
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -55,10 +55,11 @@ def _generate(
     pipeline: Pipeline, groups: Sequence[Sequence[str]], own: Sequence[_Wanted], seed: int
 ) -> list[Image.Image]:
     images: list[Image.Image] = []
-    for group, members in groupby(own, key=lambda one: one[0]):
-        numbers = [i for _, i in members]
-        prompts = groups[group][numbers[0] : numbers[-1] + 1]
-        images += [one.image for one in pipeline.generate(prompts, seed=seed, first_prompt=numbers[0])]
+    for group, prompts in enumerate(groups):
+        stop_if_asked()
+        if numbers := [i for of_group, i in own if of_group == group]:
+            mine = prompts[numbers[0] : numbers[-1] + 1]
+            images += [one.image for one in pipeline.generate(mine, seed=seed, first_prompt=numbers[0])]
     return images
 
 
