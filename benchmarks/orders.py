@@ -1,4 +1,4 @@
-"""How long an image of 256 codes takes in raster order and in any order, by how many passes it is drawn in.
+"""How long an image of 256 codes takes in raster order, in any order by its passes, and level by level.
 
     python -m benchmarks.orders
 
@@ -19,11 +19,13 @@ import torch
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
+from pipeline.sampling.packed import packed
 from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
 TEXT, TEXT_CODES, SIDE, CODES = 32, 2_048, 16, 8_192
+SCALES = (1, 2, 3, 4, 5, 6, 8, 10)  # 255 codes
 LAYERS, WIDTH, HEADS = 6, 256, 4
 PASSES = (256, 64, 32, 16)
 
@@ -34,12 +36,13 @@ PASSES = (256, 64, 32, 16)
 def main(rounds: int, batches: tuple[int, ...]) -> None:
     """CPU time per batch of images, and how many times raster's speed that is."""
     torch.set_num_threads(1)
-    raster, other = built("raster"), built("any")
+    raster, other, scale = built("raster"), packed(built("any")), packed(built("scale"))  # once, as `Pipeline` does
     for batch in batches:
         works: dict[str, Callable[[], object]] = {"raster": partial(draw, raster, batch, SamplingConfig())}
         for passes in PASSES:
             works[f"{passes} passes"] = partial(draw, other, batch, SamplingConfig(passes=passes))
         works["32 passes, confidence"] = partial(draw, other, batch, SamplingConfig(passes=32, pass_order="confidence"))
+        works[f"scale, {len(SCALES)} levels"] = partial(draw, scale, batch, SamplingConfig())
         seconds = medians(works, rounds)
         for name, own in seconds.items():
             print(
@@ -50,9 +53,9 @@ def main(rounds: int, batches: tuple[int, ...]) -> None:
 def built(order: str) -> Transformer:
     shape = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "style": "modern", "order": order}
     torch.manual_seed(0)
-    model = build_transformer(
-        Layout.of(TEXT, TEXT_CODES, [(SIDE, SIDE, CODES)]), TransformerShape.model_validate(shape)
-    )
+    sides = SCALES if order == "scale" else (SIDE,)
+    layout = Layout.of(TEXT, TEXT_CODES, [(side, side, CODES) for side in sides])
+    model = build_transformer(layout, TransformerShape.model_validate(shape))
     torch.nn.init.normal_(model.head.weight, std=0.02)
     return model.eval()
 

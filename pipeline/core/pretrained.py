@@ -70,7 +70,7 @@ def load_model(
     if not isinstance(values, dict) or not set(keys) <= values.keys():
         found = ", ".join(values) or "none" if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{config}: expected the keys {', '.join(keys)}, found {found}; run the stage {stage} again")
-    with _parameters_without_memory():
+    with parameters_without_memory():
         model = build(values, str(config))
     _give_memory(model, dtype, device)
     try:
@@ -101,7 +101,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def _parameters_without_memory() -> Iterator[None]:
+def parameters_without_memory() -> Iterator[None]:
     """Modules that are built within have their parameters on the meta device, and buffers and constants as ever."""
 
     def without_memory(parameter: nn.Parameter) -> nn.Parameter:

@@ -31,6 +31,7 @@ from pipeline.sampling.checks import check_compiler, check_counts, check_prompts
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood, numbers_per_image
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.model_source import ModelSource, find_models
+from pipeline.sampling.packed import packed
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.transformer.build import load_transformer
 from pipeline.transformer.layout import Layout
@@ -88,6 +89,7 @@ class Pipeline:
         self.text_tokenizer, self.transformer, self.image_tokenizer = text_tokenizer, transformer, image_tokenizer
         self.ranker, self.source = ranker, source or ModelSource()
         self._narrower: Transformer | None = None  # the transformer cast, once, for calls that ask for it
+        self._fast: tuple[list[int], Transformer] | None = None  # packed, and the versions of what was packed
 
     @classmethod
     def from_pretrained(
@@ -216,7 +218,7 @@ class Pipeline:
         first_prompt: int,
         compiled: bool,
     ) -> _Drawing:
-        model = self._transformer_in(sampling.dtype)
+        model = self._packed(self._transformer_in(sampling.dtype))
         device = model.head.weight.device
         text_PT = self.text_tokenizer.encode(prompts).to(device)
         known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
@@ -240,6 +242,13 @@ class Pipeline:
         if self._narrower is None:
             self._narrower = cast(self.transformer, dtype)
         return self._narrower
+
+    def _packed(self, model: Transformer) -> Transformer:
+        """The model as it draws fastest here, which is made once, and anew when its weights have changed."""
+        versions = [id(model), *(0 if p.is_inference() else p._version for p in model.parameters())]
+        if self._fast is None or self._fast[0] != versions:
+            self._fast = versions, packed(model)
+        return self._fast[1]
 
     def _scores(
         self,

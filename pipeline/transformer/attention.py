@@ -156,9 +156,11 @@ def attend_last(query_BGRK: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, tables: Tables) -> Tensor:
-    """PyTorch's `scaled_dot_product_attention`, without a mask where causality says it all."""
+    """PyTorch's `scaled_dot_product_attention`, without a mask where causality says it all, or all is seen: behind a
+    cache positions of the pattern `levels` come a level at a time."""
     length, total = query.shape[2], key.shape[2]
-    mask = None if pattern == "full" else tables.allowed(pattern)[total - length : total, :total]
+    all_seen = pattern == "levels" and length < total
+    mask = None if pattern == "full" or all_seen else tables.allowed(pattern)[total - length : total, :total]
     if length == 1:
         grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
         return attend_last(grouped, key, value, scale, mask).reshape(query.shape)
@@ -166,7 +168,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Patt
         mask = tables.allowed(pattern)[total - length : total, :total]
     shared = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
+        query, key, value, attn_mask=mask, is_causal=mask is None and not all_seen, scale=scale, enable_gqa=shared
     )
 
 

@@ -58,7 +58,7 @@ def swiglu(gate_value: Tensor) -> Tensor:
 
     The gradient is written into its two halves, where autograd would make each, and copy both.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         gate, value = gate_value.chunk(2, dim=-1)
         return F.silu(gate) * value
     gated: Tensor = _SwiGLU.apply(gate_value)

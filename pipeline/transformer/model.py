@@ -58,6 +58,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, layout.predictable, bias=False)
         self._parts = list(zip(layout.level_starts, (level.positions for level in layout.levels), strict=True))
         self._tables: Tables | None = None
+        self.level_heads: list[nn.Module] | None = None  # in place of the head's rows of each level
         self.reset_parameters()
 
     def _make_block(self, layer: int) -> nn.Module:
@@ -142,6 +143,9 @@ class Transformer(nn.Module):
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """Logits over the codes of `level`: [..., D] -> [..., codebook size]."""
+        if self.level_heads is not None:
+            logits: Tensor = self.level_heads[level](hidden)
+            return logits
         offset = self.layout.level_offsets[level]
         return hidden @ self.head.weight[offset : offset + self.layout.levels[level].codebook_size].T
 
