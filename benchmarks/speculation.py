@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.evaluation.image_sets import images_at
-from pipeline.sampling import decode, speculate
+from pipeline.sampling import speculate
 from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
 from pipeline.sampling.pipeline import Pipeline
@@ -44,7 +44,7 @@ def main() -> None:
 def images(run: Path, count: int, split: str, windows: tuple[int, ...], temperature: float, top_p: float) -> None:
     """Images of a run's captions, drawn one by one and by each window, in turns."""
     pipeline = Pipeline.from_pretrained(run)
-    model, passes = pipeline.transformer, _count_passes()
+    model = pipeline.transformer
     text_PT = torch.as_tensor(pipeline.text_tokenizer.encode(list(islice(_captions(run, split), count))))
     settings = {"temperature": temperature, "top_p": top_p}
     seconds: dict[int | None, float] = dict.fromkeys((None, *windows), 0.0)
@@ -56,10 +56,14 @@ def images(run: Path, count: int, split: str, windows: tuple[int, ...], temperat
         for window in seconds:
             own = SamplingConfig(speculate=window, **settings)
             start = time.process_time()
-            found[window] = draw_codes(model, text_T[None], torch.zeros(1, dtype=torch.int64), uniforms, own)
+            told: list[int] = []  # a number for the first code, which the prompt gives, and for each pass
+            one = torch.zeros(1, dtype=torch.int64)
+            found[window] = draw_codes(
+                model, text_T[None], one, uniforms, own, on_code=lambda there, _, told=told: told.append(there)
+            )
             seconds[window] += time.process_time() - start
             if window is not None:
-                counted[window] += passes.pop()
+                counted[window] += len(told) - 1
                 other[window] += not torch.equal(found[window], found[None])
     one_by_one = len(text_PT) * (model.layout.image_length - 1)
     for window in windows:
@@ -101,19 +105,6 @@ def _captions(run: Path, split: str) -> Iterator[str]:
     for tar in sorted((run / "prepare").rglob("*.tar")):
         if split in tar.relative_to(run).as_posix():
             yield from (image.caption or "" for image in images_at(tar))
-
-
-def _count_passes() -> list[int]:
-    """What each drawing to come puts its number of passes into."""
-    passes: list[int] = []
-    really = speculate.draw_speculating
-
-    def counted(*arguments: object) -> int:
-        passes.append(really(*arguments))  # type: ignore[arg-type]
-        return passes[-1]
-
-    decode.draw_speculating = counted  # type: ignore[assignment]
-    return passes
 
 
 if __name__ == "__main__":

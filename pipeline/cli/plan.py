@@ -78,7 +78,8 @@ def plan(
         raise UserError(f"expected a model that can be counted, found one too large: {error}") from error
     lines = [*_model(config, model), "", *_time(config, model, gpu, device, gpus, utilisation, time_limit, limit_s)]
     host = _host(config, model, gpus, min(gpus_per_node, gpus), host_memory_gb)
-    click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, _images(config, model, device)]))
+    images = [_order(config, model), _images(config, model, device)]
+    click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, *images]))
 
 
 def _gpu(name: str, peak_tflops: float | None, memory_gb: float | None) -> Gpu:
@@ -206,6 +207,15 @@ def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> str:
     if not fitting:
         return f"{line}: the weights alone fill the GPU"
     return line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"
+
+
+def _order(config: PipelineConfig, model: Model) -> str:
+    """How often the transformer runs for an image, and what that takes: each position once, in whatever order."""
+    order, layout = config.transformer.order, model.layout
+    passes = {"raster": layout.image_length, "scale": len(layout.levels)}.get(order)
+    passes = passes or config.generate.sampling.passes or layout.image_length
+    flops = model.flops_per_token / 3 * layout.length
+    return f"order           {order}: {passes:,} passes and {_si(flops)} FLOPs per image, twice with guidance"
 
 
 def _seconds(text: str) -> float:

@@ -237,3 +237,31 @@ def test_a_micro_batch_that_does_not_fit_says_the_one_that_does() -> None:
     tiny = CliRunner().invoke(plan, [*arguments[:-1], "0.001"], catch_exceptions=False).output
     assert "no micro-batch fits: more GPUs" in tiny
     assert "0 fit: the weights alone fill the GPU" in tiny
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), "raster: 16 passes"),
+        (("transformer.order=any", "generate.sampling.passes=4"), "any: 4 passes"),
+        (
+            (
+                "transformer.order=scale",
+                "image_tokenizer.model={kind: vqvae, patch_size: 2, widths: [8, 8], blocks: 1,"
+                " quantizer: {kind: multiscale, scales: [1, 2, 4], codebook: {kind: ema, codebook_size: 64}}}",
+            ),
+            "scale: 3 passes",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_plan_tells_how_often_the_transformer_runs_for_an_image(overrides: tuple[str, ...], expected: str) -> None:
+    result = CliRunner().invoke(plan, [str(TINY), *overrides])
+    found = re.search(r"^order +(\w+: \d+ passes) and ([\d.]+) M FLOPs per image", result.output, re.MULTILINE)
+    assert found, result.output
+    assert found[1] == expected
+    per_token = re.search(r"^FLOPs +([\d.]+) k per token.*", result.output, re.MULTILINE)
+    length = re.search(r"\): (\d+)$", result.output, re.MULTILINE)
+    assert per_token
+    assert length
+    assert float(found[2]) == pytest.approx(float(per_token[1]) / 3 * int(length[1]) / 1000, rel=0.01)
