@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config.pipeline import PipelineConfig
+    from pipeline.image_tokenizer import ImageTokenizer
     from pipeline.training.live_memory import Passes
     from pipeline.transformer.layout import Layout
     from pipeline.transformer.objective import JointObjective
@@ -82,6 +83,7 @@ class Model:
     passes: Passes  # of one micro-batch
     cache_row: int  # bytes of one sequence's keys and values while it is generated
     image_tokenizer: int  # bytes of its weights, which are there for sample images
+    decoding: int  # bytes beside them at the peak of decoding a split's sample images, as rank 0 does
 
     @property
     def flops_per_token(self) -> float:
@@ -127,7 +129,6 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     Raises:
         UserError: the GPUs do not divide the batch.
     """
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pipeline.image_tokenizer.base import build
@@ -140,8 +141,9 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     training = section.training
     precision = resolved_precision(training.precision, device == "cuda", "deepspeed")
     micro = training.batch_size // gpus // accumulation_steps(training, gpus)
-    with torch.device("meta"):
+    with FakeTensorMode():
         image_tokenizer = build(model_of(config.image_tokenizer), config.prepare.image_size)
+        decoding = decoding_bytes(image_tokenizer)
     layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
     with FakeTensorMode():
         objective = _objective(config, layout)
@@ -161,7 +163,23 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
         passes=_passes(config, layout, precision, micro, device),
         cache_row=2 * key_or_value * (FLOAT32 if precision == "fp32" else 2),
         image_tokenizer=FLOAT32 * sum(p.numel() for p in image_tokenizer.parameters()),
+        decoding=decoding,
     )
+
+
+def decoding_bytes(image_tokenizer: ImageTokenizer) -> int:
+    """The peak of what is beside the weights while the sample images of a split are decoded."""
+    import torch
+
+    from pipeline.training.live_memory import LiveBytes
+
+    live, image_tokenizer = LiveBytes(), image_tokenizer.eval()
+    codes = [torch.zeros(SAMPLE_IMAGES, level.positions, dtype=torch.long) for level in image_tokenizer.levels]
+    for tensor in (*image_tokenizer.parameters(), *image_tokenizer.buffers()):
+        live.know(tensor)
+    with live, torch.no_grad():
+        image_tokenizer.decode(codes)
+    return live.peak
 
 
 def _passes(config: PipelineConfig, layout: Layout, precision: Precision, micro: int, device: str) -> Passes:
@@ -254,7 +272,7 @@ def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, s
         start=kept - average + beginning,
         step=there + _step(model, training, stage, gpus),
         evaluation=there + max(passes.evaluation, exchanged),
-        images=kept + gathered + _images_at_once(stage, gpus) * _cache(model),
+        images=kept + gathered + max(_images_at_once(stage, gpus) * _cache(model), model.decoding),
         checkpoint=there,  # it is copied as it lies there
         end=there + exchanged,
     )

@@ -337,8 +337,14 @@ def test_a_consolidated_checkpoint_has_the_gathered_weights_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_consolidated_checkpoint_of_four_processes_has_the_gathered_weights_bit_for_bit(tmp_path: Path) -> None:
-    found = _train(AVERAGED[:4], tmp_path, 4)
+def test_four_processes_start_with_the_same_bits_and_their_checkpoint_consolidates_to_the_gathered_weights(
+    tmp_path: Path,
+) -> None:
+    found = _train([*BEGINNINGS[:4], *AVERAGED[:4]], tmp_path, 4)
+    torch.manual_seed(0)
+    drawn = dict(SmallObjective().named_parameters())
+    for case in BEGINNINGS[:4]:
+        _expect_same_bits(found[case.name]["weights"], drawn)
     for case in AVERAGED[:4]:
         _expect_gathered(found[case.name], tmp_path / f"{case.name} at the end of 4", tmp_path / "model")
 

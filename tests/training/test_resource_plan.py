@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,9 +18,17 @@ from benchmarks.plan_memory import MODELS, measured, planned
 from pipeline.cli.plan import plan
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
+from pipeline.image_tokenizer.base import build
 from pipeline.training.host_plan import host_memory
 from pipeline.training.optimizer import muon_matrices
-from pipeline.training.resource_plan import checkpoint_bytes, count, duration, memory
+from pipeline.training.resource_plan import (
+    SAMPLE_IMAGES,
+    checkpoint_bytes,
+    count,
+    decoding_bytes,
+    duration,
+    memory,
+)
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
@@ -237,6 +246,22 @@ def test_a_micro_batch_that_does_not_fit_says_the_one_that_does() -> None:
     tiny = CliRunner().invoke(plan, [*arguments[:-1], "0.001"], catch_exceptions=False).output
     assert "no micro-batch fits: more GPUs" in tiny
     assert "0 fit: the weights alone fill the GPU" in tiny
+
+
+def test_planned_bytes_of_decoding_sample_images_are_those_of_real_tensors() -> None:
+    config = load_pipeline(TINY)
+    image_tokenizer = build(config.image_tokenizer.model, config.prepare.image_size)
+    found = decoding_bytes(image_tokenizer)
+    pixels = torch.zeros(SAMPLE_IMAGES, 3, config.prepare.image_size, config.prepare.image_size)
+    assert found > pixels.nbytes
+    model = count(config, gpus=1)
+    assert model.decoding == found
+    section = config.transformer
+    peaks = [
+        memory(replace(model, decoding=size), section.training, section.deepspeed, 1, gpus=1).images
+        for size in (0, 10**9)
+    ]
+    assert peaks[1] - peaks[0] == 10**9 - model.cache_row * SAMPLE_IMAGES * (1 + 9 / model.layout.length)
 
 
 @pytest.mark.parametrize(

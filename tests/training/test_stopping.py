@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from pipeline.config.text_tokenizer import TextTokenizerConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.core import signals
 from pipeline.data.shards import Sample
 from pipeline.reranker.model import TwoTowers
 from pipeline.reranker.ranker import retrieval
 from pipeline.text_tokenizer.bpe import TextTokenizer
-from pipeline.training.stopping import EvaluationStopped, LookOut, stoppable
+from pipeline.training.stopping import EvaluationStopped, LookOut, evaluation_batches, stoppable
 from stages import reranker
 from tests.launch import launch
 from tests.reranker.test_reranker import SMALL
@@ -79,3 +80,15 @@ def test_processes_of_different_speed_look_at_the_same_steps_and_all_see_the_sto
     assert before
     assert last.endswith("stop")
     assert not any(look.endswith("stop") for look in before)
+
+
+def test_an_evaluation_takes_a_hundredth_of_the_time_in_between_and_says_its_share_of_the_split(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    training = TrainingConfig(steps=9999, batch_size=8, evaluate_every=2000)
+    with caplog.at_level("INFO"):
+        taken = evaluation_batches(training, samples=4000)
+    assert taken / 3 == pytest.approx(0.01 * training.evaluate_every)  # a forward pass is a third of a step
+    assert "validation: 480 of 4000 samples (12 %), the same each time" in caplog.text
+    assert evaluation_batches(training, samples=20) == 3  # no more than there are
+    assert evaluation_batches(TrainingConfig(steps=9999, batch_size=8, evaluate_batches=5), samples=4000) == 5
