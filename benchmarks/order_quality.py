@@ -1,6 +1,6 @@
 """How good transformers of each order are after the same CPU time of training, on the tokens of one finished run.
 
-    python -m benchmarks.orders quality RUN --minutes 60         # RUN: finished up to the stage tokenize
+    python -m benchmarks.order_quality RUN --minutes 60         # RUN: finished up to the stage tokenize
 
 Of each order and seed: the time of a step, the Fréchet distance on Lite0's features between images of training captions
 and these samples' own images through the image tokenizer, and the mean negative log-likelihood of the codes in holes of
@@ -67,7 +67,7 @@ class Found:
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=256, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
-def quality(
+def main(
     run: Path,
     minutes: float,
     seeds: str,
@@ -182,3 +182,7 @@ def _samples(run: Path, split: str, most: int) -> Iterator[dict[str, Tensor]]:
             return
         yield {name: values[:left] for name, values in batch.items()}
         left -= BATCH
+
+
+if __name__ == "__main__":
+    main()

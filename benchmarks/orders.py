@@ -1,7 +1,6 @@
 """How long an image of 256 codes takes in raster order, in any order by its passes, and level by level.
 
-    python -m benchmarks.orders speed
-    python -m benchmarks.orders quality RUN --minutes 60         # order_quality.py
+    python -m benchmarks.orders          # what each is worth: order_quality.py
 
 One thread, whose CPU time counts: on a quiet machine that is wall time, and on a busy one it says much the same. Raster
 and every number of passes take turns, medians. Weights are random: speed does not depend on them.
@@ -17,7 +16,6 @@ from functools import partial
 import click
 import torch
 
-from benchmarks.order_quality import quality
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
@@ -32,15 +30,10 @@ LAYERS, WIDTH, HEADS = 6, 256, 4
 PASSES = (256, 64, 32, 16)
 
 
-@click.group()
-def main() -> None:
-    pass
-
-
-@main.command()
+@click.command()
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True)
-def speed(rounds: int, batches: tuple[int, ...]) -> None:
+def main(rounds: int, batches: tuple[int, ...]) -> None:
     """CPU time per batch of images, and how many times raster's speed that is."""
     torch.set_num_threads(1)
     raster, other, scale = built("raster"), packed(built("any")), packed(built("scale"))  # once, as `Pipeline` does
@@ -84,8 +77,6 @@ def medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
                 seconds[name].append(time.process_time() - start)
     return {name: statistics.median(own) for name, own in seconds.items()}
 
-
-main.add_command(quality)
 
 if __name__ == "__main__":
     main()
