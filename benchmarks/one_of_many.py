@@ -14,7 +14,7 @@ other are
 and it is an error unless rank 0 completes the checkpoint, finds no damage in its share, reads back the bits that it
 wrote, and an export finds every element of the weights (those of the others are zeros; it writes nothing).
 It does not train: a step needs what the other processes hold. What the first one makes, the optimizer's states, comes
-of gradients of zero and a learning rate of zero.
+of gradients that equal the weights and a learning rate of zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -70,7 +69,7 @@ def _first_update(engine: Engine) -> None:
     optimizer = engine._optimizer
     set_learning_rates(optimizer, 0.0)
     for group, weights in enumerate(optimizer.fp32_partitioned_groups_flat):
-        weights.grad = torch.zeros_like(weights)
+        weights.grad = weights.detach().clone()  # any that make no states of zeros, as what is not read would be
         optimizer._optimizer_step(group)
         weights.grad = None
 
