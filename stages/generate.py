@@ -2,9 +2,9 @@
 
 Reads prepare (captions), the three models, and the reranker where there is one, which then scores every image and
 keeps the best of `generate.candidates`. Writes prompts/00.png ..., prompts.json and the grid
-prompts.png, then samples/000000.tar ... (KEY.png, KEY.txt, KEY.json; KEY is that of the caption's own
-image), shard by shard: after a stop or a crash the finished ones stay. Array tasks share these
-shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
+prompts.png, order.png (the first prompt after each quarter of its passes), then samples/000000.tar ... (KEY.png,
+KEY.txt, KEY.json; KEY is that of the caption's own image), shard by shard: after a stop or a crash the finished ones
+stay. Array tasks share these shards, and the stage itself, after them, adds the prompts. See pipeline/sampling/.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.data.catalog import Catalog
 from pipeline.data.shards import Sample, write_shard
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.sampling.grid import Group, Tile, grid
+from pipeline.sampling.order_strip import order_strip
 from pipeline.sampling.pipeline import Callbacks, GeneratedImage, Pipeline, sampling_dtype
 from pipeline.sampling.prompts import check_against_training, sampled_rows
 from pipeline.sampling.save import Metadata, save_image
@@ -72,6 +73,7 @@ def _generate_prompts(run: StageRun, pipeline: Pipeline) -> None:
     sheet = _grid(entries, generated)
     _save(run, sheet, "prompts.png", {})
     run.tracker.log_image("prompts", sheet, 0)
+    _save(run, order_strip(pipeline, entries[0][0], 0, run.seed, config.sampling), "order.png", {})
 
 
 def _grid(entries: Sequence[tuple[str, str]], generated: Sequence[GeneratedImage]) -> Image.Image:

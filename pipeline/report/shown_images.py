@@ -50,6 +50,8 @@ class ShownImages:
         self.samples: dict[str, list[GeneratedImage]] = {"random": [], "best": [], "worst": []}
         for sample in results["samples"]:
             self.samples[sample["group"]].append(_generated(sample, directories["evaluate"], originals))
+        strip = directories["generate"] / "order.png"  # runs of before it was made have none
+        self.order = strip.read_bytes() if strip.is_file() else None
         self.reconstructions = [
             _reconstruction(entry, directories["evaluate"], originals) for entry in results["reconstructions"]
         ]

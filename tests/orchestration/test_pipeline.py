@@ -28,8 +28,10 @@ def test_every_stage_finishes_and_the_report_is_one_file(tiny_run: Path) -> None
     page = (tiny_run / "report" / "index.html").read_text()
     assert "OpenMoji" in page
     assert "data:image/png;base64," in page
-    with Image.open(tiny_run / "generate" / "prompts.png") as grid:
-        assert min(grid.size) > 100
+    for name in ("prompts.png", "order.png"):
+        with Image.open(tiny_run / "generate" / name) as grid:
+            assert min(grid.size) > 100
+    assert "The order in which an image comes" in page
 
 
 def test_running_again_does_nothing(run_copy: Path) -> None:
