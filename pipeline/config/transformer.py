@@ -52,6 +52,13 @@ class TransformerShape(Config):
         description="of image codes: raster, row by row; any, learned in random orders, many codes a pass; scale, all"
         " codes of a level in one pass",
     )
+    code_groups: int = added(
+        1,
+        ge=1,
+        le=4,
+        description="of large codebooks: digits that a code is read and predicted by, one after the other, with rows of"
+        " their own in embedding and head; 2 for 2**13 codes and more",
+    )
     base_width: int | None = Field(
         None, ge=8, description="muP: the width that learning_rate was found at; None: no transfer between widths"
     )
@@ -77,6 +84,10 @@ class TransformerShape(Config):
         if self.order == "any" and self.layers < 2:
             raise ValueError(
                 f"order any needs at least 2 layers, one that reads and one that asks, found {self.layers}"
+            )
+        if self.order != "raster" and self.code_groups > 1:
+            raise ValueError(
+                f"code_groups needs order raster, found {self.order}: leave it out, or set order to raster"
             )
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel must be odd, found {self.conv_kernel}")

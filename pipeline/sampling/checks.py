@@ -51,6 +51,8 @@ def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_traine
     layout = model.layout
     if wrong := sampling.not_followed_by(model.order):
         raise UserError(wrong)
+    if model.shape.code_groups > 1 and sampling.speculate is not None:
+        raise UserError("speculate: expected a transformer without code_groups, which draws digits: leave it out")
     fewest, most = len(layout.levels), layout.image_length
     if sampling.passes is not None and not fewest <= sampling.passes <= most:
         raise UserError(
@@ -72,6 +74,8 @@ def check_compiler(model: Transformer) -> None:
         raise UserError(
             f"--compile (generate.compile): expected a transformer of order raster, found {model.order}: leave it out"
         )
+    if model.shape.code_groups > 1:
+        raise UserError("--compile (generate.compile): expected a transformer without code_groups: leave it out")
     device = model.head.weight.device
     if missing := missing_compiler(device):
         raise UserError(f"--compile (generate.compile): expected {missing}, found none: install it, or leave it out")

@@ -27,13 +27,23 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core.seeds import hash64
 from pipeline.sampling.cached_step import CachedDecoder
 from pipeline.sampling.decode_step import ModelStep
-from pipeline.sampling.draw_next import UNKNOWN, Drawing, DrawNext, DrawWithNumbers, DrawWithTensors, guidance_scales
+from pipeline.sampling.digit_decode import draw_by_digits
+from pipeline.sampling.draw_next import (
+    UNKNOWN,
+    Drawing,
+    DrawNext,
+    DrawWithNumbers,
+    DrawWithTensors,
+    given_at_start,
+    guidance_scales,
+)
 from pipeline.sampling.level_decode import draw_by_level
 from pipeline.sampling.parallel_decode import draw_in_passes
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.speculate import draw_speculating
 from pipeline.sampling.static_step import StaticStep, static_length
 from pipeline.transformer.any_order import AnyOrderTransformer
+from pipeline.transformer.bit_groups import GroupedTransformer, of_codes
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.next_scale import NextScaleTransformer
@@ -44,8 +54,8 @@ StepKind = Literal["static", "cached", "model"]
 
 
 def numbers_per_image(model: Transformer) -> int:
-    """Random numbers that a candidate takes: one for each code, and in any-order models one for its place."""
-    return model.layout.image_length * (2 if model.order == "any" else 1)
+    """Random numbers that a candidate takes: one for each code or digit, and in any-order models one for its place."""
+    return model.layout.image_length * (2 if model.order == "any" else model.shape.code_groups)
 
 
 def candidate_uniforms(seed: int, prompt_index: int, candidate_index: int, count: int) -> Tensor:
@@ -85,6 +95,8 @@ def draw_codes(
         return draw_by_level(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     if isinstance(model, AnyOrderTransformer):
         return draw_in_passes(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
+    if isinstance(model, GroupedTransformer):
+        return draw_by_digits(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     count = model.layout.image_length
     given = 0 if known_PN is None else given_at_start(known_PN)
     known_BN = None if known_PN is None else known_PN[prompt_of_B]
@@ -136,12 +148,6 @@ def choose_step(device: str, compiled: bool = False) -> StepKind:
     return "static" if (compiled or device == "cuda") and not torch.is_autocast_enabled(device) else "model"
 
 
-def given_at_start(known_PN: Tensor) -> int:
-    """How many codes from the first on every prompt has."""
-    holes = (known_PN == UNKNOWN).any(0).nonzero()
-    return int(holes[0]) if len(holes) else known_PN.shape[1]
-
-
 @torch.inference_mode()
 def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_N: Tensor) -> Tensor:
     """log p, in nats, of the known codes that come after the first drawn one, given all before each: float32 [B].
@@ -155,8 +161,8 @@ def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_
         codes_BN, known_N = codes_BN.gather(1, order_BN), known_N[order_BN[0]]
     else:
         factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
-    targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
-    losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
+    parts = [Part(*own, target) for own, target in zip(factors, model.targets(codes_BN), strict=True)]
+    losses = of_codes(cross_entropy(parts), model.shape.code_groups)
     counted = known_N != UNKNOWN
     counted[: given_at_start(known_N[None])] = False
     return -(torch.cat(losses.plain, dim=1) * counted).sum(dim=1)

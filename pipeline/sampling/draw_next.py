@@ -45,6 +45,12 @@ def guidance_scales(sampling: SamplingConfig, layout: Layout) -> list[float] | N
     return [sampling.guidance_at(index / max(size - 1, 1)) for size in sizes for index in range(size)]
 
 
+def given_at_start(known_PN: Tensor) -> int:
+    """How many codes from the first on every prompt has."""
+    holes = (known_PN == UNKNOWN).any(0).nonzero()
+    return int(holes[0]) if len(holes) else known_PN.shape[1]
+
+
 class DrawWithNumbers:
     """With indices as numbers."""
 

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
-from pipeline.sampling.decode import given_at_start
-from pipeline.sampling.draw_next import UNKNOWN, guidance_scales
+from pipeline.sampling.draw_next import UNKNOWN, given_at_start, guidance_scales
 from pipeline.sampling.logits import draw, guide
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.row_step import RowStep

@@ -56,6 +56,10 @@ def serve(directory: Path, serving: Serving, step: int | None = None) -> None:
     token = _token(serving)
     counts = Counts()
     pipeline = Pipeline.from_pretrained(directory, device(), step=step)
+    if pipeline.transformer.grouped:
+        raise UserError(
+            f"{directory}: expected a transformer without code_groups, which cannot be served: use generate"
+        )
     engine = Engine(pipeline, serving.slots, serving.waiting, serving.timeout_s, counts)
     name = serving.name or directory.absolute().name
     nearest = NearestImages.of_run(directory, device())

@@ -11,6 +11,7 @@ from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.pretrained import load_model
 from pipeline.transformer.any_order import AnyOrderTransformer
+from pipeline.transformer.bit_groups import GroupedTransformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.next_scale import NextScaleTransformer
@@ -22,6 +23,8 @@ _MODELS: dict[str, type[Transformer]] = {
 
 def build_transformer(layout: Layout, shape: TransformerShape) -> Transformer:
     """The transformer that `shape.order` names."""
+    if shape.code_groups > 1:
+        return GroupedTransformer(layout, shape)
     return _MODELS[shape.order](layout, shape)
 
 

@@ -41,25 +41,31 @@ class Transformer(nn.Module):
     """The decoder. Shapes: B batch, T text positions, N codes of all levels, S = T + N, D width."""
 
     order: ClassVar[Literal["raster", "any", "scale"]] = "raster"
+    grouped: ClassVar[bool] = False  # whether codes come by digits: bit_groups.py
 
     def __init__(self, layout: Layout, shape: TransformerShape) -> None:
         super().__init__()
-        if shape.order != self.order:
-            name = type(self).__name__
-            raise UserError(f"{name}: expected order {self.order}, found {shape.order}; load it with load_transformer")
+        if shape.order != self.order or (shape.code_groups > 1) != self.grouped:
+            name, found = type(self).__name__, f"found {shape.order} with code_groups {shape.code_groups}"
+            raise UserError(f"{name}: expected order {self.order}, {found}; load it with load_transformer")
         self.layout, self.shape = layout, shape
+        self.ids = self._ids_of(layout)
         width, learned = shape.width, shape.positions == "learned"
-        self.embedding = nn.Embedding(layout.vocab_size, width)
+        self.embedding = nn.Embedding(self.ids.vocab_size, width)
         self.text_position = nn.Embedding(layout.text_length + 1, width) if learned else None  # + 1: the start token
         self.rows = nn.ParameterList(torch.empty(level.height, width) for level in layout.levels if learned)
         self.columns = nn.ParameterList(torch.empty(level.width, width) for level in layout.levels if learned)
         self.blocks = nn.ModuleList(self._make_block(layer) for layer in range(shape.layers))
         self.norm = build_norm(shape)
-        self.head = nn.Linear(width, layout.predictable, bias=False)
+        self.head = nn.Linear(width, self.ids.predictable, bias=False)
         self._parts = list(zip(layout.level_starts, (level.positions for level in layout.levels), strict=True))
         self._tables: Tables | None = None
         self.level_heads: list[nn.Module] | None = None  # in place of the head's rows of each level
         self.reset_parameters()
+
+    def _ids_of(self, layout: Layout) -> Layout:
+        """Whose ids are the rows of embedding and head."""
+        return layout
 
     def _make_block(self, layer: int) -> nn.Module:
         return Block(self.shape, layer)
@@ -108,7 +114,7 @@ class Transformer(nn.Module):
         """Constants on the device of the weights, made at first use there."""
         device = self.embedding.weight.device
         if self._tables is None or self._tables.device != device:
-            self._tables = Tables(self.layout, self.shape, device)
+            self._tables = Tables(self.ids, self.shape, device)
         return self._tables
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -135,11 +141,15 @@ class Transformer(nn.Module):
 
     def _factors(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What `hidden_and_head_weights` returns, of the hidden states of all targets [B, T + N, D]."""
-        layout = self.layout
+        layout = self.ids
         lengths = [layout.text_length, *(level.positions for level in layout.levels)]
         vocabularies = [layout.text_vocab_size, *(level.codebook_size for level in layout.levels)]
         head = self.head.weight.to(hidden.dtype)
         return list(zip(hidden.split(lengths, dim=1), head.split(vocabularies), strict=True))
+
+    def targets(self, codes_BN: Tensor) -> list[Tensor]:
+        """What the factors of each level predict, of codes in the order in which they do: [B, n] each."""
+        return list(codes_BN.split([level.positions for level in self.layout.levels], dim=1))
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """Logits over the codes of `level`: [..., D] -> [..., codebook size]."""
@@ -199,7 +209,7 @@ class Transformer(nn.Module):
     def _embed_text(self, text_BT: Tensor) -> Tensor:
         """Start + text, with each position's own pad in place of id 0: [B, T + 1, D]."""
         ids_BT = torch.where(text_BT == PAD_ID, self.tables.pad_ids, text_BT)
-        start_B1 = ids_BT.new_full((len(ids_BT), 1), self.layout.start_id)
+        start_B1 = ids_BT.new_full((len(ids_BT), 1), self.ids.start_id)
         embedded: Tensor = self.embedding(torch.cat([start_B1, ids_BT], dim=1))
         return embedded if self.text_position is None else embedded + self.text_position.weight
 
@@ -231,6 +241,8 @@ class Transformer(nn.Module):
         shape = self.shape.model_dump(include=set(_SHAPE_FIELDS))
         if self.order == "raster":  # its config.json is as it was before there were others
             del shape["order"]
+        if self.shape.code_groups == 1:
+            del shape["code_groups"]
         return {"model_type": MODEL_TYPE, "layout": self.layout.to_dict(), "shape": shape}
 
     @classmethod

@@ -22,6 +22,7 @@ from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.any_order import AnyOrderTransformer
+from pipeline.transformer.bit_groups import of_codes
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -62,11 +63,11 @@ class JointObjective(Objective):
         text_BT, kept_BT = drop_captions(text_BT, share)
         smoothing, z_loss = (config.label_smoothing, config.z_loss) if training else (0.0, 0.0)
         factors, codes_BN = self._factors(text_BT, codes_BN, step)
-        targets = [text_BT, *codes_BN.split([hidden.shape[1] for hidden, _ in factors[1:]], dim=1)]
+        targets = [text_BT, *self.transformer.targets(codes_BN)]
         parts = [Part(*own, target) for own, target in zip(factors, targets, strict=True)]
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
             text = cross_entropy(parts[:1], smoothing, z_loss, kept_BT, text_BT.numel() * (1 - share))
-            image = cross_entropy(parts[1:], smoothing, z_loss)
+            image = of_codes(cross_entropy(parts[1:], smoothing, z_loss), config.code_groups)
         loss = config.text_loss_weight * text.mean + config.image_loss_weight * image.mean
         with torch.no_grad():
             kept = text.plain[0] if kept_BT is None else text.plain[0] * kept_BT / (1 - share)

@@ -22,6 +22,7 @@ from pipeline.core.atomic_io import read_json
 from pipeline.core.start_weights import Fit
 from pipeline.core.tensor_file import TensorFile, TensorLayout
 from pipeline.core.weights import weight_files
+from pipeline.transformer.bit_groups import ids_of
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -37,14 +38,16 @@ class OtherWeights:
     ) -> None:
         """`ours`, `theirs`: of the text tokenizers; without them rows of text are taken by id, if there are as many."""
         self.fit = Fit()
-        self._model, self._layout = model, model.layout
+        self._model, self._layout = model, model.ids
         self._files = {name: file for file in map(TensorFile, _paths(folder)) for name in file.layouts}
         config = read_json(folder / "config.json")
-        self._theirs = Layout.from_dict(config["layout"])
+        shape = parse_config(TransformerShape, config["shape"], str(folder))
+        self._theirs = ids_of(Layout.from_dict(config["layout"]), shape.code_groups)
+        self._as_many_digits = shape.code_groups == model.shape.code_groups
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._text = self._text_rows(ours, theirs)
         self._rows = {"embedding.weight": self._embedding_rows(), "head.weight": self._predictable_rows()}
-        self.fit.changed += _other_shape(parse_config(TransformerShape, config["shape"], str(folder)), model.shape)
+        self.fit.changed += _other_shape(shape, model.shape)
         self._taken = {name for name, parameter in model.named_parameters() if self._fits(name, parameter)}
 
     def values(self, parameter: nn.Parameter, drawn: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class OtherWeights:
         rows = list(self._text)
         levels = self._theirs.levels
         for index, level in enumerate(self._layout.levels):
-            fits = index < len(levels) and levels[index].codebook_size == level.codebook_size
+            fits = index < len(levels) and levels[index].codebook_size == level.codebook_size and self._as_many_digits
             first = self._theirs.level_offsets[index] if fits else 0
             rows += range(first, first + level.codebook_size) if fits else [_FRESH] * level.codebook_size
         return torch.tensor(rows)
