@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -32,6 +32,7 @@ import click
 import psutil
 
 from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.save import png_file
 
 PROMPTS = ("red heart", "blue cat", "flag of Japan", "smiling face", "a green tree", "house", "sun", "car")
 _PATH = "v1/images/generations"
@@ -103,12 +104,18 @@ def many_clients(server: str, process: psutil.Process, seconds: float) -> None:
 def beside_offline(server: str, process: psutil.Process, run: Path, turns: int) -> None:
     """In seconds, and in those of a processor: the server's, or this process's, which other work disturbs less."""
     pipeline = Pipeline.from_pretrained(run)
+
+    def offline(prompts: Sequence[str]) -> None:
+        """What `smalti generate` does once its models are loaded: the run's own settings, and a PNG each."""
+        for one in pipeline.generate(prompts, seed=1, sampling=pipeline.source.sampling):
+            png_file(one.image, {"prompt": prompts[one.prompt], "seed": 1})
+
     ways: dict[str, Callable[[], object]] = {
         "8 clients": lambda: _at_once(server),
-        "offline, batch of 8": lambda: pipeline.generate(PROMPTS, seed=1),
+        "offline, batch of 8": lambda: offline(PROMPTS),
         "8 one after the other": lambda: [ask(server, {"prompt": prompt, "seed": 1}) for prompt in PROMPTS],
         "one client": lambda: ask(server, {"prompt": PROMPTS[0], "seed": 1}),
-        "offline, one": lambda: pipeline.generate(PROMPTS[:1], seed=1),
+        "offline, one": lambda: offline(PROMPTS[:1]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     of_cpu = dict.fromkeys(ways, 0.0)

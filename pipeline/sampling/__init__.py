@@ -5,7 +5,7 @@ decode.py            the decode loop; draw_next.py one turn of it, batch_memory.
 decode_step.py       the step of a turn; cached_step.py the same for CPUs, static_step.py for GPUs, with cuda_graph.py
 speculate.py         the same codes in fewer passes, for one image at a time
 parallel_decode.py   the same for models of any order, many codes a pass; prompt_cache.py reads the prompts of both
-row_batch.py         rows that come and go, for a server; row_step.py its step
+row_batch.py         rows that come and go, for a server; row_step.py its step, row_products.py its products
 logits.py            guidance, filters, the draw
 image_prompt.py      which codes of a given image stay
 checks.py prompts.py what is refused before anything is generated; the captions of the generate stage

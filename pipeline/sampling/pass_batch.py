@@ -1,7 +1,7 @@
 """Requests of an any-order model that come and go: in turn, each advances by a pass.
 
     batch = PassBatch(model, slots=16)
-    rows = batch.join(text_T, uniforms_BN, SamplingConfig(passes=32))       # B candidates of one prompt
+    (rows,) = batch.join([Joining(text_T, uniforms_BN, SamplingConfig(passes=32))])  # B candidates of one prompt
     finished = batch.step()                                                 # a pass of every request
     batch.leave(rows)                                                       # whose client is gone
 
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.parallel_decode import begin
-from pipeline.sampling.row_batch import Row
+from pipeline.sampling.row_batch import Joining, Row
 from pipeline.transformer.any_order import AnyOrderTransformer
 
 
@@ -58,15 +57,19 @@ class PassBatch:
         return self._slots - sum(row.slots for row in self.rows)
 
     @torch.inference_mode()
-    def join(
-        self, text_T: Tensor, uniforms_BN: Tensor, sampling: SamplingConfig, known_N: Tensor | None = None
-    ) -> Sequence[Row]:
-        """Begin a request; `uniforms` are [B, 2 N]. One of which every code is known is finished at once."""
-        device = self._model.head.weight.device
-        text_1T, one_B = text_T[None].to(device), torch.zeros(len(uniforms_BN), dtype=torch.int64, device=device)
+    def join(self, joining: Sequence[Joining]) -> list[Sequence[Row]]:
+        """Begin requests; `uniforms` are [B, 2 N]. One of which every code is known is finished at once."""
+        return [self._begin(one) for one in joining]
+
+    def _begin(self, one: Joining) -> Sequence[Row]:
+        device, known_N = self._model.head.weight.device, one.known
+        text_1T, one_B = (
+            one.text[None].to(device),
+            torch.zeros(len(one.uniforms), dtype=torch.int64, device=device),
+        )
         known_1N = None if known_N is None else known_N[None].to(device)
-        codes_BN, passes = begin(self._model, text_1T, one_B, uniforms_BN.to(device), sampling, known_1N)
-        request = _Request(codes_BN, passes, [Row(codes, 0, sampling) for codes in codes_BN.cpu()])
+        codes_BN, passes = begin(self._model, text_1T, one_B, one.uniforms.to(device), one.sampling, known_1N)
+        request = _Request(codes_BN, passes, [Row(codes, 0, one.sampling) for codes in codes_BN.cpu()])
         if known_N is not None and bool((known_N >= 0).all()):
             request.advance()
         else:

@@ -1,7 +1,7 @@
 """A batch of rows that come and go: each code, those that are there advance by one, wherever they stand.
 
     batch = RowBatch(model, slots=16)
-    rows = batch.join(text_T, uniforms_BN, SamplingConfig(guidance=3))       # B candidates of one prompt
+    ((row, *_),) = batch.join([Joining(text_T, uniforms_BN, SamplingConfig(guidance=3))])  # B candidates of one prompt
     finished = batch.step()                                                 # every row's next code
     batch.leave(rows)                                                       # whose client is gone
 
@@ -28,10 +28,27 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.sampling.draw_next import UNKNOWN, given_at_start, guidance_scales
 from pipeline.sampling.logits import draw, guide
-from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.row_step import RowStep
-from pipeline.transformer.attention import LayerCache
+from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.model import Transformer
+
+_Sequence = tuple[tuple[int, ...], tuple[int, ...]]  # text, and codes that are given at the start
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Candidates of one prompt.
+
+    Attributes:
+        text: ids of the prompt, [T].
+        uniforms: each candidate's own random numbers, `numbers_per_image` of them, [B, N].
+        known: codes that they have from the start, [N], UNKNOWN (-1) where one is drawn; None: none.
+    """
+
+    text: Tensor
+    uniforms: Tensor
+    sampling: SamplingConfig
+    known: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -84,10 +101,8 @@ class RowBatch:
             )
         self._model, self._slots = model, slots
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]
-        self._cache = model.new_cache(slots)
-        self._hidden = model.head.weight.new_empty(0, model.shape.width)  # [R, D]
-        self._of_all = RowStep(model, self._cache)
-        self._step: RowStep | None = None
+        self._step = RowStep(model, slots)
+        self._hidden = model.head.weight.new_empty(0, self._step.width)  # what predicts the rows' next codes
         self.rows: list[RasterRow] = []
 
     @property
@@ -96,38 +111,54 @@ class RowBatch:
         return self._slots - sum(row.slots for row in self.rows)
 
     @torch.inference_mode()
-    def join(
-        self, text_T: Tensor, uniforms_BN: Tensor, sampling: SamplingConfig, known_N: Tensor | None = None
-    ) -> Sequence[Row]:
-        """Read the prompt, and put its candidates at the end of the batch: their cache rows must be free.
+    def join(self, joining: Sequence[Joining]) -> list[Sequence[Row]]:
+        """Read their prompts, and put their candidates at the end of the batch: their cache rows must be free.
 
         Candidates of which every code is known are finished at once, and not in the batch.
         """
-        model, device = self._model, self._model.head.weight.device
-        known_1N = None if known_N is None else known_N[None].to(device)
-        given = 0 if known_1N is None else given_at_start(known_1N)
-        scales, known = guidance_scales(sampling, model.layout), None if known_N is None else known_N.tolist()
-        start = torch.full((model.layout.image_length,), UNKNOWN) if known_N is None else known_N.cpu()
-        settings = sampling.model_dump_json()
-        starts = [start.clone() for _ in uniforms_BN]
-        rows = [
-            RasterRow(codes, given, sampling, codes.numpy(), known, uniforms, scales, settings)
-            for codes, uniforms in zip(starts, uniforms_BN.tolist(), strict=True)
+        joined = [self._rows_of(one) for one in joining]
+        sequences: dict[_Sequence, list[int]] = {}  # which rows of the cache begin with it
+        slot = self._slots - self.free
+        for one, rows in zip(joining, joined, strict=True):
+            prompt = tuple(one.text.tolist())
+            for row in rows:
+                if row.finished:
+                    continue
+                given = tuple(row.written[: row.index].tolist())
+                for text in [prompt, (PAD_ID,) * len(prompt)][: row.slots]:
+                    sequences.setdefault((text, given), []).append(slot)
+                    slot += 1
+                self.rows.append(row)
+        if sequences:
+            self._hidden = torch.cat([self._hidden, self._read_prompts(sequences, slot)])
+        return [list(rows) for rows in joined]
+
+    def _rows_of(self, one: Joining) -> list[RasterRow]:
+        """Its candidates, before their first code."""
+        layout, known_N = self._model.layout, one.known
+        given = 0 if known_N is None else given_at_start(known_N[None])
+        start = torch.full((layout.image_length,), UNKNOWN) if known_N is None else known_N.cpu()
+        scales, known = guidance_scales(one.sampling, layout), None if known_N is None else known_N.tolist()
+        settings, starts = one.sampling.model_dump_json(), [start.clone() for _ in one.uniforms]
+        return [
+            RasterRow(codes, given, one.sampling, codes.numpy(), known, uniforms, scales, settings)
+            for codes, uniforms in zip(starts, one.uniforms.tolist(), strict=True)
         ]
-        if given == model.layout.image_length:
-            return rows
-        used, guided = self._slots - self.free, scales is not None
-        given_1n = text_T.new_empty((1, 0), device=device) if known_1N is None else known_1N[:, :given]
-        one = torch.zeros(1, dtype=torch.int64, device=device)
-        length = model.layout.text_length + 1 + given
-        hidden, read = read_prompts(model, text_T[None].to(device), one, given_1n, guided, length)
-        for own, prompt in zip(self._cache, read, strict=True):
-            count = len(rows) * len(hidden)
-            own.keys[used : used + count, :, :length] = prompt.keys.repeat(len(rows), 1, 1, 1)
-            own.values[used : used + count, :, :length] = prompt.values.repeat(len(rows), 1, 1, 1)
-        self._hidden = torch.cat([self._hidden, hidden.repeat(len(rows), 1)])
-        self.rows, self._step = [*self.rows, *rows], None
-        return rows
+
+    def _read_prompts(self, sequences: dict[_Sequence, list[int]], used: int) -> Tensor:
+        """Each into its rows of the cache, those of one length together; what predicts their next codes."""
+        device, first = self._hidden.device, len(self._hidden)
+        hidden = self._hidden.new_empty(used - first, self._hidden.shape[1])
+        by_length: dict[int, list[_Sequence]] = {}
+        for sequence in sequences:
+            by_length.setdefault(len(sequence[1]), []).append(sequence)
+        for alike in by_length.values():
+            texts, given = (torch.tensor(part, dtype=torch.int64) for part in zip(*alike, strict=True))
+            slots = [sequences[sequence] for sequence in alike]
+            found = self._step.read_prompts(texts.to(device), given.to(device), slots)
+            for own, rows in zip(found, slots, strict=True):
+                hidden[[slot - first for slot in rows]] = own
+        return hidden
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
@@ -136,10 +167,8 @@ class RowBatch:
         if len(stay) == len(self.rows):
             return
         kept = [slot for slot, row in enumerate(self._owners()) if row not in rows]
-        for own in self._cache if kept and kept[-1] != len(kept) - 1 else ():
-            own.keys[: len(kept)] = own.keys[kept]
-            own.values[: len(kept)] = own.values[kept]
-        self._hidden, self._step = self._hidden[kept], None
+        self._step.keep(kept)
+        self._hidden = self._hidden[kept]
         self.rows = stay
 
     @torch.inference_mode()
@@ -163,7 +192,8 @@ class RowBatch:
         level = self._levels[rows[0].index]
         guided = rows[0].scales is not None
         both = [*slots, *(slot + 1 for slot in slots)] if guided else slots
-        logits = self._stepping().logits(self._hidden, both, level)
+        own = self._hidden if list(both) == list(range(len(self._hidden))) else self._hidden[list(both)]
+        logits = self._step.logits(own, level)
         if guided:
             prompted, unprompted = logits.chunk(2)
             scales = [row.scales[row.index] for row in rows if row.scales is not None]
@@ -177,14 +207,7 @@ class RowBatch:
     def _read(self) -> None:
         """Put each row's newest code into the cache."""
         last = [(int(row.written[row.index - 1]), row.index - 1) for row in self._owners()]
-        self._hidden = self._stepping().read([code for code, _ in last], [index for _, index in last])
-
-    def _stepping(self) -> RowStep:
-        """The step of the rows that are there."""
-        if self._step is None:
-            used = self._slots - self.free
-            self._step = self._of_all.of_rows([LayerCache(own.keys[:used], own.values[:used]) for own in self._cache])
-        return self._step
+        self._hidden = self._step.read([code for code, _ in last], [index for _, index in last])
 
     def _owners(self) -> list[RasterRow]:
         """Whose each row of the cache is."""

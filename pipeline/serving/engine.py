@@ -21,7 +21,7 @@ import torch
 from pipeline.sampling.decode import candidate_uniforms, numbers_per_image
 from pipeline.sampling.pass_batch import PassBatch
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.sampling.row_batch import RowBatch
+from pipeline.sampling.row_batch import Joining, RowBatch
 from pipeline.serving.counts import Counts
 from pipeline.serving.finish import Finisher
 from pipeline.serving.order import Failed, Order
@@ -107,8 +107,8 @@ class Engine:
         self._let_leave()
         admitted = self._admitted()
         self._running += admitted  # first: whatever goes wrong, all of them are answered
-        for order in admitted:
-            self._join(order)
+        if admitted:
+            self._join(admitted)
         if rows := self._batch.rows:
             before = sum(row.index for row in rows)
             self._batch.step()
@@ -137,13 +137,21 @@ class Engine:
                 admitted.append(self._queue.popleft())
         return admitted
 
-    def _join(self, order: Order) -> None:
-        model = self.pipeline.transformer
-        text_T = self.pipeline.text_tokenizer.encode([order.prompt])[0]
-        count = numbers_per_image(model)
-        uniforms = torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)])
-        order.rows = self._batch.join(text_T, uniforms, order.sampling, order.known)
-        order.started = time.monotonic()
+    def _join(self, admitted: list[Order]) -> None:
+        """All of them at once: their prompts are read in one pass."""
+        count = numbers_per_image(self.pipeline.transformer)
+        texts = self.pipeline.text_tokenizer.encode([order.prompt for order in admitted])
+        joining = [
+            Joining(
+                text,
+                torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)]),
+                order.sampling,
+                order.known,
+            )
+            for order, text in zip(admitted, texts, strict=True)
+        ]
+        for order, rows in zip(admitted, self._batch.join(joining), strict=True):
+            order.rows, order.started = rows, time.monotonic()
 
     def _tell(self, order: Order) -> None:
         """Of its images, once they are there, or of how far they are."""

@@ -8,7 +8,7 @@ import torch
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
 from pipeline.sampling.draw_next import UNKNOWN
-from pipeline.sampling.row_batch import Row, RowBatch
+from pipeline.sampling.row_batch import Joining, Row, RowBatch
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from tests.transformer.test_model import LAYOUTS, SHAPES, batch, built
@@ -26,7 +26,8 @@ def joined(rows: RowBatch, model: Transformer, number: int, candidates: int = 1,
     text, codes = batch(model.layout)
     known_N = codes[number % 3].where(torch.arange(codes.shape[1]) % 3 != 2, UNKNOWN) if known else None
     uniforms = torch.stack([candidate_uniforms(number, 0, j, model.layout.image_length) for j in range(candidates)])
-    return rows.join(text[number % 3], uniforms, SETTINGS[number % len(SETTINGS)], known_N)
+    (own,) = rows.join([Joining(text[number % 3], uniforms, SETTINGS[number % len(SETTINGS)], known_N)])
+    return list(own)
 
 
 def alone(model: Transformer, number: int, known: bool = False) -> torch.Tensor:
