@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pipeline.slurm import device_check, preflight
 from pipeline.slurm.device_check import counter_fault, device_problem, hardware_xids, slow_hosts
 from pipeline.slurm.preflight import BAD_HOSTS, LATE, MISTAKE, NO_HOST_TO_BLAME, Verdict, follow, lead
 from pipeline.slurm.roll_call import Announced, RollCall
+from tests.launch import environment
 
 Measured = dict[str, object]
 FINE: Measured = {"failure": "", "gb_per_s": 1.0, "tflops": 1.0}
@@ -152,6 +154,36 @@ def test_a_slow_gpu_makes_its_host_bad_and_a_slow_processor_is_only_told(measure
     verdict = _hold(hosts)
     assert (verdict.exit_code, len(verdict.notes)) == (0, 1)
     assert verdict.notes[0].startswith("b is slow: a matrix product on rank 3")
+
+
+SLOW = """
+import time
+import torch
+product = torch.Tensor.__matmul__
+torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.5), product(a, b))[1]
+"""
+
+
+@pytest.mark.slow
+def test_three_real_ranks_multiply_and_all_reduce_and_a_slow_one_is_named_by_its_nodes_name(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    arguments = [str(tiny_run), "--stage", "transformer", "--hosts", "a,b", "--bad-hosts", str(tmp_path / "bad")]
+    meeting = {"WORLD_SIZE": "3", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank, node in ((2, "b"), (1, "a"), (0, "a")):
+        own = meeting | {"RANK": str(rank), "LOCAL_RANK": "01"[rank == 1], "SLURMD_NODENAME": node}
+        paths = [str(tmp_path)] * (rank == 2) + [environment()["PYTHONPATH"]]
+        variables = environment(**own, PYTHONPATH=os.pathsep.join(paths))
+        command = [sys.executable, "-m", "pipeline.cli.preflight", *arguments]
+        ranks.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], said
+    assert "preflight passed: 3 processes on a, b (hosts and all-reduce, " in said[2]
+    assert "preflight: b is slow: a matrix product on rank 2 ran at " in said[2]
+    assert "a is slow: a matrix product" not in said[2]
+    assert not (tmp_path / "bad").exists()  # a processor may be shared, and slow for a moment
 
 
 def test_half_of_the_median_is_the_limit() -> None:
