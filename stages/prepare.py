@@ -29,7 +29,8 @@ def main(run: StageRun) -> None:
         index = prepare(run.directory, run.config.prepare, run.seed)
         for split in index["splits"].values():
             for shard in split["shards"]:
-                run.add_output(shard["name"], sha256=shard["sha256"])
+                if "tar" not in shard:  # the user's own
+                    run.add_output(shard["name"], sha256=shard["sha256"])
                 run.add_output(shard["name"].removesuffix(".tar") + ".index.npy")
         for name, catalog in index.get("catalog", {}).items():
             for column in (*catalog["bytes"], "checksums"):

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pipeline.config.base import Config, added, operational
 from pipeline.core.credentials import take_password_out
 
-Storage = Literal["png", "webp", "jpeg"]
+Storage = Literal["png", "webp", "jpeg", "in-place"]
 
 # What is written down of it has no name and password; this process and its children remember them.
 Url = Annotated[str, AfterValidator(take_password_out)]
@@ -207,7 +207,9 @@ class PrepareConfig(Config):
         "png",
         description="format of the stored images. webp: lossless, the same pixels as png in 0.8 of its bytes, ten "
         "times as fast to write; jpeg, for photographs: a third of its bytes, and of JPEGs at least twice as large as "
-        "image_size a fraction is decoded, which is several times as fast again",
+        "image_size a fraction is decoded, which is several times as fast again; in-place: nothing is copied, and "
+        "images are read, cropped and resized from the source's own tars, which must stay, uncompressed and in a local "
+        "file system",
     )
     jpeg_quality: int = added(95, ge=1, le=100, description="of storage=jpeg")
     shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")
@@ -220,6 +222,15 @@ class PrepareConfig(Config):
         description="compare the tars of finished parts with their checksums, and make those anew that are damaged; "
         "otherwise a restart looks at their sizes",
     )
+
+    @model_validator(mode="after")
+    def _in_place_in_tars(self) -> PrepareConfig:
+        if self.storage == "in-place" and self.source.kind != "webdataset":
+            raise ValueError(
+                f"storage: in-place reads tars where they are: expected a source of kind webdataset, found "
+                f"{self.source.kind}: set storage to png, webp or jpeg"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quality_of_a_jpeg(self) -> PrepareConfig:

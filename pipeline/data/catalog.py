@@ -49,7 +49,7 @@ from pipeline.data.catalog_columns import (
 from pipeline.data.checked_file import BLOCK_BYTES, CheckedFile, MemoryFile, Ranges
 from pipeline.data.order import permute
 from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, read_index, read_shard
-from pipeline.data.stored_image import EXTENSIONS
+from pipeline.data.stored_image import EXTENSIONS, Cut
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Catalog:
             keys, captions = self.keys(chunk), self._captions_of(chunk)
             for row, key, own in zip(chunk, keys, captions, strict=True):
                 file, within = self._located(row)
-                yield Sample(key, file.read(within), own[0], {}, tuple(own[1:]))
+                yield Sample(key, file.read(within), own[0], {}, tuple(own[1:]), file.cut(within))
 
     def image_slices(self, rows: Rows) -> list[tuple[Path, int, int]]:
         """(tar, first byte, bytes) of the image of each of these samples. Raises UserError as `samples` does."""
@@ -156,6 +156,17 @@ class Catalog:
             begin, size, _ = file.place(within)
             found.append((file.path, begin, size))
         return found
+
+    def cut(self, row: int) -> Cut | None:
+        """What is kept of a sample's image, where it stays in the user's tar."""
+        file, within = self._located(row)
+        return file.cut(within)
+
+    def shard_samples(self, name: str) -> Iterator[Sample]:
+        """The samples of the shard `name`, in their order, as `samples` has them."""
+        number = next(number for number, shard in enumerate(self.shards) if shard.name == name)
+        end = int(self._ends[number])
+        return self.samples(range(end - self.shards[number].samples, end))
 
     def numbers(self) -> list[str]:
         """The names of the numbers that the samples came with."""
@@ -186,7 +197,7 @@ class Catalog:
         opened = self._open  # once: another thread may put another one there
         if opened is None or opened[0] != number:
             shard = self.shards[number]
-            opened = self._open = (number, ShardFile(self.directory / shard.name, shard))
+            opened = self._open = (number, ShardFile(self.directory, shard))
         return opened[1], row - int(self._ends[number] - self.shards[number].samples)
 
     _open: tuple[int, ShardFile] | None = None  # the shard that was read last: rows mostly come in order

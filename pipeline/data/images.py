@@ -52,6 +52,7 @@ class Decoded:
 
     image: Image.Image  # mode RGB
     conversions: tuple[str, ...]  # what had to be changed to get there
+    whole: tuple[int, int]  # width and height of all of it, upright, of which `image` may have a fraction
 
 
 def decode(
@@ -68,8 +69,8 @@ def decode(
         content: a file of one of `FORMATS`, whatever its name says.
         extension: what the name says, which is noted where it is wrong.
         background: the colour under transparent pixels.
-        at_least: a JPEG whose sides all are twice as many pixels, or four or eight times, is decoded at a half, a
-            quarter or an eighth of its size, from fewer frequencies. None: whole.
+        at_least: an upright JPEG whose sides all are twice as many pixels, or four or eight times, is decoded at a
+            half, a quarter or an eighth of its size, from fewer frequencies. None: whole.
 
     Raises:
         BadSample: missing, not an image, truncated, animated, too small, too long, or a decompression bomb.
@@ -77,7 +78,9 @@ def decode(
     with _reasons(content):
         image = _opened(content)
         _check_header(image, filters)
-        if at_least is not None and image.format == "JPEG":
+        whole, orientation = image.size, image.getexif().get(_ORIENTATION, 1) if image.format == "JPEG" else 1
+        # Rounded up at its right and lower edge, an image that is turned afterwards would be shifted.
+        if at_least is not None and image.format == "JPEG" and orientation == 1:
             image.draft(None, (at_least, at_least))
         image.load()
         conversions = []
@@ -85,10 +88,12 @@ def decode(
         if extension and extension not in FORMATS[holds]:
             conversions.append(f"extension {extension} holds {holds}")
         upright = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) >= 5:
+            whole = whole[::-1]
         rgb, conversion = _to_rgb(upright, background)
         if conversion:
             conversions.append(conversion)
-        return Decoded(rgb, tuple(conversions))
+        return Decoded(rgb, tuple(conversions), whole)
 
 
 def size_of(content: bytes | None) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
 def _check_all(folder: Path, shards: list[Shard]) -> None:
     for shard in progress(shards, description="verify", unit="shard", shown=len(shards) > 1):
         check_shard(folder, shard)
-        images = ShardFile(folder / shard.name, shard)
+        images = ShardFile(folder, shard)
         for row in range(shard.samples):  # the index beside the tar leads to each image
             images.read(row)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.core.atomic_io import sha256_file
+from pipeline.data.places import PlaceWriter, open_places
 from pipeline.data.shards import Sample, ShardEntry, ShardWriter, index_path, open_shard
 from pipeline.data.splits import SPLITS
 
@@ -20,15 +21,19 @@ from pipeline.data.splits import SPLITS
 class PartFiles:
     """At most one shard of each split."""
 
-    def __init__(self, directory: Path, stem: str, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, stem: str, stack: ExitStack, tar: Path | None) -> None:
         self.kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}  # without their images
-        self._directory, self._stem, self._stack = directory, stem, stack
-        self._writers: dict[str, ShardWriter] = {}
+        self._directory, self._stem, self._stack, self._tar = directory, stem, stack, tar
+        self._writers: dict[str, ShardWriter | PlaceWriter] = {}
 
     def add(self, split: str, sample: Sample) -> None:
         """Write a sample."""
         if split not in self._writers:
-            self._writers[split] = self._stack.enter_context(open_shard(self._directory / self._name(split)))
+            path = self._directory / self._name(split)
+            if self._tar is None:
+                self._writers[split] = self._stack.enter_context(open_shard(path))
+            else:
+                self._writers[split] = self._stack.enter_context(open_places(path, self._tar))
         self._writers[split].add(sample)
         self.kept[split].append(replace(sample, encoded=b""))
 
@@ -44,6 +49,8 @@ class PartFiles:
                 "bytes": writer.bytes,
                 "sha256": writer.sha256,
             }
+            if isinstance(writer, PlaceWriter):
+                entries[split] |= {"tar": str(writer.tar), "tar_bytes": writer.tar.stat().st_size}
             captions = sum(len(sample.captions) for sample in samples)
             if captions != len(samples):
                 entries[split]["captions"] = captions
@@ -62,8 +69,11 @@ class PartFiles:
 
 
 @contextmanager
-def part_files(directory: Path, stem: str) -> Iterator[PartFiles]:
-    """The files of part `stem`, which get their names when the block ends without error."""
+def part_files(directory: Path, stem: str, tar: Path | None = None) -> Iterator[PartFiles]:
+    """The files of part `stem`, which get their names when the block ends without error.
+
+    `tar`: the user's, in which the images stay; None: they are written.
+    """
     with ExitStack() as stack:
-        files = PartFiles(directory, stem, stack)
+        files = PartFiles(directory, stem, stack, tar)
         yield files

@@ -18,7 +18,6 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
-from pipeline.data import stored_image
 from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
@@ -176,4 +175,4 @@ def _write_contact_sheet(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 def _image(directory: Path, shard: Shard, row: int) -> Image.Image:
-    return Image.fromarray(stored_image.decode(ShardFile(directory / shard.name, shard).read(row)).transpose(1, 2, 0))
+    return Image.fromarray(ShardFile(directory, shard).pixels(row).transpose(1, 2, 0))

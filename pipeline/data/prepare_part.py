@@ -30,7 +30,9 @@ from pipeline.data.prepare_caption import caption_text, captions_of
 from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Unreadable, fault
+from pipeline.data.sources.webdataset import tar_of
 from pipeline.data.splits import split_of
+from pipeline.data.stored_image import Cut
 
 _FORMAT = 3  # of the shards and records: parts of another format are made again
 _EARLIER = {  # reasons to leave a sample out that only the other samples tell
@@ -122,7 +124,8 @@ def make_part(task: PartTask) -> int:
     if (is_read or task.config.verify) and _fault_of_shards(task, record, hashed=True):
         return _make_from_source(task, task.without or {})
     if without != record["without"]:
-        if not record["without"].items() <= without.items():  # a sample that was left out is wanted again
+        # A sample that was left out is wanted again, or there is nothing but the source to read from.
+        if not record["without"].items() <= without.items() or task.config.storage == "in-place":
             return _make_from_source(task, without)
         _leave_out(task, record, without)
     elif "columns" not in record:  # made by a version that had no catalog: all that it needs is in the shards
@@ -160,14 +163,19 @@ def _finished_record(task: PartTask) -> PartRecord | None:
 
 def _fault_of_shards(task: PartTask, record: PartRecord, *, hashed: bool) -> Fault | None:
     """The first tar of the part that is not as recorded."""
-    files: dict[str, FileRecord] = {
-        entry["name"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in record["shards"].values()
-    }
+    files: dict[str, FileRecord] = {}
+    for entry in record["shards"].values():
+        if "tar" in entry:  # the user's, of which the part's fingerprint has a stamp
+            hashed = False
+            files[entry["tar"]] = {"bytes": entry["tar_bytes"], "sha256": ""}
+        else:
+            files[entry["name"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
     return first_fault(task.directory, files, hashed=hashed)
 
 
 def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
-    with part_files(task.directory, task.record_path.stem) as files:
+    tar = tar_of(task.part) if task.config.storage == "in-place" else None
+    with part_files(task.directory, task.record_path.stem, tar) as files:
         making = _Making(task, without, files)
         counted = 0
         for item in opened_source(task.config.source, task.config.image_size).records(task.part):
@@ -265,7 +273,8 @@ class _Making:
                 self._reject(record, record.key, bad, len(together))
 
     def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
-        sample = Sample(safe_key(key), decoded.encoded, captions[0], record.meta, tuple(captions[1:]))
+        further = tuple(captions[1:])
+        sample = Sample(safe_key(key), decoded.encoded, captions[0], record.meta, further, decoded.cut, record.offset)
         hashed = key_hash(sample.key)
         if hashed in self.hashes:
             raise BadSample("duplicate key", _EARLIER["duplicate key"])
@@ -319,6 +328,7 @@ class _Square:
     """An image that is good enough to keep, as it is stored."""
 
     encoded: bytes
+    cut: Cut | None  # where the file stays as it is
     conversions: tuple[str, ...]  # what was changed to make it an RGB image
     hash: int  # 0: nobody asked for it
 
@@ -339,18 +349,25 @@ def decode_record(record: Record, task: PartTask) -> _Square:
 
 def _decoded(record: Record, task: PartTask) -> _Square:
     config = task.config
-    # A JPEG is not decoded to more pixels than a JPEG needs; png and webp store what Lanczos makes of all of them.
-    at_least = config.image_size if config.storage == "jpeg" else None
-    decoded = decode(record.image, record.extension, config.filters, at_least=at_least)
     where = (0.5, 0.5)
     if config.crop == "random":
         rng = random_of("crop", task.seed, record.key)
         where = (rng.random(), rng.random())
-    image = square(decoded.image, config.image_size, where)
+    if config.storage in ("png", "webp"):
+        decoded = decode(record.image, record.extension, config.filters)
+        image, cut = square(decoded.image, config.image_size, where), None
+    else:  # a JPEG is not decoded to more pixels than are needed
+        decoded = decode(record.image, record.extension, config.filters, at_least=config.image_size)
+        side = min(decoded.whole)
+        left, top = (round((length - side) * part) for length, part in zip(decoded.whole, where, strict=True))
+        cut = Cut(left, top, side, config.image_size)
+        image = stored_image.resized(decoded, cut)
     try:
         json.dumps(record.meta)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadSample("metadata is not JSON", fault(error)) from error
     image_hash = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
+    if config.storage == "in-place":
+        return _Square(record.image or b"", cut, decoded.conversions, image_hash)
     encoded = stored_image.encode(image, config.storage, config.jpeg_quality)
-    return _Square(encoded, decoded.conversions, image_hash)
+    return _Square(encoded, None, decoded.conversions, image_hash)

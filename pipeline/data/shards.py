@@ -5,6 +5,9 @@
                                    the other; where an image has several captions, KEY.captions.json with all of them
     prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
 
+With `prepare.storage: in-place` there is no tar but the user's, and the index has eight columns: after these three the
+cut (`stored_image.Cut`) and a CRC-32 of key and captions, which the catalog has.
+
 Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
 `stream.py` reads the samples of a shard in any order, skips without reading, and notices a tar that is another one.
 """
@@ -34,11 +37,13 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.manifest import first_fault
 from pipeline.data import stored_image
+from pipeline.data.stored_image import Cut
 
 _BLOCK = 512  # tar pads every member to whole blocks
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
 _INDEX_ROW = struct.Struct("<3q")  # first byte, bytes, CRC-32: a row of .index.npy
+_PLACE = struct.Struct("<8q")  # the same, the cut, and CRC-32 of key and captions: where images stay in their tars
 _EXTENSIONS = tuple(stored_image.EXTENSIONS.values())
 _CAPTIONS = ".captions.json"  # member of an image with several captions
 
@@ -51,6 +56,9 @@ class ShardEntry(TypedDict):
     bytes: int
     sha256: str
     captions: NotRequired[int]  # of all samples; missing: one each
+    # Where images stay in the user's tar: its path and bytes; `bytes` are then the images', `sha256` is the index's.
+    tar: NotRequired[str]
+    tar_bytes: NotRequired[int]
 
 
 class SplitIndex(TypedDict):
@@ -98,6 +106,8 @@ class Sample:
     caption: str
     meta: Mapping[str, object]
     further: tuple[str, ...] = ()  # captions beside the first
+    cut: Cut | None = None  # what is kept of the image, where its file is the user's
+    offset: int = 0  # of the image in the user's tar
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -107,12 +117,13 @@ class Sample:
     @cached_property
     def image(self) -> Image.Image:
         """RGB, image_size x image_size."""
-        return Image.fromarray(stored_image.decode(self.encoded).transpose(1, 2, 0))
+        return Image.fromarray(stored_image.decode(self.encoded, self.cut).transpose(1, 2, 0))
 
     @property
     def png(self) -> bytes:
         """The image as a PNG file, in whatever format it is stored."""
-        return self.encoded if stored_image.storage_of(self.encoded) == "png" else png_bytes(self.image)
+        is_png = self.cut is None and stored_image.storage_of(self.encoded) == "png"
+        return self.encoded if is_png else png_bytes(self.image)
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,12 @@ class Shard:
     bytes: int
     sha256: str
     captions: int | None = None  # of all samples; None: one each
+    tar: str | None = None  # the user's, in which the images stay; None: this shard is a tar
+    tar_bytes: int | None = None
+
+    def path(self, prepare_dir: Path) -> Path:
+        """The tar that holds the images."""
+        return Path(self.tar) if self.tar is not None else prepare_dir / self.name
 
     @property
     def stem(self) -> str:
@@ -197,31 +214,35 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
 class ShardFile:
     """An open shard as random access to its images. Threads may share it."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
+    def __init__(self, prepare_dir: Path, shard: Shard) -> None:
         """Raises UserError when the tar or its index is missing or of another size than recorded."""
-        self.path = path
+        self.path, self._row = shard.path(prepare_dir), _INDEX_ROW if shard.tar is None else _PLACE
         try:
-            self._file = io.FileIO(path)
-            self._index = io.FileIO(index_path(path))
+            self._file = io.FileIO(self.path)
+            self._index = io.FileIO(index_path(prepare_dir / shard.name))
         except OSError as error:
-            raise UserError(f"{path} is missing or damaged: {error}: run the stage prepare again") from error
+            raise UserError(f"{self.path} is missing or damaged: {error}: run the stage prepare again") from error
         # Not by np.load: a resume opens as many shards as there are streams, and this is a tenth of the time.
         header = self._index.read(_NPY_HEADER.size)
         kind, length = _NPY_HEADER.unpack(header) if len(header) == _NPY_HEADER.size else (b"", 0)
         self._begin = _NPY_HEADER.size + length
         size, index_size = (os.fstat(file.fileno()).st_size for file in (self._file, self._index))
-        rows = (index_size - self._begin) / _INDEX_ROW.size if kind == _NPY_1_0 else 0
-        if size != shard.bytes or rows != shard.samples:
+        rows = (index_size - self._begin) / self._row.size if kind == _NPY_1_0 else 0
+        expected = shard.bytes if shard.tar_bytes is None else shard.tar_bytes
+        if size != expected or rows != shard.samples:
             raise UserError(
-                f"{path} is another file than prepare wrote: expected {shard.bytes} bytes and {shard.samples} samples, "
-                f"found {size} and {rows:g}: run the stage prepare again"
+                f"{self.path} is another file than prepare {'wrote' if shard.tar is None else 'read'}: expected "
+                f"{expected} bytes and {shard.samples} samples, found {size} and {rows:g}: run the stage prepare again"
             )
 
     def place(self, row: int) -> tuple[int, int, int]:
         """First byte, bytes and CRC-32 of the image of sample `row`."""
-        entry = os.pread(self._index.fileno(), _INDEX_ROW.size, self._begin + row * _INDEX_ROW.size)
-        begin, size, checksum = _INDEX_ROW.unpack(entry)
+        begin, size, checksum = self._entry(row)[:3]
         return begin, size, checksum
+
+    def cut(self, row: int) -> Cut | None:
+        """What is kept of the image of sample `row`; None: all of it, as it is stored."""
+        return None if self._row is _INDEX_ROW else Cut(*self._entry(row)[3:7])
 
     def read(self, row: int) -> bytes:
         """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
@@ -231,14 +252,32 @@ class ShardFile:
             raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")
         return content
 
+    def pixels(self, row: int) -> stored_image.Pixels:
+        """uint8 [3, H, W] of sample `row`. Raises UserError when it is not what prepare wrote."""
+        content = self.read(row)
+        try:
+            return stored_image.decode(content, self.cut(row))
+        except (OSError, ValueError, SyntaxError, zlib.error) as error:
+            raise UserError(f"{self.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
+
+    def _entry(self, row: int) -> tuple[int, ...]:
+        return self._row.unpack(os.pread(self._index.fileno(), self._row.size, self._begin + row * self._row.size))
+
 
 def check_shard(prepare_dir: Path, shard: Shard) -> None:
-    """Raises UserError when the tar is not, byte for byte, the one that prepare wrote."""
-    fault = first_fault(prepare_dir, {shard.name: {"sha256": shard.sha256}})
+    """Raises UserError when the tar is not, byte for byte, the one that prepare wrote.
+
+    Where the images stay in the user's tar, its size and the index are compared: who reads an image compares its own
+    checksum.
+    """
+    if shard.tar is not None:
+        ShardFile(prepare_dir, shard)
+    name = shard.name if shard.tar is None else index_path(Path(shard.name)).as_posix()
+    fault = first_fault(prepare_dir, {name: {"sha256": shard.sha256}})
     if fault:
         raise UserError(
-            f"{fault.path} is not the shard that prepare wrote: expected {fault.expected}, found {fault.found}: "
-            "run the stage prepare again"
+            f"{fault.path} is not the {'shard' if shard.tar is None else 'index'} that prepare wrote: expected "
+            f"{fault.expected}, found {fault.found}: run the stage prepare again"
         )
 
 
@@ -269,6 +308,8 @@ def read_shards(prepare_dir: Path, split: str, index: PrepareIndex | None = None
 
 def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
     """The samples of one shard in their fixed order. Raises UserError when the tar is damaged or incomplete."""
+    if shard.tar is not None:
+        raise UserError(f"{shard.tar} is the user's own tar: its samples are read through the catalog")
     path = Path(prepare_dir) / shard.name
     count, reason = 0, ""
     try:

@@ -16,7 +16,6 @@ memory decoded, so each is decoded once.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,6 @@ from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
-from pipeline.data import stored_image
 from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
 from pipeline.data.prefetch import load
 from pipeline.data.shards import ShardFile, read_index, read_shards
@@ -139,10 +137,7 @@ class ImageStream:
 
     def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
         file = self._open(shard)
-        try:
-            image = stored_image.decode(file.read(row))
-        except (OSError, ValueError, SyntaxError, zlib.error) as error:
-            raise UserError(f"{file.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
+        image = file.pixels(row)
         if image.shape != (3, self.image_size, self.image_size):
             raise UserError(
                 f"{file.path}: expected images of {self.image_size} pixels, found {image.shape} at sample {row}"
@@ -157,5 +152,5 @@ class ImageStream:
                     # Not closed by hand: a thread may be reading from it; the last reference closes it.
                     del self._files[next(iter(self._files))]
                 entry = self.shards[shard]
-                self._files[shard] = ShardFile(self.directory / entry.name, entry)
+                self._files[shard] = ShardFile(self.directory, entry)
             return self._files[shard]

@@ -37,6 +37,7 @@ from pipeline.core.level import Level
 from pipeline.core.manifest import first_fault
 from pipeline.core.seeds import random_of
 from pipeline.data import stored_image
+from pipeline.data.catalog import Catalog
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
 from pipeline.data.splits import SPLITS
@@ -308,13 +309,17 @@ def _steps(
     job: TokenizeJob, shards: Sequence[tuple[str, Shard]], pool: ThreadPoolExecutor
 ) -> Generator[Future[_Batch] | _End, None, None]:
     """The batches of each shard that is not finished, which `pool` is making, and after them the shard's end."""
+    catalogs: dict[str, Catalog] = {}  # where images stay in the users' tars
     for split, shard in shards:
+        if shard.tar is not None and split not in catalogs:
+            catalogs[split] = Catalog(job.prepare_dir, split)
         if job.is_finished(shard):
             yield _End(shard, crops=0, is_new=False)
             continue
         check_shard(job.prepare_dir, shard)
         crops = job.config.crops if split == "train" else 1
-        for samples in batched(read_shard(job.prepare_dir, shard), max(1, job.config.batch_size // crops)):
+        own = read_shard(job.prepare_dir, shard) if shard.tar is None else catalogs[split].shard_samples(shard.name)
+        for samples in batched(own, max(1, job.config.batch_size // crops)):
             yield pool.submit(_batch, job, samples, crops)
         yield _End(shard, crops, is_new=True)
 
@@ -339,7 +344,7 @@ def _batch(job: TokenizeJob, samples: list[Sample], crops: int) -> _Batch:
 
 def _versions(job: TokenizeJob, sample: Sample, crops: int) -> Iterator[NDArray[np.uint8]]:
     """The whole image and its random crops, uint8 [3, H, W] each."""
-    whole = stored_image.decode(sample.encoded)
+    whole = stored_image.decode(sample.encoded, sample.cut)
     yield whole
     if crops > 1:
         image = Image.fromarray(whole.transpose(1, 2, 0))

@@ -21,10 +21,12 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core.errors import UserError
+from pipeline.core.image_io import png_bytes
 from pipeline.core.text import decode_text, visible
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
 from pipeline.data.sources.tar_members import DamagedTar, Member, locate_members
+from pipeline.data.stored_image import Cut, cut_out
 from pipeline.evaluation.evaluator_npz import has_images, image_layout
 from pipeline.sampling.save import SHEET, read_metadata
 
@@ -62,9 +64,12 @@ class StoredImage:
     extension: str = ""  # in lower case
     text: str | None = None  # its caption, where that is known without reading a file
     raw_size: tuple[int, int] | None = None  # width and height, where the slice is bare RGB bytes
+    cut: Cut | None = None  # what is kept of the slice's image
 
     def content(self) -> bytes:
-        """The image file's bytes; of bare RGB bytes a PPM."""
+        """The image file's bytes; of bare RGB bytes a PPM, of a part of an image a PNG of that."""
+        if self.cut is not None:
+            return png_bytes(self.image)
         if self.raw_size is None:
             return self.slice.read()
         return b"P6 %d %d 255\n" % self.raw_size + self.slice.read()
@@ -74,6 +79,13 @@ class StoredImage:
         """RGB. Raises UserError if it cannot be read."""
         if self.raw_size is not None:
             return Image.frombytes("RGB", self.raw_size, self.slice.read())
+        if self.cut is not None:
+            try:
+                return cut_out(self.slice.read(), self.cut)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.slice.name}: expected an image, found something unreadable ({error})"
+                ) from error
         return decoded(self.content(), self.slice.name)
 
     def size(self, content: bytes) -> tuple[int, int]:
@@ -181,10 +193,11 @@ def prepared_images(catalog: Catalog, rows: Sequence[int]) -> list[StoredImage]:
     """These samples of a split that `prepare` made. Raises UserError where their shards are damaged."""
     known = zip(catalog.keys(rows), catalog.captions(rows), catalog.image_slices(rows), strict=True)
     found = []
-    for key, text, (tar, begin, size) in known:
+    for row, (key, text, (tar, begin, size)) in zip(rows, known, strict=True):
         name = f"{key}{catalog.extension}"
         piece = FileSlice(tar, f"{tar}: {name}", begin, size)
-        found.append(StoredImage(key, piece, name=name, extension=catalog.extension, text=text))
+        cut = catalog.cut(row)
+        found.append(StoredImage(key, piece, name=name, extension=catalog.extension, text=text, cut=cut))
     return found
 
 

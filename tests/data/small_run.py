@@ -14,8 +14,8 @@ import torch
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
+from pipeline.data.catalog import Catalog
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import read_samples
 from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer import TextTokenizer
@@ -48,7 +48,8 @@ def make_small_run(
     prepare(directory / "prepare", prepare_config, seed=0)
     torch.manual_seed(seed)
     build(model, 16).save_pretrained(directory / "image-tokenizer/model")
-    captions = [caption for sample in read_samples(directory / "prepare", "train") for caption in sample.captions]
+    catalog = Catalog(directory / "prepare", "train")
+    captions = list(catalog.caption_sample(catalog.caption_count, seed=0))
     text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))
     text_tokenizer.save_pretrained(directory / "text-tokenizer")
     if config is not None:

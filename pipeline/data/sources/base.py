@@ -60,6 +60,7 @@ class Record:
     meta: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None  # decides the split; None: the key does
     where: str = ""  # e.g. "row 17": how to find it again when the key does not say
+    offset: int = 0  # of the image in the part's tar, in bytes; 0: it lies in none
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Member:
     name: str
     content: bytes | None
     problem: str = ""
-    offset: int = 0  # of its content in the tar, in bytes
+    offset: int = 0  # of its content in the (uncompressed) tar, in bytes; 0: it lies there in pieces
     size: int = 0
 
 
@@ -126,7 +126,8 @@ def _one_tar(forward: _File, largest: Callable[[str], int]) -> Iterator[Member]:
         elif header.size > limit:
             yield Member(header.name, None, f"{header.size} bytes, at most {limit} are read")
         else:
-            yield Member(header.name, _content(tar, header, forward))
+            offset = 0 if header.sparse is not None else header.offset_data
+            yield Member(header.name, _content(tar, header, forward), "", offset, header.size)
     forward.seek(tar.offset)
 
 

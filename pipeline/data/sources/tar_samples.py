@@ -34,6 +34,7 @@ class File:
     hidden: bool
     content: bytes | None
     problem: str
+    offset: int  # of the content in the tar
 
     @staticmethod
     def of(member: Member) -> File:
@@ -54,6 +55,7 @@ class File:
             hidden,
             member.content,
             member.problem,
+            member.offset,
         )
 
 

@@ -10,10 +10,12 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import braceexpand
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
@@ -165,7 +167,19 @@ class _Reading:
         group = group_of(meta.get(self.config.group_field)) if self.config.group_field else None
         if sample.image is None:
             return Record(key, None, caption, "", meta, group)
-        return Record(key, sample.image.content, caption, f".{sample.image.extension}", meta, group)
+        image = sample.image
+        return Record(key, image.content, caption, f".{image.extension}", meta, group, offset=image.offset)
+
+
+def tar_of(part: Part) -> Path:
+    """The tar that a part is, in the local file system. Raises UserError when it is elsewhere."""
+    files, path = file_system(part.items[0])
+    if not isinstance(files, LocalFileSystem):
+        raise UserError(
+            "prepare.storage: in-place expects tars in a local file system, found "
+            f"{visible(mask(part.items[0]))}: set it to png, webp or jpeg, which copy what they need"
+        )
+    return Path(path)
 
 
 def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
