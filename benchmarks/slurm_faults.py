@@ -11,6 +11,7 @@ cluster's defaults are 121, 300 and 30 s: add the difference.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -41,15 +42,19 @@ def _run(slurm: Slurm, folder: Path) -> None:
     overrides = [f"runs={folder}", "tracking.enabled=false", *LONG]
     for stage in ("prepare", "text-tokenizer", "image-tokenizer", "tokenize"):
         launch("pipeline", "run", str(TINY), *overrides, "--only", stage)
-    training = Training(slurm, folder / "tiny", stages="{transformer: {nodes: 2, tasks_per_node: 1}}")
+    training = Training(slurm, folder / "tiny", 2, "preempt", stages="{transformer: {nodes: 2, tasks_per_node: 1}}")
     faults: dict[str, Callable[[], object]] = {
         "a rank is killed (SIGKILL)": lambda: os.kill(training.ranks()[1], signal.SIGKILL),
+        "a rank dies (SIGSEGV)": lambda: os.kill(training.ranks()[1], signal.SIGSEGV),
+        "preemption, no grace": lambda: _preempt(slurm, 0),
+        "preemption, 60 s of grace": lambda: _preempt(slurm, 60),
         "the time limit is near": lambda: _at_the_limit(training, "now+1minute"),
         "the time limit is here before they saved": lambda: _at_the_limit(training, "now+1"),
         "scontrol requeue": lambda: slurm("scontrol", "requeue", str(training.id)),
         "scancel --signal=USR2": lambda: slurm("scancel", "--signal=USR2", str(training.id)),
         "a node dies and is back after 10 s": lambda: _power_cut(slurm),
         "the controller is away for 10 s": lambda: _controller(slurm),
+        "USR2 where requeue is forbidden": lambda: _without_requeue(training),
     }
     print(f"{'fault':<44}{'life ended as':<16}{'job again':>10}{'training again':>16}", flush=True)
     _wait_for_a_step(training, 0.0)
@@ -75,6 +80,23 @@ def _wait_for_a_step(training: Training, after: float) -> float:
     path = training.run / "transformer" / "metrics.jsonl"
     wait_until("a step", lambda: path.exists() and path.stat().st_mtime > after and training.step() > 0)
     return time.time()
+
+
+def _preempt(slurm: Slurm, grace: int) -> None:
+    slurm("scontrol", "update", "partition=preempt", f"GraceTime={grace}")
+    slurm("sbatch", "-p", "normal", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def _without_requeue(training: Training) -> None:
+    training.slurm("scontrol", "update", f"jobid={training.id}", "requeue=0")
+    training.slurm("scancel", "--signal=USR2", str(training.id))
+    wait_until("the successor", lambda: _newest_job(training) != training.id)
+    training.id = _newest_job(training)
+
+
+def _newest_job(training: Training) -> int:
+    jobs: list[dict[str, int]] = json.loads((training.run / "slurm" / "jobs.json").read_text())
+    return jobs[-1]["id"]
 
 
 def _at_the_limit(training: Training, end: str) -> None:

@@ -8,7 +8,7 @@ model of 6 layers of 256 with 8,192 codes, float32, one thread, the least of 25 
     rows        2            8            16           32           128
                 3.1 and 1.4  5.2 and 2.0  5.8 and 3.0  8.8 and 5.4  23.6 and 18.3
 
-The layout is a copy: the matrices take their memory twice, and a model whose weights change has to be packed anew.
+A model whose weights change has to be packed anew.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.core.pretrained import parameters_without_memory
 from pipeline.sampling.cached_step import level_weights, norm_of
+from pipeline.sampling.packed_weights import can_pack, multiply, pack
 from pipeline.transformer.build import build_transformer
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.norms import RMSNorm
@@ -32,13 +33,12 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self._weight = weight.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, _ROWS)
+        self._packed = pack(self._weight, _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return F.linear(x, self._weight)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
-        return product
+        return multiply(x, self._packed)
 
 
 class FastNorm(nn.Module):
@@ -58,8 +58,7 @@ class FastNorm(nn.Module):
 def packed(model: Transformer) -> Transformer:
     """The model for drawing; `model` itself where nothing is faster: raster, other devices and precisions."""
     weight = model.head.weight
-    can = torch.backends.mkldnn.is_available() and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    if model.order == "raster" or not can:
+    if model.order == "raster" or weight.dtype != torch.float32 or not can_pack(weight):
         return model
     with parameters_without_memory():
         fast = build_transformer(model.layout, model.shape)

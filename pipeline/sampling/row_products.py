@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.sampling.packed_weights import can_pack, multiply, pack
+
 _TRIED = (2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 24, 33)  # numbers of rows
 
 
@@ -28,54 +30,36 @@ class RowProduct:
     """Of one matrix, of which it holds a copy where it can be packed."""
 
     def __init__(self, weight: Tensor) -> None:
-        can, trial = _can_pack(weight), (weight.shape, weight.dtype)
+        can, trial = can_pack(weight), (weight.shape, weight.dtype)
         self.rounds_alike = can and _any_number_rounds_alike(*trial)
         self._twice = self.rounds_alike and not _one_row_rounds_alike(*trial)
-        self._weight = _packed(weight) if self.rounds_alike else weight
+        self._weight = pack(weight, _TRIED[-1]) if self.rounds_alike else weight
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         if not self.rounds_alike:
             return F.linear(x_MD, self._weight)
         if self._twice and len(x_MD) == 1:
-            return _multiply(x_MD.repeat(2, 1), self._weight)[:1]
-        return _multiply(x_MD, self._weight)
-
-
-def _packed(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TRIED[-1])
-    return packed
-
-
-def _multiply(x_MD: Tensor, packed: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x_MD, packed, None, "none", [], "")
-    return product
-
-
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+            return multiply(x_MD.repeat(2, 1), self._weight)[:1]
+        return multiply(x_MD, self._weight)
 
 
 @cache
 def _any_number_rounds_alike(shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether rows have the same bits in any number from two on."""
     x_MD, packed = _trial(shape, dtype)
-    whole = _multiply(x_MD, packed)
-    return all(torch.equal(_multiply(x_MD[:rows], packed), whole[:rows]) for rows in _TRIED)
+    whole = multiply(x_MD, packed)
+    return all(torch.equal(multiply(x_MD[:rows], packed), whole[:rows]) for rows in _TRIED)
 
 
 @cache
 def _one_row_rounds_alike(shape: torch.Size, dtype: torch.dtype) -> bool:
     x_MD, packed = _trial(shape, dtype)
-    one_by_one = [_multiply(row, packed) for row in x_MD[:8].split(1)]
-    return torch.equal(torch.cat(one_by_one), _multiply(x_MD[:8], packed))
+    one_by_one = [multiply(row, packed) for row in x_MD[:8].split(1)]
+    return torch.equal(torch.cat(one_by_one), multiply(x_MD[:8], packed))
 
 
 def _trial(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows, and a packed matrix of this shape, of random numbers."""
     numbers = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=numbers).to(dtype)
-    return torch.randn(_TRIED[-1] + 7, shape[1], generator=numbers).to(dtype), _packed(weight)
+    return torch.randn(_TRIED[-1] + 7, shape[1], generator=numbers).to(dtype), pack(weight, _TRIED[-1])
