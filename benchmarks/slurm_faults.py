@@ -119,4 +119,4 @@ def _controller(slurm: Slurm) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
