@@ -58,7 +58,7 @@ def test_the_stages_of_a_run_of_folders_know_its_classes(tmp_path: Path) -> None
     source = f"prepare.source={{kind: folder, path: {tmp_path / 'images'}, captions: folders}}"
     for stage in ("prepare", "text-tokenizer"):
         launch("pipeline", stage, "--config", str(TINY), source, *OF_CLASSES, "generate.samples=0",
-               "tracking.enabled=false", cwd=tmp_path)  # fmt: skip
+               "prepare.validation_fraction=0.4", "tracking.enabled=false", cwd=tmp_path)  # fmt: skip
     found = TextTokenizer.from_pretrained(tmp_path / "runs" / "tiny" / "text-tokenizer")
     assert (found.classes, found.text_length) == (["dark", "light"], 1)
 

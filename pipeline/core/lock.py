@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import psutil
 
@@ -308,8 +308,7 @@ def _read(path: Path) -> Owner | None:
     try:
         found = json.loads(path.read_text())
         known = {"processes": ""} | found  # locks of versions before do not say it
-        owner: Owner = {name: known[name] for name in Owner.__annotations__}  # type: ignore[assignment]
-        return owner
+        return cast(Owner, {name: known[name] for name in Owner.__annotations__})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

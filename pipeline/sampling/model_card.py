@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -26,7 +27,8 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
     config = load_pipeline(config_of(run_directory))
     prepared = RunDirectory(run_directory).manifest("prepare")
     # The config may have changed since; the data is what was prepared.
-    kind = prepared["config"]["prepare"]["source"]["kind"] if prepared else config.prepare.source.kind  # type: ignore[index]
+    source_of = cast(dict[str, dict[str, str]], prepared["config"]["prepare"])["source"] if prepared else {}
+    kind = source_of.get("kind", config.prepare.source.kind)
     index = read_json(run_directory / "prepare" / "index.json")
     splits = index["splits"]
     layout = read_json(source.transformer / "config.json")["layout"]

@@ -141,8 +141,10 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     training = section.training
     precision = resolved_precision(training.precision, device == "cuda", "deepspeed")
     micro = training.batch_size // gpus // accumulation_steps(training, gpus)
+    # Bytes are the same in either layout, and fake tensors cannot always be converted.
+    kind = model_of(config.image_tokenizer).model_copy(update={"channels_last": False})
     with FakeTensorMode():
-        image_tokenizer = build(model_of(config.image_tokenizer), config.prepare.image_size)
+        image_tokenizer = build(kind, config.prepare.image_size)
         decoding = decoding_bytes(image_tokenizer)
     layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
     with FakeTensorMode():

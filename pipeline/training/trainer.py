@@ -175,16 +175,14 @@ class Trainer:
 
     def _forward_and_backward(self, batch: Batch) -> list[Metrics]:
         """Accumulate the gradients of this rank's samples of one step; returns each micro-batch's metrics."""
-        found: list[Metrics] = []
         size, step = next(iter(batch.values())).shape[0] // self.accumulation, self.state.step
         cut = {name: tensor.split(size) for name, tensor in batch.items()}
         parts = [{name: tensors[index] for name, tensors in cut.items()} for index in range(self.accumulation)]
         if len(parts) > 1:
             with torch.no_grad(), self.engine.autocast():
                 self.engine.objective.look_ahead(parts, step)
-        for part in parts:
-            found.append(self.engine.accumulate(part, step, 1 / self.accumulation, last=part is parts[-1]))
-        return found
+        weight, last = 1 / self.accumulation, parts[-1]
+        return [self.engine.accumulate(part, step, weight, last=part is last) for part in parts]
 
     def _look(self) -> Reading:
         """Wait for the device, and learn what all ranks know of the steps until now.

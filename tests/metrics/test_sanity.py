@@ -30,7 +30,7 @@ def extractor() -> Extractor:
 def images() -> list[Image.Image]:
     """Real emoji, shuffled, so that both halves hold all kinds."""
     source = OpenMoji(OpenMojiSource(kind="openmoji", limit=700), image_size=32)
-    source.named = [source.named[i] for i in np.random.default_rng(0).permutation(700)[: 2 * N]]
+    source.items = [source.items[i] for i in np.random.default_rng(0).permutation(700)[: 2 * N]]
     records = [item for part in source.parts(2 * N) for item in source.records(part) if isinstance(item, Record)]
     return [decoded(record.image or b"", record.key) for record in records]
 

@@ -10,7 +10,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
 from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.pass_batch import PassBatch
-from pipeline.sampling.row_batch import Row
+from pipeline.sampling.row_batch import Joining, Row
 from pipeline.transformer.any_order import AnyOrderTransformer
 from tests.sampling.test_parallel_decode import LAYOUT, TEXT, built
 
@@ -40,7 +40,7 @@ def test_requests_that_come_and_go_draw_what_they_draw_alone() -> None:
     batch, drawn, known = PassBatch(model, slots=24), dict[int, Sequence[Row]](), dict[int, torch.Tensor | None]()
     for number in range(6):
         known[number] = HALF if number >= 4 else None
-        drawn[number] = batch.join(*asked(number, model), known[number])
+        (drawn[number],) = batch.join([Joining(*asked(number, model), known[number])])
         for _ in range(number):
             batch.step()
         if number == 2:
@@ -58,14 +58,14 @@ def test_codes_are_unknown_until_they_are_drawn_and_an_image_that_is_all_known_i
     assert isinstance(model, AnyOrderTransformer)
     batch = PassBatch(model, slots=4)
     text, uniforms, _ = asked(0, model)
-    (row,) = batch.join(text, uniforms, SamplingConfig(passes=4), HALF)
+    ((row,),) = batch.join([Joining(text, uniforms, SamplingConfig(passes=4), HALF)])
     shares = [int((row.codes != UNKNOWN).sum())]
     while not row.finished:
         batch.step()
         shares.append(int((row.codes != UNKNOWN).sum()))
     assert shares == sorted(set(shares))
     assert shares[-1] == LAYOUT.image_length
-    (known,) = batch.join(text, uniforms, SamplingConfig(), row.codes.clone())
+    ((known,),) = batch.join([Joining(text, uniforms, SamplingConfig(), row.codes.clone())])
     assert known.finished
     assert not batch.rows
     assert torch.equal(known.codes, row.codes)

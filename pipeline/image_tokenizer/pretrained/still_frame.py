@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.image_tokenizer import VQGANConfig
+from pipeline.config.quantizers import CodebookConfig
 from pipeline.image_tokenizer.pretrained.weights import Weights
 
 State = dict[str, Tensor]
@@ -28,7 +29,9 @@ def frames(weights: Weights) -> int:
 
 def tensors(weights: Weights, model: VQGANConfig) -> State:
     """Of both halves by our names."""
-    latent, code = model.latent_width, model.quantizers[0].code_width  # type: ignore[union-attr]
+    (codebook,) = model.quantizers
+    assert isinstance(codebook, CodebookConfig)
+    latent, code = model.latent_width, codebook.code_width
     found = dict(_last_frame(weights, "quant_conv.conv", "quantizers.0.project", (code, latent, 3, 1, 1)))
     found |= _last_frame(weights, "post_quant_conv.conv", "decoder.stem.project", (latent, code, 3, 1, 1))
     kernel = (latent, latent, 3, 3, 3)
