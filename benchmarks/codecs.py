@@ -18,8 +18,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import numpy as np
@@ -213,18 +214,17 @@ def _simplejpeg_full(content: bytes) -> Image.Image:
     return Image.fromarray(pixels).resize((TO, TO), Image.Resampling.LANCZOS)
 
 
-_turbo: list[object] = []
+@cache
+def _turbo() -> Any:
+    try:
+        return importlib.import_module("turbojpeg").TurboJPEG()
+    except RuntimeError as error:  # the wheel brings no libturbojpeg
+        raise ImportError("libturbojpeg") from error
 
 
 def _turbojpeg(content: bytes) -> Pixels:
     library = importlib.import_module("turbojpeg")
-    if not _turbo:
-        try:
-            _turbo.append(library.TurboJPEG())
-        except RuntimeError as error:  # the wheel brings no libturbojpeg
-            raise ImportError("libturbojpeg") from error
-    decode = getattr(_turbo[0], "decode")  # noqa: B009
-    pixels: Pixels = decode(content, pixel_format=library.TJPF_RGB, scaling_factor=(1, 2))
+    pixels: Pixels = _turbo().decode(content, pixel_format=library.TJPF_RGB, scaling_factor=(1, 2))
     return pixels
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.draw_next import UNKNOWN, given_at_start, guidance_scales
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guided
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.transformer.bit_groups import GroupedTransformer
 
@@ -63,10 +63,7 @@ def _draw_code(
     digits: list[Tensor] = []
     for uniform_B in uniforms_BG.unbind(1):
         logits = model.digit_logits(hidden_RD, [_rows(digit, scale) for digit in digits], level).float()
-        if scale is not None:
-            prompted, unprompted = logits.chunk(2)
-            logits = guide(prompted, unprompted, scale)
-        digits.append(draw(logits, uniform_B, sampling))
+        digits.append(draw(guided(logits, scale), uniform_B, sampling))
     return model.code_of(digits, level)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.cuda_graph import Replayed
 from pipeline.sampling.decode_step import DecodeStep
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guided
 from pipeline.sampling.static_step import StaticStep
 from pipeline.transformer.layout import Layout
 
@@ -62,10 +62,7 @@ class DrawWithNumbers:
 
     def __call__(self, index: int) -> None:
         own = self._drawing
-        logits = self._step.logits(self._hidden, index)
-        if own.scales is not None:
-            prompted, unprompted = logits.chunk(2)
-            logits = guide(prompted, unprompted, own.scales[index])
+        logits = guided(self._step.logits(self._hidden, index), None if own.scales is None else own.scales[index])
         code_B = draw(logits, own.uniforms[:, index], own.sampling)
         if self._forced is not None and self._forced[index] and own.known is not None:
             known_B = own.known[:, index]
@@ -99,10 +96,8 @@ class DrawWithTensors:
 
     def _draw(self, index: int) -> Tensor:
         own, here = self._drawing, self._step.index
-        logits = self._step.logits(self._hidden, index)
-        if self._scales is not None:
-            prompted, unprompted = logits.chunk(2)
-            logits = guide(prompted, unprompted, self._scales.index_select(0, here))
+        scale = None if self._scales is None else self._scales.index_select(0, here)
+        logits = guided(self._step.logits(self._hidden, index), scale)
         code_B1 = draw(logits, own.uniforms.index_select(1, here)[:, 0], own.sampling)[:, None]
         if own.known is not None:
             known_B1 = own.known.index_select(1, here)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.draw_next import UNKNOWN
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guided
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.transformer.attention_patterns import length_of
 from pipeline.transformer.next_scale import NextScaleTransformer
@@ -69,7 +69,7 @@ def _levels(
     codes_BN: Tensor,
     sampling: SamplingConfig,
 ) -> Iterator[int]:
-    layout, guided = model.layout, sampling.guidance != 1.0
+    layout, twice = model.layout, sampling.guidance != 1.0
     sizes = [level.positions for level in layout.levels]
     parts = list(zip(codes_BN.split(sizes, dim=1), uniforms_BN.split(sizes, dim=1), strict=True))
     holes = [level for level, (codes_Bn, _) in enumerate(parts) if bool((codes_Bn == UNKNOWN).any())]
@@ -77,18 +77,18 @@ def _levels(
         yield layout.image_length
         return
     none_Pn = text_PT.new_empty((len(text_PT), 0))
-    _, cache = read_prompts(model, text_PT, prompt_of_B, none_Pn, guided, length_of("levels", layout))
+    _, cache = read_prompts(model, text_PT, prompt_of_B, none_Pn, twice, length_of("levels", layout))
     below = None
     for level, (codes_Bn, uniforms_Bn) in enumerate(parts[: holes[-1] + 1]):
         hidden_RnD = model.read_level(level, below, cache)
         if level in holes:
-            scale = sampling.guidance_at(level / (len(sizes) - 1)) if guided else None
+            scale = sampling.guidance_at(level / (len(sizes) - 1)) if twice else None
             in_level = sampling.in_pass(level, len(sizes))
             drawn_Bn = _draw(model, hidden_RnD, level, uniforms_Bn, in_level, scale)
             codes_Bn.copy_(torch.where(codes_Bn == UNKNOWN, drawn_Bn, codes_Bn))
             yield layout.image_length if level == holes[-1] else layout.level_starts[level + 1]
         if level < holes[-1]:
-            below = model.with_level(below, codes_Bn.repeat(2, 1) if guided else codes_Bn, level)
+            below = model.with_level(below, codes_Bn.repeat(2, 1) if twice else codes_Bn, level)
 
 
 def _draw(
@@ -105,9 +105,6 @@ def _draw(
         uniforms_Bn = uniforms_Bn.float()  # as `draw` takes them there
     drawn: list[Tensor] = []
     for hidden_RmD, uniforms_Bm in zip(hidden_RnD.split(at_once, 1), uniforms_Bn.split(at_once, 1), strict=True):
-        logits = model.level_logits(hidden_RmD, level).float()
-        if scale is not None:
-            prompted, unprompted = logits.chunk(2)
-            logits = guide(prompted, unprompted, scale)
+        logits = guided(model.level_logits(hidden_RmD, level).float(), scale)
         drawn.append(draw(logits.flatten(0, 1), uniforms_Bm.flatten(), sampling).view_as(uniforms_Bm))
     return torch.cat(drawn, dim=1)

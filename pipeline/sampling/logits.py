@@ -27,6 +27,14 @@ def guide(prompted_BV: Tensor, unprompted_BV: Tensor, scale: float | Tensor) -> 
     return torch.lerp(unprompted_BV, prompted_BV, scale)
 
 
+def guided(logits_RV: Tensor, scale: float | Tensor | None) -> Tensor:
+    """The logits to draw from: of rows whose second half is unprompted, guided by `scale`; None: of all as they are."""
+    if scale is None:
+        return logits_RV
+    prompted, unprompted = logits_RV.chunk(2)
+    return guide(prompted, unprompted, scale)
+
+
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tensor:
     """One code per row, int64 [B], by inverting the cumulative distribution at the row's uniform number in [0, 1).
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.draw_next import UNKNOWN, guidance_scales
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guided
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.layout import Layout
@@ -104,8 +104,8 @@ class _Drawing:
         self._uniforms = uniforms_BN if uniforms_BN.device.type == "cpu" else uniforms_BN.float()
         self._scales = guidance_scales(sampling, model.layout)
         none_Pn = text_PT.new_empty((len(text_PT), 0))
-        length, guided = model.layout.length, self._scales is not None
-        _, self._cache = read_prompts(model, text_PT, prompt_of_B, none_Pn, guided, length)
+        length, twice = model.layout.length, self._scales is not None
+        _, self._cache = read_prompts(model, text_PT, prompt_of_B, none_Pn, twice, length)
         self._read, self._unread = 0, codes_BN[:, :0]  # how many codes are in the cache, and which to read next
 
     def begin_level(self, level: int, order_Bn: Tensor, known: int) -> None:
@@ -131,17 +131,15 @@ class _Drawing:
 
     def _logits(self, asked_Bn: Tensor) -> Tensor:
         """What predicts the codes at `asked`, from all that are there: float32 [B, n, V]. Reads the unread ones."""
-        guided = self._scales is not None
+        once = self._scales is None
         codes, read, asked = (
-            x.repeat(2, 1) if guided else x for x in (self._codes.gather(1, self._unread), self._unread, asked_Bn)
+            x if once else x.repeat(2, 1) for x in (self._codes.gather(1, self._unread), self._unread, asked_Bn)
         )  # [R, …]
         hidden = self._model.read_and_ask(codes, read, asked, self._cache, self._read)
         self._read += read.shape[1]
         logits = self._model.level_logits(hidden, self._level).float()
-        if self._scales is None:
-            return logits
-        prompted, unprompted = logits.chunk(2)
-        return guide(prompted, unprompted, self._scales[self._model.layout.level_starts[self._level] + self.there])
+        there = self._model.layout.level_starts[self._level] + self.there
+        return guided(logits, None if self._scales is None else self._scales[there])
 
 
 def codes_per_pass(layout: Layout, left: Sequence[int], sampling: SamplingConfig) -> list[list[int]]:
