@@ -1,7 +1,7 @@
 """One finished run of the whole tiny pipeline, made once by the real command line and shared by many tests.
 
-Slow tests are those that use this run, and those that are marked so since they take over 3 s. `make test-fast` runs the
-others.
+Slow tests are those that use this run, and those that are marked so since they take over a second. `make test-fast`
+runs the others.
 """
 
 from __future__ import annotations

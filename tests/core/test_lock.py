@@ -178,6 +178,7 @@ def test_a_process_that_slept_through_its_lock_does_not_go_on_writing(path: Path
         assert holder.wait(10) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_for_long_goes_on_where_nobody_has_taken_its_lock(path: Path) -> None:
     short = HOLDER.replace(
         "from pipeline.core.lock import Lock",
@@ -200,6 +201,7 @@ def test_a_process_that_was_stopped_for_long_goes_on_where_nobody_has_taken_its_
     holder.wait()
 
 
+@pytest.mark.slow
 def test_waiting_for_a_lock_ends_when_it_is_released(path: Path) -> None:
     holder = _hold_in_another_process(path)
     with pytest.raises(UserError, match="already being written"), Lock(path, "it", wait_s=0.6):

@@ -65,6 +65,7 @@ def _wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_worker_of_prepare_fails_the_stage_and_the_next_run_ends_with_the_same_bytes(
     folder: Path, fresh: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def _on_small_disk(
     return done
 
 
+@pytest.mark.slow
 def test_full_disk_stops_prepare_with_one_line_and_nothing_is_lost(
     folder: Path, fresh: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_in_a_part_it_resumes_and_ends_with_the_same_bytes(tars: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text(DIES)
     command = [sys.executable, str(tmp_path / "dies.py"), str(tars), str(tmp_path / "out")]

@@ -86,6 +86,7 @@ def _pixels(record: Record) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"), np.int64).reshape(-1, 3)
 
 
+@pytest.mark.slow
 def test_the_demo_asks_for_what_a_seed_drew_and_no_image_shows() -> None:
     config = load_pipeline(CONFIG)
     assert list(config.generate.new_prompts) == draw_prompts(seed=0)

@@ -327,6 +327,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_prepare_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", 400)
     script = tmp_path / "killed.py"

@@ -78,6 +78,7 @@ def test_more_blur_is_farther(
     assert steps[0]["KID"] < steps[1]["KID"] < steps[2]["KID"]
 
 
+@pytest.mark.slow
 def test_fewer_modes_lower_recall_and_coverage_more_than_precision(real: FeatureSet, other: FeatureSet) -> None:
     whole, collapsed = metrics(real, other), metrics(real, other.take(list(range(6)) * (N // 6)))
     assert collapsed["FD"] > whole["FD"]

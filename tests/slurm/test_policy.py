@@ -244,6 +244,7 @@ with one_at_a_time(Path(sys.argv[2]) / ".succession"):
 """
 
 
+@pytest.mark.slow
 def test_of_tasks_that_all_reach_their_time_limit_at_once_no_successor_is_forgotten(tmp_path: Path) -> None:
     join = tmp_path / "join"
     join.write_text("afterok:12_*(unfulfilled)\n")

@@ -66,6 +66,7 @@ def test_ranks_announce_themselves_before_they_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_takes_longer_than_the_patience_to_import_is_waited_for(measured: dict[int, Measured]) -> None:
     def slow(announced: Announced) -> None:
         time.sleep(1.0)
@@ -81,6 +82,7 @@ def test_a_host_that_does_not_come_is_late_and_not_bad(measured: dict[int, Measu
     assert "nothing was heard of b" in verdict.late
 
 
+@pytest.mark.slow
 def test_the_patience_counts_from_the_first_arrival(measured: dict[int, Measured]) -> None:
     started = time.monotonic()
     call = RollCall(free_port(), 2)

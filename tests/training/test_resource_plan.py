@@ -234,6 +234,7 @@ def test_on_gpus_bf16_halves_weights_and_gradients_and_the_average_is_partitione
     assert memory(float32, section.training, section.deepspeed, 1, gpus=8).weights == 4 * parameters
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_not_fit_says_the_one_that_does() -> None:
     config = load_pipeline(TINY, STEP)
     training, deepspeed = config.transformer.training, config.transformer.deepspeed

@@ -243,6 +243,7 @@ def test_the_time_of_checkpoints_and_evaluations_is_not_in_samples_per_s(
     assert speed > 3 * BATCH / 0.5  # three steps of milliseconds, around two checkpoints and an evaluation
 
 
+@pytest.mark.slow
 def test_the_end_waits_for_its_checkpoint_and_a_finished_training_may_drop_what_only_a_resume_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
