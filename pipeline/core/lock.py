@@ -124,12 +124,10 @@ class Lock:
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            # A network file system may answer so to a link that it has made.
-            owner = _read_patiently(self.path)
-            return bool(owner and owner["token"] == self._token)
+            return self._is_ours()  # a network file system may answer so to a link that it has made
         finally:
             draft.unlink()
-        return True
+        return not self._had_been_moved() or self._is_ours()
 
     def _remove_stale(self, owner: Owner, last_beat_ns: int | None) -> None:
         """Move a dead owner's lock away. Of two processes that try, the rename lets one win."""
@@ -138,12 +136,29 @@ class Lock:
             self.path.rename(stale)
         except FileNotFoundError:
             return
-        moved = _read(stale)
-        # Another process was quicker and holds it now, or the owner has beaten once more: give it back.
-        if moved and (moved["token"] != owner["token"] or last_beat_ns not in (None, _beaten_ns(stale))):
-            with suppress(FileExistsError):  # it has made it again itself
-                os.link(stale, self.path)
-        stale.unlink()
+        moved = _read_patiently(stale)
+        # Another process was quicker and holds it now, or the owner has beaten once more: give it back, whoever has
+        # made it anew in this moment, since that one looks again.
+        with suppress(FileNotFoundError):
+            if moved and (moved["token"] != owner["token"] or last_beat_ns not in (None, _beaten_ns(stale))):
+                stale.replace(self.path)
+            else:
+                stale.unlink()
+
+    def _is_ours(self) -> bool:
+        owner = _read_patiently(self.path)
+        return bool(owner and owner["token"] == self._token)
+
+    def _had_been_moved(self) -> bool:
+        """Wait while somebody has the lock moved away, who may have to give it back; whether anybody had."""
+        since, had = time.monotonic(), False
+        while moved := list(self.path.parent.glob(f".{self.path.name}.*.stale")):
+            had = True
+            if time.monotonic() - since > _SILENT_S:  # of a process that died there
+                for stale in moved:
+                    stale.unlink(missing_ok=True)
+            time.sleep(_POLL_S)
+        return had
 
     def _keep_alive(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
@@ -198,7 +213,7 @@ class Lock:
             owner = _read(self.path)
         if owner and not owner["token"]:
             raise ValueError("it is damaged")
-        if owner and owner["token"] != self._token:
+        if owner and owner["token"] != self._token and not (self._had_been_moved() and self._is_ours()):
             log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
             os._exit(1)
         self._beaten = time.monotonic()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -238,6 +239,66 @@ def test_an_owner_that_beats_again_at_the_last_moment_keeps_its_lock(path: Path,
     with pytest.raises(UserError, match="process 1 on elsewhere"), contender:
         pass
     assert path.read_text() == _owner()
+
+
+def test_of_three_that_find_a_dead_owners_lock_the_first_keeps_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second moves the first one's new lock away by mistake; the third makes it before that is given back."""
+    holder = _hold_in_another_process(path)
+    holder.kill()
+    holder.wait()
+    second, entered = Lock(path, "it"), threading.Event()
+    removed, read = Lock._remove_stale, lock._read_patiently
+
+    def come_third() -> None:
+        with suppress(UserError), Lock(path, "it"):
+            entered.set()
+
+    thread = threading.Thread(target=come_third)
+
+    def read_while_the_third_comes(asked: Path) -> lock.Owner | None:
+        found = read(asked)
+        if asked.suffix == ".stale" and not thread.ident:
+            thread.start()
+            while not (path.exists() or entered.is_set()):
+                time.sleep(0.001)
+        return found
+
+    def too_late(contender: Lock, *found: Any) -> None:
+        path.write_text(json.dumps(lock._this_process("first")))
+        removed(contender, *found)
+
+    monkeypatch.setattr(lock, "_read_patiently", read_while_the_third_comes)
+    monkeypatch.setattr(second, "_remove_stale", MethodType(too_late, second))
+    with pytest.raises(UserError, match=f"process {os.getpid()} on "), second:
+        pass
+    thread.join()
+    assert not entered.is_set()
+    assert json.loads(path.read_text())["token"] == "first"
+
+
+def test_an_owner_whose_lock_is_moved_away_by_mistake_waits_until_it_has_it_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with Lock(path, "it") as held:
+        stale = path.with_name(".stage.json.other.stale")
+        path.rename(stale)
+        path.write_text(_owner())
+        threading.Timer(0.3, lambda: stale.replace(path)).start()
+        held.beat_or_end()
+        assert not ended
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_what_a_process_has_left_that_died_while_it_took_over_holds_nobody_up_for_long(
+    path: Path, elsewhere: AnotherHost
+) -> None:
+    path.parent.mkdir()
+    (path.parent / ".stage.json.dead.stale").write_text(_owner())
+    with Lock(path, "it"):
+        assert elsewhere.now_s < lock.HEARTBEAT_S
+    assert list(path.parent.iterdir()) == []
 
 
 def test_who_waits_as_long_as_it_takes_can_be_asked_to_stop(
