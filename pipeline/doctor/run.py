@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+import sqlite3
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+
+import psutil
 
 from pipeline.config.evaluate import EXTRACTORS
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.errors import UserError
-from pipeline.core.lock import owner_of
+from pipeline.core.lock import Owner, owner_of
 from pipeline.core.writable import check_writable
-from pipeline.doctor.finding import Finding, fail, note, ok
+from pipeline.doctor.finding import Finding, fail, note, ok, warn
 from pipeline.orchestration.mlflow_store import Store
+
+_LOCKED_S = 3.0  # longer than any write of MLflow
 
 
 def run_directory(config: PipelineConfig) -> Iterator[Finding]:
@@ -25,17 +32,34 @@ def run_directory(config: PipelineConfig) -> Iterator[Finding]:
         return
     for path in made:
         path.rmdir()
-    held = [path.stem for path in sorted((folder / "locks").glob("*.json")) if owner_of(path)]
+    held = {path.stem: owner for path in sorted((folder / "locks").glob("*.json")) if (owner := owner_of(path))}
     if held:
-        yield note("run directory", f"{folder}: being written now: {', '.join(held)}")
+        said = [f"{name} by process {owner['pid']} on {owner['host']}" for name, owner in held.items()]
+        yield note("run directory", f"{folder}: being written now: {', '.join(said)}")
     else:
         yield ok("run directory", f"{folder}")
+    for name, owner in held.items():
+        if _is_stopped(owner):
+            yield warn(
+                f"lock {name}",
+                f"process {owner['pid']}, which holds it, is stopped (Ctrl-Z, SIGSTOP) and keeps all others waiting:"
+                f" `kill -CONT {owner['pid']}`, or end it",
+            )
+
+
+def _is_stopped(owner: Owner) -> bool:
+    """Of a process of this machine; others cannot be seen."""
+    with suppress(psutil.Error):
+        process = psutil.Process(owner["pid"])
+        return owner["host"] == socket.gethostname() and bool(process.status() == psutil.STATUS_STOPPED)
+    return False
 
 
 def tracking(config: PipelineConfig) -> Iterator[Finding]:
     if not config.tracking.enabled:
         yield note("mlflow", "tracking.enabled: false: metrics stay in metrics.jsonl")
         return
+    yield from _database_of_before(config)
     with tempfile.TemporaryDirectory() as temporary:
         # The run's own database is made at its start; whether MLflow works here is asked of another one.
         probe = config.model_copy(update={"runs": Path(temporary)})
@@ -49,6 +73,29 @@ def tracking(config: PipelineConfig) -> Iterator[Finding]:
                                  " start the server, or set tracking.enabled=false")  # fmt: skip
         else:
             yield ok("mlflow", config.tracking.uri or "a database in the run directory")
+
+
+def _database_of_before(config: PipelineConfig) -> Iterator[Finding]:
+    """What is wrong with the database that the run has already; nothing is written to it."""
+    database = config.run_directory / "mlflow.db"
+    if config.tracking.uri or not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database, timeout=_LOCKED_S, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        yield warn(
+            "mlflow.db",
+            f"expected a database that can be written at {database}, found: {error}: end what uses it"
+            f" (`fuser {database}`), or mend its rights; until then metrics stay in metrics.jsonl",
+        )
+    except sqlite3.DatabaseError as error:
+        yield warn(
+            "mlflow.db",
+            f"expected a database at {database}, found: {error}: the next stage, or `smalti ui`, moves it aside and"
+            " sends all again",
+        )
 
 
 def extractors(config: PipelineConfig | None) -> Iterator[Finding]:

@@ -52,7 +52,7 @@ def _speed(folder: Path, named: Path, free_gb: float) -> Finding:
         os.fsync(file.fileno())
     written = _PROBE_BYTES / 1e6 / (time.perf_counter() - started)
     probe.unlink()
-    text = f"{named}: {free_gb:,.0f} GB free, writes {written:,.0f} MB/s"
+    text = f"{named}: {free_gb:,.{0 if free_gb >= 10 else 1}f} GB free, writes {written:,.0f} MB/s"
     if free_gb < _LITTLE_ROOM_GB:
         return warn("disk", f"{text}: checkpoints need room, keep {_LITTLE_ROOM_GB:g} GB free or more")
     if written < _SLOW_MB_PER_S:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
+from tests.launch import launch
 from tests.slurm.conftest import Slurm, cluster_file, events, wait_until
 from tests.slurm.test_crash import _launcher as launcher
 
@@ -30,6 +31,12 @@ def test_the_doctor_names_what_the_cluster_would_refuse_or_let_wait_for_ever(slu
     assert told[1] == "tokenize: time: expected at most 2 hours, the limit of the partition, found 24"
     assert [line.partition(":")[0] for line in told] == ["prepare", "tokenize", "evaluate"]
     assert "not available" in told[2]
+    gone = tmp_path / "slurm.conf"
+    gone.write_text("ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n")
+    output = launch("pipeline", "doctor", "--cluster", str(cluster), check=False, SLURM_CONF=str(gone))
+    (line,) = [line for line in output.splitlines() if line[6:30].strip() == "slurm"]
+    assert line.startswith("FAIL")
+    assert "Unable to contact slurm controller" in line
 
 
 def test_prepare_as_an_array_makes_the_bytes_of_one_process_even_where_requeue_is_refused(
