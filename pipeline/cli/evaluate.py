@@ -12,6 +12,7 @@ from pipeline.config.evaluate import EXTRACTORS
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.compare_paths import ReadSets
     from pipeline.evaluation.rows import Row
 
 _PATH = click.Path(path_type=Path)
@@ -36,6 +37,7 @@ _CACHE = Path("runs/.cache/features")
 @click.option("-o", "--output", type=_PATH, help="write the metrics there, as JSON")
 @click.option("--save-real", type=_PATH, help="write the features of --real there (.npz), for later comparisons")
 @click.option("--save-fake", type=_PATH, help="likewise of --fake")
+@click.option("--npz", type=_PATH, help="write the images of --fake there as guided-diffusion's evaluator reads them")
 @click.option("--config", "config_path", help="instead: run the stage evaluate of this config")
 @click.option("--print-config", is_flag=True, help="with --config: print the stage's resolved config and do nothing")
 @click.option("--take-over", is_flag=True, help=f"with --config: {TAKE_OVER}")
@@ -47,6 +49,7 @@ def evaluate(
     output: Path | None,
     save_real: Path | None,
     save_fake: Path | None,
+    npz: Path | None,
     config_path: str | None,
     print_config: bool,
     take_over: bool,
@@ -59,6 +62,8 @@ def evaluate(
     images. Several processes (torchrun -m pipeline evaluate …) share the extraction of features.
     """
     if config_path:
+        if npz:
+            raise UserError("--npz: expected --real and --fake, found --config: smalti generate RUN --npz FILE has it")
         if print_config:
             from pipeline.config.base import to_yaml
             from pipeline.config.pipeline import load_pipeline
@@ -77,12 +82,12 @@ def evaluate(
     from pipeline.core.distributed import init, is_main
     from pipeline.core.writable import check_writable
     from pipeline.evaluation.compare_paths import captioned_rows, read_sets
-    from pipeline.evaluation.feature_store import save_features, trim
+    from pipeline.evaluation.feature_store import trim
 
-    for path in (save_real, save_fake):
+    for path in (save_real, save_fake, npz):
         if path and path.suffix != ".npz":
-            raise UserError(f"{path}: expected a name that ends in .npz for a feature file, found '{path.suffix}'")
-    for path in (output, save_real, save_fake, cache / "features"):
+            raise UserError(f"{path}: expected a name that ends in .npz, found '{path.suffix}'")
+    for path in (output, save_real, save_fake, npz, cache / "features"):
         if path:
             check_writable(path)
     init()
@@ -98,23 +103,48 @@ def evaluate(
     rows = sets.rows(config, seed, cache)
     rows += captioned_rows(fake, config, cache, seed)
     trim(cache, config.feature_cache_gb)
-    for path, features in ((save_real, sets.real), (save_fake, sets.fake)):
-        if path and features is None:
-            raise UserError(f"--save-real: expected features, found only statistics in {real}; leave it out")
-        if path and features:
-            save_features(features, path)
+    _save_features(sets, save_real, save_fake)
+    if npz:
+        _write_npz(npz, fake)
     if output:
-        counted = {
-            what: {"images": len(found.images), "left_out": [{"name": n, "reason": r} for n, r in found.left_out]}
-            for what, found in sets.images.items()
-        }
-        about = {"real": str(real), "fake": str(fake), "seed": seed, "sets": counted}
+        about = {"real": str(real), "fake": str(fake), "seed": seed, "sets": _counted(sets)}
         write_json(output, about | {"rows": [row.as_json() for row in rows]})
     click.echo(table(rows))
 
 
+def _save_features(sets: ReadSets, save_real: Path | None, save_fake: Path | None) -> None:
+    from pipeline.evaluation.feature_store import save_features
+
+    if save_real and sets.real is None:
+        raise UserError("--save-real: expected features, found only statistics in --real; leave it out")
+    for path, features in ((save_real, sets.real), (save_fake, sets.fake)):
+        if path and features:
+            save_features(features, path)
+
+
+def _counted(sets: ReadSets) -> dict[str, object]:
+    """By "real" and "fake": how many images there are, and what was left out."""
+    return {
+        what: {"images": len(found.images), "left_out": [{"name": n, "reason": r} for n, r in found.left_out]}
+        for what, found in sets.images.items()
+    }
+
+
+def _write_npz(path: Path, fake: Path) -> None:
+    """The images at `fake`. Raises UserError where there are none, or of several sizes."""
+    from pipeline.evaluation.evaluator_npz import write_images
+    from pipeline.evaluation.feature_store import is_feature_file
+    from pipeline.evaluation.image_sets import images_at
+
+    if is_feature_file(fake):
+        raise UserError(f"--npz: expected images as --fake, found features in {fake}: give the images")
+    images = images_at(fake)
+    write_images(path, (image.image for image in images), len(images))
+    click.echo(f"{len(images)} images in {path}", err=True)
+
+
 def table(rows: list[Row]) -> str:
-    """A line per metric, then which extractor saw how many images, then the warnings."""
+    """A line per metric with its protocol and n, then which extractor saw how many images, then the warnings."""
     from pipeline.evaluation.rows import warnings
 
     width = max(len(row.metric) for row in rows)
@@ -122,7 +152,10 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         value = "–" if row.value is None else f"{row.value:.5g}"
         interval = f"   {row.interval[0]:.5g} … {row.interval[1]:.5g}" if row.interval else ""
-        lines.append(f"{row.metric:<{width}}  {'↓' if row.better == 'lower' else '↑'} {value:>10}{interval}")
+        about = f"{row.protocol}, n = {row.n_generated:,}"
+        lines.append(
+            f"{row.metric:<{width}}  {'↓' if row.better == 'lower' else '↑'} {value:>10}{interval:<24}   {about}"
+        )
     seen: dict[str, tuple[int, int]] = {}
     for row in rows:
         about = f"{row.extractor}, weights {(row.weights_sha256 or '')[:12]}, resized to {row.resize}"

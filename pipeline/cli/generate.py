@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def generate(
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')
     prompts = [*map(_prompt, arguments[1:]), *_lines(prompts_file)]
     if not prompts and npz:
-        _write_npz(npz, Path(arguments[0]) / "generate" / "samples", None)
+        _write_npz(npz, Path(arguments[0]), Path(arguments[0]) / "generate" / "samples")
         return
     if not prompts:
         raise UserError('expected a prompt, found none: smalti generate runs/openmoji "red heart"')
@@ -117,7 +118,7 @@ def generate(
     count = (generate_sheet if is_sheet else generate_folder)(pipeline, job, output)
     click.echo(f"{count} images in {output}", err=True)
     if npz:
-        _write_npz(npz, output, (len(prompts), job.images_per_prompt))
+        _write_npz(npz, Path(arguments[0]), output, prompts, job.images_per_prompt)
 
 
 def _check_npz(path: Path, config_path: str | None) -> None:
@@ -131,16 +132,24 @@ def _check_npz(path: Path, config_path: str | None) -> None:
     check_writable(path)
 
 
-def _write_npz(path: Path, source: Path, named: tuple[int, int] | None) -> None:
-    """Write the images at `source`; `named`: only those of so many prompts, so many of each."""
+def _write_npz(path: Path, model: Path, source: Path, prompts: Sequence[str] = (), of_each: int = 0) -> None:
+    """Write the images at `source`, with the class of each where the model is of classes.
+
+    `prompts`: only their images, so many of each.
+    """
     from pipeline.evaluation.evaluator_npz import write_images
     from pipeline.evaluation.image_sets import images_at
+    from pipeline.text_tokenizer.bpe import TextTokenizer
 
     images = images_at(source)
-    if named:
-        wanted = {f"{prompt:06d}-{rank:02d}" for prompt in range(named[0]) for rank in range(named[1])}
-        images = [image for image in images if image.key in wanted]
-    write_images(path, (image.image for image in images), len(images))
+    if prompts:
+        named = {f"{i:06d}-{rank:02d}": prompt for i, prompt in enumerate(prompts) for rank in range(of_each)}
+        images = [image for image in images if image.key in named]
+        captions = [named[image.key] for image in images]
+    else:
+        captions = [image.caption or "" for image in images]
+    labels = TextTokenizer.from_pretrained(model / "text-tokenizer").labels(captions)
+    write_images(path, (image.image for image in images), len(images), labels)
     click.echo(f"{len(images)} images in {path}", err=True)
 
 

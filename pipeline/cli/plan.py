@@ -102,12 +102,14 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
     kept, best = (
         (training.keep_checkpoints + 1, " and keep_best") if training.keep_best else (training.keep_checkpoints, "")
     )
+    text = f"{layout.text_length:,} text tokens of {layout.text_vocab_size:,}"
+    if section.condition == "class":
+        text = f"a class, counted as one of text_tokenizer.vocab_size {layout.text_vocab_size:,} ids"
     codes = " + ".join(f"{level.height}×{level.width} of {level.codebook_size:,}" for level in layout.levels)
     return [
         f"{config.name}: {section.layers} layers, width {section.width:,}, {section.heads} heads of"
         f" {section.width // section.heads}",
-        f"sequence        {layout.text_length:,} text tokens of {layout.text_vocab_size:,}, then"
-        f" {layout.image_length:,} codes ({codes}): {layout.length:,}",
+        f"sequence        {text}, then {layout.image_length:,} codes ({codes}): {layout.length:,}",
         f"parameters      {_si(model.parameters)}; {_gb(2 * model.parameters)} in 16 bits",
         f"training        {training.steps:,} steps of {training.batch_size:,} samples: {_si(samples)} samples,"
         f" {_si(tokens)} tokens",

@@ -1,6 +1,7 @@
 """The `.npz` of guided-diffusion's evaluator (Dhariwal & Nichol 2021): samples, or statistics of a reference, or both.
 
     arr_0              uint8 [n, h, w, 3]: RGB images
+    arr_1              int64 [n]: of samples of classes, the class of each, from 0 on; the evaluator does not read it
     mu, sigma          mean [d] and covariance [d, d] of Inception's features
     mu_s, sigma_s      the same of its spatial features, for sFID
 
@@ -10,7 +11,7 @@ Nothing is unpickled, and what a header promises is held against the file before
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,7 +24,7 @@ from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
 from pipeline.metrics.frechet import Gaussian
 
-IMAGES = "arr_0"
+IMAGES, LABELS = "arr_0", "arr_1"
 _LARGEST_DIMENSIONS = 16_384  # a covariance of so many is 2 GB
 _LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and extra field
 
@@ -124,27 +125,27 @@ def read_statistics(path: Path) -> Statistics:
     return Statistics(features, spatial, str(path))
 
 
-def write_images(path: Path, images: Iterable[Image.Image], n: int) -> None:
-    """Write `n` RGB images of one size as `arr_0`, one at a time.
+def write_images(path: Path, images: Iterable[Image.Image], n: int, labels: Sequence[int] | None = None) -> None:
+    """Write `n` RGB images of one size as `arr_0`, one at a time, and `labels`, if there are any, as `arr_1`.
 
     Raises:
         UserError: their sizes differ.
     """
     size: tuple[int, int] | None = None
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as file,
-    ):
-        for image in images:
-            if size is None:
-                size = image.size
-                shape = (n, size[1], size[0], 3)
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-            if image.size != size:
-                raise UserError(f"{path}: expected images of one size, found {size} and {image.size} pixels")
-            file.write(image.convert("RGB").tobytes())
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as file:
+            for image in images:
+                if size is None:
+                    size = image.size
+                    shape = (n, size[1], size[0], 3)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if image.size != size:
+                    raise UserError(f"{path}: expected images of one size, found {size} and {image.size} pixels")
+                file.write(image.convert("RGB").tobytes())
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo(f"{LABELS}.npy"), "w") as file:
+                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
 
 
 def _opened(path: Path) -> zipfile.ZipFile:

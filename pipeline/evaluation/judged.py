@@ -94,4 +94,5 @@ def _row(metric: str, compares: str, right: list[bool]) -> Row:
         n_generated=n,
         interval=(float(found.low), float(found.high)),
         interval_of="95 % confidence, Wilson",
+        protocol="shapes",
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
+OWN = "smalti"  # the protocol of metrics that follow nobody else's
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Row:
     interval: tuple[float, float] | None = None
     interval_of: str | None = None
     warning: str | None = None
+    protocol: str = OWN  # whose published procedure it follows: docs/evaluation.md
 
     def as_json(self) -> dict[str, object]:
         """The entry of metrics.json."""

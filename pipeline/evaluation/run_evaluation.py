@@ -19,7 +19,14 @@ from pipeline.evaluation.image_sets import StoredImage, images_at, prepared_imag
 from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics, pair_row
 from pipeline.evaluation.perturbed import perturbed_features
 from pipeline.evaluation.rows import Row
-from pipeline.evaluation.set_metrics import AUTHENTICITY, FRECHET, NEAREST_TRAINING_IMAGE, TwoSets, row_of
+from pipeline.evaluation.set_metrics import (
+    AUTHENTICITY,
+    NEAREST_TRAINING_IMAGE,
+    PERTURBED,
+    RECONSTRUCTED,
+    TwoSets,
+    row_of,
+)
 from pipeline.extractors.base import FeatureSet
 from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.image_tokenizer.base import ImageTokenizer
@@ -138,11 +145,11 @@ def tokenizer_rows(
         for metric, found in zip(metrics, values, strict=True):
             rows.append(pair_row(metric, found, compares, len(samples), seed))
         originals = store.features(samples, f"features of {split} images")
-        rows.append(row_of(FRECHET, TwoSets(rebuilt, config, seed, originals, paired=True), compares, prefix="r"))
+        rows.append(row_of(RECONSTRUCTED, TwoSets(rebuilt, config, seed, originals, paired=True), compares))
         for share, nearest in config.perturbations if split == "validation" else ():
             wrong = perturbed_features(tokenizer, samples, (share, nearest), store.extractor, config.batch_size, seed)
             told = f"{compares} with {100 * share:g} % of codes as one of the {nearest} nearest"
-            rows.append(row_of(FRECHET, TwoSets(wrong, config, seed, originals, paired=True), told, prefix="p"))
+            rows.append(row_of(PERTURBED, TwoSets(wrong, config, seed, originals, paired=True), told))
     return [row for row in rows if row is not None]
 
 

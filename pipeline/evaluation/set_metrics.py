@@ -12,8 +12,8 @@ out. A UserError makes a row without a value, with the error as its warning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -26,7 +26,7 @@ from pipeline.core.errors import UserError
 from pipeline.evaluation.evaluator_npz import Statistics
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_interval
 from pipeline.evaluation.reference_stats import reference_gaussian
-from pipeline.evaluation.rows import Better, Row
+from pipeline.evaluation.rows import OWN, Better, Row
 from pipeline.extractors.base import FeatureSet
 from pipeline.metrics.authenticity import authentic
 from pipeline.metrics.checks import checked
@@ -134,12 +134,14 @@ class Metric(Generic[Input]):
         name: `{fd}` in it becomes FID on the Inception network that published FID is measured with, FD on any other
             network, `{cmmd}` CMMD on CLIP, MMD on any other network, and `{k}` the config's number of neighbours.
         needs: the kind of input that `measure` takes.
+        protocols: by extractor, or extractor and k, whose published procedure it follows there.
     """
 
     name: str
     needs: type[Input]
     better: Better
     measure: Callable[[Input], Measured | None]
+    protocols: Mapping[str, str] = field(default_factory=dict)
 
 
 def mean_of(values: Tensor, seed: int, interval_of: str = BOOTSTRAP) -> Measured:
@@ -230,6 +232,14 @@ def _share(sets: TwoSets, inside: Tensor) -> Measured:
     return mean_of(inside, sets.seed, f"{BOOTSTRAP} of its samples, the other set held fixed")
 
 
+def _precision(sets: TwoSets) -> Measured:
+    return _share(sets, sets.membership.precision)
+
+
+def _recall(sets: TwoSets) -> Measured:
+    return _share(sets, sets.membership.recall)
+
+
 def _inception_score(one: OneSet) -> Measured | None:
     if one.images.logits is None:  # the network is no classifier
         return None
@@ -256,18 +266,31 @@ def _median_nearest_distance(sets: TwoSets) -> Measured:
     )
 
 
-FRECHET = Metric("{fd}", TwoSets, "lower", _frechet)
+_EVALUATOR = {"inception-v3": "guided-diffusion"}
+_EVALUATOR_AT_3 = {"inception-v3 k=3": "guided-diffusion"}
+_DGM_EVAL = {"dinov2": "dgm-eval"}
+
+FRECHET = Metric("{fd}", TwoSets, "lower", _frechet, _EVALUATOR | _DGM_EVAL)
+# Of reconstructions, and of such from wrong codes.
+RECONSTRUCTED = replace(FRECHET, name="r{fd}")
+PERTURBED = replace(FRECHET, name="p{fd}", protocols={"inception-v3": "pFID"})
 
 METRICS: tuple[Metric[Any], ...] = (
     FRECHET,
     Metric("{fd}∞", TwoSets, "lower", _frechet_infinity),
-    Metric("sFID", TwoSets, "lower", _spatial_frechet),
+    Metric("sFID", TwoSets, "lower", _spatial_frechet, _EVALUATOR),
     Metric("KID", TwoSets, "lower", _kid),
-    Metric("{cmmd}", TwoSets, "lower", lambda sets: Measured(cmmd(sets.real.features, sets.images.features))),
-    Metric("precision k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.precision)),
-    Metric("recall k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.recall)),
-    Metric("precision k=3", TwoSets, "higher", _share_at_3("precision")),
-    Metric("recall k=3", TwoSets, "higher", _share_at_3("recall")),
+    Metric(
+        "{cmmd}",
+        TwoSets,
+        "lower",
+        lambda sets: Measured(cmmd(sets.real.features, sets.images.features)),
+        {"clip": "CMMD"},
+    ),
+    Metric("precision k={k}", TwoSets, "higher", _precision, _EVALUATOR_AT_3),
+    Metric("recall k={k}", TwoSets, "higher", _recall, _EVALUATOR_AT_3),
+    Metric("precision k=3", TwoSets, "higher", _share_at_3("precision"), _EVALUATOR),
+    Metric("recall k=3", TwoSets, "higher", _share_at_3("recall"), _EVALUATOR),
     Metric("density k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.density)),
     Metric("coverage k={k}", TwoSets, "higher", lambda sets: _share(sets, sets.membership.coverage)),
     Metric(
@@ -275,12 +298,14 @@ METRICS: tuple[Metric[Any], ...] = (
         AgainstStatistics,
         "lower",
         lambda one: _to_reference(one.images.features, one.reference.features, one.reference.where),
+        _EVALUATOR,
     ),
     Metric(
         "sFID",
         AgainstStatistics,
         "lower",
         lambda one: _to_reference(one.images.spatial, one.reference.spatial, one.reference.where),
+        _EVALUATOR,
     ),
     Metric("IS", OneSet, "higher", _inception_score),
     Metric(
@@ -298,7 +323,7 @@ METRICS: tuple[Metric[Any], ...] = (
 NEAREST_TRAINING_IMAGE = Metric(
     "median distance to the nearest training image", TwoSets, "higher", _median_nearest_distance
 )
-AUTHENTICITY = Metric("AuthPct, beside the training images", TwoSets, "higher", _authenticity)
+AUTHENTICITY = Metric("AuthPct, beside the training images", TwoSets, "higher", _authenticity, _DGM_EVAL)
 
 
 def rows_of(measured: OneSet, compares: str) -> list[Row]:
@@ -307,7 +332,7 @@ def rows_of(measured: OneSet, compares: str) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def row_of(metric: Metric[Input], measured: Input, compares: str, prefix: str = "") -> Row | None:
+def row_of(metric: Metric[Input], measured: Input, compares: str) -> Row | None:
     """The row of one metric, named after the extractor as well; None where the metric leaves it out."""
     info = measured.images.info
     try:
@@ -317,13 +342,14 @@ def row_of(metric: Metric[Input], measured: Input, compares: str, prefix: str = 
         value, interval, interval_of, warning = found.value, found.interval, found.interval_of, found.warning
     except UserError as error:
         value, interval, interval_of, warning = None, None, None, str(error)
+    protocols, k = metric.protocols, measured.config.neighbours
     name = metric.name.format(
         fd="FID" if info.name == "inception-v3" else "FD",
         cmmd="CMMD" if info.name == "clip" else "MMD",
-        k=measured.config.neighbours,
+        k=k,
     )
     return Row(
-        metric=f"{prefix}{name} ({info.label})",
+        metric=f"{name} ({info.label})",
         compares=compares,
         value=value,
         better=metric.better,
@@ -335,4 +361,5 @@ def row_of(metric: Metric[Input], measured: Input, compares: str, prefix: str = 
         interval=interval,
         interval_of=interval_of,
         warning=warning,
+        protocol=protocols.get(info.name) or protocols.get(f"{info.name} k={k}", OWN),
     )

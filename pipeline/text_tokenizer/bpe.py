@@ -107,6 +107,14 @@ class TextTokenizer:
             return None
         return sorted(self.ids, key=lambda name: self.ids[name])[1:]
 
+    def labels(self, captions: Sequence[str]) -> list[int] | None:
+        """The number of each caption's class, from 0 on in the order of `classes`; None: captions are text.
+
+        Raises:
+            UserError: a caption is none of the classes.
+        """
+        return None if self.classes is None else (self.encode(captions)[:, 0] - 1).tolist()
+
     def check(self, captions: Sequence[str]) -> None:
         """Raises UserError if captions are classes, and one of these is none of them."""
         if not isinstance(self._tokenizer.model, models.WordLevel):

@@ -146,7 +146,8 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     with FakeTensorMode():
         image_tokenizer = build(kind, config.prepare.image_size)
         decoding = decoding_bytes(image_tokenizer)
-    layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
+    text_length = 1 if section.condition == "class" else text.text_length
+    layout = Layout.of(text_length, text.vocab_size, image_tokenizer.levels)
     with FakeTensorMode():
         objective = _objective(config, layout)
         flops = measure(objective, _batch(layout, micro, "cpu"), precision)

@@ -13,10 +13,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.cli.main import cli
+from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.core.errors import UserError
 from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation.evaluator_npz import image_layout, read_statistics, write_images
 from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.set_metrics import AUTHENTICITY, METRICS, PERTURBED
+from pipeline.text_tokenizer.bpe import TextTokenizer
 from tests.data.sample_images import encoded, image
 from tests.metrics import seeded
 
@@ -77,10 +80,58 @@ def test_what_is_written_numpy_reads(tmp_path: Path) -> None:
 def test_a_runs_samples_become_the_evaluators_file(tmp_path: Path) -> None:
     samples = [Sample(f"{i}", encoded(image(i)), "a caption", {}) for i in range(3)]
     write_shard(tmp_path / "run" / "generate" / "samples" / "000000.tar", samples)
+    text = TextTokenizer.train(["a caption"], TextTokenizerConfig())
+    text.save_pretrained(tmp_path / "run" / "text-tokenizer")
     done = CliRunner().invoke(cli, ["generate", str(tmp_path / "run"), "--npz", str(tmp_path / "out.npz")])
     assert (done.exit_code, done.output) == (0, f"3 images in {tmp_path / 'out.npz'}\n")
     found = [np.asarray(one.image) for one in images_at(tmp_path / "out.npz")]
     assert np.array_equal(found, [np.asarray(image(i)) for i in range(3)])
+
+
+def test_samples_of_classes_have_the_class_of_each_beside_them(tmp_path: Path) -> None:
+    names = ["n02", "n01", "n03", "n01"]
+    samples = [Sample(f"{i}", encoded(image(i)), name, {}) for i, name in enumerate(names)]
+    write_shard(tmp_path / "run" / "generate" / "samples" / "000000.tar", samples)
+    TextTokenizer.of_classes(names, TextTokenizerConfig()).save_pretrained(tmp_path / "run" / "text-tokenizer")
+    done = CliRunner().invoke(cli, ["generate", str(tmp_path / "run"), "--npz", str(tmp_path / "out.npz")])
+    assert done.exit_code == 0, done.output
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as content:
+        assert content["arr_0"].shape[0] == 4
+        assert content["arr_1"].dtype == np.int64
+        assert content["arr_1"].tolist() == [1, 0, 2, 0]
+
+
+def test_fake_images_that_are_measured_become_the_evaluators_file(tmp_path: Path) -> None:
+    (tmp_path / "fake").mkdir()
+    for number in range(3):
+        image(number).save(tmp_path / "fake" / f"{number}.png")
+    measured = ["--real", tmp_path / "fake", "--fake", tmp_path / "fake", "--cache", tmp_path / "cache"]
+    code, output = evaluate(*measured, "--npz", tmp_path / "out.npz", "--neighbours", 1)
+    assert code == 0, output
+    found = [np.asarray(one.image) for one in images_at(tmp_path / "out.npz")]
+    assert np.array_equal(found, [np.asarray(image(i)) for i in range(3)])
+    inception_set(tmp_path / "features.npz", 9, 1)
+    both = ["--real", tmp_path / "features.npz", "--fake", tmp_path / "features.npz"]
+    assert "expected images as --fake, found features" in evaluate(*both, "--npz", tmp_path / "out.npz")[1]
+
+
+def test_each_row_says_whose_protocol_it_follows(tmp_path: Path) -> None:
+    for seed in (1, 5):
+        inception_set(tmp_path / f"{seed}.npz", 60, seed)
+    both = ["--real", tmp_path / "1.npz", "--fake", tmp_path / "5.npz", "-o", tmp_path / "m.json"]
+    for neighbours in (5, 3):
+        _, output = evaluate(*both, "--neighbours", neighbours)
+        rows = {row["metric"]: row for row in json.loads((tmp_path / "m.json").read_text())["rows"]}
+        told = {metric.removesuffix(" (Inception-v3)") for metric in rows if rows[metric]["protocol"] != "smalti"}
+        assert told == {"FID", "sFID", "precision k=3", "recall k=3"}
+        assert {rows[f"{metric} (Inception-v3)"]["protocol"] for metric in told} == {"guided-diffusion"}
+        assert "guided-diffusion, n = 60\n" in output
+    protocols = {
+        (metric.name, of): name for metric in (*METRICS, AUTHENTICITY) for of, name in metric.protocols.items()
+    }
+    assert protocols["{fd}", "dinov2"] == protocols[AUTHENTICITY.name, "dinov2"] == "dgm-eval"
+    assert protocols["{cmmd}", "clip"] == "CMMD"
+    assert PERTURBED.protocols == {"inception-v3": "pFID"}
 
 
 def test_fid_and_sfid_against_statistics_are_the_references(tmp_path: Path) -> None:

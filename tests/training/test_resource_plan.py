@@ -69,6 +69,15 @@ def test_dalle_has_12_billion_parameters_in_24_gb_and_fits_on_its_gpus_with_zero
     assert "no micro-batch fits" not in dalle
 
 
+def test_a_class_is_planned_as_the_one_token_that_it_is() -> None:
+    overrides = ["transformer.condition=class", "generate.new_prompts=[]", "text_tokenizer.text_length=16"]
+    classes, text = (count(load_pipeline(TINY, given), 1).layout for given in (overrides, overrides[1:]))
+    assert (classes.text_length, text.text_length) == (1, 16)
+    assert classes.length == classes.image_length + 1
+    done = CliRunner().invoke(plan, [str(TINY), *overrides])
+    assert "sequence        a class, counted as one of text_tokenizer.vocab_size 400 ids, then 16 codes" in done.output
+
+
 def test_parameters_and_tokens_are_those_of_the_trained_model(tiny_run: Path) -> None:
     model = count(load_pipeline(tiny_run / "config.yaml"), gpus=1)
     trained = Transformer.from_pretrained(tiny_run / "transformer" / "model")
