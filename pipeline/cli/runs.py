@@ -13,8 +13,8 @@ from pipeline.config.base import differences
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.writable import check_writable
-from pipeline.orchestration.disk_usage import asked_for, deletable, delete, is_at_work, runs_in, size_of
-from pipeline.orchestration.run_directory import config_of
+from pipeline.orchestration.disk_usage import asked_for, deletable, delete, is_at_work, runs_in, size_of, size_of_run
+from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.report.numbers import metric, size
 from pipeline.slurm.status import StageStatus, run_status
 from pipeline.slurm.table import format_table
@@ -77,13 +77,16 @@ def compare(first: Path, second: Path, out: Path | None) -> None:
 
 
 def _line(run: Path) -> list[str]:
+    directory = RunDirectory(run.resolve())
     try:
-        stages, _ = run_status(run)
+        stages, _ = run_status(directory, files=False)
     except UserError as error:  # of a later version, or damaged: the others are listed all the same
         return [run.name, "UNREADABLE", "", "", str(error), size(size_of([run])), _changed(run)]
     state, at = _state(run, stages)
     step = f"{at.step}/{at.steps}" if at and at.step is not None else ""
-    return [run.name, state, at.stage if at else "", step, _metrics(run), size(size_of([run])), _changed(run)]
+    total, estimated = size_of_run(directory)
+    shown = f"{'~' if estimated else ''}{size(total)}"
+    return [run.name, state, at.stage if at else "", step, _metrics(run), shown, _changed(run)]
 
 
 def _state(run: Path, stages: list[StageStatus]) -> tuple[str, StageStatus | None]:
@@ -109,10 +112,11 @@ def _metrics(run: Path) -> str:
         distances = [row for row in rows if row.metric.startswith(("FD", "FID")) and row.value is not None]
         found += [f"{row.metric} {metric(row.value)}" for row in distances[:1]]
     losses = []
-    with suppress(OSError):
-        for text in (run / "transformer" / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with suppress(ValueError, TypeError):
-                losses += [value for name, value in json.loads(text).items() if name == _BEST_OF_TRANSFORMER]
+    with suppress(OSError), open(run / "transformer" / "metrics.jsonl", errors="replace") as lines:
+        for line in lines:
+            if _BEST_OF_TRANSFORMER in line:  # of a million lines some
+                with suppress(ValueError, TypeError, KeyError):
+                    losses.append(json.loads(line)[_BEST_OF_TRANSFORMER])
     if losses:
         found.append(f"{_BEST_OF_TRANSFORMER} {min(losses):.4g}")
     return ", ".join(found)

@@ -12,6 +12,7 @@ from pipeline.cli.stage import AMEND, TAKE_OVER
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import STAGE_NAMES
+from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.run_record import source_name
 from pipeline.slurm import scheduler
 from pipeline.slurm.cluster import load_cluster
@@ -70,12 +71,13 @@ def resubmit(run_directory: Path, cluster_path: str | None, first: str | None, o
 
 @click.command()
 @_run
-@click.option("--watch", is_flag=True, help="refresh every ten seconds, until nothing is queued or running")
+@click.option("--watch", is_flag=True, help="refresh every ten seconds, by records alone, until all is at rest")
 @click.option("--json", "json_output", is_flag=True, help="print a list of objects, one per stage")
 def status(run_directory: Path, watch: bool, json_output: bool) -> None:
     """Show each stage's state, job, nodes, step, rate, last metric, restarts, time left and failure."""
+    runs = RunDirectory(run_directory.resolve())
     while True:
-        statuses, problem = run_status(run_directory)
+        statuses, problem = run_status(runs, files=not watch)
         if watch and not json_output:
             click.clear()
         click.echo(as_json(statuses) if json_output else as_table(statuses))

@@ -12,13 +12,14 @@ from pathlib import Path
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.lock import owner_of
-from pipeline.orchestration.graph import Stage, stages_of
+from pipeline.orchestration.graph import STAGE_NAMES, Stage, stages_of
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 
 # Copies that versions before sent to MLflow: arrays of tokens and indexes, which lie in the run as well.
 _COPIED = ("*.npy", "*.keys.txt", "*.captions.txt")
 _LEFT = ("*.trash", "*.damaged", "*.damaged-*")  # of checkpoints
 _CACHE = ".cache"  # of all runs
+_ASKED_AT_MOST = 2_000  # files of a folder, for their size
 _TRASH = ".trash-"  # what a `--prune` that was killed had begun to delete
 
 
@@ -55,11 +56,53 @@ def size_of(paths: Iterable[Path]) -> int:
     seen: set[tuple[int, int]] = set()
     total = 0
     for path in paths:
-        for entry in _entries(path):
-            key = entry.st_dev, entry.st_ino
-            total += 0 if key in seen else entry.st_size
-            seen.add(key)
+        for about in _entries(path):
+            total += 0 if _is_known(about, seen) else about.st_size
     return total
+
+
+def _is_known(about: os.stat_result, seen: set[tuple[int, int]]) -> bool:
+    """Whether a file has been counted by another name; from now on it has."""
+    key = about.st_dev, about.st_ino
+    known = key in seen
+    seen.add(key)
+    return known
+
+
+def size_of_run(run: RunDirectory) -> tuple[int, bool]:
+    """Bytes of a run's files, and whether that is an estimate.
+
+    The file system is not asked for what a finished stage has recorded. Of a folder's other files, of which a stage at
+    work may have made a hundred thousand, it is asked for some thousands, and the rest are taken to be like them.
+    """
+    recorded = _recorded_sizes(run)
+    seen: set[tuple[int, int]] = set()
+    total, estimated, folders = 0, False, [str(run.path)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                entries = list(found)
+        except OSError:
+            continue
+        folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        files = [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
+        total += sum(recorded.get(entry.path, 0) for entry in files)
+        others = [entry.path for entry in files if entry.path not in recorded]
+        asked = others[:: len(others) // _ASKED_AT_MOST + 1]
+        sizes = [0 if _is_known(about, seen) else about.st_size for path in asked for about in _entries(Path(path))]
+        estimated |= len(asked) < len(others)
+        total += sum(sizes) * len(others) // max(len(asked), 1)
+    return total, estimated
+
+
+def _recorded_sizes(run: RunDirectory) -> dict[str, int]:
+    """Bytes of each output of each finished stage, by path."""
+    sizes = {}
+    for stage in STAGE_NAMES:
+        for name, about in (manifest["outputs"] if (manifest := run.manifest(stage)) else {}).items():
+            if "bytes" in about:
+                sizes[f"{run.path}/{stage}/{name}"] = about["bytes"]
+    return sizes
 
 
 def deletable(folder: Path) -> Iterator[Deletable]:

@@ -50,9 +50,11 @@ class StageStatus:
     failure: str = ""  # of a failed job: which rank failed, and its last lines
 
 
-def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
-    """The status of each stage, and why Slurm could not be asked, if so."""
-    runs = RunDirectory(run_directory.resolve())
+def run_status(runs: RunDirectory, files: bool = True) -> tuple[list[StageStatus], str | None]:
+    """The status of each stage, and why Slurm could not be asked, if so.
+
+    `files`: look at each file of finished stages, and at what they read from outside; with many it takes a while.
+    """
     config = load_pipeline(config_of(runs.path))
     recorded = scheduler.recorded_jobs(runs.path)
     problem = None
@@ -64,8 +66,8 @@ def run_status(run_directory: Path) -> tuple[list[StageStatus], str | None]:
             problem = str(error)
     known = {job.id for job in jobs}
     ended = scheduler.ended_states([number for number in recorded.values() if number not in known]) if recorded else {}
-    listed = [_stage_status(stage, config, runs, jobs, recorded, ended) for stage in stages_of(config)]
-    _mark_stale(listed, config, runs)
+    listed = [_stage_status(stage, config, runs, jobs, recorded, ended, files) for stage in stages_of(config)]
+    _mark_stale(listed, config, runs, files)
     for status in listed:
         if problem and status.state == "LOST":
             status.state, status.reason = "UNKNOWN", "Slurm gives no answer"
@@ -79,6 +81,7 @@ def _stage_status(
     jobs: list[Job],
     recorded: dict[str, int],
     ended: dict[str, str],
+    files: bool,
 ) -> StageStatus:
     status = StageStatus(stage.name)
     _add_progress(status, stage, config, runs)
@@ -86,7 +89,9 @@ def _stage_status(
     status.restarts = sum(max(len(record.newest_chain()) - 1, 0) for record in records)
     status.failure = "\n".join(record.failure for record in records if record.failure)
     _add_jobs(status, stage, jobs)
-    if status.state == "NOT RUN" or (not _is_active(status, stage, jobs) and _is_done(status, stage, config, runs)):
+    if status.state == "NOT RUN" or (
+        not _is_active(status, stage, jobs) and _is_done(status, stage, config, runs, files)
+    ):
         _add_what_slurm_forgot(status, stage, runs, recorded, ended)
     if status.state in ("FINISHED", "RUNNING", "PENDING"):
         status.failure = ""
@@ -106,13 +111,13 @@ def _last_words(runs: RunDirectory, status: StageStatus) -> str:
     return f"smalti: {status.stage} failed before it began; its last lines:\n{said}" if status.job and said else ""
 
 
-def _mark_stale(listed: list[StageStatus], config: PipelineConfig, runs: RunDirectory) -> None:
+def _mark_stale(listed: list[StageStatus], config: PipelineConfig, runs: RunDirectory, files: bool) -> None:
     """Tell the stages that are finished for the run's config from those that were finished for another one."""
     stale: list[str] = []
     for status, stage in zip(listed, stages_of(config), strict=True):
         if status.state != "FINISHED":
             continue
-        reasons = runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
+        reasons = runs.stale_reasons(config, stage, files) or (runs.outside_changes(config, stage) if files else [])
         reasons = reasons or [f"input {name} is stale" for name in inputs_of(config, stage) if name in stale]
         if reasons:
             stale.append(stage.name)
@@ -142,10 +147,10 @@ def _add_jobs(status: StageStatus, stage: Stage, jobs: list[Job]) -> None:
     status.job_time_left = job.time_left if job.state == "RUNNING" else ""
 
 
-def _is_done(status: StageStatus, stage: Stage, config: PipelineConfig, runs: RunDirectory) -> bool:
+def _is_done(status: StageStatus, stage: Stage, config: PipelineConfig, runs: RunDirectory, files: bool) -> bool:
     """Whether the stage is finished, whatever its last job says: a failed one did not make what is stale."""
     manifest = runs.manifest(stage.name)
-    return manifest is not None and (status.state == "COMPLETED" or not runs.stale_reasons(config, stage))
+    return manifest is not None and (status.state == "COMPLETED" or not runs.stale_reasons(config, stage, files))
 
 
 def _is_active(status: StageStatus, stage: Stage, jobs: list[Job]) -> bool:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from pipeline.cli.runs import runs
 from pipeline.core.lock import Lock
+from pipeline.orchestration import disk_usage, run_directory
+from pipeline.report.numbers import size
+from tests.conftest import STAGE_NAMES
 from tests.launch import command, environment, launch
 from tests.orchestration.recorded_run import recorded_run
 
@@ -50,6 +55,38 @@ def test_every_run_is_listed_with_its_state_its_metrics_and_its_size(folder: Pat
     assert "FD (Lite0)" in found["tiny"]["metrics"]
     assert "val/bits/image_token" in found["tiny"]["metrics"]
     assert found["tiny"]["size"].endswith("MB")
+
+
+def test_the_list_looks_at_no_file_that_a_finished_stage_has_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recorded_run(tmp_path / "runs")
+    exact = disk_usage.size_of([run.path])
+    asked: list[Path] = []
+    monkeypatch.setattr(run_directory, "first_fault", lambda *_, **__: pytest.fail("it looks at the files"))
+    entries = disk_usage._entries
+    monkeypatch.setattr(disk_usage, "_entries", lambda path: [asked.append(path), *entries(path)][1:])
+    assert disk_usage.size_of_run(run) == (exact, False)
+    (line,) = json.loads(CliRunner().invoke(runs, ["--in", str(run.path.parent), "--json"]).output)
+    assert (line["state"], line["size"]) == ("FINISHED", size(exact))
+    outputs = {run.stage(stage) / name for stage in STAGE_NAMES for name in (run.manifest(stage) or {})["outputs"]}
+    assert outputs
+    assert not outputs & set(asked)
+
+
+def test_the_size_of_a_folder_that_a_stage_is_filling_is_an_estimate_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recorded_run(tmp_path / "runs")
+    (run.stage("tokenize") / "_SUCCESS").unlink()
+    for number in range(300):
+        (run.stage("tokenize") / f"{number}.npy").write_bytes(b"x" * 10_000)
+    exact = disk_usage.size_of([run.path])
+    assert disk_usage.size_of_run(run) == (exact, False)
+    monkeypatch.setattr(disk_usage, "_ASKED_AT_MOST", 100)
+    estimate, estimated = disk_usage.size_of_run(run)
+    assert estimated
+    assert abs(estimate - exact) < 0.05 * exact
 
 
 def test_what_may_go_is_named_and_goes_and_what_the_run_needs_stays(folder: Path) -> None:

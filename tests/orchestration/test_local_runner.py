@@ -55,9 +55,9 @@ def test_a_stop_before_the_stage_has_begun_is_a_stop_and_not_the_old_result(
 
 
 def test_status_tells_finished_from_stale(finished: RunDirectory) -> None:
-    assert {status.state for status in run_status(finished.path)[0]} == {"FINISHED"}
+    assert {status.state for status in run_status(finished)[0]} == {"FINISHED"}
     finished.open(load_pipeline(TINY, [f"runs={finished.path.parent}", LAYERS]), "tiny.yaml")
-    found = {status.stage: (status.state, status.reason) for status in run_status(finished.path)[0]}
+    found = {status.stage: (status.state, status.reason) for status in run_status(finished)[0]}
     assert found["tokenize"] == ("FINISHED", "")
     assert found["transformer"] == ("STALE", "transformer.layers: 2 -> 3")
     assert found["generate"] == ("STALE", "input transformer is stale")
@@ -65,7 +65,7 @@ def test_status_tells_finished_from_stale(finished: RunDirectory) -> None:
 
 def test_status_gives_a_metric_as_name_and_number(finished: RunDirectory) -> None:
     (finished.stage("transformer") / "metrics.jsonl").write_text('{"step": 30, "time": 1.0, "loss": 2.5}\n')
-    (status,) = [status for status in run_status(finished.path)[0] if status.stage == "transformer"]
+    (status,) = [status for status in run_status(finished)[0] if status.stage == "transformer"]
     assert (status.metric, status.value) == ("loss", 2.5)
     assert '"metric": "loss",\n    "value": 2.5' in as_json([status])
 
