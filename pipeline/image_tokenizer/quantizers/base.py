@@ -112,40 +112,44 @@ class Quantizer(nn.Module, ABC):
         return
 
 
-_CPU_ROWS, _BLOCK = 64, 128  # a slab of scores that stays in the cache; codes of a block
+_CPU_VECTORS, _BLOCK = 64, 128  # of a slab of scores, which stays in the cache; codes of a block
 _GPU_BYTES = 2**29  # of a slab: few launches, and little beside a step's activations
-
-
-def _rows(codes: int, device: torch.device) -> int:
-    """How many vectors have their scores made at a time, float32 for each code."""
-    return _CPU_ROWS if device.type == "cpu" else max(1, _GPU_BYTES // (4 * codes))
 
 
 @torch.no_grad()
 def best_code(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor | None = None) -> Tensor:
     """argmax over k of v·c_k + bias_k for each vector, int64 [n].
 
-    A slab of rows at a time. Ties go to the lowest code. In the precision of its inputs: give it float32.
+    A slab of vectors at a time. Ties go to the lowest code. In the precision of its inputs: give it float32.
     """
-    n, K = len(vectors_nD), len(codes_KD)
-    rows = min(n, _rows(K, vectors_nD.device))
-    bias_K = codes_KD.new_zeros(K) if bias_K is None else bias_K
+    bias_K = codes_KD.new_zeros(len(codes_KD)) if bias_K is None else bias_K
+    found = torch.empty(len(vectors_nD), dtype=torch.int64, device=vectors_nD.device)
+    if found.device.type == "cpu":
+        _best_on_cpu(vectors_nD, codes_KD, bias_K, found)
+        return found
     transposed, bias_1K = codes_KD.T.contiguous(), bias_K[None]
-    found = torch.empty(n, dtype=torch.int64, device=vectors_nD.device)
-    slab = vectors_nD.new_empty(rows, K)  # written again and again: new pages would cost as much as the sums
-    row = torch.arange(rows, device=slab.device)
-    in_blocks = K % _BLOCK == 0 and slab.device.type == "cpu"
-    for begin in range(0, n, rows):
-        some = vectors_nD[begin : begin + rows]
-        scores = torch.addmm(bias_1K, some, transposed, out=slab[: len(some)])
-        if in_blocks:
-            # In two steps: the maximum of each block of codes (vectorised, unlike an argmax), the position in the best.
-            blocks = scores.view(len(some), -1, _BLOCK)
-            block = blocks.amax(-1).argmax(-1)
-            found[begin : begin + rows] = block * _BLOCK + blocks[row[: len(some)], block].argmax(-1)
-        else:
-            torch.argmax(scores, -1, out=found[begin : begin + rows])
+    rows = max(1, _GPU_BYTES // (4 * len(codes_KD)))
+    for some_nD, some_n in zip(vectors_nD.split(rows), found.split(rows), strict=True):
+        torch.argmax(torch.addmm(bias_1K, some_nD, transposed), -1, out=some_n)
     return found
+
+
+def _best_on_cpu(vectors_nD: Tensor, codes_KD: Tensor, bias_K: Tensor, found_n: Tensor) -> None:
+    """A code's scores of a slab lie beside each other, so that the maximum over codes is vectorised over vectors.
+
+    In two steps: the maximum of each block of codes (unlike an argmax it is vectorised), the position in the best one.
+    """
+    K = len(codes_KD)
+    block = _BLOCK if K % _BLOCK == 0 else K
+    with_bias = torch.cat([codes_KD, bias_K[:, None]], dim=1)
+    columns = torch.cat([vectors_nD, vectors_nD.new_ones(len(vectors_nD), 1)], dim=1).T.contiguous()
+    slab = vectors_nD.new_empty(K * min(len(vectors_nD), _CPU_VECTORS))  # written again and again: new pages are dear
+    row = torch.arange(_CPU_VECTORS)
+    for some, some_n in zip(columns.split(_CPU_VECTORS, dim=1), found_n.split(_CPU_VECTORS), strict=True):
+        n = len(some_n)
+        scores_KbR = torch.mm(with_bias, some, out=slab[: K * n].view(K, n)).view(-1, block, n)
+        best = scores_KbR.amax(1).argmax(0)
+        torch.add(best * block, scores_KbR[best, :, row[:n]].argmax(1), out=some_n)
 
 
 @torch.no_grad()
