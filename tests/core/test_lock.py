@@ -183,14 +183,15 @@ def test_a_process_that_slept_through_its_lock_does_not_go_on_writing(path: Path
 def test_a_process_that_was_stopped_for_long_goes_on_where_nobody_has_taken_its_lock(path: Path) -> None:
     short = HOLDER.replace(
         "from pipeline.core.lock import Lock",
-        "import pipeline.core.lock as lock; Lock = lock.Lock; lock.HEARTBEAT_S, lock.STALE_AFTER_S = 0.05, 1.0\n"
-        "import signal; signal.signal(signal.SIGCONT, lambda *_: None)",  # so that no handler of ours looks first
+        "import pipeline.core.lock as lock; Lock = lock.Lock; lock.HEARTBEAT_S, lock.STALE_AFTER_S = 0.5, 2.0\n"
+        "import os, signal; signal.signal(signal.SIGCONT, lambda *_: None)\n"  # so that no handler of ours looks first
+        "utime = os.utime; os.utime = lambda path: (time.sleep(0.1), utime(path))",  # nor the heart before the watch
     )
     holder = subprocess.Popen([sys.executable, "-c", short, str(path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(2.5)
     beaten_before = path.stat().st_mtime_ns
     holder.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + 10
