@@ -62,7 +62,7 @@ GPUS = {
     "H100": Gpu(989, 80),
     "H200": Gpu(989, 141),
     "B200": Gpu(2250, 180),
-    "MI250X": Gpu(383, 128),
+    "MI250X": Gpu(191.5, 64),  # one of its two dies, which is the GPU that a process sees
     "MI300X": Gpu(1307, 192),
 }
 
