@@ -137,7 +137,7 @@ class VQVAE2Config(ArchitectureConfig):
     finer: Literal["all", "form"] = added(
         "all",
         description="what finer grids see: all, the image and what coarser grids decode to; form, how dark each pixel"
-        " is, no color, so that color is for the coarsest grid and any color goes with any form",
+        " is, no color, while the coarsest sees the darkest color of each cell, so that any color goes with any form",
     )
     channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"

@@ -22,6 +22,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
@@ -207,9 +208,10 @@ class OneGrid(VQVAE):
 class VQVAE2(VQVAE):
     """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions.
 
-    With `finer: form` the finer grids see no color, only an image's dark channel (He et al. 2009: the least of red,
-    green and blue), and scale what the coarser ones decode to, in place of adding to it (Perez et al. 2018): the
-    coarsest grid is left with color, and any color goes with any form, also where training never saw the two together.
+    With `finer: form` the coarsest grid sees no form, only the color of the darkest pixel of each of its cells; finer
+    ones see no color, only an image's dark channel (He et al. 2009: the least of red, green and blue), and scale what
+    the coarser ones decode to, in place of adding to it (Perez et al. 2018). So any color goes with any form, also
+    where training never saw the two together.
     """
 
     config_class = VQVAE2Config
@@ -227,9 +229,9 @@ class VQVAE2(VQVAE):
         return [*super().halves(), *([self.form_encoder] if self._of_form else [])]
 
     def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
-        pyramid = super()._pyramid(images_B3HW)
         if not self._of_form:
-            return pyramid
+            return super()._pyramid(images_B3HW)
+        pyramid = super()._pyramid(_darkest(images_B3HW, self.config.factor))
         dark_B3HW = images_B3HW.amin(dim=1, keepdim=True).repeat(1, 3, 1, 1)
         if self.config.channels_last:
             dark_B3HW = dark_B3HW.contiguous(memory_format=torch.channels_last)
@@ -249,6 +251,14 @@ class VQVAE2(VQVAE):
             return super()._joined(context_BChw, e_BChw)
         scale, shift = e_BChw.chunk(2, dim=1)
         return context_BChw * (1 + scale) + shift
+
+
+def _darkest(images_B3HW: Tensor, cell: int) -> Tensor:
+    """Every pixel as the darkest one (least sum of channels) of its cell of `cell` × `cell` pixels."""
+    _, index_B1hw = F.max_pool2d(-images_B3HW.sum(dim=1, keepdim=True), cell, return_indices=True)
+    index_B3n = index_B1hw.flatten(2).expand(-1, 3, -1)
+    colors_B3hw = images_B3HW.flatten(2).gather(2, index_B3n).unflatten(2, index_B1hw.shape[2:])
+    return F.interpolate(colors_B3hw, scale_factor=cell, mode="nearest")
 
 
 class VQVAEObjective(TokenizerObjective):

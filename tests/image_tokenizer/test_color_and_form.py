@@ -1,4 +1,4 @@
-"""`vqvae2` with `finer: form`: finer codes do not depend on color, and scale what the coarsest grid decodes to."""
+"""`vqvae2` with `finer: form`: coarse codes do not depend on form, finer ones not on color, which they scale."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def test_finer_codes_of_a_form_are_the_same_in_every_color_and_coarse_ones_are_n
     assert torch.equal(fine, other_fine) == (finer == "form")
     assert len(fine.unique()) > 1
     assert not torch.equal(coarse, other_coarse)
+
+
+@pytest.mark.parametrize("finer", ["form", "all"])
+def test_coarse_codes_of_a_color_are_the_same_in_every_form_and_finer_ones_are_not(finer: str) -> None:
+    model, images = tokenizer(finer), torch.ones(2, 3, 16, 16)
+    for cell_y in range(0, 16, 4):  # cells of the coarsest grid have 4 × 4 pixels
+        color = torch.tensor([cell_y / 12, 0.0, 1 - cell_y / 12])[:, None, None]
+        images[0, :, cell_y + 1 : cell_y + 2, 1:14] = color
+        images[1, :, cell_y : cell_y + 4, :] = color
+    coarse, fine = model.encode(images)
+    assert torch.equal(coarse[0], coarse[1]) == (finer == "form")
+    assert not torch.equal(fine[0], fine[1])
 
 
 def test_the_part_of_a_finer_grid_scales_and_shifts() -> None:
