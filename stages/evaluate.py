@@ -72,7 +72,8 @@ def _measure(
             if scores is None:
                 scores, scored_by = by_clip, "CLIP score"
     rows += tokenizer_rows(tokenizer, real, store, config, seed)
-    if isinstance(run.config.prepare.source, ShapesSource) and config.judged_prompts:
+    sources = run.config.prepare.all_sources
+    if all(isinstance(source, ShapesSource) for source in sources) and config.judged_prompts:
         rows += judged_rows(run, tokenizer, sets.validation)
     results: Results = {
         "rows": [row.as_json() for row in rows],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
+from pipeline.data.mixture import epoch_metrics, tell_sources
 from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.image_tokenizer.evaluation import Evaluation, collapsed, evaluate, reconstruction_grid, usage_histogram
@@ -40,7 +41,8 @@ class Workload:
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.image_tokenizer
-        self.train = ImageStream(run.input("prepare"), "train", run.config.seed)
+        self.train = ImageStream(run.input("prepare"), "train", run.config.seed, shares=run.source_shares)
+        tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         torch.manual_seed(run.config.seed)
@@ -54,6 +56,10 @@ class Workload:
 
     def batches(self, consumed: int) -> Generator[dict[str, Tensor], None, None]:
         return self.train.batches(consumed, self.config.training.batch_size)
+
+    def data_metrics(self, samples: int) -> dict[str, float]:
+        """The epochs of each of several sources."""
+        return epoch_metrics(self.train.order, self.run.config.prepare.source_names, samples)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Metrics over the first `validation_batches` of the validation split's order, on hard codes."""

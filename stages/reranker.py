@@ -20,6 +20,7 @@ from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
 from pipeline.data.catalog import Catalog
+from pipeline.data.mixture import epoch_metrics, tell_sources
 from pipeline.data.order import caption_in_epoch
 from pipeline.data.shards import Sample
 from pipeline.data.stream import ImageStream
@@ -43,7 +44,9 @@ class Workload:
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
-        self.stream = ImageStream(run.input("prepare"), "train", run.config.seed, beside=self._captions)
+        directory, shares = run.input("prepare"), run.source_shares
+        self.stream = ImageStream(directory, "train", run.config.seed, shares=shares, beside=self._captions)
+        tell_sources(self.stream.order, run.config.prepare.source_names, self.config.training)
         self.catalog = Catalog(run.input("prepare"), "train")
         torch.manual_seed(run.config.seed)
         text = self.text_tokenizer
@@ -57,6 +60,10 @@ class Workload:
     def _captions(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> dict[str, Tensor]:
         which = caption_in_epoch(self.run.config.seed, samples, epochs, self.catalog.caption_counts(samples))
         return {"text": self.text_tokenizer.encode(self.catalog.captions(samples, which)).to(torch.int32)}
+
+    def data_metrics(self, samples: int) -> dict[str, float]:
+        """The epochs of each of several sources."""
+        return epoch_metrics(self.stream.order, self.run.config.prepare.source_names, samples)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Retrieval over the validation split, on every rank alike."""

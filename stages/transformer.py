@@ -23,6 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
 from pipeline.core.weights import model_files
 from pipeline.data.catalog import prepared_catalog
+from pipeline.data.mixture import epoch_metrics, tell_sources
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.tokenize_shards import tokenizer_hashes
 from pipeline.image_tokenizer import ImageTokenizer
@@ -55,7 +56,9 @@ class Workload:
         tokens = run.input("tokenize")
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         encode = self._encode_caption()
-        self.train = TokenSampler(tokens, "train", run.config.seed, encode_caption=encode, draw_captions=True)
+        seed, shares = run.config.seed, run.source_shares
+        self.train = TokenSampler(tokens, "train", seed, encode_caption=encode, draw_captions=True, shares=shares)
+        tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = TokenSampler(tokens, "val", run.config.seed)
         self.train.verify()
         self.validation.verify()
@@ -99,6 +102,10 @@ class Workload:
         for batch in self.train.batches(consumed, self.config.training.batch_size):
             self._curve = None  # it belongs to the step that it was measured at
             yield batch
+
+    def data_metrics(self, samples: int) -> dict[str, float]:
+        """The epochs of each of several sources."""
+        return epoch_metrics(self.train.order, self.run.config.prepare.source_names, samples)
 
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Mean losses over the first `validation_batches` of the validation split's order, the last one filled up.

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def _source_of_prepare(config: PipelineConfig) -> str | None:
-    from pipeline.data.source_stamp import source_stamp
+    from pipeline.data.source_stamp import stamp_of_all
 
-    return source_stamp(config.prepare.source)
+    return stamp_of_all(config.prepare.all_sources)
 
 
 register("prepare", _source_of_prepare)

@@ -1,8 +1,10 @@
-"""Config of the stage prepare: the sources by their `kind`, the filters. Knows no torch."""
+"""Config of the stage prepare: the sources by their `kind`, their weights, the filters. Knows no torch."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -16,7 +18,41 @@ Storage = Literal["png", "webp", "jpeg", "in-place"]
 Url = Annotated[str, AfterValidator(take_password_out)]
 
 
+class FilterConfig(Config):
+    """What a sample must be to be kept. Samples that are not are counted by reason and listed in rejected.jsonl."""
+
+    min_side: int = Field(1, ge=1, description="pixels of the shorter side, before cropping")
+    max_aspect_ratio: float = Field(3.0, ge=1, description="longer side / shorter side")
+    max_pixels: int = Field(64_000_000, ge=1, description="more is taken for a decompression bomb and not decoded")
+    min_caption_length: int = Field(1, ge=1, description="characters")
+    max_caption_length: int = Field(1_000, ge=1, description="characters")
+    near_duplicate_bits: int | None = Field(
+        None,
+        ge=0,
+        le=4,
+        description="images whose 64-bit perceptual hashes differ in at most so many bits are one image: the first "
+        "is kept; null: off; 3 finds most copies of another size or JPEG quality",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FilterConfig:
+        if self.min_caption_length > self.max_caption_length:
+            raise ValueError("min_caption_length must not exceed max_caption_length")
+        return self
+
+
 class _Source(Config):
+    weight: float = Field(
+        1.0,
+        gt=0,
+        json_schema_extra={"operational": True, "decides": "trainings"},
+        description="of one of prepare.sources: trainings draw weight / sum of weights of their samples from it, "
+        "rounded to thousandths, in every 1,000 samples in a row; nothing is prepared again for another weight, and "
+        "a training takes it with --amend",
+    )
+    filters: FilterConfig | None = added(
+        None, description="of one of prepare.sources, in place of prepare.filters; null: those"
+    )
     frozen: bool = operational(
         False, description="true: a finished prepare counts, whatever becomes of the source; nobody looks at it again"
     )
@@ -167,33 +203,13 @@ Source = Annotated[
 ]
 
 
-class FilterConfig(Config):
-    """What a sample must be to be kept. Samples that are not are counted by reason and listed in rejected.jsonl."""
-
-    min_side: int = Field(1, ge=1, description="pixels of the shorter side, before cropping")
-    max_aspect_ratio: float = Field(3.0, ge=1, description="longer side / shorter side")
-    max_pixels: int = Field(64_000_000, ge=1, description="more is taken for a decompression bomb and not decoded")
-    min_caption_length: int = Field(1, ge=1, description="characters")
-    max_caption_length: int = Field(1_000, ge=1, description="characters")
-    near_duplicate_bits: int | None = Field(
-        None,
-        ge=0,
-        le=4,
-        description="images whose 64-bit perceptual hashes differ in at most so many bits are one image: the first "
-        "is kept; null: off; 3 finds most copies of another size or JPEG quality",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> FilterConfig:
-        if self.min_caption_length > self.max_caption_length:
-            raise ValueError("min_caption_length must not exceed max_caption_length")
-        return self
-
-
 class PrepareConfig(Config):
-    """Section `prepare`: from a source to image shards."""
+    """Section `prepare`: from a source, or several, to image shards."""
 
-    source: Source
+    source: Source | None = Field(None, description="where captioned images come from; or sources")
+    sources: tuple[Source, ...] | None = added(
+        None, min_length=1, max_length=100, description="several in place of one, each with its weight and its filters"
+    )
     image_size: int = Field(ge=8, le=2048, description="pixels of each side of the square images that are stored")
     crop: Literal["center", "random"] = Field(
         "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
@@ -223,13 +239,58 @@ class PrepareConfig(Config):
         "otherwise a restart looks at their sizes",
     )
 
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """The one source, or all of several."""
+        return self.sources or ((self.source,) if self.source is not None else ())
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What each of several sources is called in logs and metrics: `folder-0`."""
+        return tuple(f"{source.kind}-{number}" for number, source in enumerate(self.all_sources))
+
+    @property
+    def source_shares(self) -> tuple[int, ...]:
+        """How many of each 1,000 samples of a training come from each of several sources; of one, empty."""
+        if len(self.all_sources) == 1:
+            return ()
+        return shares_of([source.weight for source in self.all_sources])
+
+    def of_each_source(self) -> tuple[PrepareConfig, ...]:
+        """The same for each source alone, with its filters."""
+        return tuple(
+            self.model_copy(
+                update={"sources": None, "source": _alone(source), "filters": source.filters or self.filters}
+            )
+            for source in self.all_sources
+        )
+
+    @model_validator(mode="after")
+    def _some_source(self) -> PrepareConfig:
+        if (self.source is None) == (self.sources is None):
+            found = "none" if self.source is None else "both"
+            raise ValueError(f"expected one of prepare.source and prepare.sources, found {found}")
+        if self.source is not None and _alone(self.source) != self.source:
+            raise ValueError(
+                "source: weight and filters are of prepare.sources, of which there are several: leave the weight out,"
+                " and set prepare.filters"
+            )
+        weak = [name for name, share in zip(self.source_names, self.source_shares, strict=False) if share == 0]
+        if weak:
+            raise ValueError(
+                f"sources: expected weights of at least a thousandth of their sum, found less at {', '.join(weak)}:"
+                " raise it, or leave that source out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _in_place_in_tars(self) -> PrepareConfig:
-        if self.storage == "in-place" and self.source.kind != "webdataset":
-            raise ValueError(
-                f"storage: in-place reads tars where they are: expected a source of kind webdataset, found "
-                f"{self.source.kind}: set storage to png, webp or jpeg"
-            )
+        for source in self.all_sources if self.storage == "in-place" else ():
+            if source.kind != "webdataset":
+                raise ValueError(
+                    f"storage: in-place reads tars where they are: expected a source of kind webdataset, found "
+                    f"{source.kind}: set storage to png, webp or jpeg"
+                )
         return self
 
     @model_validator(mode="after")
@@ -240,9 +301,24 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _captions_of_one_image(self) -> PrepareConfig:
-        if self.caption == "all" and self.filters.near_duplicate_bits is not None:
+        if self.caption == "all" and any(c.filters.near_duplicate_bits is not None for c in self.of_each_source()):
             raise ValueError(
                 "caption: all makes several samples of one image, of which filters.near_duplicate_bits would keep one: "
                 "set near_duplicate_bits to null, or caption to first"
             )
         return self
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """Integers that sum to 1,000 and are as `weights`, by largest remainder; of equal ones the first gets more."""
+    scaled = [Fraction(weight) * 1_000 / sum(map(Fraction, weights)) for weight in weights]
+    shares = [int(exact) for exact in scaled]
+    by_remainder = sorted(range(len(weights)), key=lambda number: (shares[number] - scaled[number], number))
+    for number in by_remainder[: 1_000 - sum(shares)]:
+        shares[number] += 1
+    return tuple(shares)
+
+
+def _alone(source: Source) -> Source:
+    """A source of several as the only one."""
+    return source.model_copy(update={"weight": 1.0, "filters": None})

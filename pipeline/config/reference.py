@@ -72,16 +72,16 @@ def _table(section: Section, sections: dict[type[Config], Section]) -> str:
         lines += [f"The same keys at {', '.join(f'`{path}`' for path in others)}.", ""]
     lines += ["| key | type | default | meaning | changes results |", "|---|---|---|---|---|"]
     for name, info in section.cls.model_fields.items():
-        changes = section.changes_results and not is_operational(info)
+        changes = "yes" if section.changes_results and not is_operational(info) else "no"
+        if isinstance(info.json_schema_extra, dict) and "decides" in info.json_schema_extra:
+            changes = f"of {info.json_schema_extra['decides']}"
         cells = [
             f"`{name}`",
             _type(info.annotation, info.metadata, sections),
             _default(info),
             meaning(section.cls, name),
         ]
-        lines.append(
-            "| " + " | ".join([*(cell.replace("|", "\\|") for cell in cells), "yes" if changes else "no"]) + " |"
-        )
+        lines.append("| " + " | ".join([*(cell.replace("|", "\\|") for cell in cells), changes]) + " |")
     return "\n".join([*lines, ""])
 
 

@@ -63,6 +63,8 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
         captions = _with_captions(entry["samples"], image_shards.caption_count(entry))
         count = f"{entry['samples']:>12,} samples{captions}"
         yield f"  {split:<6}{count} in {len(shards):,} shards, {_size(entry['bytes'])}"
+        if sources := entry.get("sources"):
+            yield f"        of its sources: {', '.join(f'{samples:,}' for samples in sources)} samples"
         if shards:
             catalog = Catalog(folder, split, index)
             yield f"        captions: {_captions(catalog)}"

@@ -1,10 +1,11 @@
 """The orders of samples: pure functions of (seed, position), with no state and next to no memory.
 
-    ShardOrder([1000, 1000, 731], seed=0).locate(positions)     # images: (shard, row); stays close together on disk
-    GlobalOrder(2731, seed=0).locate(positions)                 # tokens: (sample, epoch); shuffled over the whole split
+    ShardOrder([1000, 1000, 731], seed=0).locate(positions)     # images: (sample, epoch); stays close together on disk
+    GlobalOrder(2731, seed=0).locate(positions)                 # tokens: the same, shuffled over the whole split
     caption_in_epoch(0, samples, epochs, counts)                # which of its captions a sample has in an epoch
 
-Both orders count positions from the start of training and go through every sample once per epoch. All is built of
+Both orders count positions from the start of training, samples from the start of the split, and go through every sample
+once per epoch; of several sources with weights `mixture.py` takes turns between their orders. All is built of
 `permute`: a bijection of range(n) that is computed, not stored. It is a Feistel network over the smallest power of four
 that holds n, walked until it falls below n again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains",
 section 3).
@@ -100,7 +101,7 @@ class GlobalOrder:
 
 
 class ShardOrder:
-    """The shard and the row in it at a position, when reading should stay close together (image shards).
+    """The sample at a position, when reading should stay close together (image shards).
 
     In each epoch the shards are permuted and laid end to end, the samples of each permuted within it. That row of N
     samples is cut into `streams` equal runs, the canonical streams (they differ by one sample at most, however
@@ -114,18 +115,19 @@ class ShardOrder:
         self.samples = int(self.counts.sum())
         self.seed = seed
         self.streams = streams
+        self._first = np.cumsum(self.counts) - self.counts
         self._latest: tuple[int, _Layout] | None = None
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
-        """(shard, row in the shard), int64 [n] each, at positions counted from the start of training."""
+        """(sample, epoch), int64 [n] each, at positions counted from the start of training."""
         epochs, within = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
-        shards, rows = np.empty_like(within), np.empty_like(within)
+        samples = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            shards[here], rows[here] = self._locate_in_epoch(epoch, within[here])
-        return shards, rows
+            samples[here] = self._locate_in_epoch(epoch, within[here])
+        return samples, epochs
 
-    def _locate_in_epoch(self, epoch: int, within: Ints) -> tuple[Ints, Ints]:
+    def _locate_in_epoch(self, epoch: int, within: Ints) -> Ints:
         shards, ends, keys = self._layout(epoch)
         turn, stream = np.divmod(within, self.streams)
         length, longer = divmod(self.samples, self.streams)
@@ -133,7 +135,7 @@ class ShardOrder:
         slot = np.searchsorted(ends, position, side="right")
         shard = shards[slot]
         offset = position - (ends[slot] - self.counts[shard])
-        return shard, permute(offset, self.counts[shard], keys[slot])
+        return self._first[shard] + permute(offset, self.counts[shard], keys[slot])
 
     def _layout(self, epoch: int) -> _Layout:
         latest = self._latest

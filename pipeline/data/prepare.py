@@ -1,4 +1,4 @@
-"""A source -> image shards. Part after part, in worker processes; what is finished is never done again.
+"""Sources -> image shards. Part after part, in worker processes; what is finished is never done again.
 
 Each part of the source becomes at most one shard of each split, and a record that vouches for them (`prepare_part.py`).
 A run that was killed finds these records and does only the other parts; then the index is written
@@ -31,6 +31,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import progress
 from pipeline.core.urls import mask
 from pipeline.data.duplicates import KEY, same_image, same_key
+from pipeline.data.order import Ints
 from pipeline.data.prepare_index import write_index
 from pipeline.data.prepare_part import PartTask, make_part, opened_source
 from pipeline.data.shards import PrepareIndex
@@ -49,9 +50,9 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
-    tasks = [PartTask(directory, config, seed, part) for part in _parts(config)]
+    tasks = _tasks(directory, config, seed)
     _make_parts(tasks, config.workers, "prepare")
-    again = _tasks_with_duplicates(tasks, config.filters.near_duplicate_bits)
+    again = _tasks_with_duplicates(tasks)
     if again:
         _make_parts(again, config.workers, "prepare: without duplicates")
     return write_index(directory, config, tasks)
@@ -61,7 +62,7 @@ def prepare_share(
     directory: Path,
     config: PrepareConfig,
     seed: int,
-    share: Callable[[Sequence[Part]], Sequence[Part]],
+    share: Callable[[Sequence[PartTask]], Sequence[PartTask]],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Make some parts of the source in `directory`, where others may be making the others; without index.
@@ -72,27 +73,37 @@ def prepare_share(
         UserError: the source is not usable or went away.
         StoppedOnRequest: asked to stop; finished parts are kept.
     """
-    parts = _parts(config)
-    mine = share(parts)
+    tasks = _tasks(directory, config, seed)
+    mine = share(tasks)
     if not mine:
-        found = "1 part, which another task makes" if len(parts) == 1 else f"{len(parts)} parts, fewer than tasks"
+        found = "1 part, which another task makes" if len(tasks) == 1 else f"{len(tasks)} parts, fewer than tasks"
         log.info("prepare: the source has %s: nothing to do here", found)
         return
-    _make_parts([PartTask(directory, config, seed, part) for part in mine], config.workers, "prepare", on_done)
+    _make_parts(mine, config.workers, "prepare", on_done)
 
 
-def _parts(config: PrepareConfig) -> list[Part]:
-    """The parts of the source. Whatever its storage raises when it is listed is told in one line."""
-    opened_source.cache_clear()  # it may have changed since an earlier call in this process
+def _tasks(directory: Path, config: PrepareConfig, seed: int) -> list[PartTask]:
+    """The parts of all sources, source by source, as work to be done."""
+    opened_source.cache_clear()  # one may have changed since an earlier call in this process
+    return [
+        PartTask(directory, alone, seed, part, source)
+        for source, alone in enumerate(config.of_each_source())
+        for part in _parts(alone, f"prepare.sources.{source}" if config.sources else "prepare.source")
+    ]
+
+
+def _parts(alone: PrepareConfig, key: str) -> list[Part]:
+    """The parts of a source. Whatever its storage raises when it is listed is told in one line, with its `key`."""
+    (source,) = alone.all_sources
     try:
-        return list(opened_source(config.source, config.image_size).parts(config.shard_size))
+        return list(opened_source(source, alone.image_size).parts(alone.shard_size))
     except (UserError, StoppedOnRequest):
         raise
     except Exception as error:  # each kind of storage has its own
         log.debug("the source cannot be listed", exc_info=True)
         raise UserError(
-            f"prepare.source ({config.source.kind}) cannot be listed: {mask(fault(error))}: see that it is there, and "
-            "that it may be read"
+            f"{key} ({source.kind}) cannot be listed: {mask(fault(error))}: see that it is there, and that it may be "
+            "read"
         ) from error
 
 
@@ -120,8 +131,11 @@ def _make_parts(
         ) from error
 
 
-def _tasks_with_duplicates(tasks: Sequence[PartTask], near_bits: int | None) -> list[PartTask]:
-    """Tasks that must be done again because samples of theirs repeat earlier ones, or because they no longer do."""
+def _tasks_with_duplicates(tasks: Sequence[PartTask]) -> list[PartTask]:
+    """Tasks that must be done again because samples of theirs repeat earlier ones, or because they no longer do.
+
+    Images are compared with those of sources that ask for the same `near_duplicate_bits`.
+    """
     counts, left_out_now = [], []
     for task in tasks:
         record = task.record()
@@ -130,10 +144,12 @@ def _tasks_with_duplicates(tasks: Sequence[PartTask], near_bits: int | None) -> 
     files = [task.hashes_path for task in tasks]
     repeated = same_key(files, counts)
     reasons = dict.fromkeys(repeated.tolist(), "duplicate key")
-    if near_bits is not None:
-        reasons |= dict.fromkeys(same_image(files, near_bits, repeated).tolist(), "near-duplicate")
-    numbers = np.array(sorted(reasons), dtype=np.int64)
     starts = np.cumsum([0, *counts])
+    bits = [task.config.filters.near_duplicate_bits for task in tasks]
+    for near_bits in sorted({asked for asked in bits if asked is not None}):
+        near = _near_images(files, starts, [asked == near_bits for asked in bits], near_bits, repeated)
+        reasons |= dict.fromkeys(near.tolist(), "near-duplicate")
+    numbers = np.array(sorted(reasons), dtype=np.int64)
     bounds = np.searchsorted(numbers, starts).tolist()
     again = []
     for index, task in enumerate(tasks):
@@ -143,3 +159,19 @@ def _tasks_with_duplicates(tasks: Sequence[PartTask], near_bits: int | None) -> 
             without = {f"{key:016x}": reasons[number] for key, number in zip(keys, mine.tolist(), strict=True)}
             again.append(replace(task, without=without))
     return again
+
+
+def _near_images(files: Sequence[Path], starts: Ints, of: Sequence[bool], near_bits: int, repeated: Ints) -> Ints:
+    """The numbers of samples that look like an earlier one, among the parts that `of` chooses.
+
+    `starts`: number of the first sample of each part, and behind the last one. `repeated`: those that are out already.
+    """
+    chosen = np.flatnonzero(of)
+    own_starts = np.cumsum([0, *np.diff(starts)[chosen]])
+    parts = np.searchsorted(starts, repeated, side="right") - 1
+    mine = np.isin(parts, chosen)
+    places = np.searchsorted(chosen, parts[mine])
+    out = own_starts[places] + repeated[mine] - starts[parts[mine]]
+    found = same_image([files[part] for part in chosen.tolist()], near_bits, out)
+    within = np.searchsorted(own_starts, found, side="right") - 1
+    return found - own_starts[within] + starts[chosen[within]]

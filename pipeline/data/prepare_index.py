@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pipeline.core.urls import mask
 from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
-from pipeline.data.prepare_part import PartTask, opened_source
+from pipeline.data.prepare_part import PartTask, Rejection, opened_source
 from pipeline.data.shards import (
     CatalogEntry,
     PrepareIndex,
@@ -29,7 +30,6 @@ from pipeline.data.shards import (
     Shard,
     ShardFile,
     SplitIndex,
-    caption_count,
     index_path,
 )
 from pipeline.data.splits import SPLITS
@@ -39,62 +39,96 @@ log = logging.getLogger(__name__)
 _SHEET_SIDE = 12  # images in each row and column of the contact sheet
 
 
+@dataclass
+class _Found:
+    """What became of the samples of a source."""
+
+    kept: int = 0  # captions, where a sample has several
+    found: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # rejected
+    passed_over: Counter[str] = field(default_factory=Counter)
+    samples: Counter[str] = field(default_factory=Counter)  # kept, by split
+
+
 def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]) -> PrepareIndex:
     """Put the records of all parts together; what else lies there, of an earlier config or source, is removed.
 
     Raises:
-        UserError: more samples than allowed were rejected, or no training sample is left.
+        UserError: more samples of a source than allowed were rejected, or no training sample of it is left.
     """
     splits: dict[str, SplitIndex] = {split: {"samples": 0, "bytes": 0, "shards": []} for split in SPLITS}
     conversions: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    source = opened_source(config.source, config.image_size)
-    passed_over = Counter(source.left_out())
-    found = passed_over.total()
-    typical = _typical_part(tasks)
+    sources = [opened_source(source, config.image_size) for source in config.all_sources]
+    founds = [_Found() for _ in sources]
+    names = config.source_names if len(sources) > 1 else ()
     with atomic_path(directory / "rejected.jsonl") as temporary, open(temporary, "w") as file:
-        for task in tasks:
-            record = task.record()
-            for split, shard in record["shards"].items():
-                splits[split]["shards"].append(shard)
-                splits[split]["samples"] += shard["samples"]
-                splits[split]["bytes"] += shard["bytes"]
-            conversions.update(record["conversions"])
-            passed_over.update(record["passed_over"])
-            found += record["found"]
-            for entry in record["rejected"] + record["left_out"]:
-                if entry.pop("rest", False):
-                    lost = max(1, typical - record["found"])
-                    what = visible(f"{entry['key']}: {entry['reason']} ({entry['detail']})")
-                    log.warning("prepare: %s: counted as %d samples, by what the others hold", what, lost)
-                    entry["samples"] = entry.get("samples", 1) + lost
-                    found += lost
-                reasons[entry["reason"]] += entry.get("samples", 1)
-                file.write(mask(json.dumps(entry)) + "\n")
-    rejected: Rejected = {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
-    # Where a sample has several captions, each of them is counted.
-    kept = sum(caption_count(split) for split in splits.values())
-    _check_complete(found, kept, rejected["samples"], passed_over.total())
-    _check_rejected(directory, config, kept, rejected)
+        for number, (found, source) in enumerate(zip(founds, sources, strict=True)):
+            own = [task for task in tasks if task.source == number]
+            found.passed_over.update(source.left_out())
+            found.found += found.passed_over.total()
+            for entry in _take_records(own, found, splits, conversions):
+                file.write(mask(json.dumps(entry | ({"source": names[number]} if names else {}))) + "\n")
+    for number, found in enumerate(founds):
+        _check_source(directory, config, found, names[number] if names else "")
     _remove_others(directory, splits, tasks)
-    if splits["train"]["samples"] == 0:
-        raise UserError(f"prepare: expected training samples, found none; {directory / 'rejected.jsonl'} says why")
+    for number, found in enumerate(founds):
+        if found.samples["train"] == 0:
+            of_source = f" of {names[number]}" if names else ""
+            why = f"{directory / 'rejected.jsonl'} says why"
+            raise UserError(f"prepare: expected training samples{of_source}, found none; {why}")
     _write_contact_sheet(directory, [Shard(**shard) for shard in splits["train"]["shards"]])
+    rejected = sum((found.reasons for found in founds), Counter[str]())
+    passed_over = sum((found.passed_over for found in founds), Counter[str]())
     index: PrepareIndex = {
         "image_size": config.image_size,
         "splits": splits,
         "catalog": _write_catalog(directory, tasks, splits),
-        "rejected": rejected,
+        "rejected": _rejected(rejected),
         "left_out": dict(sorted(passed_over.items())),
-        "source_samples": found,
+        "source_samples": sum(found.found for found in founds),
         "conversions": dict(sorted(conversions.items())),
-        "credit": source.credit,
+        "credit": "; ".join(dict.fromkeys(source.credit for source in sources if source.credit)) or None,
     }
     if config.storage != "png":
         index["storage"] = config.storage
+    if names:
+        for split in SPLITS:
+            splits[split]["sources"] = [found.samples[split] for found in founds]
     write_json(directory / "index.json", index)
-    _say(kept, sum(split["samples"] for split in splits.values()), rejected, passed_over)
+    _say(founds, names)
     return index
+
+
+def _take_records(
+    tasks: Sequence[PartTask], found: _Found, splits: dict[str, SplitIndex], conversions: Counter[str]
+) -> Iterator[Rejection]:
+    """Add the parts of a source to `found`, `splits` and `conversions`; yields what was not kept."""
+    typical = _typical_part(tasks)
+    for task in tasks:
+        record = task.record()
+        for split, shard in record["shards"].items():
+            splits[split]["shards"].append(shard)
+            splits[split]["samples"] += shard["samples"]
+            splits[split]["bytes"] += shard["bytes"]
+            found.samples[split] += shard["samples"]
+            # Where a sample has several captions, each of them is counted.
+            found.kept += shard.get("captions", shard["samples"])
+        conversions.update(record["conversions"])
+        found.passed_over.update(record["passed_over"])
+        found.found += record["found"]
+        for entry in record["rejected"] + record["left_out"]:
+            if entry.pop("rest", False):
+                lost = max(1, typical - record["found"])
+                what = visible(f"{entry['key']}: {entry['reason']} ({entry['detail']})")
+                log.warning("prepare: %s: counted as %d samples, by what the others hold", what, lost)
+                entry["samples"] = entry.get("samples", 1) + lost
+                found.found += lost
+            found.reasons[entry["reason"]] += entry.get("samples", 1)
+            yield entry
+
+
+def _rejected(reasons: Counter[str]) -> Rejected:
+    return {"samples": reasons.total(), "reasons": dict(sorted(reasons.items()))}
 
 
 def _write_catalog(
@@ -120,37 +154,42 @@ def _typical_part(tasks: Sequence[PartTask]) -> int:
     return int(np.median(whole)) if whole else 1
 
 
-def _check_complete(found: int, kept: int, rejected: int, left_out: int) -> None:
-    """Raises UserError when a sample of the source is neither kept nor rejected nor left out."""
-    if found != kept + rejected + left_out:
+def _check_source(directory: Path, config: PrepareConfig, found: _Found, name: str) -> None:
+    """`name`: of one of several sources.
+
+    Raises:
+        UserError: a sample of it is neither kept nor rejected nor left out, or too many were rejected.
+    """
+    kept, count, left_out = found.kept, found.reasons.total(), found.passed_over.total()
+    if found.found != kept + count + left_out:
         raise UserError(
-            f"prepare: the source holds {found} samples, but {kept} were kept, {rejected} rejected and {left_out} left "
-            "out: please report this"
+            f"prepare: the source holds {found.found} samples, but {kept} were kept, {count} rejected and {left_out} "
+            "left out: please report this"
+        )
+    if count > config.max_rejected_fraction * (kept + count):
+        counted = ", ".join(f"{number} {reason}" for reason, number in sorted(found.reasons.items()))
+        raise UserError(
+            f"prepare: {count} of {kept + count} samples{f' of {name}' if name else ''} rejected ({counted}), at most "
+            f"{config.max_rejected_fraction:.0%} allowed: see {directory / 'rejected.jsonl'}, mend the source or raise "
+            "prepare.max_rejected_fraction"
         )
 
 
-def _say(kept: int, samples: int, rejected: Rejected, passed_over: Counter[str]) -> None:
-    """One line for what was not kept, or is not one caption an image."""
-    if rejected["samples"] or passed_over or kept != samples:
-        lost = [f"{rejected['samples']:,} rejected{_counted(rejected['reasons'])}"] if rejected["samples"] else []
-        lost += [f"{passed_over.total():,} left out{_counted(passed_over)}"] if passed_over else []
-        what = f"{kept:,} samples kept" if kept == samples else f"{kept:,} captions of {samples:,} images kept"
-        log.info("prepare: %s", ", ".join([what, *lost]))
+def _say(founds: Sequence[_Found], names: Sequence[str]) -> None:
+    """One line a source for what was not kept, or is not one caption an image; a line each where there are several."""
+    for number, found in enumerate(founds):
+        kept, samples, rejected = found.kept, found.samples.total(), found.reasons.total()
+        if rejected or found.passed_over or kept != samples or names:
+            lost = [f"{rejected:,} rejected{_counted(found.reasons)}"] if rejected else []
+            lost += (
+                [f"{found.passed_over.total():,} left out{_counted(found.passed_over)}"] if found.passed_over else []
+            )
+            what = f"{kept:,} samples kept" if kept == samples else f"{kept:,} captions of {samples:,} images kept"
+            log.info("prepare: %s%s", f"{names[number]}: " if names else "", ", ".join([what, *lost]))
 
 
 def _counted(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{count:,} {name}' for name, count in sorted(counts.items()))})"
-
-
-def _check_rejected(directory: Path, config: PrepareConfig, kept: int, rejected: Rejected) -> None:
-    count = rejected["samples"]
-    if count > config.max_rejected_fraction * (kept + count):
-        counted = ", ".join(f"{number} {reason}" for reason, number in rejected["reasons"].items())
-        raise UserError(
-            f"prepare: {count} of {kept + count} samples rejected ({counted}), at most "
-            f"{config.max_rejected_fraction:.0%} allowed: see {directory / 'rejected.jsonl'}, mend the source or raise "
-            "prepare.max_rejected_fraction"
-        )
 
 
 def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequence[PartTask]) -> None:
@@ -168,9 +207,12 @@ def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequen
 
 def _write_contact_sheet(directory: Path, shards: Sequence[Shard]) -> None:
     """Training images from everywhere in the source, for a look."""
-    order = ShardOrder([shard.samples for shard in shards], seed=0)
-    located = zip(*order.locate(np.arange(min(_SHEET_SIDE**2, order.samples))), strict=True)
-    images = [_image(directory, shards[shard], row) for shard, row in located]
+    counts = [shard.samples for shard in shards]
+    order = ShardOrder(counts, seed=0)
+    samples, _ = order.locate(np.arange(min(_SHEET_SIDE**2, order.samples)))
+    numbers = np.searchsorted(np.cumsum(counts), samples, side="right")
+    rows = samples - (np.cumsum(counts) - counts)[numbers]
+    images = [_image(directory, shards[shard], row) for shard, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
     write_atomic(directory / "contact-sheet.png", png_bytes(grid(images, _SHEET_SIDE)))
 
 

@@ -29,7 +29,7 @@ from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
 from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard
 from pipeline.data.sources import open_source
-from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Unreadable, fault
+from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Source, Unreadable, fault
 from pipeline.data.sources.webdataset import tar_of
 from pipeline.data.splits import split_of
 from pipeline.data.stored_image import Cut
@@ -41,7 +41,7 @@ _EARLIER = {  # reasons to leave a sample out that only the other samples tell
 }
 
 # A worker process opens the source once, not once per part.
-opened_source = lru_cache(maxsize=1)(open_source)
+opened_source = lru_cache(maxsize=None)(open_source)
 
 
 class Rejection(TypedDict):
@@ -51,6 +51,7 @@ class Rejection(TypedDict):
     reason: str
     detail: str
     samples: NotRequired[int]  # how many it holds, where that is not one
+    source: NotRequired[str]  # which of several
     rest: NotRequired[bool]  # holds, besides, what the part lacks of what a part of this source holds
 
 
@@ -82,21 +83,24 @@ class PartTask:
     """What a worker needs to make the shards of a part."""
 
     directory: Path
-    config: PrepareConfig
+    config: PrepareConfig  # of this source alone
     seed: int
     part: Part
+    source: int = 0  # which of several
     # Hash of a key (hexadecimal) -> why that sample is left out; None: not known yet, whatever is there will do.
     without: dict[str, str] | None = None
 
     @property
     def record_path(self) -> Path:
         """The file of the part's `PartRecord`."""
-        return self.directory / "parts" / f"{self.part.number:06d}.json"
+        # Of a second source it has another name, so that none has to move when one before it grows.
+        of_source = f"{self.source}-" if self.source else ""
+        return self.directory / "parts" / f"{of_source}{self.part.number:06d}.json"
 
     @property
     def hashes_path(self) -> Path:
         """uint64 [samples, 2] in the part's own order: of the key, of the image; also of samples left out."""
-        return self.directory / "parts" / f"{self.part.number:06d}.hashes.npy"
+        return self.record_path.with_suffix(".hashes.npy")
 
     @property
     def columns_path(self) -> Path:
@@ -106,7 +110,16 @@ class PartTask:
     @property
     def fingerprint(self) -> str:
         """The hash of all that decides the part's files, but for `without`."""
-        return digest([_FORMAT, self.part.fingerprint, identity(self.config), self.seed])
+        of_source = [self.source] if self.source else []  # which is in its keys
+        return digest([_FORMAT, self.part.fingerprint, identity(self.config), self.seed, *of_source])
+
+    def opened(self) -> Source:
+        """The part's source; this process opens it once."""
+        return opened_source(self.config.all_sources[0], self.config.image_size)
+
+    def key(self, key: str) -> str:
+        """A sample's key among those of all sources: what one has called 000000000, another may have, too."""
+        return f"source-{self.source}/{key}" if self.source else key
 
     def record(self) -> PartRecord:
         """The record of a part that was made."""
@@ -178,7 +191,7 @@ def _make_from_source(task: PartTask, without: dict[str, str]) -> int:
     with part_files(task.directory, task.record_path.stem, tar) as files:
         making = _Making(task, without, files)
         counted = 0
-        for item in opened_source(task.config.source, task.config.image_size).records(task.part):
+        for item in task.opened().records(task.part):
             if isinstance(item, Counted):
                 counted += item.samples
             else:
@@ -274,7 +287,9 @@ class _Making:
 
     def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
         further = tuple(captions[1:])
-        sample = Sample(safe_key(key), decoded.encoded, captions[0], record.meta, further, decoded.cut, record.offset)
+        sample = Sample(
+            safe_key(self.task.key(key)), decoded.encoded, captions[0], record.meta, further, decoded.cut, record.offset
+        )
         hashed = key_hash(sample.key)
         if hashed in self.hashes:
             raise BadSample("duplicate key", _EARLIER["duplicate key"])
@@ -283,7 +298,7 @@ class _Making:
             self.left_out.append(_left_out(sample, reason))
             return
         self.conversions.update(decoded.conversions)
-        # All captions of an image are in its split, which the key of the first one decides.
+        # All captions of an image are in its split, which the key of the first one decides, in all sources alike.
         group = safe_key(record.key) if record.group is None else record.group
         self.files.add(split_of(sample.key, group, self.task.config.validation_fraction), sample)
 

@@ -4,8 +4,9 @@
     for batch in sampler.batches(consumed=0, batch_size=64):
         batch["text"], batch["codes"]     # int64 [64 / ranks, T], [64 / ranks, N], on this process's device
 
-The order is `order.GlobalOrder`: computed, not stored. So a start at any position, at any number of ranks, with any
-number of samples, costs nothing and takes no memory. A thread gathers batches ahead (`prefetch.py`).
+The order is `order.GlobalOrder`, or `mixture.Mixture` of several sources: computed, not stored. So a start at any
+position, at any number of ranks, with any number of samples, costs nothing and takes no memory. A thread gathers
+batches ahead (`prefetch.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
 from pipeline.data.caption_workers import CaptionWorkers, Encode
-from pipeline.data.order import GlobalOrder, caption_in_epoch
+from pipeline.data.mixture import Shares, source_sizes, token_order
+from pipeline.data.order import caption_in_epoch
 from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
 
@@ -42,6 +44,7 @@ class TokenSampler:
         world_size: int | None = None,
         encode_caption: Encode | None = None,
         draw_captions: bool = False,
+        shares: Shares = (),
     ) -> None:
         """`rank`, `world_size`: by default those of `pipeline.core.distributed`. Raises UserError: see TokenArrays.
 
@@ -49,9 +52,11 @@ class TokenSampler:
         (seed, epoch, sample) (BPE dropout), in processes of their own (`CaptionWorkers`); None: the stored ids.
         `draw_captions`: of several captions of a sample each epoch has another one, a function of (seed, epoch, sample)
         too; else always the first.
+        `shares`: of several sources in a training (`mixture.py`); empty: every sample once an epoch, as in validation.
         """
         self.arrays = TokenArrays(tokenize_dir, split)
-        self.order = GlobalOrder(len(self.arrays), seed)
+        sizes = source_sizes(self.arrays.directory, split, shares)
+        self.order = token_order(len(self.arrays), sizes, seed, shares)
         self.seed = seed
         self._encode_caption = encode_caption
         self._draws = draw_captions and self.arrays.several_captions

@@ -67,6 +67,7 @@ class SplitIndex(TypedDict):
     samples: int
     bytes: int
     shards: list[ShardEntry]
+    sources: NotRequired[list[int]]  # samples of each of several sources, whose shards lie one source after the other
 
 
 class CatalogEntry(TypedDict):

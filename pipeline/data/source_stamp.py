@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from pipeline.config.base import digest
@@ -21,6 +22,7 @@ from pipeline.config.prepare import (
 )
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
+from pipeline.orchestration.outside import UNKNOWN
 
 _ROWS = 10_000  # of a table, read at a time
 
@@ -42,6 +44,14 @@ def source_stamp(source: Source) -> str | None:
             visible(mask(str(error) or type(error).__name__)),
         )
         return None
+
+
+def stamp_of_all(sources: Sequence[Source]) -> str | None:
+    """The stamp of one source; of several, a word for each, and UNKNOWN for those that cannot be looked at."""
+    if len(sources) == 1:
+        return source_stamp(sources[0])
+    stamps = [source_stamp(source) for source in sources]
+    return " ".join(UNKNOWN if stamp is None else stamp.replace(" ", "+") for stamp in stamps)
 
 
 def _listed(source: Source) -> object:

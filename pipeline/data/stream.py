@@ -1,4 +1,4 @@
-"""Image shards -> batches of images, in the order of `order.ShardOrder`, for this rank.
+"""Image shards -> batches of images, in the order of `order.ShardOrder` or `mixture.Mixture`, for this rank.
 
     stream = ImageStream(run.input("prepare"), "train", seed=run.seed)
     for batch in stream.batches(consumed=0, batch_size=64):
@@ -29,7 +29,8 @@ from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
-from pipeline.data.order import CANONICAL_STREAMS, ShardOrder
+from pipeline.data.mixture import Shares, shard_order, source_sizes
+from pipeline.data.order import CANONICAL_STREAMS
 from pipeline.data.prefetch import load
 from pipeline.data.shards import ShardFile, read_index, read_shards
 
@@ -51,6 +52,7 @@ class ImageStream:
         world_size: int | None = None,
         cache_bytes: int = 512 << 20,
         threads: int | None = None,
+        shares: Shares = (),
         beside: Callable[[NDArray[np.int64], NDArray[np.int64]], dict[str, Tensor]] | None = None,
     ) -> None:
         """
@@ -61,6 +63,7 @@ class ImageStream:
             cache_bytes: decoded images are kept in memory when the whole split fits into this.
             threads: decoding threads. None: the processors of this process less one, and one for images below 128
                 pixels, where two would wait for each other.
+            shares: of several sources in a training (`mixture.py`); empty: every sample once an epoch, for validation.
             beside: (sample, epoch) of each of a batch's images, samples counted through all shards -> what else the
                 batch has of them.
 
@@ -71,7 +74,8 @@ class ImageStream:
         index = read_index(self.directory)
         self.image_size: int = index["image_size"]
         self.shards = read_shards(self.directory, split, index)
-        self.order = ShardOrder([shard.samples for shard in self.shards], seed)
+        sizes = source_sizes(self.directory, split, shares)
+        self.order = shard_order([shard.samples for shard in self.shards], sizes, seed, shares)
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
         many = self.image_size >= _SMALL_PIXELS
@@ -104,29 +108,25 @@ class ImageStream:
     def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
-                shards, rows = self.order.locate(np.arange(start, start + share))
-                epochs = np.arange(start, start + share) // len(self)
-                more = self._beside(self._first[shards] + rows, epochs) if self._beside else {}
-                yield {"images": torch.from_numpy(self._images(shards, rows, pool))} | more
+                samples, epochs = self.order.locate(np.arange(start, start + share))
+                more = self._beside(samples, epochs) if self._beside else {}
+                yield {"images": torch.from_numpy(self._images(samples, pool))} | more
                 start += stride
 
-    def _images(
-        self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> NDArray[np.uint8]:
-        """The images of these rows of these shards, uint8 [n, 3, H, W], decoded or from the cache."""
+    def _images(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+        """The images of these samples, uint8 [n, 3, H, W], decoded or from the cache."""
         if self._cache is None:
-            return self._decode_all(shards, rows, pool)
-        numbers = self._first[shards] + rows
-        new = np.flatnonzero(~self._known[numbers])
+            return self._decode_all(samples, pool)
+        new = samples[~self._known[samples]]
         if len(new):
-            self._cache[numbers[new]] = self._decode_all(shards[new], rows[new], pool)
-            self._known[numbers[new]] = True
-        return self._cache[numbers]
+            self._cache[new] = self._decode_all(new, pool)
+            self._known[new] = True
+        return self._cache[samples]
 
-    def _decode_all(
-        self, shards: NDArray[np.int64], rows: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> NDArray[np.uint8]:
-        images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
+    def _decode_all(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+        images = np.empty((len(samples), 3, self.image_size, self.image_size), np.uint8)
+        shards = np.searchsorted(self._first, samples, side="right") - 1
+        rows = samples - self._first[shards]
 
         def decode(start: int) -> None:
             for index in range(start, min(start + _DECODE_TOGETHER, len(rows))):

@@ -285,6 +285,9 @@ def join(job: TokenizeJob) -> TokenIndex:
         "precision": encoders.precision,
         "splits": splits,
     }
+    for split, prepared in read_index(job.prepare_dir)["splits"].items():
+        if "sources" in prepared:
+            index["splits"][split]["sources"] = prepared["sources"]
     write_json(job.directory / "index.json", index)
     return index
 

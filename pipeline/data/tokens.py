@@ -56,6 +56,7 @@ class TokenSplit(TypedDict):
     samples: int
     captions_cut: int  # captions longer than the text length
     shards: list[TokenShard]
+    sources: NotRequired[list[int]]  # samples of each of several sources, one source after the other
 
 
 class LevelEntry(TypedDict):

@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from pipeline.config.base import flatten
+from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json
 from pipeline.core.checkpoint_names import saved_steps
 from pipeline.core.errors import UserError
-from pipeline.orchestration.graph import Stage
+from pipeline.orchestration.graph import SHARES, Stage
 
 log = logging.getLogger(__name__)
 
-# Of `training`: each is read at the step it is used in. (What is operational needs no --amend.)
+# Of `training`: each is read at the step it is used in. (What is operational needs no --amend.) The weights of
+# prepare.sources are amendable, too.
 AMENDABLE = (
     *("learning_rate", "muon_learning_rate", "schedule", "warmup_steps", "decay_fraction"),
     *("final_learning_rate_ratio", "evaluate_every", "evaluate_batches", "keep_best.patience"),
@@ -71,11 +73,13 @@ def new_amendments(directory: Path, stage: Stage, wanted: Mapping[str, object], 
     before, after = flatten(recorded), flatten(dict(wanted))
     changed = [key for key in sorted(before | after) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     prefix = f"config.{stage.section}.training."
-    names = [key.removeprefix(prefix) for key in changed if key.startswith(prefix)]
-    if len(names) < len(changed) or not {*names} <= {*AMENDABLE, "steps"}:
+    names = ["steps" if key == f"{prefix}steps" else key for key in changed]
+    if not {*names} <= {f"{prefix}{name}" for name in AMENDABLE} | {"steps", f"config.{SHARES}"}:
         return []
     step, (old_steps, steps) = _newest_step(directory), (_steps(before, prefix), _steps(after, prefix))
     finished = (directory / "_SUCCESS").exists()
+    if finished and amend and stays_finished(recorded, wanted):
+        return [Amendment(step=steps, key=SHARES, old=before[changed[0]], new=after[changed[0]])]
     if step == 0:
         if finished:
             log.warning("%s: no checkpoint is left to go on from: it starts over", stage.name)
@@ -88,6 +92,26 @@ def new_amendments(directory: Path, stage: Stage, wanted: Mapping[str, object], 
         return []  # another training, as ever
     _expect_wanted(stage, found, step, old_steps, steps, amend)
     return found
+
+
+def stays_finished(recorded: object, wanted: object) -> bool:
+    """Whether a training that is finished stays so, when these two are its config: --amend gave sources other weights.
+
+    What it has drawn from each, its amendments say.
+    """
+    before, after = flatten(recorded), flatten(wanted)
+    changed = [key for key in before.keys() | after.keys() if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    return [key.rpartition(".")[2] for key in changed] == [SHARES]
+
+
+def shares_of_training(config: PipelineConfig, stage: Stage, directory: Path) -> list[tuple[int, list[int]]]:
+    """From which sample of a training on how many of each 1,000 come from each of prepare.sources; of one, empty."""
+    training, now = config.training(stage.section), list(config.prepare.source_shares)
+    if not now or training is None:
+        return []
+    changes = [change for change in amendments_of(directory) if change["key"] == SHARES]
+    from_step = {0: changes[0]["old"] if changes else now} | {change["step"]: change["new"] for change in changes}
+    return [(step * training.batch_size, cast(list[int], shares)) for step, shares in sorted(from_step.items())]
 
 
 def _expect_wanted(stage: Stage, found: list[Amendment], step: int, old_steps: int, steps: int, amend: bool) -> None:

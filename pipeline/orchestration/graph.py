@@ -51,6 +51,7 @@ _WORK = (
 )
 STAGES: tuple[Stage, ...] = (*_WORK, Stage("report", inputs=tuple(stage.name for stage in _WORK)))
 STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
+SHARES = "source_shares"  # in a training's identity: how many of each 1,000 samples come from each of prepare.sources
 ARRAY_STAGES: tuple[str, ...] = tuple(stage.name for stage in STAGES if stage.shards)
 
 
@@ -128,6 +129,8 @@ def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:
     """The part of the config that decides this stage's own work (its inputs' identities are apart)."""
     section = stage_named(stage).section
     own: dict[str, object] = {"seed": config.seed, section: identity(config.section(section))}
+    if stage_named(stage).trains and config.prepare.source_shares:
+        own[SHARES] = list(config.prepare.source_shares)
     if stage == "text-tokenizer" and config.transformer.condition == "class":
         own["condition"] = "class"
     return own

@@ -25,7 +25,7 @@ from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.loopback import LOOPBACK, free_port
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
-from pipeline.orchestration.graph import STAGES, Stage, check_before_start, chosen_stages
+from pipeline.orchestration.graph import SHARES, STAGES, Stage, check_before_start, chosen_stages
 from pipeline.orchestration.hosts import Host, RemoteRanks, ranks_on
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, ask_to_end, wait_for_all
@@ -67,12 +67,14 @@ def run_pipeline(
     for stage in stages:
         runs.go_on(config, stage, amend, check_only=True)
     if dry_run:
-        _say_what_runs(config, runs, stages)
+        _say_what_runs(config, runs, stages, amend)
         return
     stop = StopRequest()
     with runs.lock_run():
         runs.open(config, source)
         for stage in stages:
+            if amend:
+                runs.go_on(config, stage, amend)
             reasons = runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
             if not reasons:
                 _say(stage, "up to date")
@@ -86,13 +88,15 @@ def run_pipeline(
                 raise StoppedOnRequest(f"{stage.name} was stopped on request")
 
 
-def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Stage, ...]) -> None:
+def _say_what_runs(config: PipelineConfig, runs: RunDirectory, stages: tuple[Stage, ...], amend: bool) -> None:
     # A run that branches off begins with what the other one has finished, but the report.
     origin = None if runs.path.exists() else config.branched_from
     known = RunDirectory(origin) if origin else runs
     for stage in stages:
         reasons = known.stale_reasons(config, stage) or known.stale_inputs(config, stage)
         reasons = reasons or known.outside_changes(config, stage)
+        if amend:  # a training that is finished stays so
+            reasons = [reason for reason in reasons if f"{SHARES}: " not in reason]
         if origin and stage is STAGES[-1]:
             reasons = reasons or ["not run yet"]
         finished = f"would be taken over from {origin}" if origin else "up to date"

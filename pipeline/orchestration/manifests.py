@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from pipeline.config.renamed import with_current_names
-from pipeline.core.atomic_io import read_json, sha256_file
+from pipeline.core.atomic_io import read_json, sha256_file, write_atomic, write_json
 from pipeline.core.manifest import FileRecord
-from pipeline.orchestration.going_on import Amendment
+from pipeline.orchestration.going_on import Amendment, stays_finished
 
 _Version = tuple[int, int, int]  # inode, time and size: files are replaced whole, never changed
 
@@ -48,6 +48,18 @@ class Manifests:
         manifest: Manifest = read_json(path)
         self._read[name] = versions, {**manifest, "config": with_current_names(manifest["config"])}
         return self._read[name][1]
+
+    def amend(self, name: str) -> None:
+        """Give a training that is finished, and stays so, what its identity.json says now; its hash is what it was.
+
+        Nothing where it is not finished, or has steps to do: then its identity has other steps than its manifest.
+        """
+        manifest, directory = self.of(name), self.path / name
+        identity = read_json(directory / "identity.json")
+        if manifest is None or not stays_finished(manifest["config"], identity["config"]):
+            return
+        write_json(directory / "manifest.json", {**manifest, **identity})
+        write_atomic(directory / "_SUCCESS", sha256_file(directory / "manifest.json") + "\n")
 
 
 def _version(path: Path) -> _Version:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _STAMPS: dict[str, Callable[[PipelineConfig], str | None]] = {}
 _FILE = "outside.json"
+UNKNOWN = "-"  # a word of a stamp: of that, nothing is known
 
 
 def register(stage: str, stamp: Callable[[PipelineConfig], str | None]) -> None:
@@ -47,6 +48,7 @@ def changes(stage: str, config: PipelineConfig, stamp: object) -> list[str]:
     if stamp is None or stage not in _STAMPS:
         return []
     now = _STAMPS[stage](config)
-    if now is not None:  # older stamps have fewer words
-        now = " ".join(now.split()[: len(str(stamp).split())])
-    return [] if now is None or now == stamp else ["what it reads from outside has changed"]
+    # Older stamps have fewer words.
+    words = zip(str(stamp).split(), "" if now is None else now.split(), strict=False)
+    changed = any(before != word and UNKNOWN not in (before, word) for before, word in words)
+    return ["what it reads from outside has changed"] if changed else []

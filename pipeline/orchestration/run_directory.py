@@ -243,8 +243,7 @@ class RunDirectory:
         Raises:
             UserError: what changed in the middle of a training needs `amend`.
         """
-        identity = identity or self.identity(config, stage)
-        if not self._go_on(stage, identity, amend):
+        if not self._go_on(stage, identity := identity or self.identity(config, stage), amend):
             self._put_in_place(stage, identity)
         if not self.stale_reasons(config, stage) and not self.outside_changes(config, stage):
             return False
@@ -282,6 +281,7 @@ class RunDirectory:
         changes = new_amendments(self.stage(stage.name), stage, identity, amend)
         if changes and not check_only:
             self._record_identity(stage, identity, changes)
+            self._manifests.amend(stage.name)
             for change in changes:
                 log.warning("{}: resumes after step {step} with {key}: {old} -> {new}".format(stage.name, **change))
         return bool(changes)

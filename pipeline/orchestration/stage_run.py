@@ -16,6 +16,7 @@ from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
+from pipeline.orchestration.going_on import shares_of_training
 from pipeline.orchestration.graph import Stage, inputs_of, stages_of
 from pipeline.orchestration.mlflow_mirror import Mirror, is_left_to_others
 from pipeline.orchestration.run_directory import RunDirectory
@@ -65,6 +66,14 @@ class StageRun:
         if name not in self.stage.inputs + self.stage.looks_at:
             raise KeyError(f"{self.name} does not list {name} among its inputs in pipeline/orchestration/graph.py")
         return self._runs.stage(name)
+
+    @property
+    def source_shares(self) -> list[tuple[int, list[int]]]:
+        """From which sample of this training on how many of each 1,000 come from each of prepare.sources.
+
+        Of one source, empty. What changed in the middle of the training, its amendments say.
+        """
+        return shares_of_training(self.config, self.stage, self.directory)
 
     def my_share(self, items: Sequence[T]) -> Sequence[T]:
         """This array task's part of the stage's independent pieces of work; all of them outside an array."""

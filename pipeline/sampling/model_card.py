@@ -27,8 +27,9 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
     config = load_pipeline(config_of(run_directory))
     prepared = RunDirectory(run_directory).manifest("prepare")
     # The config may have changed since; the data is what was prepared.
-    source_of = cast(dict[str, dict[str, str]], prepared["config"]["prepare"])["source"] if prepared else {}
-    kind = source_of.get("kind", config.prepare.source.kind)
+    section = cast(dict[str, object], prepared["config"]["prepare"]) if prepared else config.prepare.model_dump()
+    sources = cast(list[dict[str, str]], section.get("sources") or [section["source"]])
+    kind = ", ".join(dict.fromkeys(source["kind"] for source in sources))
     index = read_json(run_directory / "prepare" / "index.json")
     splits = index["splits"]
     layout = read_json(source.transformer / "config.json")["layout"]

@@ -220,6 +220,7 @@ class Trainer:
         means |= {
             "learning_rate": self.training.learning_rate * learning_rate_factor(self.training, state.step - 1),
             "nonfinite_steps": state.nonfinite_steps,
+            **self.workload.data_metrics(state.step * self.training.batch_size),
         }
         self._logged = (state.step, means | self._speed.read(state.step))
         self.stage.tracker.log(self._logged[1], state.step)

@@ -29,6 +29,9 @@ class Workload(Protocol):
         Closed when the training ends. `pipeline.data.prefetch.load` makes batches ahead.
         """
 
+    def data_metrics(self, samples: int) -> dict[str, float]:
+        """What the log says of the data when so many samples of the training are consumed."""
+
     def evaluate(self, objective: nn.Module) -> dict[str, float]:
         """Metrics on the validation split; collective, without gradients, in eval mode.
 

@@ -122,7 +122,7 @@ class PlainEngine:
 class SmallWorkload:
     """A training of a moment. `at_batch(step, number)` is called before each batch of an evaluation."""
 
-    tokens_per_sample = None
+    tokens_per_sample, data_metrics = None, staticmethod(lambda samples: {})
 
     def __init__(self, at_batch: Callable[[int, int], None] = lambda step, number: None) -> None:
         torch.manual_seed(0)
