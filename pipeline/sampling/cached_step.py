@@ -47,12 +47,12 @@ class CachedDecoder:
         self._rotary = rotary_table(model, cache[0].keys.dtype)
         self._layers = [Layer.build(model, block, own) for block, own in zip(model.blocks, cache, strict=True)]
         self._norm = norm_of(model.norm)
-        self._workspace = Workspace(self._layers[0], self._batch, max(self._batch, 2))
+        self._workspace = Workspace(self._layers[0], self._batch)
 
     def logits(self, hidden_BD: Tensor, index: int) -> Tensor:
         """float32 [B, V]."""
         self._workspace.mixed_CD.copy_(hidden_BD)
-        logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC[0])
+        logits_VC = torch.mm(self._heads[index], self._workspace.mixed_DC)
         return logits_VC[:, : self._batch].t().float().contiguous()
 
     def read(self, code_B: Tensor, index: int) -> Tensor:
@@ -114,39 +114,23 @@ class Layer:
 
 
 class Workspace:
-    """The tensors that a layer writes its results into, and views of them; all layers share one.
+    """The tensors that a layer writes its results into for B rows, and views of them; all layers share one."""
 
-    Products are taken of `columns` rows at a time, and each block of so many has its result apart: names ending in
-    LCD hold L blocks of columns, [L, columns, D], or one without L; lists of blocks are named after one, DC.
-    """
-
-    def __init__(self, layer: Layer, batch: int, columns: int) -> None:
-        own, blocks = layer.attention, -(-batch // columns)
-        rows = blocks * columns
-        new = own.qkv.weight.new_zeros  # rows that fill up a block are computed, too
+    def __init__(self, layer: Layer, batch: int) -> None:
+        own, columns = layer.attention, max(batch, 2)
+        new = own.qkv.weight.new_zeros  # a row that fills up the columns is computed, too
         (qkv_width, width), up_width, hidden = own.qkv.weight.shape, len(layer.mlp_in), layer.mlp.out.weight.shape[1]
-        self.normed_CD, self.mixed_CD, self.hidden_CM = new(rows, width), new(rows, width), new(rows, hidden)
-        normed, mixed, hiddens = (x.split(columns) for x in (self.normed_CD, self.mixed_CD, self.hidden_CM))
-        self.normed_DC, self.mixed_DC, self.hidden_MC = ([x.t() for x in all_] for all_ in (normed, mixed, hiddens))
-        qkv, out, up = new(blocks, qkv_width, columns), new(blocks, width, columns), new(blocks, up_width, columns)
-        self.qkv_EC, self.out_DC, self.up_MC = list(qkv), list(out), list(up)
-        by_block = (lambda x: x) if blocks > 1 else (lambda x: x[0])  # a dimension of one costs as much as another
-        self.rows = (blocks, columns) if blocks > 1 else (columns,)
-        self.out_LCD, self.up_LCM = by_block(out.transpose(1, 2)), by_block(up.transpose(1, 2))
-        self.gate_LCM, self.value_LCM = self.up_LCM[..., :hidden], self.up_LCM[..., -hidden:]
-        self.hidden_LCM = self.hidden_CM.view(*self.rows, hidden)
-        heads, with_keys, used = own.heads, own.heads + own.kv_heads, batch if blocks == 1 else columns
-        by_head = by_block(qkv.transpose(1, 2)[:, :used].unflatten(2, (-1, own.head_width)))  # [L, used, H + 2 G, K]
-        self.projected, self._value = by_head[..., :with_keys, :], by_head[..., with_keys:, :]
-        query_key = new(blocks * used, with_keys, own.head_width)  # normed and rotated
-        self.query_key_L, self.query_key = by_block(query_key.unflatten(0, (blocks, used))), query_key
-        self.query, self.key = query_key[:batch, :heads].unflatten(1, (own.kv_heads, -1)), query_key[:batch, heads:]
+        self.normed_CD, self.mixed_CD, self.hidden_CM = new(columns, width), new(columns, width), new(columns, hidden)
+        self.normed_DC, self.mixed_DC, self.hidden_MC = self.normed_CD.t(), self.mixed_CD.t(), self.hidden_CM.t()
+        self.qkv_EC, self.out_DC, self.up_MC = new(qkv_width, columns), new(width, columns), new(up_width, columns)
+        self.out_CD, self.up_CM = self.out_DC.t(), self.up_MC.t()
+        self.gate_CM, self.value_CM = self.up_CM[:, :hidden], self.up_CM[:, -hidden:]
+        by_head = self.qkv_EC.t()[:batch].unflatten(1, (-1, own.head_width))  # [B, H + 2 G, K]
+        self.projected, self.value = by_head.tensor_split([own.heads + own.kv_heads], dim=1)
+        self.query_key = new(self.projected.shape)  # normed and rotated
+        query, self.key = self.query_key.tensor_split([own.heads], dim=1)
+        self.query = query.unflatten(1, (own.kv_heads, -1))
         self.mixed_BD = self.mixed_CD[:batch]
-
-    @property
-    def value(self) -> Tensor:
-        """[B, G, K]: a view of one block of columns, a copy of several."""
-        return self._value if len(self.rows) == 1 else self._value.flatten(0, 1)[: len(self.mixed_BD)]
 
 
 def run_layers(
@@ -162,33 +146,26 @@ def run_layers(
         rotate: turns `workspace.query_key` in place by its rows' positions.
         attend: puts keys and values into the cache, and attention over what is there into `workspace.mixed_BD`.
     """
-    x_LCD = x_CD.view(workspace.out_LCD.shape)
     for layer in layers:
         layer.attention_norm(x_CD, workspace.normed_CD)
-        _multiply(layer.attention.qkv.weight, workspace.normed_DC, workspace.qkv_EC)
+        torch.mm(layer.attention.qkv.weight, workspace.normed_DC, out=workspace.qkv_EC)
         if layer.qk_norm is not None:
-            layer.qk_norm(workspace.projected, workspace.query_key_L)
+            layer.qk_norm(workspace.projected, workspace.query_key)
         else:
-            workspace.query_key_L.copy_(workspace.projected)
+            workspace.query_key.copy_(workspace.projected)
         if rotate is not None:
             rotate(workspace.query_key)
         attend(layer, workspace)
-        _multiply(layer.attention.out.weight, workspace.mixed_DC, workspace.out_DC)
-        x_LCD += workspace.out_LCD
+        torch.mm(layer.attention.out.weight, workspace.mixed_DC, out=workspace.out_DC)
+        x_CD += workspace.out_CD
         layer.mlp_norm(x_CD, workspace.normed_CD)
-        _multiply(layer.mlp_in, workspace.normed_DC, workspace.up_MC)
+        torch.mm(layer.mlp_in, workspace.normed_DC, out=workspace.up_MC)
         if isinstance(layer.mlp, GELU):
-            workspace.hidden_LCM.copy_(F.gelu(workspace.up_LCM))
+            workspace.hidden_CM.copy_(F.gelu(workspace.up_CM))
         else:
-            torch.mul(F.silu(workspace.gate_LCM), workspace.value_LCM, out=workspace.hidden_LCM)
-        _multiply(layer.mlp.out.weight, workspace.hidden_MC, workspace.out_DC)
-        x_LCD += workspace.out_LCD
-
-
-def _multiply(weight: Tensor, blocks: list[Tensor], out: list[Tensor]) -> None:
-    """weight @ block for each block of columns."""
-    for block, own in zip(blocks, out, strict=True):
-        torch.mm(weight, block, out=own)
+            torch.mul(F.silu(workspace.gate_CM), workspace.value_CM, out=workspace.hidden_CM)
+        torch.mm(layer.mlp.out.weight, workspace.hidden_MC, out=workspace.out_DC)
+        x_CD += workspace.out_CD
 
 
 def attend_at(position: int, layer: Layer, workspace: Workspace) -> None:

@@ -37,8 +37,7 @@ from pipeline.sampling.draw_next import (
     given_at_start,
     guidance_scales,
 )
-from pipeline.sampling.level_decode import draw_by_level
-from pipeline.sampling.parallel_decode import draw_in_passes
+from pipeline.sampling.pass_decode import draw_in_passes, draws_in_passes
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.sampling.speculate import draw_speculating
 from pipeline.sampling.static_step import StaticStep, static_length
@@ -46,7 +45,6 @@ from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.bit_groups import GroupedTransformer, of_codes
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.model import Transformer
-from pipeline.transformer.next_scale import NextScaleTransformer
 from pipeline.transformer.orders import sorted_within_levels
 
 log = logging.getLogger(__name__)
@@ -91,9 +89,7 @@ def draw_codes(
     Returns:
         int64 [B, N], each level's own ids (no offsets).
     """
-    if isinstance(model, NextScaleTransformer):
-        return draw_by_level(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
-    if isinstance(model, AnyOrderTransformer):
+    if draws_in_passes(model):
         return draw_in_passes(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)
     if isinstance(model, GroupedTransformer):
         return draw_by_digits(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN, on_code)

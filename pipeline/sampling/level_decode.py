@@ -1,9 +1,7 @@
-"""Decoding of next-scale models: a pass for each level, whose codes are drawn at once.
+"""Decoding of next-scale models: a pass for each level, whose codes are drawn at once; `pass_decode.py` begins it.
 
-    codes = draw_by_level(model, text, prompt_of, uniforms, SamplingConfig())      # int64 [B, N]
-
-A code is drawn with its candidate's own number for its position, so it does not depend on who shares the batch. Known
-codes (an image prompt) stay; those of coarser levels are seen by all that is drawn, those of the same level by none.
+Known codes (an image prompt) stay; those of coarser levels are seen by all that is drawn, those of the same level by
+none.
 
 Shapes: P prompts, B candidates, R rows (B, or with guidance 2 B: the unprompted ones follow), N codes of all levels,
 n codes of a level, V codes of its codebook, D width.
@@ -11,7 +9,7 @@ n codes of a level, V codes of its codebook, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,42 +24,7 @@ from pipeline.transformer.next_scale import NextScaleTransformer
 _LOGITS_AT_ONCE = 2**22  # of one part of a level's codes: 16 MB in float32, which a draw copies some times
 
 
-def draw_by_level(
-    model: NextScaleTransformer,
-    text_PT: Tensor,
-    prompt_of_B: Tensor,
-    uniforms_BN: Tensor,
-    sampling: SamplingConfig,
-    known_PN: Tensor | None = None,
-    on_level: Callable[[int, Tensor], object] | None = None,
-) -> Tensor:
-    """As `draw_codes`."""
-    codes_BN, levels = begin(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN)
-    for there in levels:
-        if on_level is not None:
-            on_level(there, codes_BN.clamp(min=0))
-    return codes_BN
-
-
-def begin(
-    model: NextScaleTransformer,
-    text_PT: Tensor,
-    prompt_of_B: Tensor,
-    uniforms_BN: Tensor,
-    sampling: SamplingConfig,
-    known_PN: Tensor | None = None,
-) -> tuple[Tensor, Iterator[int]]:
-    """What `draw_by_level` does, a level at a time: the codes, UNKNOWN where none is drawn yet, and an iterator.
-
-    Each `next` draws a level into the codes, and says how many there are of each image.
-    """
-    if known_PN is None:
-        known_PN = text_PT.new_full((len(text_PT), model.layout.image_length), UNKNOWN)
-    codes_BN = known_PN[prompt_of_B]
-    return codes_BN, _levels(model, text_PT, prompt_of_B, uniforms_BN, codes_BN, sampling)
-
-
-def _levels(
+def levels_drawn(
     model: NextScaleTransformer,
     text_PT: Tensor,
     prompt_of_B: Tensor,
@@ -69,6 +32,7 @@ def _levels(
     codes_BN: Tensor,
     sampling: SamplingConfig,
 ) -> Iterator[int]:
+    """As `begin` says: each level's codes into `codes`."""
     layout, twice = model.layout, sampling.guidance != 1.0
     sizes = [level.positions for level in layout.levels]
     parts = list(zip(codes_BN.split(sizes, dim=1), uniforms_BN.split(sizes, dim=1), strict=True))

@@ -19,8 +19,8 @@ _BELOW_1 = 1 - 2**-24  # the largest float32 below 1
 def guide(prompted_BV: Tensor, unprompted_BV: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, equation 6): unprompted + scale * (prompted - unprompted).
 
-    `scale`, a number or a float32 [1], is 1 + w of the paper. 1: the prompted logits themselves; 0: the unprompted
-    ones; above 1: away from them.
+    `scale`, a number or a float32 [1] or [B, 1], is 1 + w of the paper. 1: the prompted logits themselves; 0: the
+    unprompted ones; above 1: away from them.
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return prompted_BV
@@ -57,9 +57,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tens
 def invert_in_float64(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The code at which the cumulative distribution passes the uniform number: on CPUs, where float64 costs little.
 
-    A sum over thousands of codes ends at 1, and the uniform has 53 bits.
+    A sum over thousands of codes ends at 1, and the uniform has 53 bits. Probabilities are as exact as the logits.
     """
-    cumulative = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = logits_BV.softmax(dim=-1).double()
+    torch.cumsum(cumulative, dim=-1, out=cumulative)  # another tensor of this size costs more than the sum
     target = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
     # side "right": a code of probability 0 is never drawn, not even by a uniform of exactly 0.
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)

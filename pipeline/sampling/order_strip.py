@@ -19,14 +19,12 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.level import Level
-from pipeline.sampling import level_decode, parallel_decode
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
 from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.grid import Group, Tile, grid
+from pipeline.sampling.pass_decode import begin, draws_in_passes
 from pipeline.sampling.pipeline import Pipeline
-from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.model import Transformer
-from pipeline.transformer.next_scale import NextScaleTransformer
 
 QUARTERS = 4
 _GRAY, _VEIL = 128.0, 0.6
@@ -57,11 +55,8 @@ def order_strip(pipeline: Pipeline, prompt: str, number: int, seed: int, samplin
 def states(model: Transformer, text_1T: Tensor, uniforms_1N: Tensor, sampling: SamplingConfig) -> list[Tensor]:
     """The codes [N] after each pass (of raster models each code), UNKNOWN where none is yet."""
     one = torch.zeros(1, dtype=torch.int64, device=text_1T.device)
-    if isinstance(model, AnyOrderTransformer):
-        codes_1N, passes = parallel_decode.begin(model, text_1T, one, uniforms_1N, sampling)
-        return [codes_1N[0].clone() for _ in passes]
-    if isinstance(model, NextScaleTransformer):
-        codes_1N, passes = level_decode.begin(model, text_1T, one, uniforms_1N, sampling)
+    if draws_in_passes(model):
+        codes_1N, passes = begin(model, text_1T, one, uniforms_1N, sampling)
         return [codes_1N[0].clone() for _ in passes]
     codes_N = draw_codes(model, text_1T, one, uniforms_1N, sampling)[0]
     places_N = torch.arange(len(codes_N), device=codes_N.device)

@@ -26,5 +26,5 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 
 def multiply(x: Tensor, packed: Tensor) -> Tensor:
     """x W^T, of x [..., D] and W [E, D] as `pack` makes it: [..., E]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
     return product

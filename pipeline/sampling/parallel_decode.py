@@ -1,13 +1,12 @@
 """Decoding in passes, for any-order models: each pass reads the codes of the one before and asks for the next ones.
 
-    codes = draw_in_passes(model, text, prompt_of, uniforms, SamplingConfig(passes=32))      # int64 [B, N]
+`pass_decode.py` begins it.
 
 The codes of a pass are drawn each for itself, from what was there before the pass: many codes a pass are fast, one a
 pass is the model's own distribution. Levels come coarse to fine, and within a level known codes (an image prompt)
 before all others: what is drawn knows them on all sides.
 
-A code is drawn with its candidate's own number for its position, and the order `random` is the candidate's own, too:
-neither depends on who shares the batch.
+The order `random` is the candidate's own, as its numbers are: neither depends on who shares the batch.
 
 Shapes: P prompts, B candidates, R rows (B, or with guidance 2 B: the unprompted ones follow), N codes of all levels,
 n codes of a pass, V codes of the level.
@@ -16,7 +15,7 @@ n codes of a pass, V codes of the level.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -31,47 +30,25 @@ from pipeline.transformer.layout import Layout
 from pipeline.transformer.orders import sorted_within_levels
 
 
-def draw_in_passes(
+def passes_drawn(
     model: AnyOrderTransformer,
     text_PT: Tensor,
     prompt_of_B: Tensor,
     uniforms_BN: Tensor,
+    codes_BN: Tensor,
     sampling: SamplingConfig,
-    known_PN: Tensor | None = None,
-    on_pass: Callable[[int, Tensor], object] | None = None,
-) -> Tensor:
-    """As `draw_codes`. `uniforms` [B, 2 N] hold the numbers of the codes, then those of their places in the order.
+) -> Iterator[int]:
+    """As `begin` says: the codes of each pass into `codes`. `uniforms` [B, 2 N] hold the numbers of the codes, then
+    those of their places in the order.
 
-    The same codes must be known of all prompts.
-    """
-    codes_BN, passes = begin(model, text_PT, prompt_of_B, uniforms_BN, sampling, known_PN)
-    for there in passes:
-        if on_pass is not None:
-            on_pass(there, codes_BN.clamp(min=0))
-    return codes_BN
-
-
-def begin(
-    model: AnyOrderTransformer,
-    text_PT: Tensor,
-    prompt_of_B: Tensor,
-    uniforms_BN: Tensor,
-    sampling: SamplingConfig,
-    known_PN: Tensor | None = None,
-) -> tuple[Tensor, Iterator[int]]:
-    """What `draw_in_passes` does, a pass at a time: the codes, UNKNOWN where none is drawn yet, and an iterator.
-
-    Each `next` makes a pass, writes into the codes, and says how many there are of each image.
+    The same codes must be known of all.
     """
     layout = model.layout
-    if known_PN is None:
-        known_PN = text_PT.new_full((len(text_PT), layout.image_length), UNKNOWN)
-    holes = (known_PN == UNKNOWN).any(0)
-    if not torch.equal(holes.expand_as(known_PN), known_PN == UNKNOWN):
+    holes = (codes_BN == UNKNOWN).any(0)
+    if not torch.equal(holes.expand_as(codes_BN), codes_BN == UNKNOWN):
         raise ValueError("expected the same codes to be known of all prompts")
-    codes_BN = known_PN[prompt_of_B]
     drawing = _Drawing(model, text_PT, prompt_of_B, uniforms_BN, codes_BN, sampling)
-    return codes_BN, _passes(drawing, layout, _order(layout, uniforms_BN, holes, sampling), holes, sampling)
+    return _passes(drawing, layout, _order(layout, uniforms_BN, holes, sampling), holes, sampling)
 
 
 def _passes(

@@ -1,4 +1,4 @@
-"""Requests of an any-order model that come and go: in turn, each advances by a pass.
+"""Requests of a model of order any or scale that come and go: in turn, each advances by a pass.
 
     batch = PassBatch(model, slots=16)
     (rows,) = batch.join([Joining(text_T, uniforms_BN, SamplingConfig(passes=32))])  # B candidates of one prompt
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.sampling.parallel_decode import begin
+from pipeline.sampling.pass_decode import PassTransformer, begin
 from pipeline.sampling.row_batch import Joining, Row
-from pipeline.transformer.any_order import AnyOrderTransformer
 
 
 @dataclass(eq=False)
@@ -40,9 +39,9 @@ class _Request:
 
 
 class PassBatch:
-    """As `RowBatch`, for a transformer of order any. For one thread."""
+    """As `RowBatch`, for a transformer of order any or scale. For one thread."""
 
-    def __init__(self, model: AnyOrderTransformer, slots: int) -> None:
+    def __init__(self, model: PassTransformer, slots: int) -> None:
         self._model, self._slots = model, slots
         self._requests: list[_Request] = []
 
@@ -58,7 +57,7 @@ class PassBatch:
 
     @torch.inference_mode()
     def join(self, joining: Sequence[Joining]) -> list[Sequence[Row]]:
-        """Begin requests; `uniforms` are [B, 2 N]. One of which every code is known is finished at once."""
+        """Begin requests, with `numbers_per_image` uniforms a candidate; all codes known: finished at once."""
         return [self._begin(one) for one in joining]
 
     def _begin(self, one: Joining) -> Sequence[Row]:

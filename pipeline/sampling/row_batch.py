@@ -16,7 +16,7 @@ guided one, whose unprompted half follows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.sampling.draw_next import UNKNOWN, given_at_start, guidance_scales
-from pipeline.sampling.logits import draw, guide
+from pipeline.sampling.logits import draw, guided
 from pipeline.sampling.row_step import RowStep
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.model import Transformer
@@ -58,20 +58,22 @@ class Row:
     Attributes:
         codes: int64 [N] on the CPU, each level's own ids; UNKNOWN (-1) where none is there yet.
         index: so many codes are drawn.
+        count: of all its codes.
+        slots: rows of the cache that it takes.
     """
 
     codes: Tensor
     index: int
     sampling: SamplingConfig
+    count: int = field(init=False)
+    slots: int = field(init=False)
+
+    def __post_init__(self) -> None:  # both are asked for at each code
+        self.count, self.slots = len(self.codes), slots_of(self.sampling)
 
     @property
     def finished(self) -> bool:
-        return self.index == len(self.codes)
-
-    @property
-    def slots(self) -> int:
-        """Rows of the cache that it takes."""
-        return slots_of(self.sampling)
+        return self.index == self.count
 
 
 @dataclass(eq=False)
@@ -97,7 +99,7 @@ class RowBatch:
         if model.order != "raster":
             raise UserError(
                 f"expected a transformer of order raster, whose images advance code by code, found {model.order}:"
-                f" {'take a PassBatch' if model.order == 'any' else 'smalti generate draws its images'}"
+                " take a PassBatch"
             )
         self._model, self._slots = model, slots
         self._levels = [model.layout.level_at(index) for index in range(model.layout.image_length)]
@@ -190,14 +192,11 @@ class RowBatch:
     def _draw(self, rows: Sequence[RasterRow], slots: Sequence[int]) -> None:
         """The next code of rows of one kind, whose first rows of the cache are `slots`."""
         level = self._levels[rows[0].index]
-        guided = rows[0].scales is not None
-        both = [*slots, *(slot + 1 for slot in slots)] if guided else slots
-        own = self._hidden if list(both) == list(range(len(self._hidden))) else self._hidden[list(both)]
+        scales = [row.scales[row.index] for row in rows if row.scales is not None]
+        both = [*slots, *(slot + 1 for slot in slots)] if scales else slots
+        own = self._hidden if list(both) == list(range(self._hidden.shape[0])) else self._hidden[list(both)]
         logits = self._step.logits(own, level)
-        if guided:
-            prompted, unprompted = logits.chunk(2)
-            scales = [row.scales[row.index] for row in rows if row.scales is not None]
-            logits = guide(prompted, unprompted, logits.new_tensor(scales)[:, None])
+        logits = guided(logits, logits.new_tensor(scales)[:, None] if scales else None)
         uniforms = torch.tensor([row.uniforms[row.index] for row in rows], dtype=torch.float64, device=logits.device)
         for row, code in zip(rows, draw(logits, uniforms, rows[0].sampling).tolist(), strict=True):
             known = UNKNOWN if row.known is None else row.known[row.index]

@@ -57,12 +57,12 @@ class RowStep:
         levels = [layout.level_at(index) for index in range(layout.image_length)]
         self._layout, self._tables, self._embedding = layout, model.tables, model.embedding.weight
         self._offsets = [layout.level_offsets[level] for level in levels]  # of a code in the one vocabulary
-        self._first = layout.text_length + 1  # code 0's position
+        self._first, self._length = layout.text_length + 1, layout.length  # code 0's position, and L
         codes = code_positions(model)
         text = None if model.text_position is None else model.text_position.weight
         self._positions = None if codes is None or text is None else torch.cat([text, codes])  # [1 + T + N, D]
-        self._rotary = model.tables.rotary(0, layout.length, weight.dtype) if self._positions is None else None
-        self._layers = [_Layer.build(block, slots, layout.length) for block in model.blocks]
+        self._rotary = model.tables.rotary(0, self._length, weight.dtype) if self._positions is None else None
+        self._layers = [_Layer.build(block, slots, self._length) for block in model.blocks]
         self._norm, self._floor = _norm_of(model.norm), _floor_of(model.norm)
         self._heads = [RowProduct(_behind(model.norm, head)) for head in level_weights(model)[1]]
         self._masks: dict[int, dict[Pattern, Tensor]] = {}
@@ -77,8 +77,9 @@ class RowStep:
 
     def logits(self, hidden_BW: Tensor, level: int) -> Tensor:
         """What predicts the next code, of `level`: float32 [B, V]."""
-        parts = [hidden_BW] if self._together else hidden_BW.split(1)
-        return torch.cat([self._heads[level](part) for part in parts]).float()
+        if self._together:
+            return self._heads[level](hidden_BW).float()
+        return torch.cat([self._heads[level](row) for row in hidden_BW.split(1)]).float()
 
     def read(self, codes: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Put code `indices[row]` of the N into the cache's row, for its first B rows; [B, W], for `logits`."""
@@ -90,7 +91,7 @@ class RowStep:
 
     def _read(self, ids: list[int], at: list[int], first: int) -> Tensor:
         """The same of what has `ids` in the one vocabulary, into the rows from `first` on."""
-        written = [row * self._layout.length + position for row, position in enumerate(at, first)]  # of the flat cache
+        written = [row * self._length + position for row, position in enumerate(at, first)]  # of the flat cache
         ids_B, position_B, written_B = torch.tensor([ids, at, written]).to(self._embedding.device)
         x_BW, turn = self._embedded(ids_B, position_B), self._turn(position_B)
         windows = self._windows(at, position_B, first)
@@ -146,7 +147,7 @@ class RowStep:
     def _windows(self, at: Sequence[int], position_B: Tensor, first: int) -> list[_Window]:
         """Stretches of rows whose positions `at` lie in one window of the cache."""
         found, start = [], 0
-        for end, members in groupby(min((position // WINDOW + 1) * WINDOW, self._layout.length) for position in at):
+        for end, members in groupby(min((position // WINDOW + 1) * WINDOW, self._length) for position in at):
             stop = start + len(list(members))
             tables, own = self._tables_to(end), position_B[start:stop]
             masks = {pattern: table.index_select(0, own) for pattern, table in tables.items()}

@@ -80,7 +80,7 @@ class CachedWindowStep:
         n, rows = len(codes_n), self._rows * len(codes_n)
         workspace = self._workspaces.get(n)
         if workspace is None:
-            workspace = self._workspaces[n] = Workspace(self._layers[0], rows, max(rows, 2))
+            workspace = self._workspaces[n] = Workspace(self._layers[0], rows)
         x_nD = self._model.embedding(codes_n + self._offsets[index : index + n])
         if self._code_positions is not None:
             x_nD = x_nD + self._code_positions[index : index + n]

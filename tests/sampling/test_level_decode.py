@@ -150,7 +150,5 @@ def test_what_a_next_scale_model_cannot_do_is_refused_in_one_line() -> None:
         check_sampling(SamplingConfig(speculate=4), model, True)
     with pytest.raises(UserError, match="^--compile .* of order raster, found scale: leave it out"):
         check_compiler(model)
-    with pytest.raises(
-        UserError, match="^expected a transformer of order raster, .* found scale: smalti generate draws"
-    ):
+    with pytest.raises(UserError, match="^expected a transformer of order raster, .* found scale: take a PassBatch"):
         RowBatch(model, 2)
