@@ -13,7 +13,6 @@ other work on the machine disturbs less than the clock.
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import statistics
@@ -32,19 +31,20 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
+from benchmarks.hollow_arrays import hollow_arrays
 from pipeline.config.base import load_config
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.transformer import TransformerConfig
-from pipeline.core.atomic_io import write_json
 from pipeline.data import png
 from pipeline.data.duplicates import same_image, same_key
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
-from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, tokenize_shards
+from pipeline.data.token_parts import token_parts
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, tokenize_shards
 from pipeline.image_tokenizer.base import build
 from pipeline.text_tokenizer import TextTokenizer
 from pipeline.transformer.layout import Layout
@@ -196,28 +196,6 @@ def resume(prepared: Path) -> None:
 # --- sampler -----------------------------------------------------------------------------------------------------
 
 
-def hollow_arrays(folder: Path, shard_count: int, samples: int, text: int, side: int) -> Path:
-    """Token arrays of zeros that take no room on disk, to see what a size costs."""
-    entries = []
-    (folder / "train").mkdir(parents=True)
-    for number in range(shard_count):
-        names = {"text": f"train/{number:06d}.text.npy", "codes": [f"train/{number:06d}.codes.0.npy"]}
-        for name, shape in ((names["text"], (samples, text)), (names["codes"][0], (samples, 1, side * side))):
-            with open(folder / str(name), "wb") as file:
-                header = {"descr": "<u2", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(file.tell() + 2 * math.prod(shape))
-        entries.append({**names, "keys": "", "samples": samples, "crops": 1, "sha256": {}})
-    index = {
-        "levels": [{"height": side, "width": side, "codebook_size": 1024}],
-        "text_length": text,
-        "text_vocab_size": 2048,
-        "splits": {"train": {"samples": samples * shard_count, "shards": entries}},
-    }
-    write_json(folder / "index.json", index)
-    return folder
-
-
 def sampler() -> None:
     """The tables of `sampler`."""
     config = load_config(PipelineConfig, DEMO)
@@ -269,7 +247,7 @@ def training_samples_s(config: TransformerConfig, text: int, side: int, batch: i
 
 
 def billion(arrays: Path) -> None:
-    """10^9 samples in 1,000 shards (files of zeros without blocks): the real sampler from several positions."""
+    """10^9 samples of 1,000 shards (in files of zeros without blocks): the real sampler from several positions."""
     rows = []
     resident = psutil.Process().memory_info
     for position in (0, 10**9, 10**9 - 17, 7 * 10**11):
@@ -351,7 +329,7 @@ def tokenized_s(folder: Path, config: PipelineConfig, size: int) -> tuple[float,
     encoders = Encoders(tokenizer.encode, text.encode, tokenizer.levels, text.text_length, text.vocab_size, hashes)
     images = torch.from_numpy(np.stack([np.asarray(s.image) for s in read_samples(prepared, "train")]))
     batches = torch.split(images.permute(0, 3, 1, 2).float().div(255).contiguous(), BATCH)
-    train = [(split, shard) for split, shard in all_shards(prepared) if split == "train"]
+    train = token_parts(prepared, ["train"])
     alone, whole = [], []
     for number in range(ROUNDS + 1):
         started = time.perf_counter()

@@ -1,8 +1,8 @@
 """Stage tokenize: image shards -> token arrays.
 
-Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys
-(train/, val/), and index.json with checksums. Array tasks share the shards; a finished one is verified, not made
-again. The stage itself, after the tasks, makes the index.
+Reads prepare's shards and both tokenizers. Writes for every shard the codes of each level, text ids and keys, those of
+many shards in one file (train/, val/), and index.json with checksums. Array tasks share these files; what is finished
+is verified, not made again. The stage itself, after the tasks, makes the index.
 See pipeline/data/tokenize_shards.py.
 """
 
@@ -18,8 +18,9 @@ from pipeline.cli.stage import run_stage
 from pipeline.core import distributed, signals
 from pipeline.core.arithmetic import set_arithmetic
 from pipeline.core.progress import progress
-from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
-from pipeline.data.tokens import caption_count
+from pipeline.data.token_parts import token_parts
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, join, tokenize_shards, tokenizer_hashes
+from pipeline.data.tokens import records_path
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.text_tokenizer import TextTokenizer
@@ -48,9 +49,10 @@ def load_encoders(run: StageRun) -> Encoders:
 def main(run: StageRun) -> None:
     """Run the stage, or an array task of it, in `run`."""
     job = TokenizeJob(run.directory, run.input("prepare"), load_encoders(run), run.config.tokenize, run.seed)
-    mine = run.my_share(all_shards(job.prepare_dir))
+    mine = run.my_share(token_parts(job.prepare_dir))
+    count = sum(len(part.shards) for part in mine)
     with closing(tokenize_shards(job, mine)) as made:
-        for done, _ in enumerate(progress(made, total=len(mine), description="tokenize", unit="shard"), start=1):
+        for done, _ in enumerate(progress(made, total=count, description="tokenize", unit="shard"), start=1):
             run.pieces_done(done)
             signals.check()
     if run.array_task is None:
@@ -61,14 +63,14 @@ def _join(run: StageRun, job: TokenizeJob) -> None:
     """Write the index, list the outputs, and log how many captions the window cut."""
     index = join(job)
     for split, found in index["splits"].items():
-        for shard in found["shards"]:
-            for name, sha256 in shard["sha256"].items():
-                run.add_output(name, sha256=sha256)
+        run.add_output(records_path(run.directory, split), sha256=found["sha256"])
+        if found["shards"]:
+            run.add_output(split)
         log.info(
             "%s: %d of %d captions are longer than the window of %d tokens and were cut",
             split,
             found["captions_cut"],
-            caption_count(found),
+            found["captions"],
             job.encoders.text_length,
         )
     log.info("codes were made in %s, without TF32", index.get("precision"))

@@ -60,8 +60,11 @@ class Workload:
         self.train = TokenSampler(tokens, "train", seed, encode_caption=encode, draw_captions=True, shares=shares)
         tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = TokenSampler(tokens, "val", run.config.seed)
-        self.train.verify()
-        self.validation.verify()
+        for sampler in (self.train, self.validation):
+            if self.config.verify == "first":
+                sampler.verify()
+            else:
+                sampler.verify_behind()
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
@@ -75,6 +78,15 @@ class Workload:
             tokenizer_hashes(run.input("image-tokenizer") / "model", run.input("text-tokenizer")),
             (self.text_tokenizer.text_length, self.text_tokenizer.vocab_size, image_tokenizer.levels),
         )
+
+    def verify_to_the_end(self) -> None:
+        """Wait until all token arrays have been compared with their checksums.
+
+        Raises, on every rank, UserError where one is damaged.
+        """
+        if self.config.verify != "first":
+            self.train.verify()
+            self.validation.verify()
 
     @property
     def tokens_per_sample(self) -> int:
@@ -181,6 +193,7 @@ def main(run: StageRun) -> None:
         deepspeed=config.deepspeed,
         initial=workload.initial,
     )
+    workload.verify_to_the_end()
     if not distributed.is_main():
         return
     consolidate(checkpoint, run.directory / "model")

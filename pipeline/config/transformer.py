@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Config, added
+from pipeline.config.base import Config, added, operational
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
 
 STYLES: dict[str, dict[str, str | bool]] = {
@@ -139,6 +139,10 @@ class TransformerConfig(TransformerShape):
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator; try 1e-4")
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of captions replaced by pads in training; guidance needs some"
+    )
+    verify: Literal["background", "first"] = operational(
+        "background",
+        description="compare token arrays with their checksums while training begins, or first",
     )
     bpe_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of BPE merges left out in training; Ramesh et al. 2021: 0.1"

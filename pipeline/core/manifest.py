@@ -9,6 +9,8 @@ if fault:
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import NotRequired, TypedDict
 from pipeline.core.atomic_io import sha256_file
 
 BLOCK_BYTES = 1 << 22  # 200 GB have 48,000 of them, 4 MB of manifest
+_SIZED_FILES = 4_096  # of a folder; who reads one of more compares its size
 
 
 class FileRecord(TypedDict):
     """What is recorded of a file: its hash, or one for each block, so that processes can share looking at it."""
 
     bytes: NotRequired[int]  # some formats on disk record the hash alone
+    files: NotRequired[int]  # of a folder, whose `bytes` are those of all; a file beside it has a hash of each
     sha256: NotRequired[str]  # of the whole file, or
     block_bytes: NotRequired[int]
     blocks: NotRequired[list[tuple[int, str]]]  # first byte and SHA-256 of each; of a share not all of them
@@ -71,7 +75,10 @@ class Fault:
 
 
 def record(path: Path, sha256: str | None = None) -> FileRecord:
-    """The record of a file that is there. `sha256`: its hash, where that is known already."""
+    """The record of a file that is there, or of a folder. `sha256`: its hash, where that is known already."""
+    if path.is_dir():
+        names = _names(path)
+        return {"files": len(names), "bytes": sum((path / name).stat().st_size for name in names)}
     return {"bytes": path.stat().st_size, "sha256": sha256 or sha256_file(path)}
 
 
@@ -86,11 +93,32 @@ def first_fault(directory: Path, files: Mapping[str, FileRecord], *, hashed: boo
     return next((fault for name in files if (fault := _fault(directory / name, files[name], hashed))), None)
 
 
+def _names(folder: Path) -> list[str]:
+    """Of the files in a folder, but for those on their way (`atomic_path`)."""
+    return [name for name in os.listdir(folder) if not name.startswith(".")]
+
+
+def _fault_of_folder(path: Path, recorded: FileRecord) -> Fault | None:
+    """Files are counted, and unless there are very many, their sizes added up: each is a request to the file system."""
+    if not path.is_dir():
+        return Fault(path, f"{recorded['files']} files", "no folder")
+    names = _names(path)
+    if len(names) != recorded["files"]:
+        return Fault(path, f"{recorded['files']} files", f"{len(names)} files")
+    if len(names) > _SIZED_FILES:
+        return None
+    if (size := sum(_size(path / name) or 0 for name in names)) != recorded["bytes"]:
+        return Fault(path, f"files of {recorded['bytes']} bytes together", f"{size} bytes")
+    return None
+
+
 def _fault(path: Path, recorded: FileRecord, hashed: bool) -> Fault | None:
-    size = recorded.get("bytes")
-    if not path.is_file():
+    if "files" in recorded:
+        return _fault_of_folder(path, recorded)
+    size, found = recorded.get("bytes"), _size(path)
+    if found is None:
         return Fault(path, _sha256(recorded.get("sha256", "none")) if size is None else f"{size} bytes", "no file")
-    if size is not None and (found := path.stat().st_size) != size:
+    if size is not None and found != size:
         return Fault(path, f"{size} bytes", f"{found} bytes")
     if not hashed:
         return None
@@ -99,6 +127,15 @@ def _fault(path: Path, recorded: FileRecord, hashed: bool) -> Fault | None:
     if (sha256 := sha256_file(path)) != recorded.get("sha256"):
         return Fault(path, _sha256(recorded.get("sha256", "none")), _sha256(sha256))
     return None
+
+
+def _size(path: Path) -> int | None:
+    """In bytes, None if there is no such file; asks the file system once."""
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no path has a null
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
 def _fault_of_blocks(path: Path, blocks: list[tuple[int, str]], block_bytes: int) -> Fault | None:

@@ -7,7 +7,8 @@ source_stamp        whether a source is still what it was
 images, png         bytes -> an RGB image of one size, or the reason why not; PNG files that decode fast
 splits, duplicates  which split a sample belongs to; which samples repeat an earlier key or image
 shards              the format of image shards: writing, reading, index
-tokenize_shards     image shards -> token arrays; tokens: their format, reading, verifying
+tokenize_shards     image shards -> token arrays; token_blocks, token_parts: their files; tokens: reading, verifying
+verification        checks in a thread, while their subject is in use already
 order               the orders of samples: pure functions of (seed, position)
 stream, sampler     image shards -> batches of images, token arrays -> batches of tokens, in those orders
 inspect, export     `smalti data inspect` and `smalti data export`

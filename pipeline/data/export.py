@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.atomic_io import read_json, write_atomic
+from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes, to_pil
 from pipeline.data.images import grid
 from pipeline.data.tokenize_shards import hash_of_files
-from pipeline.data.tokens import TokenArrays
+from pipeline.data.tokens import TokenArrays, read_token_index
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.text_tokenizer import TextTokenizer
 
@@ -52,7 +52,7 @@ def export_tokens(
         text, codes = arrays.gather(numbers[here], crops[here])
         images = _decoded(images_of, torch.from_numpy(codes).long(), arrays)
         for row, (number, crop) in enumerate(zip(numbers[here].tolist(), crops[here].tolist(), strict=True)):
-            key = _key(arrays, number)
+            key = arrays.keys(np.array([number]))[0]
             name = f"{key}.crop-{crop}.png" if crop else f"{key}.png"
             write_atomic(out / name, png_bytes(images[row]))
             if not crop:
@@ -63,7 +63,7 @@ def export_tokens(
 
 
 def _check(tokenize_dir: Path, name: str, directory: Path, files: list[str]) -> None:
-    expected = read_json(tokenize_dir / "index.json")["tokenizers"][name]
+    expected = read_token_index(tokenize_dir)["tokenizers"][name]
     if hash_of_files(directory, files) != expected:
         raise UserError(f"{tokenize_dir} was made by another {name} than {directory}: give its own with --{name}")
 
@@ -72,8 +72,3 @@ def _decoded(tokenizer: ImageTokenizer, codes: torch.Tensor, arrays: TokenArrays
     levels = torch.split(codes, [level.positions for level in arrays.levels], dim=1)
     with torch.no_grad():
         return to_pil(tokenizer.decode(list(levels)))
-
-
-def _key(arrays: TokenArrays, number: int) -> str:
-    shard = int(arrays.shard_of(np.array(number)))
-    return arrays.keys(shard)[number - int(arrays.counts[:shard].sum())]

@@ -8,24 +8,21 @@ from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.progress import progress
 from pipeline.data import shards as image_shards
-from pipeline.data import tokens
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import grid
 from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard
-from pipeline.data.sources.base import fault
 from pipeline.data.splits import SPLITS
-from pipeline.data.tokens import TokenIndex, TokenShard, check_arrays
+from pipeline.data.tokens import TokenArrays, TokenIndex, read_token_index
 
 _CAPTIONS = 100_000  # read for the statistics of captions
 _SHEET_COLUMNS = _SHEET_ROWS = 12  # images of the contact sheet
-_USAGE_SHARDS = 16  # read for the statistics of codes
+_USAGE_SAMPLES = 16_384  # read for the statistics of codes
 
 
 def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[str]:
@@ -42,7 +39,7 @@ def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[
         if _is_of_images(index):
             yield from _images(folder, index, sheet, verify)
         elif _is_of_tokens(index):
-            yield from _tokens(folder, index, verify)
+            yield from _tokens(folder, read_token_index(folder), verify)
         else:
             raise UserError(f"{folder / 'index.json'} is an index of neither image shards nor token arrays")
 
@@ -127,40 +124,33 @@ def _tokens(folder: Path, index: TokenIndex, verify: bool) -> Iterator[str]:
     yield f"{folder}: codes {grids}; captions of {index['text_length']} tokens of {index['text_vocab_size']:,}"
     for split in SPLITS:
         entry = index["splits"][split]
-        names = [name for shard in entry["shards"] for name in shard["sha256"]]
-        size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
-        crops = entry["shards"][0]["crops"] if entry["shards"] else 0
-        captions = _with_captions(entry["samples"], tokens.caption_count(entry))
+        captions = _with_captions(entry["samples"], entry["captions"])
         yield (
-            f"  {split:<6}{entry['samples']:>12,} samples{captions} in {len(entry['shards']):,} shards, "
-            f"{crops} crop{'s' if crops != 1 else ''} each, {_size(size)}"
+            f"  {split:<6}{entry['samples']:>12,} samples{captions} in {entry['shards']:,} shards, "
+            f"{entry['crops']} crop{'s' if entry['crops'] != 1 else ''} each, {_size(entry['bytes'])}"
         )
-        if entry["shards"]:
-            yield from _usage(folder, index, entry["shards"])
+        if not entry["shards"]:
+            continue
+        arrays = TokenArrays(folder, split)
+        yield from _usage(arrays)
         if verify:
-            for shard in progress(entry["shards"], description="verify", unit="shard", shown=len(names) > 20):
-                check_arrays(folder, shard)
+            arrays.verify(progress(range(arrays.shards), description="verify", unit="shard", shown=arrays.shards > 20))
     if verify:
         yield "  every array is what its checksum says"
 
 
-def _usage(folder: Path, index: TokenIndex, shards: list[TokenShard]) -> Iterator[str]:
-    """How much of each codebook, and of the caption's window, the first shards use."""
-    first = shards[:_USAGE_SHARDS]
-    for level, grid_of_level in enumerate(index["levels"]):
-        used = np.unique(np.concatenate([np.unique(_array(folder / s["codes"][level])) for s in first]))
-        yield f"        level {level}: {len(used):,} of {grid_of_level['codebook_size']:,} codes are used"
-    lengths = np.concatenate([(_array(folder / shard["text"]) != 0).sum(axis=1) for shard in first])
-    full = (lengths == index["text_length"]).mean()
+def _usage(arrays: TokenArrays) -> Iterator[str]:
+    """How much of each codebook, and of the caption's window, the first samples use."""
+    samples = np.arange(min(len(arrays), _USAGE_SAMPLES))
+    every = [arrays.gather(samples, np.full(len(samples), crop)) for crop in range(arrays.crops)]
+    start = 0
+    for number, level in enumerate(arrays.levels):
+        used = np.unique(np.concatenate([codes[:, start : start + level.positions] for _, codes in every]))
+        yield f"        level {number}: {len(used):,} of {level.codebook_size:,} codes are used"
+        start += level.positions
+    lengths = (every[0][0] != 0).sum(axis=1)
+    full = (lengths == arrays.text_length).mean()
     yield f"        captions: {lengths.min()} to {lengths.max()} tokens; {full:.1%} fill the window"
-
-
-def _array(path: Path) -> NDArray[np.uint16 | np.uint32]:
-    try:
-        array: NDArray[np.uint16 | np.uint32] = np.load(path, mmap_mode="r")
-        return array
-    except Exception as error:  # numpy reads a header as Python, which fails in some ten ways
-        raise UserError(f"{path} is missing or damaged: {fault(error)}: run the stage tokenize again") from error
 
 
 def _with_captions(samples: int, captions: int) -> str:

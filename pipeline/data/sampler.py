@@ -12,6 +12,7 @@ batches ahead (`prefetch.py`).
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.data.mixture import Shares, source_sizes, token_order
 from pipeline.data.order import caption_in_epoch
 from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
+from pipeline.data.verification import Verification
 
 _MOST_WORKERS = 4  # that encode captions: 64 captions of 40 words in 20 ms
 
@@ -60,6 +62,7 @@ class TokenSampler:
         self.seed = seed
         self._encode_caption = encode_caption
         self._draws = draw_captions and self.arrays.several_captions
+        self._verification: Verification | None = None
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
 
@@ -68,18 +71,33 @@ class TokenSampler:
         return len(self.arrays)
 
     def verify(self) -> None:
-        """Compare every array with its checksum, each rank a share of the shards; for the start of a stage.
+        """Compare all arrays with their checksums, each rank a share of the shards.
+
+        What `verify_behind` has begun is waited for.
 
         Raises, on every rank, UserError that names the first file that is not as the stage tokenize wrote it.
         """
-        error = None
-        try:
-            self.arrays.verify(range(self.rank, len(self.arrays.shards), self.world_size))
-        except UserError as damage:
-            error = damage
-        for found in distributed.all_gather_objects(error):
+        verification = self._verification or Verification([partial(self.arrays.verify, self._my_shards())])
+        self._verification = None
+        for found in distributed.all_gather_objects(verification.result()):
             if found is not None:
                 raise found
+
+    def verify_behind(self) -> None:
+        """Begin to compare all arrays, in a thread, while batches are read: those raise what it finds by then.
+
+        Call `verify` at the end, which waits for it.
+        """
+        self._verification = Verification(partial(self._check_behind, shard) for shard in self._my_shards())
+
+    def _my_shards(self) -> range:
+        return range(self.rank, self.arrays.shards, self.world_size)
+
+    def _check_behind(self, shard: int) -> None:
+        try:
+            self.arrays.verify([shard])
+        except UserError as error:
+            raise UserError(f"{error}; checkpoints since this start may have learned from it") from error
 
     def batches(self, consumed: int, batch_size: int) -> Generator[dict[str, Tensor], None, None]:
         """Endless batches from global sample `consumed` on; `{"text": int64 [b, T], "codes": int64 [b, N]}`.
@@ -105,6 +123,8 @@ class TokenSampler:
         self, start: int, stride: int, share: int, workers: CaptionWorkers | None
     ) -> Generator[dict[str, Tensor], None, None]:
         while True:
+            if self._verification is not None:
+                self._verification.raise_fault()
             samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.
             which = None

@@ -1,11 +1,11 @@
 """Image shards -> token arrays (format: `tokens.py`), shard by shard.
 
     job = TokenizeJob(directory, prepare_dir, encoders, config, seed)
-    for made in tokenize_shards(job, all_shards(prepare_dir)[task::tasks]): ...
+    for made in tokenize_shards(job, token_parts(prepare_dir)[task::tasks]): ...
     index = join(job)
 
-`tokenize_shards` makes the arrays of each image shard on its own: tasks share the shards, and a task may die and be run
-again. `join` checks that all are there and as recorded, and writes the index.
+`tokenize_shards` makes the arrays of each image shard on its own, and puts those of a part (`token_parts.py`) into one
+file: tasks share the parts, and a task may die and be run again. `join` checks that all are there and writes the index.
 
 Threads decode and crop images and encode their captions; on a CPU they run the image tokenizer too, a batch each; on
 a GPU the main thread does. Meanwhile one thread reads on, across the borders of shards, and another writes the arrays
@@ -21,7 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -30,26 +29,18 @@ from PIL import Image
 
 from pipeline.config.base import digest, identity
 from pipeline.config.tokenize import TokenizeConfig
-from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_atomic, write_json
-from pipeline.core.errors import UserError
+from pipeline.core.atomic_io import sha256_file, write_json
 from pipeline.core.iteration import batched
 from pipeline.core.level import Level
-from pipeline.core.manifest import first_fault
 from pipeline.core.seeds import random_of
 from pipeline.data import stored_image
 from pipeline.data.catalog import Catalog
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
 from pipeline.data.splits import SPLITS
-from pipeline.data.tokens import (
-    LARGEST_ROW,
-    TokenIndex,
-    TokenShard,
-    TokenSplit,
-    array_records,
-    check_arrays,
-    token_dtype,
-)
+from pipeline.data.token_blocks import Content, Records, Shape
+from pipeline.data.token_parts import Part, PartWriter, remove_others, token_parts
+from pipeline.data.tokens import FORMAT, LevelEntry, TokenIndex, write_records
 
 
 @dataclass(frozen=True)
@@ -74,13 +65,6 @@ class Encoders:
     count_text: Callable[[list[str]], list[int]] | None = None
 
 
-class ShardRecord(TypedDict):
-    """The record of a finished shard, written last."""
-
-    made_from: str
-    shard: TokenShard
-
-
 @dataclass(frozen=True)
 class TokenizeJob:
     """Which image shards become token arrays, where, and by what."""
@@ -95,20 +79,16 @@ class TokenizeJob:
         """The hash of all that decides the arrays of an image shard."""
         return digest([shard.sha256, self.encoders.hashes, identity(self.config), self.seed])
 
-    def record(self, shard: Shard) -> ShardRecord | None:
-        """The record of an image shard's arrays; None if there is none, or they were made from something else."""
-        path = self.record_path(shard)
-        record: ShardRecord | None = read_json(path) if path.is_file() else None
-        return record if record and record["made_from"] == self.made_from(shard) else None
+    def writer(self, part: Part) -> PartWriter:
+        """What writes the arrays of a part, and knows which are there."""
+        made_from = [self.made_from(shard) for shard in part.shards]
+        return PartWriter(self.directory, part, self.shape(part.split), made_from)
 
-    def record_path(self, shard: Shard) -> Path:
-        """The file of `record`."""
-        return self.directory / f"{shard.stem}.json"
-
-    def is_finished(self, shard: Shard) -> bool:
-        """Are the arrays of an image shard there, and as recorded?"""
-        record = self.record(shard)
-        return record is not None and first_fault(self.directory, array_records(record["shard"])) is None
+    def shape(self, split: str) -> Shape:
+        """What the arrays of a split have in common."""
+        encoders = self.encoders
+        crops = self.config.crops if split == "train" else 1
+        return Shape(encoders.text_length, encoders.text_vocab_size, tuple(encoders.levels), crops)
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,8 @@ class _Batch:
 class _End:
     """What comes after the last batch of a shard."""
 
-    shard: Shard
+    writer: PartWriter
+    number: int  # of the shard in its part
     crops: int
     is_new: bool  # False: its arrays were there
 
@@ -144,14 +125,8 @@ def tokenizer_hashes(image_dir: Path, text_dir: Path) -> dict[str, str]:
     }
 
 
-def all_shards(prepare_dir: Path) -> list[tuple[str, Shard]]:
-    """(split, image shard) of everything that is to be tokenized, in a fixed order."""
-    splits = read_index(prepare_dir)["splits"]
-    return [(split, Shard(**entry)) for split in SPLITS for entry in splits[split]["shards"]]
-
-
-def tokenize_shards(job: TokenizeJob, shards: Sequence[tuple[str, Shard]]) -> Generator[bool, None, None]:
-    """Make the token arrays of these (split, image shard), unless they are there and as recorded.
+def tokenize_shards(job: TokenizeJob, parts: Sequence[Part]) -> Generator[bool, None, None]:
+    """Make the token arrays of the image shards of these parts, unless they are there and as recorded.
 
     Yields for each shard in turn, when its arrays lie on the disk, whether there was something to do. When closed early
     it still writes the shard that is computed.
@@ -164,7 +139,7 @@ def tokenize_shards(job: TokenizeJob, shards: Sequence[tuple[str, Shard]]) -> Ge
     late: list[torch.Tensor] = []
     writing: deque[Future[bool]] = deque()  # a shard is written while the next one is computed
     with _workers() as pool, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        steps = ahead(_steps(job, shards, pool), torch.get_num_threads() + 1)
+        steps = ahead(_steps(job, parts, pool), torch.get_num_threads() + 1)
         with closing(steps):
             for step in steps:
                 if isinstance(step, Future):
@@ -180,7 +155,7 @@ def tokenize_shards(job: TokenizeJob, shards: Sequence[tuple[str, Shard]]) -> Ge
                     continue
                 if step.is_new:
                     arrays.fetch(late)
-                    writing.append(writer.submit(_write, job, step, arrays))
+                    writing.append(writer.submit(_write, step, arrays))
                     arrays, late = _Arrays([]), []
                 else:
                     writing.append(writer.submit(bool))
@@ -222,68 +197,45 @@ class _Arrays:
             self.codes.append([level_codes.cpu() for level_codes in late])
 
 
-def _write(job: TokenizeJob, end: _End, arrays: _Arrays) -> bool:
-    """Write the arrays of a shard, and then the record that vouches for them."""
-    directory, encoders = job.directory, job.encoders
-    stem, count = end.shard.stem, len(arrays.keys)
-    names = {"text": f"{stem}.text.npy", "keys": f"{stem}.keys.txt", "captions": f"{stem}.captions.txt"}
-    code_names = [f"{stem}.codes.{level}.npy" for level in range(len(encoders.levels))]
-    _save(directory / names["text"], np.concatenate(arrays.text), encoders.text_vocab_size)
-    for name, level, parts in zip(code_names, encoders.levels, zip(*arrays.codes, strict=True), strict=True):
-        _save(directory / name, torch.cat(parts).view(count, end.crops, -1).numpy(), level.codebook_size)
-    write_atomic(directory / names["keys"], "".join(f"{key}\n" for key in arrays.keys))
-    # A line break is white space like any other, which the text tokenizer makes a space.
-    lines = (caption.replace("\n", " ") for caption in arrays.captions)
-    write_atomic(directory / names["captions"], "".join(f"{line}\n" for line in lines))
-    several = max(arrays.caption_counts) > 1
-    if several:
-        names["rows"] = f"{stem}.rows.npy"
-        _save(directory / names["rows"], np.cumsum([0, *arrays.caption_counts]), LARGEST_ROW)
-    checksums = {name: sha256_file(directory / name) for name in (*names.values(), *code_names)}
-    entry: TokenShard = {
-        "text": names["text"],
-        "keys": names["keys"],
-        "captions": names["captions"],
-        "codes": code_names,
-        "samples": count,
-        "crops": end.crops,
-        "captions_cut": arrays.cut,
-        "sha256": checksums,
-    }
-    if several:
-        entry |= {"rows": names["rows"], "text_rows": len(arrays.captions)}
-    write_json(job.record_path(end.shard), {"made_from": job.made_from(end.shard), "shard": entry})
+def _write(end: _End, arrays: _Arrays) -> bool:
+    """Write the arrays of a shard into the file of its part."""
+    count = len(arrays.keys)
+    codes = [torch.cat(parts).view(count, end.crops, -1).numpy() for parts in zip(*arrays.codes, strict=True)]
+    text = np.concatenate(arrays.text)
+    content = Content(arrays.keys, arrays.captions, arrays.caption_counts, arrays.cut, text, codes)
+    end.writer.write(end.number, content)
     return True
 
 
 def join(job: TokenizeJob) -> TokenIndex:
-    """Check that every image shard has its token arrays, made from it; write index.json and return it.
+    """Check that every image shard has its token arrays, made from it; write the index and return it.
+
+    Only sizes of files are looked at: `tokenize_shards`, which found the arrays or made them, compares contents.
 
     Raises:
-        UserError: the arrays of a shard are missing, were made from something else, or are not as recorded.
+        UserError: the arrays of a shard are missing, or were made from something else.
     """
-    splits: dict[str, TokenSplit] = {split: {"samples": 0, "captions_cut": 0, "shards": []} for split in SPLITS}
-    for split, shard in all_shards(job.prepare_dir):
-        record = job.record(shard)
-        if record is None or record["shard"]["samples"] != shard.samples:
-            raise UserError(
-                f"{job.record_path(shard)}: expected the tokens of {shard.name}, found none of it: run tokenize again"
-            )
-        check_arrays(job.directory, record["shard"])
-        splits[split]["shards"].append(record["shard"])
-        splits[split]["samples"] += shard.samples
-        splits[split]["captions_cut"] += record["shard"].get("captions_cut", 0)
+    records: dict[str, list[Records]] = {split: [] for split in SPLITS}
+    parts = token_parts(job.prepare_dir)
+    for part in parts:
+        records[part.split].append(job.writer(part).check())
+    remove_others(job.directory, parts)
     encoders = job.encoders
+    levels: list[LevelEntry] = [
+        {"height": level.height, "width": level.width, "codebook_size": level.codebook_size}
+        for level in encoders.levels
+    ]
     index: TokenIndex = {
-        "levels": [
-            {"height": level.height, "width": level.width, "codebook_size": level.codebook_size}
-            for level in encoders.levels
-        ],
+        "format": FORMAT,
+        "levels": levels,
         "text_length": encoders.text_length,
         "text_vocab_size": encoders.text_vocab_size,
         "tokenizers": encoders.hashes,
         "precision": encoders.precision,
-        "splits": splits,
+        "splits": {
+            split: write_records(job.directory, split, found, job.shape(split).crops)
+            for split, found in records.items()
+        },
     }
     for split, prepared in read_index(job.prepare_dir)["splits"].items():
         if "sources" in prepared:
@@ -309,22 +261,24 @@ def crop_of(image: Image.Image, crop: int, min_scale: float, *name: object) -> I
 
 
 def _steps(
-    job: TokenizeJob, shards: Sequence[tuple[str, Shard]], pool: ThreadPoolExecutor
+    job: TokenizeJob, parts: Sequence[Part], pool: ThreadPoolExecutor
 ) -> Generator[Future[_Batch] | _End, None, None]:
     """The batches of each shard that is not finished, which `pool` is making, and after them the shard's end."""
     catalogs: dict[str, Catalog] = {}  # where images stay in the users' tars
-    for split, shard in shards:
-        if shard.tar is not None and split not in catalogs:
-            catalogs[split] = Catalog(job.prepare_dir, split)
-        if job.is_finished(shard):
-            yield _End(shard, crops=0, is_new=False)
-            continue
-        check_shard(job.prepare_dir, shard)
-        crops = job.config.crops if split == "train" else 1
-        own = read_shard(job.prepare_dir, shard) if shard.tar is None else catalogs[split].shard_samples(shard.name)
-        for samples in batched(own, max(1, job.config.batch_size // crops)):
-            yield pool.submit(_batch, job, samples, crops)
-        yield _End(shard, crops, is_new=True)
+    for part in parts:
+        writer, crops = job.writer(part), job.shape(part.split).crops
+        for number, shard in enumerate(part.shards):
+            if shard.tar is not None and part.split not in catalogs:
+                catalogs[part.split] = Catalog(job.prepare_dir, part.split)
+            if writer.is_finished(number):
+                yield _End(writer, number, crops, is_new=False)
+                continue
+            check_shard(job.prepare_dir, shard)
+            catalog = catalogs[part.split] if shard.tar is not None else None
+            own = catalog.shard_samples(shard.name) if catalog else read_shard(job.prepare_dir, shard)
+            for samples in batched(own, max(1, job.config.batch_size // crops)):
+                yield pool.submit(_batch, job, samples, crops)
+            yield _End(writer, number, crops, is_new=True)
 
 
 def _batch(job: TokenizeJob, samples: list[Sample], crops: int) -> _Batch:
@@ -365,10 +319,3 @@ def _encoded(job: TokenizeJob, images: torch.Tensor) -> list[torch.Tensor]:
             for number, level_codes in enumerate(encoders.encode_images(part.float().div_(255))):
                 found[number].append(level_codes)
     return [torch.cat(parts) for parts in found]
-
-
-def _save(path: Path, array: NDArray[np.int64], vocabulary: int) -> None:
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocabulary:
-        raise UserError(f"{path.name}: expected codes in [0, {vocabulary}), found {array.min()} to {array.max()}")
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array.astype(token_dtype(vocabulary)))

@@ -1,61 +1,50 @@
-"""Token arrays: what the transformer trains on, memory-mapped, one set of files for each image shard.
+"""Token arrays: what the transformer trains on, memory-mapped, in at most 512 files of each split.
 
-    tokenize/index.json                levels, text length, hashes of the tokenizers, checksums of every file
-    tokenize/train/000000.codes.0.npy  [samples, crops, positions] of level 0 (coarsest), uint16 when they fit
-    tokenize/train/000000.text.npy     [captions, text length], as a rule one caption a sample
-    tokenize/train/000000.rows.npy     [samples + 1], where some have several: where those of each begin and end
-    tokenize/train/000000.keys.txt     one key per line
-    tokenize/train/000000.captions.txt one caption per line, for BPE dropout
+    tokenize/index.json             levels, text length, hashes of the tokenizers, SHA-256 of the records
+    tokenize/train.shards           a record of each image shard's block (`token_blocks.py`), with its SHA-256
+    tokenize/train/000.tokens       blocks end to end: text ids, codes, keys and captions of a shard after the other's
+    tokenize/train/000.journal      by which a task that was killed finds what it had done (`token_parts.py`)
 
-Records are tiny and of fixed length, so they lie in arrays and not in tars: any sample is an address, which makes an
-exact global shuffle, and a start at any sample at any number of ranks, one integer (see `sampler.py`).
+Records of samples are tiny and of fixed length, so they lie in arrays and not in tars: any sample is an address, which
+makes an exact global shuffle, and a start at any sample at any number of ranks, one integer (see `sampler.py`).
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from pipeline.core.atomic_io import read_json
+from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
-from pipeline.core.manifest import FileRecord, first_fault
 from pipeline.core.process_limits import open_files
+from pipeline.data.token_blocks import RECORD, Records, Shape, token_dtype
+from pipeline.data.token_parts import check_size, damage, part_name
 
-LARGEST_ROW = 2**32  # of captions in a shard
+FORMAT = 2  # of the files; 1 had five of each image shard
+Ints = NDArray[np.int64]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 Vocabulary = tuple[int, int, list[Level]]  # text length, text ids, levels
-
-
-class TokenShard(TypedDict):
-    """The arrays of an image shard in index.json; names are relative to the stage's directory."""
-
-    text: str
-    keys: str
-    captions: NotRequired[str]  # missing in arrays of early versions
-    rows: NotRequired[str]  # missing: one caption a sample
-    text_rows: NotRequired[int]  # captions of all samples; missing: one each
-    codes: list[str]  # of each level
-    samples: int
-    crops: int
-    captions_cut: NotRequired[int]
-    sha256: dict[str, str]  # by name, of every file
 
 
 class TokenSplit(TypedDict):
     """A split in index.json."""
 
     samples: int
-    captions_cut: int  # captions longer than the text length
-    shards: list[TokenShard]
+    captions: int  # of all samples
+    captions_cut: int  # longer than the text length
+    crops: int  # versions of each image
+    shards: int
+    bytes: int  # of all blocks
+    sha256: str  # of the file of records
     sources: NotRequired[list[int]]  # samples of each of several sources, one source after the other
 
 
@@ -70,6 +59,7 @@ class LevelEntry(TypedDict):
 class TokenIndex(TypedDict):
     """index.json of `tokenize`."""
 
+    format: int
     levels: list[LevelEntry]
     text_length: int
     text_vocab_size: int
@@ -78,37 +68,52 @@ class TokenIndex(TypedDict):
     splits: dict[str, TokenSplit]
 
 
-def token_dtype(vocabulary: int) -> DTypeLike:
-    """The narrowest type for values in [0, vocabulary)."""
-    return np.uint16 if vocabulary <= 2**16 else np.uint32
-
-
-def caption_count(split: TokenSplit) -> int:
-    """How many captions a split has; as many as samples, unless `prepare.caption` is random."""
-    return sum(shard.get("text_rows", shard["samples"]) for shard in split["shards"])
-
-
-def array_records(shard: TokenShard) -> dict[str, FileRecord]:
-    """What is recorded of each file of a shard, by name."""
-    return {name: {"sha256": sha256} for name, sha256 in shard["sha256"].items()}
-
-
-def check_arrays(directory: Path, shard: TokenShard) -> None:
-    """Read every file of a shard. Raises UserError that names the first that is not as recorded."""
-    fault = first_fault(directory, array_records(shard))
-    if fault:
+def read_token_index(tokenize_dir: Path) -> TokenIndex:
+    """The index.json of a finished `tokenize`. Raises UserError when there is none, or one of an earlier format."""
+    path = tokenize_dir / "index.json"
+    if not path.is_file():
+        raise UserError(f"expected token arrays with an index at {path}, found none: run the stage tokenize first")
+    index: TokenIndex = read_json(path)
+    if index.get("format") != FORMAT:
         raise UserError(
-            f"{fault.path} is damaged: expected {fault.expected}, found {fault.found}: "
-            "remove it and run the stage tokenize again (its other shards stay)"
+            f"{path}: expected token arrays of format {FORMAT}, found those of another version: remove "
+            f"{tokenize_dir / '_SUCCESS'} and run the stage tokenize again"
         )
+    return index
 
 
-class _Arrays(NamedTuple):
-    """The arrays of a shard, mapped."""
+def records_path(tokenize_dir: Path, split: str) -> Path:
+    """The file of a split's records."""
+    return tokenize_dir / f"{split}.shards"
 
-    text: Tokens  # [captions, text length]
-    rows: Tokens | None  # [samples + 1]: the captions of sample i are rows[i] to rows[i + 1]; None: one each
-    codes: list[Tokens]  # of each level, [samples, crops, positions]
+
+def write_records(tokenize_dir: Path, split: str, parts: Sequence[Records], crops: int) -> TokenSplit:
+    """Write the records of a split's parts; what index.json says of them."""
+    records = np.concatenate([np.empty(0, RECORD), *parts])
+    content = records.tobytes()
+    write_atomic(records_path(tokenize_dir, split), content)
+    totals = {name: int(records[name].sum(dtype=np.int64)) for name in ("samples", "captions", "captions_cut", "bytes")}
+    return {
+        "samples": totals["samples"],
+        "captions": totals["captions"],
+        "captions_cut": totals["captions_cut"],
+        "crops": crops,
+        "shards": len(records),
+        "bytes": totals["bytes"],
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _read_records(tokenize_dir: Path, split: str, entry: TokenSplit) -> Records:
+    path = records_path(tokenize_dir, split)
+    content = path.read_bytes() if path.is_file() else b""
+    if (found := hashlib.sha256(content).hexdigest()) != entry["sha256"]:
+        raise UserError(
+            f"{path} is missing or damaged: expected sha256 {entry['sha256'][:12]}, found {found[:12]}: remove "
+            f"{tokenize_dir / '_SUCCESS'} and run the stage tokenize again"
+        )
+    records: Records = np.frombuffer(content, RECORD)
+    return records
 
 
 class TokenArrays:
@@ -120,30 +125,33 @@ class TokenArrays:
         tokenizers: name -> hash of the files of the tokenizer that made them.
         crops: versions of each image.
         several_captions: of some samples.
+        shards: how many image shards they were made from.
     """
 
     def __init__(self, tokenize_dir: Path, split: str) -> None:
         """Raises UserError when there are no arrays, or none of this split."""
-        self.directory = Path(tokenize_dir)
-        path = self.directory / "index.json"
-        if not path.is_file():
-            raise UserError(f"expected token arrays with an index at {path}, found none: run the stage tokenize first")
-        index: TokenIndex = read_json(path)
+        self.directory, self.split = Path(tokenize_dir), split
+        index = read_token_index(self.directory)
         self.levels = [Level(**level) for level in index["levels"]]
         self.text_length = index["text_length"]
         self.text_vocab_size = index["text_vocab_size"]
-        self.tokenizers = index.get("tokenizers", {})
-        self.shards = index["splits"][split]["shards"] if split in index["splits"] else []
-        if not self.shards:
+        self.tokenizers = index["tokenizers"]
+        if split not in index["splits"] or not index["splits"][split]["samples"]:
+            path = self.directory / "index.json"
             raise UserError(f"{path}: the split '{split}' holds no samples: raise prepare.validation_fraction")
-        self.crops = self.shards[0]["crops"]
-        self.counts = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
-        self._ends = np.cumsum(self.counts)
-        # Each mapped file holds a descriptor. Beyond that, shards take turns: 0.1 ms per sample.
-        files = min(open_files() // 4, 16_384)
-        self.several_captions = any("rows" in shard for shard in self.shards)
-        self._mapped = lru_cache(maxsize=files // (1 + self.several_captions + len(self.levels)))(self._map)
-        self._lines = lru_cache(maxsize=files)(self._map_lines)
+        entry = index["splits"][split]
+        self.crops = entry["crops"]
+        self.several_captions = entry["captions"] != entry["samples"]
+        self._records = _read_records(self.directory, split, entry)
+        self.shards = len(self._records)
+        self._counts = self._records["samples"].astype(np.int64)
+        self._ends = np.cumsum(self._counts)
+        self._begins = self._records["begin"].astype(np.int64)
+        shape = Shape(self.text_length, self.text_vocab_size, tuple(self.levels), self.crops)
+        self._sections = shape.sections(self._records)
+        self._parts = self._records["part"].astype(np.int64)
+        # Each mapped file holds a descriptor. With a low limit, files take turns.
+        self._mapped = lru_cache(maxsize=max(1, open_files() // 4))(self._map)
 
     def check_made_by(self, hashes: dict[str, str], vocabulary: Vocabulary) -> None:
         """Raises UserError unless the arrays are these tokenizers' work and of this vocabulary."""
@@ -164,148 +172,111 @@ class TokenArrays:
         """Samples of the split."""
         return int(self._ends[-1])
 
-    def gather(
-        self, samples: NDArray[np.int64], crops: NDArray[np.int64], captions: NDArray[np.int64] | None = None
-    ) -> tuple[Tokens, Tokens]:
+    def gather(self, samples: Ints, crops: Ints, captions: Ints | None = None) -> tuple[Tokens, Tokens]:
         """(text [n, T], codes [n, N]) of these samples and crops; N: all levels, coarse to fine.
 
         `captions`: which one of each sample's, counted from 0; None: the first.
 
         Each uint16 or uint32, as the files are; codes of all levels as those of the largest codebook.
         """
-        positions = [level.positions for level in self.levels]
-        text = _empty((len(samples), self.text_length), self.text_vocab_size)
-        codes = _empty((len(samples), sum(positions)), max(level.codebook_size for level in self.levels))
-        shards = self.shard_of(samples)
-        rows = samples - (self._ends[shards] - self.counts[shards])
-        for shard in np.unique(shards).tolist():
-            here = np.flatnonzero(shards == shard)
-            arrays = self._mapped(shard)
-            text[here] = arrays.text[_text_rows(arrays, rows[here], None if captions is None else captions[here])]
-            start = 0
-            for level, length in enumerate(positions):
-                codes[here, start : start + length] = arrays.codes[level][rows[here], crops[here]]
-                start += length
+        shards, rows = self._located(samples)
+        text_rows = self._text_rows(shards, rows, captions)
+        text = self._read("text", shards, text_rows, self.text_length, self.text_vocab_size)
+        largest = max(level.codebook_size for level in self.levels)
+        codes: Tokens = np.empty((len(samples), sum(level.positions for level in self.levels)), token_dtype(largest))
+        start = 0
+        for number, level in enumerate(self.levels):
+            versions = rows * self.crops + crops
+            codes[:, start : start + level.positions] = self._read(
+                f"codes.{number}", shards, versions, level.positions, level.codebook_size
+            )
+            start += level.positions
         return text, codes
 
-    def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shard_of(self, samples: Ints) -> Ints:
         """int64 [n]: the shards that hold these samples."""
         return np.searchsorted(self._ends, samples, side="right")
 
-    def caption_counts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    def caption_counts(self, samples: Ints) -> Ints:
         """int64 [n]: how many captions each of these samples has."""
+        shards, rows = self._located(samples)
         counts = np.ones(len(samples), np.int64)
-        shards = self.shard_of(samples)
-        for shard in np.unique(shards).tolist():
-            here, begin = shards == shard, self._ends[shard] - self.counts[shard]
-            first = self._mapped(shard).rows
-            if first is not None:
-                counts[here] = np.diff(first.astype(np.int64))[samples[here] - begin]
+        several = self._have_several(shards)
+        shards, rows = shards[several], rows[several]
+        counts[several] = self._words("rows", shards, rows + 1) - self._words("rows", shards, rows)
         return counts
 
-    def keys(self, shard: int) -> list[str]:
-        """The keys of a shard's samples, in their order."""
-        path = self.directory / self.shards[shard]["keys"]
-        return path.read_text().splitlines()
+    def keys(self, samples: Ints) -> list[str]:
+        """The key of each of these samples."""
+        return self._strings("keys", *self._located(samples))
 
-    def captions(self, samples: NDArray[np.int64], which: NDArray[np.int64] | None = None) -> list[str]:
-        """A caption of each of these samples, with spaces for line breaks. Maps 4 bytes per caption of a shard.
+    def captions(self, samples: Ints, which: Ints | None = None) -> list[str]:
+        """A caption of each of these samples, with spaces for line breaks.
 
         `which`: counted from 0 for each sample; None: the first.
-
-        Raises:
-            UserError: the arrays were made by a version that kept none.
         """
-        shards = self.shard_of(samples)
-        rows = samples - (self._ends[shards] - self.counts[shards])
-        found = []
-        if self.several_captions:
-            for shard in np.unique(shards).tolist():
-                here = shards == shard
-                rows[here] = _text_rows(self._mapped(shard), rows[here], None if which is None else which[here])
-        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
-            text, ends = self._lines(shard)
-            found.append(text[ends[row - 1] + 1 if row else 0 : ends[row]].decode())
-        return found
-
-    def _map_lines(self, shard: int) -> tuple[mmap.mmap, NDArray[np.uint32]]:
-        """All captions of a shard, and where each ends."""
-        entry = self.shards[shard]
-        if "captions" not in entry:
-            raise UserError(
-                f"{self.directory}: expected captions beside the token arrays, found none: "
-                "remove this directory and run the stage tokenize again, or set transformer.bpe_dropout=0"
-            )
-        path = self.directory / entry["captions"]
-        try:
-            with open(path, "rb") as file:
-                text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
-        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).astype(np.uint32)
-        expected = entry.get("text_rows", entry["samples"])
-        if len(ends) != expected:
-            raise UserError(f"{path}: expected {expected} lines, found {len(ends)}: run the stage tokenize again")
-        return text, ends
+        shards, rows = self._located(samples)
+        return self._strings("captions", shards, self._text_rows(shards, rows, which))
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
-        """Read every file of these shards (None: of all) and compare its checksum.
+        """Read the blocks of these image shards (None: of all) and compare their checksums.
 
         Raises:
-            UserError: a file is not as recorded; it names the first.
+            UserError: a block is not as recorded; it names the file of the first.
         """
-        for shard in range(len(self.shards)) if shards is None else shards:
-            check_arrays(self.directory, self.shards[shard])
+        for shard in range(self.shards) if shards is None else shards:
+            path = self.directory / part_name(self.split, int(self._parts[shard]))
+            if fault := damage(path, self._records[shard : shard + 1]):
+                raise UserError(f"{fault}: remove it and run the stage tokenize again (its other files stay)")
 
-    def _map(self, shard: int) -> _Arrays:
-        entry = self.shards[shard]
-        samples, crops = entry["samples"], entry["crops"]
-        text_shape = (entry.get("text_rows", samples), self.text_length)
-        text = _mapped(self.directory / entry["text"], text_shape, self.text_vocab_size)
-        rows = _mapped(self.directory / entry["rows"], (samples + 1,), LARGEST_ROW) if "rows" in entry else None
-        codes = [
-            _mapped(self.directory / name, (samples, crops, level.positions), level.codebook_size)
-            for name, level in zip(entry["codes"], self.levels, strict=True)
-        ]
-        return _Arrays(text, rows, codes)
+    def _located(self, samples: Ints) -> tuple[Ints, Ints]:
+        """The shard that holds each of these samples, and which of its samples that is."""
+        shards = self.shard_of(samples)
+        return shards, samples - (self._ends[shards] - self._counts[shards])
 
+    def _have_several(self, shards: Ints) -> NDArray[np.bool_]:
+        return self._records["captions"][shards] != self._records["samples"][shards]
 
-def _text_rows(arrays: _Arrays, rows: NDArray[np.int64], which: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Where in a shard's text a caption of its samples `rows` lies: the one that `which` says, or the first."""
-    if arrays.rows is None:
-        return rows
-    first = arrays.rows[rows].astype(np.int64)
-    return first if which is None else first + which
+    def _text_rows(self, shards: Ints, rows: Ints, which: Ints | None) -> Ints:
+        """Where in its shard's text the caption lies that `which` says, or the first."""
+        several = self._have_several(shards)
+        if not several.any():
+            return rows
+        first = rows.copy()
+        first[several] = self._words("rows", shards[several], rows[several])
+        return first if which is None else first + which
 
+    def _read(self, section: str, shards: Ints, rows: Ints, length: int, vocabulary: int) -> Tokens:
+        """[n, length] of a section whose rows are of this length."""
+        dtype = np.dtype(token_dtype(vocabulary))
+        begins = self._begins[shards] + self._sections[section][shards] + rows * (length * dtype.itemsize)
+        found: Tokens = np.empty((len(rows), length), dtype)
+        for number, (part, begin) in enumerate(zip(self._parts[shards].tolist(), begins.tolist(), strict=True)):
+            found[number] = np.frombuffer(self._mapped(part), dtype, length, begin)
+        return found
 
-def _empty(shape: tuple[int, ...], vocabulary: int) -> Tokens:
-    array: Tokens = np.empty(shape, token_dtype(vocabulary))
-    return array
+    def _words(self, section: str, shards: Ints, rows: Ints) -> Ints:
+        """int64 [n]: one number each of a section."""
+        return self._read(section, shards, rows, 1, 2**32)[:, 0].astype(np.int64)
 
+    def _strings(self, section: str, shards: Ints, rows: Ints) -> list[str]:
+        name = f"{section[:-1]}_ends"
+        begins = self._words(name, shards, np.maximum(rows - 1, 0))
+        begins[rows == 0] = 0
+        ends, texts = self._words(name, shards, rows), self._begins[shards] + self._sections[section][shards]
+        where = zip(self._parts[shards].tolist(), (texts + begins).tolist(), (texts + ends).tolist(), strict=True)
+        return [self._mapped(part)[begin:end].decode() for part, begin, end in where]
 
-def _mapped(path: Path, shape: tuple[int, ...], vocabulary: int) -> Tokens:
-    """The array of a .npy file, as np.load(path, mmap_mode="r") gives it, but in a fifth of the time.
-
-    The first batches of many shards feel that.
-
-    Raises:
-        UserError: the file is missing, cut, or holds something else.
-    """
-    dtype = np.dtype(token_dtype(vocabulary))
-    expected = f"'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            magic = file.read(10)
-            header = file.read(int.from_bytes(magic[8:], "little"))
-            begin, size = len(magic) + len(header), os.fstat(file.fileno()).st_size
-            if expected.encode() not in header or size != begin + dtype.itemsize * math.prod(shape):
-                raise UserError(
-                    f"{path} is damaged: expected a .npy file with {expected}, found {size} bytes that begin with "
-                    f"{(magic + header)[:100]!r}: remove it and run the stage tokenize again"
-                )
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}: run the stage tokenize again") from error
-    if hasattr(mmap, "MADV_RANDOM"):
-        content.madvise(mmap.MADV_RANDOM)  # a shuffle wants one record of all that would be read ahead
-    return np.frombuffer(content, dtype, math.prod(shape), begin).reshape(shape)
+    def _map(self, part: int) -> mmap.mmap:
+        """A file of blocks. Raises UserError when it is missing or of another size."""
+        path = self.directory / part_name(self.split, part)
+        last = np.searchsorted(self._parts, part, side="right") - 1
+        check_size(path, int(self._records[last]["begin"] + self._records[last]["bytes"]))
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        if hasattr(mmap, "MADV_RANDOM"):
+            content.madvise(mmap.MADV_RANDOM)  # a shuffle wants one record of all that would be read ahead
+        return content

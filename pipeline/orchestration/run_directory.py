@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.config.base import differences, digest, to_yaml
@@ -123,13 +124,8 @@ class RunDirectory:
                 continue
             draft, source = self.path / f".{stage.name}.draft", origin.stage(stage.name)
             shutil.rmtree(draft, ignore_errors=True)
-            outputs = {str(source / name) for name in manifest["outputs"]}
-            shutil.copytree(
-                source,
-                draft,
-                ignore=_OF_ONE_RUN_ALONE,
-                copy_function=lambda old, new: _link(old, new) if old in outputs else shutil.copy2(old, new),  # noqa: B023
-            )
+            outputs = {str(source / name) for name in manifest["outputs"]}  # of a folder all files are
+            shutil.copytree(source, draft, ignore=_OF_ONE_RUN_ALONE, copy_function=partial(_take, outputs))
             shutil.copy2(source / "_SUCCESS", draft / "_SUCCESS")
             draft.rename(self.stage(stage.name))
             log.warning("%s: taken over from %s", stage.name, origin.path)
@@ -392,9 +388,12 @@ def _unusable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _link(old: str, new: str) -> None:
-    """Outputs are replaced and never changed, so that two runs can share them; on another disk, a copy."""
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)
+def _take(outputs: set[str], old: str, new: str) -> None:
+    """Outputs are replaced and never changed, so that two runs can share them; what else lies there is copied."""
+    if {old, os.path.dirname(old)} & outputs:
+        try:
+            os.link(old, new)
+            return
+        except OSError:  # on another disk
+            pass
+    shutil.copy2(old, new)

@@ -77,7 +77,10 @@ def _unreadable_input(run_directory: Path, stage: str) -> str | None:
         if manifest is None:
             return f"cannot read a finished {name} in {runs.stage(name)}"
         for relative in list(manifest["outputs"])[:_FILES_PER_INPUT]:
-            with open(runs.stage(name) / relative, "rb") as file:
+            path = runs.stage(name) / relative
+            if path.is_dir():
+                path = next(path.iterdir())
+            with open(path, "rb") as file:
                 file.read(1)
     return None
 

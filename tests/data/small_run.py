@@ -1,6 +1,6 @@
 """A run directory up to `tokenize`, in seconds: real shards, a real (untrained) dVAE, a real text tokenizer.
 
-Also a program, a task of tokenize: python -m tests.data.small_run RUN OUT TASK TASKS CROPS
+Also a program, a task of tokenize: python -m tests.data.small_run RUN OUT TASK TASKS CROPS FILES
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
+from pipeline.data import token_parts as parts_of_tokens
 from pipeline.data.catalog import Catalog
 from pipeline.data.prepare import prepare
-from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards, tokenizer_hashes
+from pipeline.data.token_parts import token_parts
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, join, tokenize_shards, tokenizer_hashes
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.text_tokenizer import TextTokenizer
 from tests.data.sample_images import folder_config, write_folder
@@ -54,7 +56,7 @@ def make_small_run(
     text_tokenizer.save_pretrained(directory / "text-tokenizer")
     if config is not None:
         job = tokenize_job(directory, directory / "tokenize", config)
-        list(tokenize_shards(job, all_shards(job.prepare_dir)))
+        list(tokenize_shards(job, token_parts(job.prepare_dir)))
         join(job)
     return directory
 
@@ -77,13 +79,14 @@ def load_encoders(directory: Path) -> Encoders:
     )
 
 
-def run_task(directory: Path, out: Path, task: int, tasks: int, crops: int) -> None:
-    """The share of one array task, written to `out`."""
+def run_task(directory: Path, out: Path, task: int, tasks: int, crops: int, files: int) -> None:
+    """The share of one array task, written to `out`; at most `files` of a split."""
+    parts_of_tokens.PARTS = files
     torch.set_num_threads(1)
     job = tokenize_job(directory, out, TokenizeConfig(crops=crops, batch_size=8))
-    for _ in tokenize_shards(job, all_shards(job.prepare_dir)[task::tasks]):
+    for _ in tokenize_shards(job, token_parts(job.prepare_dir)[task::tasks]):
         print("done", flush=True)
 
 
 if __name__ == "__main__":
-    run_task(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    run_task(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

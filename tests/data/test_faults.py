@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,11 @@ import pytest
 
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
+from pipeline.data import token_parts as parts_of_tokens
 from pipeline.data.catalog import Catalog
 from pipeline.data.prepare import prepare
-from pipeline.data.tokenize_shards import TokenizeJob, all_shards, join, tokenize_shards
+from pipeline.data.token_parts import read_journal, token_parts
+from pipeline.data.tokenize_shards import TokenizeJob, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
@@ -154,21 +157,31 @@ def test_full_disk_stops_prepare_with_one_line_and_nothing_is_lost(
 # --- tokenize ----------------------------------------------------------------------------------------------------
 
 
+FILES = 3  # of a split: of some shards each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_of_tokens, "PARTS", FILES)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to the tokenizers, and in tokenize/ what an undisturbed tokenize makes (4 crops)."""
     return make_small_run(tmp_path_factory.mktemp("run"), 200, TokenizeConfig(crops=4, batch_size=8))
 
 
 def _task(run: Path, out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(out), str(task), str(tasks), "4"]
+    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(out), str(task), str(tasks), "4", str(FILES)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(run: Path, out: Path) -> int:
     """What the stage does: what is missing, then the join. Returns how many shards were missing."""
     job = _job(run, out)
-    made = list(tokenize_shards(job, all_shards(job.prepare_dir)))
+    made = list(tokenize_shards(job, token_parts(job.prepare_dir)))
     join(job)
     return sum(made)
 
@@ -177,13 +190,9 @@ def _job(run: Path, out: Path) -> TokenizeJob:
     return tokenize_job(run, out, TokenizeConfig(crops=4, batch_size=8))
 
 
-def _without_leftovers(out: Path) -> dict[str, bytes]:
-    return {name: content for name, content in tree_bytes(out).items() if not name.endswith(".tmp")}
-
-
 @pytest.mark.slow
 def test_killed_tokenize_task_resumes_and_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
-    shards = len(all_shards(run / "prepare"))
+    shards = sum(len(part.shards) for part in token_parts(run / "prepare"))
     for finished in (1, 4):
         process = _task(run, tmp_path, 0, 1)
         assert process.stdout is not None
@@ -191,11 +200,10 @@ def test_killed_tokenize_task_resumes_and_ends_with_the_same_bytes(run: Path, tm
             assert process.stdout.readline().startswith("done")
         process.send_signal(signal.SIGKILL)
         process.wait()
-    records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/0*.json")}
-    assert 4 <= len(records) < shards, "killed too late to prove anything"
-    assert _finish(run, tmp_path) == shards - len(records)
-    assert all(path.stat().st_mtime_ns == when for path, when in records.items()), "a finished shard was made again"
-    assert _without_leftovers(tmp_path) == tree_bytes(run / "tokenize")
+    done = sum(len(read_journal(path)) for path in tmp_path.glob("*/*.tokens"))
+    assert 4 <= done < shards, "killed too late to prove anything"
+    assert _finish(run, tmp_path) == shards - done, "a finished shard was made again, or one is missing"
+    assert tree_bytes(tmp_path) == tree_bytes(run / "tokenize")
 
 
 @pytest.mark.slow
@@ -217,10 +225,10 @@ def test_tokenize_in_two_processes_one_of_them_killed_resumes_and_ends_with_the_
     shutil.rmtree(run / "tokenize")
     smalti = command("pipeline", ["run", str(TINY), f"runs={tmp_path}", "processes=2", NO_TRACKING])
     process = subprocess.Popen(smalti, env=environment(), stderr=subprocess.PIPE, text=True)
-    records = sorted(name for name in before if re.fullmatch(r"(train|val)/\d+\.json", name))
+    records = sorted(name for name in before if re.fullmatch(r"(train|val)/\d+\.journal", name))
     second = next(run / "tokenize" / name for name in records[1::2])  # the first shard of the second task
     deadline = time.monotonic() + 120
-    while not second.exists():
+    while not len(read_journal(second)):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     running = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
@@ -231,7 +239,8 @@ def test_tokenize_in_two_processes_one_of_them_killed_resumes_and_ends_with_the_
     assert process.returncode == 2
     assert "tokenize was killed by SIGKILL" in messages
     assert not (run / "tokenize" / "_SUCCESS").exists()
-    done = {path: path.stat().st_mtime_ns for path in (run / "tokenize").glob("*/0*.json")}
+    journals = [path for path in (run / "tokenize").glob("*/*.journal") if len(read_journal(path))]
+    done = {path: path.stat().st_mtime_ns for path in journals}
     assert len(done) < len(records), "killed too late to prove anything"
     output = subprocess.run(smalti, env=environment(), stderr=subprocess.PIPE, text=True, check=True).stderr
     up_to_date = {line.split()[0] for line in output.splitlines() if line.endswith("up to date")}
@@ -245,15 +254,23 @@ def test_tokenize_in_two_processes_one_of_them_killed_resumes_and_ends_with_the_
     }
 
 
-def test_a_flipped_byte_stops_the_transformer_before_it_trains_and_is_made_good(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verify", ["background", "first"])
+def test_a_flipped_byte_stops_the_transformer_before_it_is_finished_or_begins_and_is_made_good(
+    verify: str, tiny_run: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
-    array = run / "tokenize/train/000001.codes.0.npy"
+    array = run / "tokenize/train/001.tokens"
     whole = array.read_bytes()
     array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     arguments = [str(TINY), f"runs={tmp_path}", "transformer.layers=1", NO_TRACKING]  # another model, same arrays
+    arguments.append(f"transformer.verify={verify}")
     output = launch("stages.transformer", "--config", *arguments, check=False)
-    assert "train/000001.codes.0.npy is damaged: expected sha256" in output
-    assert not list((run / "transformer").glob("checkpoints/*"))
+    assert "train/001.tokens is damaged between bytes 0 and" in output
+    assert not (run / "transformer/model").exists()
+    if verify == "first":
+        assert not list((run / "transformer").glob("checkpoints/*"))
+    else:
+        assert "checkpoints since this start may have learned from it" in output
     array.unlink()
     launch("stages.tokenize", "--config", *arguments)
     assert array.read_bytes() == whole
@@ -264,8 +281,8 @@ def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, t
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     copy.mkdir()
-    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(disk), "0", "1", "4"]
-    done = _on_small_disk("160k", "20m", disk, command, copy)
+    command = [sys.executable, "-m", "tests.data.small_run", str(run), str(disk), "0", "1", "4", str(FILES)]
+    done = _on_small_disk("80k", "20m", disk, command, copy)
     assert done.returncode == 0, done.stderr
     assert "no space left for" in done.stderr.partition("---")[0]
     assert _finish(run, copy) == 0
@@ -287,16 +304,33 @@ def test_a_tar_replaced_by_another_of_the_same_name_is_not_tokenized(own_run: Pa
         _finish(own_run, own_run / "tokenize")
 
 
+def test_a_record_that_was_not_written_to_its_end_is_none(own_run: Path) -> None:
+    out = own_run / "tokenize"
+    before = tree_bytes(out)
+    journal = out / "train/001.journal"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert _finish(own_run, out) == 1
+    assert tree_bytes(out) == before
+
+
+def test_a_flipped_byte_in_the_records_of_all_shards_is_told(own_run: Path) -> None:
+    records = own_run / "tokenize/train.shards"
+    content = bytearray(records.read_bytes())
+    content[3] ^= 1
+    records.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.shards is missing or damaged: expected sha256"):
+        TokenArrays(own_run / "tokenize", "train")
+
+
 def test_one_flipped_byte_in_an_array_is_found_by_its_checksum_and_only_that_shard_is_made_again(own_run: Path) -> None:
     out = own_run / "tokenize"
     before = tree_bytes(out)
-    array = out / "train/000003.codes.0.npy"
+    array = out / "train/001.tokens"
+    begin = int(read_journal(array)["record"]["begin"][1])  # of the second of its shards
     content = bytearray(array.read_bytes())
-    content[-1] ^= 1
+    content[begin] ^= 1
     array.write_bytes(content)
-    with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy is damaged"):
+    with pytest.raises(UserError, match=rf"train/001\.tokens is damaged between bytes {begin} and"):
         TokenArrays(out, "train").verify()
-    with pytest.raises(UserError, match=r"train/000003\.codes\.0\.npy is damaged"):
-        join(_job(own_run, out))
     assert _finish(own_run, out) == 1
     assert tree_bytes(out) == before

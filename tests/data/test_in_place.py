@@ -23,7 +23,8 @@ from pipeline.data.inspect import inspect_directory
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_index
 from pipeline.data.stream import ImageStream
-from pipeline.data.tokenize_shards import all_shards, tokenize_shards
+from pipeline.data.token_parts import token_parts
+from pipeline.data.tokenize_shards import tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from pipeline.evaluation.image_sets import prepared_images
 from tests.data.sample_images import encoded, folder_config, image, prepare_config, tree_bytes, write_tar
@@ -170,9 +171,9 @@ def test_one_flipped_byte_of_the_index_or_of_an_image_is_told_before_it_is_token
         flipped[at] ^= 1
         path.write_bytes(flipped)
         with pytest.raises(UserError, match=told):
-            list(tokenize_shards(job, all_shards(job.prepare_dir)))
+            list(tokenize_shards(job, token_parts(job.prepare_dir)))
         path.write_bytes(content)
-    assert any(list(tokenize_shards(job, all_shards(job.prepare_dir))))
+    assert any(list(tokenize_shards(job, token_parts(job.prepare_dir))))
 
 
 def test_equal_keys_and_near_images_of_other_tars_are_left_out_as_of_copies(own: Path) -> None:

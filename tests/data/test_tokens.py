@@ -21,11 +21,14 @@ from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.data import sampler
+from pipeline.data import token_parts as token_parts_module
 from pipeline.data.order import GlobalOrder
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
 from pipeline.data.shards import read_samples
-from pipeline.data.tokenize_shards import Encoders, TokenizeJob, all_shards, join, tokenize_shards
+from pipeline.data.token_blocks import RECORD
+from pipeline.data.token_parts import part_name, token_parts
+from pipeline.data.tokenize_shards import Encoders, TokenizeJob, join, tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from tests.data.caption_encoders import failing, numbered, own_process
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
@@ -57,7 +60,7 @@ ENCODERS = Encoders(
 
 def _tokenize(prepared: Path, out: Path, config: TokenizeConfig, encoders: Encoders = ENCODERS) -> list[bool]:
     job = TokenizeJob(out, prepared, encoders, config, seed=0)
-    made = list(tokenize_shards(job, all_shards(prepared)))
+    made = list(tokenize_shards(job, token_parts(prepared)))
     join(job)
     return made
 
@@ -82,7 +85,7 @@ def test_arrays_hold_what_the_tokenizers_say_for_every_sample(prepared: Path, to
         samples = list(read_samples(prepared, split))
         arrays = TokenArrays(tokenized, split)
         assert len(arrays) == len(samples)
-        assert [key for shard in range(len(arrays.shards)) for key in arrays.keys(shard)] == [s.key for s in samples]
+        assert arrays.keys(np.arange(len(samples))) == [s.key for s in samples]
         text, codes = arrays.gather(np.arange(len(samples)), np.zeros(len(samples), np.int64))
         images = torch.from_numpy(np.stack([np.asarray(s.image) for s in samples])).permute(0, 3, 1, 2).float() / 255
         assert (codes == torch.cat(_encode_images(images), dim=1).numpy()).all()
@@ -91,16 +94,19 @@ def test_arrays_hold_what_the_tokenizers_say_for_every_sample(prepared: Path, to
 
 
 def test_codes_are_stored_as_narrow_as_they_fit(tokenized: Path) -> None:
-    assert np.load(tokenized / "train/000000.codes.0.npy").dtype == np.uint16
-    assert np.load(tokenized / "train/000000.codes.1.npy").dtype == np.uint32
-    assert np.load(tokenized / "train/000000.codes.1.npy").shape[1:] == (3, 16)
-    assert np.load(tokenized / "train/000000.text.npy").dtype == np.uint16
+    index = json.loads((tokenized / "index.json").read_text())["splits"]["train"]
+    codes = 2 * 4 + 4 * 16  # bytes: 4 below 16, 16 below 70,000
+    ids = index["samples"] * (2 * 3 + 3 * codes)
+    texts = index["samples"] * 40  # where keys and captions end, and these
+    assert ids < index["bytes"] < ids + texts
 
 
 def test_random_crops_differ_from_the_whole_and_validation_has_none(tokenized: Path) -> None:
-    fine = np.load(tokenized / "train/000000.codes.1.npy")
-    assert (fine[:, 0] != fine[:, 1]).any(axis=1).all()
-    assert (fine[:, 1] != fine[:, 2]).any(axis=1).all()
+    arrays = TokenArrays(tokenized, "train")
+    every = np.arange(len(arrays))
+    fine = [arrays.gather(every, np.full(len(every), crop))[1][:, 4:] for crop in range(3)]
+    assert (fine[0] != fine[1]).any(axis=1).all()
+    assert (fine[1] != fine[2]).any(axis=1).all()
     assert TokenArrays(tokenized, "val").crops == 1
 
 
@@ -109,11 +115,11 @@ def test_finished_shards_are_never_computed_twice_and_damaged_ones_are(prepared:
     assert all(_tokenize(prepared, tmp_path, config))
     before = tree_bytes(tmp_path)
     assert not any(_tokenize(prepared, tmp_path, config))
-    array = tmp_path / "train/000001.codes.0.npy"
+    array = tmp_path / "train/001.tokens"
     content = bytearray(array.read_bytes())
     content[-1] ^= 1
     array.write_bytes(content)
-    with pytest.raises(UserError, match=r"train/000001\.codes\.0\.npy is damaged"):
+    with pytest.raises(UserError, match=r"train/001\.tokens is damaged"):
         TokenArrays(tmp_path, "train").verify()
     assert sum(_tokenize(prepared, tmp_path, config)) == 1
     assert tree_bytes(tmp_path) == before
@@ -194,10 +200,10 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
     assert set(Counter(rows).values()) == {2}
 
 
-def test_as_many_shards_stay_mapped_as_the_limit_of_open_files_has_room_for(
+def test_as_many_files_stay_mapped_as_the_limit_of_open_files_has_room_for(
     tokenized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit, mapped in ((1024, 85), (60_000, 5_000), (resource.RLIM_INFINITY, 5_461)):  # of three files each
+    for limit, mapped in ((1024, 256), (60_000, 15_000)):  # of 512 at most
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         assert TokenArrays(tokenized, "train")._mapped.cache_info().maxsize == mapped
 
@@ -206,28 +212,71 @@ def test_a_flipped_byte_is_found_at_the_start_of_a_stage_and_named(prepared: Pat
     _tokenize(prepared, tmp_path, TokenizeConfig())
     sampler = TokenSampler(tmp_path, "train", seed=0)
     sampler.verify()
-    array = tmp_path / "train/000001.codes.1.npy"
+    array = tmp_path / "train/001.tokens"
     content = bytearray(array.read_bytes())
     content[-1] ^= 1
     array.write_bytes(content)
-    with pytest.raises(UserError, match=r"train/000001\.codes\.1\.npy is damaged: expected sha256"):
+    with pytest.raises(UserError, match=r"train/001\.tokens is damaged between bytes 0 and \d+: expected"):
         sampler.verify()
 
 
 def test_a_cut_array_is_an_error_that_names_it(prepared: Path, tmp_path: Path) -> None:
     _tokenize(prepared, tmp_path, TokenizeConfig())
-    array = tmp_path / "train/000001.codes.1.npy"
+    array = tmp_path / "train/001.tokens"
     array.write_bytes(array.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"train/000001\.codes\.1\.npy is damaged: expected a \.npy file with"):
+    with pytest.raises(UserError, match=r"train/001\.tokens is damaged: expected \d+ bytes, found"):
         _rows(TokenSampler(tmp_path, "train", seed=0), 0, SAMPLES, 1)
+
+
+def test_blocks_of_many_shards_lie_in_few_files_and_hold_the_same(
+    prepared: Path, tokenized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_parts_module, "PARTS", 2)
+    _tokenize(prepared, tmp_path, TokenizeConfig(crops=3, batch_size=8))
+    assert sorted(path.name for path in (tmp_path / "train").glob("*.tokens")) == ["000.tokens", "001.tokens"]
+    alone, together = TokenArrays(tokenized, "train"), TokenArrays(tmp_path, "train")
+    assert (alone.shards, together.shards) == (3, 3)
+    samples, crops = np.arange(len(alone)), np.arange(len(alone)) % 3
+    for own, other in zip(alone.gather(samples, crops), together.gather(samples, crops), strict=True):
+        assert (own == other).all()
+    assert alone.keys(samples) == together.keys(samples)
+    assert alone.captions(samples) == together.captions(samples)
+
+
+def test_arrays_of_an_earlier_version_are_told_in_a_line(tokenized: Path, tmp_path: Path) -> None:
+    index = json.loads((tokenized / "index.json").read_text())
+    del index["format"]  # the first had none
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"format 2, found those of another version: remove .*_SUCCESS and run the"):
+        TokenArrays(tmp_path, "train")
+
+
+def test_batches_are_there_while_arrays_are_compared_and_tell_what_was_found(prepared: Path, tmp_path: Path) -> None:
+    _tokenize(prepared, tmp_path, TokenizeConfig())
+    sampler = TokenSampler(tmp_path, "train", seed=0)
+    sampler.verify_behind()
+    next(sampler.batches(0, 8))
+    sampler.verify()
+    array = tmp_path / "train/002.tokens"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    sampler.verify_behind()
+    with pytest.raises(UserError, match=r"train/002\.tokens is damaged .*since this start may have learned from it"):
+        for _ in sampler.batches(0, 8):
+            pass
+    with pytest.raises(UserError, match=r"train/002\.tokens is damaged"):
+        sampler.verify()
 
 
 def test_index_names_tokenizers_and_checksums(tokenized: Path) -> None:
     index = json.loads((tokenized / "index.json").read_text())
     assert index["tokenizers"] == ENCODERS.hashes
-    for shard in index["splits"]["train"]["shards"]:
-        for name, sha256 in shard["sha256"].items():
-            assert hashlib.sha256((tokenized / name).read_bytes()).hexdigest() == sha256
+    content = (tokenized / "train.shards").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == index["splits"]["train"]["sha256"]
+    for record in np.frombuffer(content, RECORD):
+        block = (tokenized / part_name("train", record["part"])).read_bytes()
+        assert hashlib.sha256(block[record["begin"] :][: record["bytes"]]).digest() == record["sha256"].tobytes()
 
 
 def test_nothing_of_a_batch_is_made_in_the_training_thread(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

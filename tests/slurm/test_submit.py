@@ -89,7 +89,7 @@ def test_an_array_task_that_dies_is_run_again_alone_and_the_join_waits(submitted
         records = (submitted.path / "slurm").glob(f"{stage}.task-*.lives.json")
         pieces = [json.loads(record.read_text())["lives"][-1]["progress"] for record in records]
         assert sum(pieces) == len(
-            list((submitted.path / stage).glob("*/*.tar" if stage == "generate" else "*/*.keys.txt"))
+            list((submitted.path / stage).glob("*/*.tar" if stage == "generate" else "*/*.tokens"))
         )
     assert submitted.join_state_after_death == "PENDING"
 
