@@ -156,6 +156,9 @@ def execute(
         if stage.trains:
             import torch
 
+            from pipeline.orchestration.node_files import refuse_nodes_that_see_other_files
+
+            refuse_nodes_that_see_other_files(config, stage, runs)
             torch.manual_seed(config.seed)
         tracker = _make_tracker(stage, config, runs, active=distributed.is_main() and array_task is None)
         _run_tracked(StageRun(config, stage, runs, tracker, array_task), body)
