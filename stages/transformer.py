@@ -8,7 +8,6 @@ and samples.png, those images of the model's step. See pipeline/transformer/.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator
 from itertools import islice
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.config.training import accumulation_steps
 from pipeline.core import distributed
-from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
-from pipeline.core.weights import model_files
 from pipeline.data.catalog import prepared_catalog
 from pipeline.data.mixture import epoch_metrics, tell_sources
 from pipeline.data.sampler import TokenSampler
@@ -34,8 +31,7 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.prompts import check_against_training
 from pipeline.text_tokenizer.bpe import EncodeWithDropout, TextTokenizer
-from pipeline.training.checkpoint import step_of
-from pipeline.training.consolidate import consolidate
+from pipeline.training.consolidate import finish_model
 from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import resumes, train
 from pipeline.transformer.build import build_transformer
@@ -194,13 +190,8 @@ def main(run: StageRun) -> None:
         initial=workload.initial,
     )
     workload.verify_to_the_end()
-    if not distributed.is_main():
-        return
-    consolidate(checkpoint, run.directory / "model")
-    with atomic_path(run.directory / "samples.png") as temporary:
-        shutil.copyfile(run.tracker.image_path("samples", step_of(checkpoint)), temporary)
-    for name in (*(f"model/{file}" for file in model_files(run.directory / "model")), "samples.png"):
-        run.add_output(name, artifact=True)
+    if distributed.is_main():
+        finish_model(run, checkpoint)
 
 
 if __name__ == "__main__":

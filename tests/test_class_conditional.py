@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil
+from pipeline.evaluation.image_sets import images_at
 from pipeline.image_tokenizer.base import build
 from pipeline.orchestration.graph import stage_identity
 from pipeline.sampling.pipeline import Pipeline
@@ -21,11 +24,12 @@ from pipeline.text_tokenizer import TextTokenizer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
 from tests.data.sample_images import write_folder
 from tests.data.small_run import MODEL
 from tests.launch import launch
 
+_TRAINED = ("image_tokenizer", "transformer")
 OF_CLASSES = ("transformer.condition=class", "generate.training_prompts=[dark, light]", "generate.new_prompts=[]")
 
 
@@ -61,6 +65,30 @@ def test_the_stages_of_a_run_of_folders_know_its_classes(tmp_path: Path) -> None
                "prepare.validation_fraction=0.4", "tracking.enabled=false", cwd=tmp_path)  # fmt: skip
     found = TextTokenizer.from_pretrained(tmp_path / "runs" / "tiny" / "text-tokenizer")
     assert (found.classes, found.text_length) == (["dark", "light"], 1)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_classes_ends_with_samples_that_the_evaluators_protocol_measures(tmp_path: Path) -> None:
+    for number, name in enumerate(("dark", "light")):
+        write_folder(tmp_path / "images" / name, 16, start=16 * number)
+    source = f"prepare.source={{kind: folder, path: {tmp_path / 'images'}, captions: folders}}"
+    short = [f"{stage}.training={{steps: 4, batch_size: 8, warmup_steps: 0}}" for stage in _TRAINED]
+    small = ["prepare.validation_fraction=0.3", "generate.samples=6", "evaluate.reconstructions=4", NO_TRACKING]
+    guided = "generate.sampling={guidance: 2}"
+    launch("pipeline", "run", str(TINY), source, *OF_CLASSES, *short, *small, guided, cwd=tmp_path)
+    run, samples = tmp_path / "runs" / "tiny", tmp_path / "samples.npz"
+    assert "dark" in (run / "report" / "index.html").read_text()
+    launch("pipeline", "generate", str(run), "--npz", str(samples))
+    with np.load(samples, allow_pickle=False) as content:
+        assert (content["arr_0"].dtype, content["arr_0"].shape) == (np.uint8, (6, 16, 16, 3))
+        keys = [image.caption for image in images_at(run / "generate" / "samples")]
+        assert content["arr_1"].tolist() == [["dark", "light"].index(caption or "") for caption in keys]
+    both = ("--real", str(tmp_path / "images"), "--fake", str(samples), "--cache", str(tmp_path / "cache"))
+    launch("pipeline", "evaluate", *both, "-o", str(tmp_path / "metrics.json"), cwd=tmp_path)
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert {row["n_generated"] for row in rows} == {6}
+    assert {"FD (Lite0)", "KID (Lite0)", "precision k=5 (Lite0)"} <= {row["metric"] for row in rows}
+    assert all(row["protocol"] and row["extractor"] and row["resize"] for row in rows)
 
 
 def test_a_run_of_text_keeps_its_identity_and_one_of_classes_has_another() -> None:

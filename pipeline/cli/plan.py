@@ -78,7 +78,11 @@ def plan(
         raise UserError(f"expected a model that can be counted, found one too large: {error}") from error
     lines = [*_model(config, model), "", *_time(config, model, gpu, device, gpus, utilisation, time_limit, limit_s)]
     host = _host(config, model, gpus, min(gpus_per_node, gpus), host_memory_gb)
-    images = [_order(config, model), _images(config, model, device)]
+    images = [
+        _order(config, model),
+        _images(config, model, device),
+        *_tune(config, model, utilisation * gpus * device.tflops * 1e12),
+    ]
     click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, *images]))
 
 
@@ -209,6 +213,20 @@ def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> str:
     if not fitting:
         return f"{line}: the weights alone fill the GPU"
     return line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"
+
+
+def _tune(config: PipelineConfig, model: Model, flops_per_s: float) -> list[str]:
+    """What the stage tune takes, where it is enabled: it draws, asks the start's model, and trains on what it drew."""
+    section, training = config.tune, config.tune.training
+    if not section.enabled:
+        return []
+    passes = model.flops_per_token * (1 + 2 / 3)  # a forward pass is a third of a step
+    flops = training.steps * training.batch_size * model.layout.length * passes
+    return [
+        f"tune            {training.steps:,} steps of {training.batch_size:,} images, {section.group_size} of each"
+        f" prompt: {flops:.3g} FLOPs, {flops / flops_per_s / 3600:,.1f} hours at that rate (drawing is slower, and"
+        f" rewards come on top); {_gb(model.weight_bytes * model.parameters)} more for the start's weights"
+    ]
 
 
 def _order(config: PipelineConfig, model: Model) -> str:

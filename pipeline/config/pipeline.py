@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from pipeline.config.base import Config, load_config, operational
+from pipeline.config.base import Config, added, load_config, operational
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
@@ -24,6 +24,7 @@ from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
+from pipeline.config.tune import TuneConfig
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class PipelineConfig(Config):
     tokenize: TokenizeConfig
     transformer: TransformerConfig
     reranker: RerankerConfig = RerankerConfig()
+    tune: TuneConfig = added(TuneConfig())
     generate: GenerateConfig
     evaluate: EvaluateConfig
     report: ReportConfig
@@ -85,6 +87,8 @@ class PipelineConfig(Config):
         if self.evaluate.perturbations and "multiscale" in kinds:
             raise ValueError("evaluate.perturbations: pFID is not defined for quantizer multiscale: leave it out")
         self._check_image_size()
+        if self.tune.enabled:
+            self._check_tune()
         return self
 
     def _check_order(self) -> None:
@@ -95,6 +99,21 @@ class PipelineConfig(Config):
             raise ValueError(
                 "transformer.order=scale needs an image tokenizer of several levels, found one: set"
                 " image_tokenizer.model.quantizer.kind=multiscale, say, or order to any"
+            )
+
+    def _check_tune(self) -> None:
+        if self.transformer.order == "any":
+            raise ValueError(
+                "tune needs transformer.order raster or scale, whose probabilities of an image are exact, found any:"
+                " leave tune out"
+            )
+        if self.tune.reward == "reranker" and not self.reranker.enabled:
+            raise ValueError("tune.reward=reranker: expected a reranker, found none: set reranker.enabled=true")
+        kinds = {source.kind for source in self.prepare.all_sources}
+        if self.tune.reward == "judge" and kinds != {"shapes"}:
+            raise ValueError(
+                f"tune.reward=judge reads images of the source shapes alone, found {', '.join(sorted(kinds))}: set reward"
+                " to reranker or clip"
             )
 
     def _check_image_size(self) -> None:

@@ -150,6 +150,11 @@ def registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[Non
         hook.remove()
 
 
+def has_values(model: nn.Module) -> bool:
+    """Whether a model that was built inside of `initial_values` has got its memory."""
+    return all(parameter.is_contiguous() for parameter in model.parameters() if parameter.numel() > 1)
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self, initial: InitialValues) -> None:
         super().__init__()

@@ -46,8 +46,9 @@ _WORK = (
     Stage("tokenize", inputs=("prepare", "text-tokenizer", "image-tokenizer"), shards=True),
     Stage("transformer", ("text-tokenizer", "image-tokenizer", "tokenize"), looks_at=("prepare",), trains=True),
     Stage("reranker", inputs=("prepare", "text-tokenizer"), trains=True),
-    Stage("generate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker"), shards=True),
-    Stage("evaluate", inputs=("prepare", "text-tokenizer", "image-tokenizer", "transformer", "generate"), shards=True),
+    Stage("tune", ("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker"), trains=True),
+    Stage("generate", ("prepare", "text-tokenizer", "image-tokenizer", "transformer", "reranker", "tune"), shards=True),
+    Stage("evaluate", ("prepare", "text-tokenizer", "image-tokenizer", "transformer", "tune", "generate"), shards=True),
 )
 STAGES: tuple[Stage, ...] = (*_WORK, Stage("report", inputs=tuple(stage.name for stage in _WORK)))
 STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)

@@ -38,6 +38,8 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
     keys = sorted({key for line in history for key in line})
     kinds = (
         ("Loss", [key for key in keys if "loss" in key.split("/") or key.split("/")[-1] == "reconstruction"]),
+        ("Reward", [key for key in keys if key.split("/")[-1] == "reward"]),
+        ("Divergence from the start, nats a code", [key for key in keys if key == "kl"]),
         ("PSNR, dB", [key for key in keys if "psnr" in key]),
         ("Accuracy", [key for key in keys if "accuracy" in key.split("/")]),
         ("Retrieval on the validation split", [key for key in keys if key.startswith("val/") and " R@" in key]),

@@ -100,14 +100,16 @@ def _in_run(directory: Path, step: int | None) -> ModelSource:
     config = load_pipeline(config_of(directory))
     runs = RunDirectory(directory)
     hashes = {}
-    transformer = directory / "transformer" / ("model" if step is None else f"exported/step-{step:08d}")
+    generator = "tune" if config.tune.enabled and step is None else "transformer"
+    transformer = directory / generator / ("model" if step is None else f"exported/step-{step:08d}")
     for stage, prefix in _STAGES.items():
         if stage == "transformer" and step is not None:
             if not transformer.is_dir():
                 export_step(directory, stage, step)
             hashes[stage] = {name: record_of(transformer / name)["sha256"] for name in model_files(transformer)}
         else:
-            outputs = runs.usable(config, stage_named(stage))["outputs"]
+            made_by = generator if stage == "transformer" else stage
+            outputs = runs.usable(config, stage_named(made_by))["outputs"]
             hashes[stage] = {name: output["sha256"] for name, output in outputs.items() if name.startswith(prefix)}
     ranked = config.reranker.enabled and runs.manifest("reranker") is not None
     if ranked:

@@ -7,6 +7,7 @@ Whatever number of processes and ZeRO stage wrote the checkpoint: each parameter
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.core.atomic_io import read_json, write_json
+from pipeline.core.atomic_io import atomic_path, read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import first_fault
 from pipeline.core.tensor_file import TensorLayout
-from pipeline.core.weights import SHARD_BYTES, write_weights
+from pipeline.core.weights import SHARD_BYTES, model_files, write_weights
 from pipeline.core.writable import new_folder
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.training.checkpoint import step_of
 from pipeline.training.sharded_state import ShardedState
 
 
@@ -97,6 +100,15 @@ def export_step(
     with new_folder(target) as draft:
         averaged = consolidate(checkpoint, draft, averaged, shard_bytes)
     return target, averaged
+
+
+def finish_model(run: StageRun, checkpoint: Path) -> None:
+    """Write model/ and the samples.png of its step, as outputs of the stage; on rank 0 alone."""
+    consolidate(checkpoint, run.directory / "model")
+    with atomic_path(run.directory / "samples.png") as temporary:
+        shutil.copyfile(run.tracker.image_path("samples", step_of(checkpoint)), temporary)
+    for name in (*(f"model/{file}" for file in model_files(run.directory / "model")), "samples.png"):
+        run.add_output(name, artifact=True)
 
 
 def find_checkpoint(stage: Path, step: int) -> Path:
