@@ -49,8 +49,9 @@ from pipeline.core import distributed
 from pipeline.image_tokenizer.base import build
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
 from pipeline.training.checkpoint_files import write_files
+from pipeline.training.gpu_plan import memory
 from pipeline.training.optimizer import build_adamw
-from pipeline.training.resource_plan import count, memory
+from pipeline.training.resource_plan import count
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.tables import Tables
 from tests.launches import Launches

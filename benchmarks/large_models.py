@@ -7,8 +7,9 @@ On CPUs, with random ids instead of data. A first life on --processes: start, tw
 images, and a stop, asked of rank 0 while images are generated, which saves. A second life on --resume-processes: start,
 resume, the same again, a checkpoint that is waited for, and the end (an export from it). --only names some phases.
 
-A line for each phase: peak resident memory in GB since the phase began, of each rank, without what torch took before;
-what `plan` says of a GPU and of the host together; of the start also the bar, 1.2 × share + 2 × the largest parameter,
+A line for each phase: peak resident memory in GB since the phase began, of each rank, without what was there after the
+same phases of a tiny model, which imports all that there is to import; what `plan` says of a GPU and of the host
+together; of the start also the bar, 1.2 × share + 2 × the largest parameter,
 where the share is that of weights, optimizer, gradients and average.
 """
 
@@ -46,8 +47,9 @@ from pipeline.training.consolidate import consolidate
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Engine, Start
+from pipeline.training.gpu_plan import memory
 from pipeline.training.host_plan import host_memory
-from pipeline.training.resource_plan import FLOAT32, Model, count, memory
+from pipeline.training.resource_plan import FLOAT32, Model, count
 from pipeline.training.sharded_state import ShardedState, shards_file
 from pipeline.training.stopping import EvaluationStopped
 from pipeline.transformer.build import build_transformer
@@ -147,6 +149,7 @@ def _live(arguments: argparse.Namespace, config: PipelineConfig) -> None:
 
     distributed.init()
     signals.install()
+    _warm_up(arguments, config)
     meter = Meter()
     checkpoints = Checkpoints(
         arguments.folder / "checkpoints", 1, in_background=config.transformer.training.async_checkpoints
@@ -162,6 +165,19 @@ def _live(arguments: argparse.Namespace, config: PipelineConfig) -> None:
     if distributed.is_main():
         _print(training, [peaks for peaks, _ in told], told[0][1])
     distributed.leave(0)
+
+
+def _warm_up(arguments: argparse.Namespace, config: PipelineConfig) -> None:
+    """All of it but the stop with a model of a block, which leaves little behind."""
+    heads = config.transformer.heads
+    tiny = config.transformer.model_copy(update={"layers": 1, "width": 4 * heads, "key_value_heads": heads})
+    folder = arguments.folder / f"tiny-{arguments.life}"
+    if distributed.is_main():
+        folder.mkdir()
+    distributed.barrier()
+    training = start_training(config.model_copy(update={"transformer": tiny}), folder, drawn=True)
+    phases = argparse.Namespace(folder=folder, only={*_SECOND})
+    _phases(phases, Meter(), training, Checkpoints(folder / "checkpoints", 1, in_background=True))
 
 
 def _phases(arguments: argparse.Namespace, meter: Meter, training: Training, checkpoints: Checkpoints) -> None:

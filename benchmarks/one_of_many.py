@@ -189,10 +189,13 @@ def _tell(config: PipelineConfig, training: Training, meter: Meter, ranks: int, 
     print(f"{sum(training.sizes) / 1e9:.2f} G parameters, {section.precision}, rank 0 of {ranks}; in GB:")
     print(f"share           {training.share(ranks):.2f}; the largest parameter {4 * max(training.sizes) / _GB:.2f}")
     print(f"start           {peaks['start']:.2f} at most, bar {training.bar(ranks):.2f}, plan {plan['start']:.2f}")
-    print(f"update          {peaks['update']:.2f} at most")
+    print(f"update          {peaks['update']:.2f} at most, plan of a resume {plan['resume']:.2f}")
     print(f"checkpoint      {peaks['checkpoint']:.2f} at most, plan {plan['checkpoint']:.2f}")
     print(f"on disk         {written / _GB:.2f} in {files:,} files, plan {on_disk:.2f}")
-    print(f"resume          {peaks['resume']:.2f} at most; its bits are those that it wrote", flush=True)
+    print(
+        f"resume          {peaks['resume']:.2f} at most, plan {plan['resume']:.2f}; its bits are those that it wrote",
+        flush=True,
+    )
 
 
 def _export(checkpoint: Path, folder: Path) -> None:

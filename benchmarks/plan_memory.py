@@ -1,14 +1,16 @@
 """The memory that `smalti plan` says, beside that of a real training on this machine's CPU.
 
-    python -m benchmarks.plan_memory [STAGE ...]
+    python -m benchmarks.plan_memory [STAGE ...] [--processes N]
 
-Each model trains two steps on DeepSpeed's engine, in one process per model and stage. Measured is the highest sum of
-all live tensors, from torch's record of every allocation, with model and engine: what a GPU's allocator would count.
-The last column is the rise of the process's resident memory, which includes what the C library did not give back.
+Each model trains two steps on DeepSpeed's engine, in N processes per model and stage. Measured is the highest sum of
+all live tensors of rank 0, from torch's record of every allocation, with model and engine: what a GPU's allocator would
+count, and gloo's copies. The last column is the rise of its resident memory, which includes what the C library did not
+give back.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.config.transformer import TransformerConfig
-from pipeline.training.resource_plan import Memory, count, memory
+from pipeline.training.gpu_plan import Memory, memory
+from pipeline.training.resource_plan import count
 
 ROOT = Path(__file__).resolve().parents[1]
 _DATA = ["prepare.image_size=64", "text_tokenizer.vocab_size=2048", "text_tokenizer.text_length=32"]  # 16×16 codes
@@ -49,17 +52,18 @@ def config_of(model: str) -> PipelineConfig:
     return load_pipeline(ROOT / "tests" / "configs" / "tiny.yaml", overrides)
 
 
-def planned(model: str, stage: int) -> Memory:
-    """The plan for one process on a CPU, whose attention keeps its scores."""
+def planned(model: str, stage: int, processes: int = 1) -> Memory:
+    """The plan for a process on a CPU, whose attention keeps its scores."""
     config = config_of(model)
     transformer = config.transformer
-    counted = replace(count(config, gpus=1, device="cpu"), image_tokenizer=0)  # the benchmark trains without
-    return memory(counted, transformer.training, transformer.deepspeed, stage, 1)
+    counted = replace(count(config, processes, device="cpu"), image_tokenizer=0)  # the benchmark trains without
+    return memory(counted, transformer.training, transformer.deepspeed, stage, processes)
 
 
-def measured(model: str, stage: int) -> tuple[int, int]:
-    """Bytes of tensors and of resident memory at their peak, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.plan_memory", "--worker", model, str(stage)]
+def measured(model: str, stage: int, processes: int = 1) -> tuple[int, int]:
+    """Bytes of tensors and of resident memory at their peak, measured in processes of their own."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] * (processes > 1)
+    command = [sys.executable, "-m", *torchrun, "benchmarks.plan_memory", "--worker", model, str(stage)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -81,7 +85,8 @@ def _worker(model: str, stage: int) -> None:
         _train(config, stage)
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    print(max(accumulate(event.nbytes() for event in events)), resident)
+    if distributed.is_main():
+        print(max(accumulate(event.nbytes() for event in events)), resident)
     distributed.leave(0)
 
 
@@ -105,7 +110,7 @@ def _train(config: PipelineConfig, stage: int, at_end: Callable[[], int] = lambd
     with tempfile.TemporaryDirectory() as folder:
         engine = build_engine("deepspeed", objective, section.training, zero, Path(folder))
     average = Ema(engine.local_parameters, section.training.ema_decay) if section.training.ema_decay else None
-    size = section.training.batch_size
+    size = section.training.batch_size // distributed.world_size()
     batch = {
         "text": torch.ones(size, layout.text_length, dtype=torch.long),
         "codes": torch.ones(size, layout.image_length, dtype=torch.long),
@@ -130,13 +135,13 @@ def status_bytes(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def main(stages: list[int]) -> None:
+def main(stages: list[int], processes: int) -> None:
     print("model                                             ZeRO    planned    tensors   planned / tensors   resident")
     for model in MODELS:
         for stage in stages:
             if stage == 0 and "bf16-weights" in model:
                 continue  # refused
-            plan, (tensors, resident) = planned(model, stage).step, measured(model, stage)
+            plan, (tensors, resident) = planned(model, stage, processes).step, measured(model, stage, processes)
             columns = f"{plan / 1e6:8.0f} MB{tensors / 1e6:8.0f} MB{plan / tensors:20.2f}{resident / 1e6:8.0f} MB"
             print(f"{model:50}{stage:4}{columns}", flush=True)
 
@@ -145,4 +150,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _worker(sys.argv[2], int(sys.argv[3]))
     else:
-        main([int(stage) for stage in sys.argv[1:]] or [0, 1, 2, 3])
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("stages", nargs="*", type=int, default=[0, 1, 2, 3], metavar="STAGE")
+        parser.add_argument("--processes", type=int, default=1)
+        arguments = parser.parse_args()
+        main(arguments.stages, arguments.processes)

@@ -10,6 +10,7 @@ import click
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.slurm.cluster import seconds
+from pipeline.training.gpu_plan import PEAKS, fitting_micro_batch, memory
 from pipeline.training.host_plan import host_memory
 from pipeline.training.resource_plan import (
     GPUS,
@@ -19,8 +20,6 @@ from pipeline.training.resource_plan import (
     count,
     duration,
     fitting_images,
-    fitting_micro_batch,
-    memory,
 )
 
 if TYPE_CHECKING:
@@ -143,19 +142,7 @@ def _time(
     ]
 
 
-_COLUMNS = (
-    "weights",
-    "optimizer",
-    "average",
-    "gradients",
-    "activations",
-    "start",
-    "step",
-    "evaluation",
-    "images",
-    "checkpoint",
-    "end",
-)
+_COLUMNS = ("weights", "optimizer", "average", "gradients", "activations", *PEAKS)
 
 
 def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[str]:
@@ -197,7 +184,7 @@ def _smaller(config: PipelineConfig, model: Model, stage: int, gpus: int, limit:
     need = memory(model, training, config.transformer.deepspeed, stage, gpus)
     if need.peak <= limit:
         return []
-    if max(need.start, need.images, need.checkpoint, need.end) <= limit:
+    if max(need.start, need.resume, need.images, need.checkpoint, need.end) <= limit:
         micro = fitting_micro_batch(config, model, stage, gpus, limit)
         if micro is not None:
             return [

@@ -46,6 +46,8 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda: True))
         stack.enter_context(patch("torch.clear_autocast_cache", autocast.cast_weights.clear))
+        # Else `torch.autograd.backward` takes the mode off while it works, and what is recomputed there is not cast.
+        stack.enter_context(patch("torch.autograd.has_torch_function", lambda _: False))
         stack.enter_context(autocast)
         yield
 

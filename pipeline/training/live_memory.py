@@ -4,7 +4,7 @@
         found = passes(objective, batch, "bf16-weights")     # `objective` and `batch` on "cuda", or on the CPU
 
 The objective runs forward and backward as it is, with whatever it recomputes, so the count follows the model. What an
-engine keeps beside that is in `resource_plan.py`.
+engine keeps beside that is in `gpu_plan.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ AUTOCAST = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `now` is the size of all tensors that were made inside and still exist, and `peak` its maximum."""
+    """Inside, `now` is the size of all tensors that were made inside and still exist, and `peak` its maximum.
+
+    `if_kept` is the maximum with what left through `leave`, as if that had stayed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.if_kept = 0
+        self._left = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
@@ -58,12 +62,23 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._alive[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata, 0))
 
+    def leave(self, parameter: Tensor) -> None:
+        """Drop the gradient of a parameter."""
+        before = self.now
+        parameter.grad = None
+        self._left += before - self.now
+
+    def peaks_start_anew(self) -> None:
+        """From what there is now."""
+        self.peak, self.if_kept = self.now, self.now + self._left
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._alive:
             size = storage.nbytes()
             self._alive[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata, size))
             self.now += size
             self.peak = max(self.peak, self.now)
+            self.if_kept = max(self.if_kept, self.now + self._left)
 
     def _forget(self, key: int, size: int, _: object) -> None:
         self._alive.pop(key, None)
@@ -84,27 +99,13 @@ class Passes:
 def passes(objective: Objective, batch: dict[str, Tensor], precision: Precision) -> Passes:
     """Run the objective's passes on fake tensors, with activation checkpointing where it is built in already."""
     objective.train()
-    kept, before, staying = _step(objective, batch, precision, gradients_stay=True)
-    _, _, leaving = _step(objective, batch, precision, gradients_stay=False)
-    objective.eval()
-    with _counted(objective, batch, precision) as evaluation, torch.no_grad():
-        objective(batch, 0)
-    objective.train()
-    return Passes(kept, before, staying, leaving, evaluation.peak)
-
-
-def _step(
-    objective: Objective, batch: dict[str, Tensor], precision: Precision, gradients_stay: bool
-) -> tuple[int, int, int]:
-    """(bytes at the end of the forward pass, peak until there is a gradient, peak from then on). Leaves no gradient."""
-    first: list[int] = []
+    before_gradients: list[int] = []
 
     def has_gradient(parameter: Tensor) -> None:
-        if not first:
-            first.append(live.peak)
-            live.peak = live.now
-        if not gradients_stay:
-            parameter.grad = None
+        if not before_gradients:
+            before_gradients.append(live.peak)
+            live.peaks_start_anew()
+        live.leave(parameter)
 
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     handles = [parameter.register_post_accumulate_grad_hook(has_gradient) for parameter in trained]
@@ -113,11 +114,14 @@ def _step(
         kept = live.now
     with live:
         torch.autograd.backward(loss)  # the tensor's method recomputes outside fake_cuda's autocast
-    for parameter, handle in zip(trained, handles, strict=True):
-        parameter.grad = None
+    for handle in handles:
         handle.remove()
     del loss, metrics
-    return kept, first[0], live.peak
+    objective.eval()
+    with _counted(objective, batch, precision) as evaluation, torch.no_grad():
+        objective(batch, 0)
+    objective.train()
+    return Passes(kept, before_gradients[0], live.if_kept, live.peak, evaluation.peak)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 The objective of the config is built and run on fake tensors of the training's precision, on the GPU's path
 (`live_memory.py`, `core/fake_cuda.py`), so parameters, FLOPs and activations are counted and not estimated by a formula
-of one model. What DeepSpeed keeps beside them is known (`memory`). Time comes from the peak rate of the GPU and the
+of one model. What DeepSpeed keeps beside them is in `gpu_plan.py`. Time comes from the peak rate of the GPU and the
 utilisation that you expect of it; `mfu` in a run's metrics says what it was.
 """
 
@@ -11,18 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.training import (
-    BUCKET_ELEMENTS,
-    LIVE_ELEMENTS,
-    DeepSpeedConfig,
     Precision,
     TrainingConfig,
     accumulation_steps,
     resolved_precision,
-    samples_per_process,
 )
 from pipeline.core.errors import UserError
 
@@ -72,6 +68,7 @@ class Model:
     """The counts of a config's transformer."""
 
     layout: Layout
+    on_gpu: bool
     precision: Precision  # on that device: never bf16
     parameters: int
     muon_parameters: int  # those of them that Muon would train
@@ -94,33 +91,6 @@ class Model:
     def weight_bytes(self) -> int:
         """Of a weight, and of its gradient, in the model."""
         return 2 if self.precision in ("bf16-weights", "fp16") else FLOAT32
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU: what is there all the time, and the peaks of what a training does."""
-
-    weights: float  # of the model
-    optimizer: float  # float32 weights and moments
-    average: float
-    gradients: float
-    activations: float  # kept for the backward pass
-    start: float
-    step: float
-    evaluation: float
-    images: float
-    checkpoint: float
-    end: float
-
-    @property
-    def peak(self) -> float:
-        """The most that it ever takes."""
-        return max(self.peaks.values())
-
-    @property
-    def peaks(self) -> dict[str, float]:
-        """On the GPU, by what the training does then."""
-        return {name: getattr(self, name) for name in ("start", "step", "evaluation", "images", "checkpoint", "end")}
 
 
 def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "cuda") -> Model:
@@ -155,6 +125,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     key_or_value = section.layers * section.key_value_heads * layout.length * section.head_width
     return Model(
         layout=layout,
+        on_gpu=device == "cuda",
         precision=precision,
         parameters=sum(p.numel() for p in objective.parameters()),
         muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
@@ -163,7 +134,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
         outside_blocks=sum(p.numel() for p in objective.parameters()) - sum(blocks),
         micro_batch=micro,
         flops=flops,
-        passes=_passes(config, layout, precision, micro, device),
+        passes=passes_of(config, layout, precision, micro, device),
         cache_row=2 * key_or_value * (FLOAT32 if precision == "fp32" else 2),
         image_tokenizer=FLOAT32 * sum(p.numel() for p in image_tokenizer.parameters()),
         decoding=decoding,
@@ -185,8 +156,8 @@ def decoding_bytes(image_tokenizer: ImageTokenizer) -> int:
     return live.peak
 
 
-def _passes(config: PipelineConfig, layout: Layout, precision: Precision, micro: int, device: str) -> Passes:
-    """Memory of a step's passes on fake tensors of the device."""
+def passes_of(config: PipelineConfig, layout: Layout, precision: Precision, micro: int, device: str) -> Passes:
+    """Memory of a step's passes with micro-batches of `micro` samples, on fake tensors of the device."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -245,91 +216,6 @@ def checkpoint_bytes(model: Model, training: TrainingConfig) -> int:
     """Size of a checkpoint: float32 weights, optimizer states, average."""
     average = model.parameters if training.ema_decay else 0
     return FLOAT32 * (model.parameters + optimizer_elements(model, training) + average)
-
-
-def memory(model: Model, training: TrainingConfig, deepspeed: DeepSpeedConfig, stage: int, gpus: int) -> Memory:
-    """Memory of one of `gpus` processes at ZeRO `stage`."""
-    number, passes = model.weight_bytes, model.passes
-    full, shard = number * model.parameters, number * model.parameters / gpus
-    slices = gpus if stage else 1
-    float32 = FLOAT32 * model.parameters / slices
-    optimizer = FLOAT32 * optimizer_elements(model, training) / slices + (float32 if stage else 0.0)
-    average = float32 if training.ema_decay else 0.0
-    if stage and deepspeed.offload_optimizer:
-        optimizer = average = 0.0
-    # One process uses its shard as it is; of several, each has gathered this much at a time.
-    live = number * min(model.parameters, LIVE_ELEMENTS) if gpus > 1 else 0
-    weights = full if stage < 3 else shard + live
-    there = weights + optimizer + average + model.image_tokenizer
-    kept = there - live if stage == 3 else there
-    # Stage 3 partitions a parameter at a time, and tries its optimizer with gradients of zero.
-    beginning = max(number * model.largest_parameter, FLOAT32 * model.parameters / gpus) if stage == 3 else 0.0
-    exchanged = FLOAT32 * model.largest_parameter / slices if training.ema_decay else 0
-    gathered = number * (model.outside_blocks + model.largest_block) if stage == 3 and gpus > 1 else 0
-    return Memory(
-        weights=weights,
-        optimizer=optimizer,
-        average=average,
-        gradients={0: full, 1: full + shard, 2: shard, 3: shard}[stage],
-        activations=passes.kept,
-        start=kept - average + beginning,
-        step=there + _step(model, training, stage, gpus),
-        evaluation=there + max(passes.evaluation, exchanged),
-        images=kept + gathered + max(_images_at_once(stage, gpus) * _cache(model), model.decoding),
-        checkpoint=there,  # it is copied as it lies there
-        end=there + exchanged,
-    )
-
-
-def _images_at_once(stage: int, gpus: int) -> int:
-    """Of the sample images of both splits; at stage 3 each process generates its part of them in one batch."""
-    own = math.ceil(2 * SAMPLE_IMAGES / gpus)
-    return own if stage == 3 else min(own, SAMPLE_IMAGES)
-
-
-def _cache(model: Model) -> float:
-    """Bytes of an image's keys and values, and of those of its prompt, which is read first."""
-    return model.cache_row * (1 + (model.layout.text_length + 1) / model.layout.length)
-
-
-def _step(model: Model, training: TrainingConfig, stage: int, gpus: int) -> float:
-    """The peak of a step beside weights, optimizer and average: in the backward pass, or when gradients are used."""
-    number, passes = model.weight_bytes, model.passes
-    full, shard = number * model.parameters, number * model.parameters / gpus
-    accumulates = model.micro_batch * gpus < training.batch_size
-    in_float32 = FLOAT32 * model.parameters / gpus if number < FLOAT32 else 0.0  # the optimizer's form of its gradients
-    bucket: float = number * min(model.parameters, BUCKET_ELEMENTS)
-    if model.precision == "bf16-autocast":  # its parameters have a bucket of their own, at stage 3 in bf16
-        bucket *= 1.5 if stage == 3 else 2
-    backward: float = passes.with_gradients if stage < 2 else passes.without_gradients
-    used: float
-    if stage == 0:  # reduced gradients are copies
-        used, bucket = 2 * full, 0.0
-    elif stage == 1:
-        used = full + shard + in_float32
-    else:
-        used = shard + in_float32
-    there = (full if stage < 2 else shard) if accumulates or stage == 3 else 0.0  # from the micro-batch before
-    if there:
-        backward = passes.without_gradients
-    early = bucket if stage == 3 else 0  # it makes its bucket at the start
-    return max(passes.before_gradients + there + early, backward + there + bucket, used + bucket)
-
-
-def fitting_micro_batch(config: PipelineConfig, model: Model, stage: int, gpus: int, limit: float) -> int | None:
-    """The largest micro-batch below the config's whose training fits into `limit` bytes; None if not even 1 does."""
-    training = config.transformer.training
-    per_process = samples_per_process(training.batch_size, gpus)
-    for micro in sorted((n for n in range(1, model.micro_batch) if per_process % n == 0), reverse=True):
-        smaller = training.model_copy(update={"micro_batch_size": micro})
-        found = replace(
-            model,
-            micro_batch=micro,
-            passes=_passes(config, model.layout, model.precision, micro, "cuda"),
-        )
-        if memory(found, smaller, config.transformer.deepspeed, stage, gpus).peak <= limit:
-            return micro
-    return None
 
 
 def fitting_images(model: Model, limit: float) -> int:

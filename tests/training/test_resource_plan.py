@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.plan_memory import MODELS, measured, planned
@@ -19,7 +20,9 @@ from pipeline.cli.plan import plan
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.fake_cuda import fake_cuda, to_fake_cuda
 from pipeline.image_tokenizer.base import build
+from pipeline.training.gpu_plan import memory
 from pipeline.training.host_plan import host_memory
+from pipeline.training.live_memory import LiveBytes
 from pipeline.training.optimizer import muon_matrices
 from pipeline.training.resource_plan import (
     SAMPLE_IMAGES,
@@ -27,7 +30,6 @@ from pipeline.training.resource_plan import (
     count,
     decoding_bytes,
     duration,
-    memory,
 )
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -64,7 +66,7 @@ def test_dalle_has_12_billion_parameters_in_24_gb_and_fits_on_its_gpus_with_zero
     assert float(found[1]) == pytest.approx(12, rel=0.03)
     assert float(found[2]) == pytest.approx(24, rel=0.03)
     too_much = re.findall(r"^[* ] (\d) .*more than 16 GB: (.*)$", dalle, re.MULTILINE)
-    everything = "start, step, evaluation, images, checkpoint, end"
+    everything = "start, resume, step, evaluation, images, checkpoint, end"
     assert too_much == [("1", everything), ("2", everything)]
     assert "no micro-batch fits" not in dalle
 
@@ -161,10 +163,11 @@ def test_a_mistake_gets_one_line(arguments: tuple[str, str], line: str) -> None:
 
 
 @pytest.mark.slow
-def test_planned_memory_is_that_of_a_real_training_within_a_tenth() -> None:
+@pytest.mark.parametrize(("stage", "processes"), [(1, 1), (3, 2)])
+def test_planned_memory_is_that_of_a_real_training_within_a_tenth(stage: int, processes: int) -> None:
     model = next(iter(MODELS))  # all of them at all stages: python -m benchmarks.plan_memory
-    tensors, _ = measured(model, stage=1)
-    assert planned(model, stage=1).step == pytest.approx(tensors, rel=0.1)
+    tensors, _ = measured(model, stage, processes)
+    assert planned(model, stage, processes).step == pytest.approx(tensors, rel=0.1)
 
 
 STEP = ["transformer.width=128", "transformer.heads=4", "transformer.layers=3", "prepare.image_size=64"]
@@ -228,6 +231,30 @@ def test_recomputed_blocks_keep_their_inputs_alone() -> None:
     outside = count(head, gpus=1).passes.kept - inputs // 3
     assert model.passes.kept == pytest.approx(inputs + outside, rel=0.01)
     assert model.passes.kept < count(load_pipeline(TINY, STEP), gpus=1).passes.kept / 2
+
+
+def test_blocks_recomputed_under_autocast_are_planned_like_others() -> None:
+    autocast = [*STEP, "transformer.training.precision=bf16-autocast"]
+    recomputed, whole = (count(load_pipeline(TINY, settings), gpus=1) for settings in ([*autocast, BLOCK], autocast))
+    assert recomputed.passes.kept < whole.passes.kept / 2
+    assert recomputed.passes.evaluation == whole.passes.evaluation
+
+
+def test_gradients_that_stay_are_counted_in_a_pass_that_lets_them_go() -> None:
+    alone = ["transformer.training.precision=fp32", "transformer.training.batch_size=1"]
+    config = load_pipeline(TINY, [*STEP, *alone])
+    model = count(config, gpus=1, device="cpu")
+    live, parts = LiveBytes(), {"text": model.layout.text_length, "codes": model.layout.image_length}
+    with FakeTensorMode():
+        objective = JointObjective(Transformer(model.layout, config.transformer), config.transformer)
+        batch = {name: torch.zeros(model.micro_batch, n, dtype=torch.long) for name, n in parts.items()}
+        for tensor in (*objective.parameters(), *objective.buffers(), *batch.values()):
+            live.know(tensor)
+        with live:
+            objective(batch, 0)[0].backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    assert model.passes.with_gradients == pytest.approx(live.peak, rel=0.001)
+    assert model.passes.without_gradients < model.passes.with_gradients
 
 
 def test_on_gpus_bf16_halves_weights_and_gradients_and_the_average_is_partitioned() -> None:

@@ -299,6 +299,7 @@ def deepspeed_settings(
         "stage": stage,
         "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
         "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
         "stage3_max_live_parameters": LIVE_ELEMENTS,
     }
     if config.overlap_communication is not None or not torch.cuda.is_available():
