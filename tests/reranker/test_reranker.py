@@ -21,6 +21,7 @@ from pipeline.reranker.ranker import Ranker, retrieval
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.activation_checkpointing import checkpoint_activations
+from pipeline.training.consolidate import export_step
 from tests.conftest import NO_TRACKING, TINY
 from tests.launch import launch
 
@@ -122,6 +123,9 @@ def test_the_stage_trains_measures_and_chooses_for_generate(tiny_run: Path, tmp_
     assert 0 <= metrics["image to text R@1"] <= metrics["image to text R@5"] <= 1
     logged = (run / "reranker" / "metrics.jsonl").read_text()
     assert "val/text to image R@1" in logged
+    exported, _ = export_step(run, "reranker", 8, tmp_path / "exported")
+    for name in ("model.safetensors", "config.json"):
+        assert (exported / name).read_bytes() == (run / "reranker" / "model" / name).read_bytes(), name
     launch("stages.generate", *config)
     pipeline = Pipeline.from_pretrained(run)
     generated = pipeline.generate(["joker"], 2, keep=2)

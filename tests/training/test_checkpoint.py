@@ -314,6 +314,27 @@ def test_poll_completes_a_save_without_waiting_for_it(tmp_path: Path, monkeypatc
     assert _restore(checkpoints) == (1, 1)
 
 
+def test_a_save_begins_when_the_one_before_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, write = [0, 0], checkpoint.write_files
+
+    def counted(directory: Path, files: Files) -> dict[str, FileRecord]:
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        time.sleep(0.05)
+        complete = [path.suffix for path in tmp_path.iterdir()].count("")
+        assert files[WEIGHTS] == [complete + 1]
+        under_way[0] -= 1
+        return write(directory, files)
+
+    monkeypatch.setattr(checkpoint, "write_files", counted)
+    checkpoints = Checkpoints(tmp_path, keep=9, in_background=True)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {WEIGHTS: [step]})
+    checkpoints.finish()
+    assert under_way[1] == 1
+    assert _restore(checkpoints) == (3, 3)
+
+
 def _save_and_poll(checkpoints: Checkpoints) -> None:
     checkpoints.save(2, {WEIGHTS: [2]})
     for _ in range(1000):
