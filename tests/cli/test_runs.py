@@ -28,7 +28,9 @@ def folder(tiny_run: Path, tmp_path: Path) -> Path:
     for name in ("tiny", "other"):
         shutil.copytree(tiny_run, runs / name)
     config = runs / "other" / "config.yaml"
-    config.write_text(config.read_text().replace("temperature: 1.0", "temperature: 0.5", 1))
+    loaded = yaml.safe_load(config.read_text())
+    loaded["generate"]["sampling"]["temperature"] = 0.5
+    config.write_text(yaml.safe_dump(loaded))
     return runs
 
 
