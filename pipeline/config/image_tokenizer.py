@@ -40,6 +40,22 @@ class ArchitectureConfig(Config):
     reconstruction: Literal["logit_laplace", "l1", "l2"] = Field(
         "logit_laplace", description="loss between an image and its reconstruction; logit_laplace: Ramesh et al. 2021"
     )
+    tile_size: int | None = added(
+        None,
+        ge=1,
+        description="pixels on a side of the tiles in which larger images are encoded and decoded, with what surrounds"
+        " them: less memory, the same result but for rounding. null: in one piece",
+    )
+
+    @property
+    def block_reach(self) -> int:
+        """Positions that the blocks of a resolution see on each side of their own."""
+        return self.blocks * sum(kernel // 2 for kernel in self.block_kernels)
+
+    @property
+    def stem_reach(self) -> int:
+        """The same of the encoder's first convolution."""
+        return self.stem_kernel // 2
 
     @property
     def factor(self) -> int:
@@ -52,7 +68,15 @@ class ArchitectureConfig(Config):
             raise ValueError(f"widths {list(self.widths)} must be positive multiples of bottleneck ({self.bottleneck})")
         if any(kernel < 1 or kernel % 2 == 0 for kernel in (*self.block_kernels, self.stem_kernel)):
             raise ValueError("block_kernels and stem_kernel must be odd, so that a layer keeps the image's size")
+        if self.tile_size is not None and self.block == "ode":
+            raise ValueError("tile_size is for `block: residual`: what solvers see depends on their steps")
+        _check_tiles(self.tile_size, self.factor)
         return self
+
+
+def _check_tiles(tile_size: int | None, factor: int) -> None:
+    if tile_size is not None and tile_size % factor:
+        raise ValueError(f"tile_size must be a multiple of {factor}, the pixels of a code's side; found {tile_size}")
 
 
 def _gumbel(settings: GumbelSettings) -> GumbelConfig:
@@ -92,11 +116,27 @@ class OpenAIDVAEConfig(GumbelSettings):
     reconstruction: Literal["logit_laplace"] = Field(
         "logit_laplace", description="loss between an image and its reconstruction (Ramesh et al. 2021)"
     )
+    tile_size: int | None = added(
+        None,
+        ge=1,
+        description="pixels on a side of the tiles in which larger images are encoded and decoded, with what surrounds"
+        " them: less memory, the same result but for rounding. null: in one piece",
+    )
 
     @property
     def factor(self) -> int:
         """Pixels along the side of the square that one code stands for."""
         return 1 << (len(self.widths) - 1)
+
+    @property
+    def block_reach(self) -> int:
+        """Positions that the blocks of a resolution, of three 3×3 convolutions each, see on each side of their own."""
+        return 3 * self.blocks
+
+    @property
+    def stem_reach(self) -> int:
+        """The same of the encoder's first convolution, 7×7."""
+        return 3
 
     @property
     def quantizers(self) -> tuple[QuantizerConfig, ...]:
@@ -107,6 +147,7 @@ class OpenAIDVAEConfig(GumbelSettings):
     def _check(self) -> OpenAIDVAEConfig:
         if min(self.widths) < 4 or any(width % 4 for width in self.widths):
             raise ValueError(f"widths must be positive multiples of 4; found {list(self.widths)}")
+        _check_tiles(self.tile_size, self.factor)
         return self
 
 
@@ -184,6 +225,11 @@ class VQGANConfig(Config):
     def factor(self) -> int:
         """Pixels along the side of the square that one code stands for."""
         return 1 << (len(self.multipliers) - 1)
+
+    @property
+    def tile_size(self) -> None:
+        """None, and no key: its norms and attention see the whole image."""
+        return None
 
     @property
     def channels_of_resolutions(self) -> tuple[int, ...]:

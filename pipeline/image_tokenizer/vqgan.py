@@ -79,8 +79,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BChw: Tensor, codes_BDss: Tensor | None) -> Tensor:
         h = self.norm(x_BChw, codes_BDss)
-        q, k, v = (part(h).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))  # [B,N,C]
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x_BChw.shape)
+        # [B,1,N,C]: without the dimension of heads no kernel is taken that does without all scores, [N,N].
+        q, k, v = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
+        seen = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x_BChw.shape)
         out: Tensor = x_BChw + self.out(seen)
         return out
 

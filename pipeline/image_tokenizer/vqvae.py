@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQGANConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
 from pipeline.core.objective import Exported
 from pipeline.image_tokenizer.architecture import Decoder, DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
@@ -32,6 +32,7 @@ from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, ch
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.step_mean import StepMean
+from pipeline.image_tokenizer.tiles import by_tiles, reach
 
 # Vectors [B,N,D] of a grid, from its index and what the coarser ones decode to, [B,C,h,w] (None for the coarsest)
 VectorsOf = Callable[[int, Tensor | None], Tensor]
@@ -153,23 +154,25 @@ class VQVAE(ImageTokenizer):
 
     def _decoded(self, vectors_of: VectorsOf) -> Tensor:
         """The decoder's output for the vectors of all grids."""
-        x_BChw = self._walk(len(self.quantizers), vectors_of)
-        assert x_BChw is not None
-        assert isinstance(self.decoder, Decoder)
-        return self.decoder.finish(x_BChw, len(self.quantizers))
+        decoder, finest = self.decoder, len(self.quantizers) - 1
+        assert isinstance(decoder, Decoder)
+        x_BChw = self._decoder_input(finest, vectors_of, self._walk(finest, vectors_of))
+        return self._pixels(lambda window: decoder.finish(window, finest), x_BChw, finest)
 
     def _walk(self, grids: int, vectors_of: VectorsOf) -> Tensor | None:
         """What the decoder makes of the `grids` coarsest grids, [B,C,h,w] at the resolution of the next one."""
         context: Tensor | None = None
         for grid in range(grids):
-            e_BDhw = self._grid(grid, vectors_of(grid, context))
-            x = (
-                self.decoder.get_submodule("stem")(e_BDhw)
-                if context is None
-                else self._joined(context, self.expand[grid - 1](e_BDhw))
-            )
-            context = self.decoder.resolutions[grid](x)
+            context = self.decoder.resolutions[grid](self._decoder_input(grid, vectors_of, context))
         return context
+
+    def _decoder_input(self, grid: int, vectors_of: VectorsOf, context: Tensor | None) -> Tensor:
+        """Of the resolution of a grid, [B,C,h,w]. `context`: what the coarser grids decode to."""
+        e_BDhw = self._grid(grid, vectors_of(grid, context))
+        if context is None:
+            x_BChw: Tensor = self.decoder.get_submodule("stem")(e_BDhw)
+            return x_BChw
+        return self._joined(context, self.expand[grid - 1](e_BDhw))
 
     def _joined(self, context_BChw: Tensor, e_BChw: Tensor) -> Tensor:
         """What the coarser grids decode to, with a finer one's part."""
@@ -186,7 +189,33 @@ class VQVAE(ImageTokenizer):
         return cast("list[Quantizer]", list(self.quantizers))
 
     def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
-        """The encoder's features, coarse to fine."""
+        """The encoder's features, coarse to fine; in tiles, of the resolutions that have codes."""
+        config = self.config
+        if self._tile is None or isinstance(config, VQGANConfig):
+            return self._encoded(images_B3HW)
+        margin = reach([config.block_reach] * len(config.widths), config.stem_reach)
+        grids = len(self.quantizers)
+        tile = self._tile // config.factor
+        return by_tiles(lambda window: self._encoded(window)[:grids], images_B3HW, config.factor, tile, margin)
+
+    def _pixels(self, decode: Callable[[Tensor], Tensor], x_BChw: Tensor, begin: int) -> Tensor:
+        """What `decode` makes of the input of the decoder's resolution `begin`."""
+        config = self.config
+        if self._tile is None or isinstance(config, VQGANConfig):
+            return decode(x_BChw)
+        margin = reach([config.block_reach] * (len(config.widths) - begin))
+        tile = self._tile * x_BChw.shape[-1] // self.image_size
+        [pixels] = by_tiles(lambda window: [decode(window)], x_BChw, 1, tile, margin)
+        return pixels
+
+    @property
+    def _tile(self) -> int | None:
+        """Pixels on a side of the tiles to work in; None: in one piece, as in training."""
+        tile = self.config.tile_size
+        return None if self.training or tile is None or tile >= self.image_size else tile
+
+    def _encoded(self, images_B3HW: Tensor) -> list[Tensor]:
+        """The encoder's features of an image or a window of one, coarse to fine."""
         if self.config.channels_last:
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         return self.encoder(images_B3HW)[::-1]
@@ -201,8 +230,7 @@ class OneGrid(VQVAE):
     """A tokenizer whose decoder takes the vectors of the one grid, and is no stack of resolutions alone."""
 
     def _decoded(self, vectors_of: VectorsOf) -> Tensor:
-        pixels: Tensor = self.decoder(self._grid(0, vectors_of(0, None)))
-        return pixels
+        return self._pixels(self.decoder, self._grid(0, vectors_of(0, None)), 0)
 
 
 class VQVAE2(VQVAE):
@@ -228,10 +256,10 @@ class VQVAE2(VQVAE):
     def halves(self) -> list[EncoderHalf | DecoderHalf]:
         return [*super().halves(), *([self.form_encoder] if self._of_form else [])]
 
-    def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
+    def _encoded(self, images_B3HW: Tensor) -> list[Tensor]:
         if not self._of_form:
-            return super()._pyramid(images_B3HW)
-        pyramid = super()._pyramid(_darkest(images_B3HW, self.config.factor))
+            return super()._encoded(images_B3HW)
+        pyramid = super()._encoded(_darkest(images_B3HW, self.config.factor))
         dark_B3HW = images_B3HW.amin(dim=1, keepdim=True).repeat(1, 3, 1, 1)
         if self.config.channels_last:
             dark_B3HW = dark_B3HW.contiguous(memory_format=torch.channels_last)
