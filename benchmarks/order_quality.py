@@ -1,6 +1,7 @@
 """How good transformers of each order are after the same CPU time of training, on the tokens of one finished run.
 
     python -m benchmarks.order_quality RUN --minutes 60         # RUN: finished up to the stage tokenize
+    python -m benchmarks.order_quality RUN --seeds 0 --sheet holes.png         # and holes as each order fills them
 
 Of each order and seed: the time of a step, the Fréchet distance on Lite0's features between images of training captions
 and these samples' own images through the image tokenizer, and the mean negative log-likelihood of the codes in holes of
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerConfig
+from pipeline.core.image_io import to_pil
 from pipeline.data.sampler import TokenSampler
 from pipeline.extractors.registry import load_extractor
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.metrics.frechet import frechet_distance
 from pipeline.sampling.draw_next import UNKNOWN
+from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
@@ -41,6 +44,7 @@ from pipeline.transformer.orders import random_orders, sorted_within_levels
 
 CPU = torch.device("cpu")
 HOLES = {"lower right": (0.5, 0.5, 1.0, 1.0), "centre": (0.25, 0.25, 0.75, 0.75)}  # left, top, right, bottom
+SHOWN = 8  # images of a sheet
 BATCH, WARM_UP = 16, 0.05  # samples of a step; part of the time in which the learning rate rises
 
 
@@ -67,6 +71,7 @@ class Found:
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=256, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--sheet", type=click.Path(path_type=Path), help="a .png: holes as the first seed's models fill them")
 def main(
     run: Path,
     minutes: float,
@@ -77,10 +82,12 @@ def main(
     layers: int,
     width: int,
     learning_rate: float,
+    sheet: Path | None,
 ) -> None:
     """FD and holes of each order after the same time of training, by seed."""
     torch.set_num_threads(1)
     found: dict[str, list[Found]] = {order: [] for order in orders}
+    groups = shown_holes(run) if sheet else {}
     for seed in map(int, seeds.split(",")):
         for order in orders:
             config = TransformerConfig.model_validate(
@@ -89,6 +96,10 @@ def main(
             model, step_ms = trained(run / "tokenize", config, seed, 60 * minutes, learning_rate)
             sampling = SamplingConfig(passes=passes) if order == "any" else SamplingConfig()
             found[order].append(Found(step_ms, distance(run, model, sampling, images), holes(run, model)))
+            if sheet and len(found[order]) == 1:
+                for name, own in groups.items():
+                    own.append(Group(f"{name}, filled in order {order}", filled(run, model, sampling, name)))
+                grid([group for own in groups.values() for group in own], SHOWN, side=96).save(sheet)
             print(f"seed {seed}  {order:<6} {found[order][-1]}", flush=True)
     for order, own in found.items():
         values = {"FD(Lite0)": [one.distance for one in own]}
@@ -129,15 +140,8 @@ def trained(
 
 def distance(run: Path, model: Transformer, sampling: SamplingConfig, images: int) -> float:
     """Fréchet, of images of training captions to these samples' own through the image tokenizer."""
-    text_tokenizer = TextTokenizer.from_pretrained(run / "text-tokenizer")
-    image_tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
-    pipeline = Pipeline(text_tokenizer, model, image_tokenizer)
-    real: list[Image.Image] = []
-    captions: list[str] = []
-    for batch in _samples(run, "train", images):
-        captions += [text_tokenizer.decode(row) for row in batch["text"]]
-        real += pipeline.decode(batch["codes"])
-    generated = [one.image for one in pipeline.generate(captions, sampling=sampling, batch_size=BATCH)]
+    captions, real = _decoded(run, "train", images)
+    generated = [one.image for one in _pipeline(run, model).generate(captions, sampling=sampling, batch_size=BATCH)]
     extractor = load_extractor("efficientnet-lite0", CPU)
     return frechet_distance(extractor(real).features, extractor(generated).features)
 
@@ -148,11 +152,9 @@ def holes(run: Path, model: Transformer) -> dict[str, float]:
     tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
     side = tokenizer.image_size
     found = {}
-    for name, edges in HOLES.items():
-        left, top, right, bottom = (round(side * edge) for edge in edges)
-        mask = Image.new("L", (side, side))
-        mask.paste(255, (left, top, right, bottom))
-        hole_N = known_codes(tokenizer, ImagePrompt(Image.new("RGB", (side, side)), mask=mask), CPU) == UNKNOWN
+    for name in HOLES:
+        prompt = ImagePrompt(Image.new("RGB", (side, side)), mask=_mask(name, side))
+        hole_N = known_codes(tokenizer, prompt, CPU) == UNKNOWN
         losses = [hole_losses(model, batch["text"], batch["codes"], hole_N) for batch in _samples(run, "val", 200)]
         found[name] = float(torch.cat(losses).mean())
     return found
@@ -171,6 +173,55 @@ def hole_losses(model: Transformer, text_BT: Tensor, codes_BN: Tensor, hole_N: T
     targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
     losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
     return torch.cat(losses.plain, dim=1)[counted_BN].view(len(codes_BN), -1)
+
+
+def shown_holes(run: Path) -> dict[str, list[Group]]:
+    """The first validation images, through the image tokenizer, and what each hole leaves of them."""
+    captions, images = _decoded(run, "val", SHOWN)
+    whole = Group("validation images", [Tile(*shown) for shown in zip(images, captions, strict=True)])
+    gray = Image.new("RGB", images[0].size, "gray")
+    found = {}
+    for name in HOLES:
+        left = [Tile(Image.composite(gray, image, _mask(name, image.width))) for image in images]
+        found[name] = [whole, Group(f"{name}: what is known", left)]
+    return found
+
+
+def filled(run: Path, model: Transformer, sampling: SamplingConfig, name: str) -> list[Tile]:
+    """The same images, each with that hole filled once."""
+    tiles = []
+    for caption, image in zip(*_decoded(run, "val", SHOWN), strict=True):
+        prompt = ImagePrompt(image, mask=_mask(name, image.width))
+        (one,) = _pipeline(run, model).generate([caption], sampling=sampling, image_prompt=prompt)
+        tiles.append(Tile(one.image))
+    return tiles
+
+
+def _pipeline(run: Path, model: Transformer) -> Pipeline:
+    image_tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
+    return Pipeline(TextTokenizer.from_pretrained(run / "text-tokenizer"), model, image_tokenizer)
+
+
+def _mask(name: str, side: int) -> Image.Image:
+    """A hole in white."""
+    left, top, right, bottom = (round(side * edge) for edge in HOLES[name])
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+@torch.no_grad()
+def _decoded(run: Path, split: str, most: int) -> tuple[list[str], list[Image.Image]]:
+    """Captions of samples, and their images through the image tokenizer."""
+    text_tokenizer = TextTokenizer.from_pretrained(run / "text-tokenizer")
+    image_tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
+    sizes = [level.positions for level in image_tokenizer.levels]
+    captions: list[str] = []
+    images: list[Image.Image] = []
+    for batch in _samples(run, split, most):
+        captions += [text_tokenizer.decode(row) for row in batch["text"]]
+        images += to_pil(image_tokenizer.decode(list(batch["codes"].split(sizes, dim=1))))
+    return captions, images
 
 
 def _samples(run: Path, split: str, most: int) -> Iterator[dict[str, Tensor]]:

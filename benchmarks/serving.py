@@ -4,7 +4,8 @@
 
 - 16 clients at once: no answer but 200 and 429, every image the bytes of the same request alone, memory after 10 s;
 - 8 clients beside a batch of 8 offline, and beside one request after the other; a lone request beside one offline;
-- 1,000 malformed requests: no 5xx.
+- 1,000 malformed requests: no 5xx;
+- what a browser asks for at first: milliseconds and bytes.
 
 Ratios are of medians over turns that take each other's place; the load of the machine stands beside them.
 """
@@ -45,6 +46,7 @@ _PATH = "v1/images/generations"
 def main(run: Path, seconds: float, turns: int) -> None:
     with serving(run) as (server, process):
         click.echo(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        first_view(server)
         many_clients(server, process, seconds)
         beside_offline(server, process, run, turns)
         malformed(server, 1000)
@@ -72,6 +74,16 @@ def ask(server: str, body: object) -> tuple[int, list[str]]:
             return answer.status, [one["b64_json"] for one in json.load(answer)["data"]]
     except urllib.error.HTTPError as error:
         return error.code, []
+
+
+def first_view(server: str) -> None:
+    """The page, what it names, and what its script asks for, each on a connection of its own."""
+    begin, sizes = time.perf_counter(), []
+    for path in ("", "style.css", "app.js", "v1/models"):
+        with urllib.request.urlopen(server + path, timeout=60) as answer:
+            sizes.append(len(answer.read()))
+    ms = 1000 * (time.perf_counter() - begin)
+    click.echo(f"first view: {ms:.0f} ms (bar 1000), {sum(sizes) / 1000:.1f} kB (bar 200)")
 
 
 def many_clients(server: str, process: psutil.Process, seconds: float) -> None:

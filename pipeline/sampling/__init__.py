@@ -4,8 +4,9 @@ pipeline.py          prompts in, images out
 decode.py            the decode loop; draw_next.py one turn of it, batch_memory.py how many images at once
 decode_step.py       the step of a turn; cached_step.py the same for CPUs, static_step.py for GPUs, with cuda_graph.py
 speculate.py         the same codes in fewer passes, for one image at a time
-parallel_decode.py   the same for models of any order, many codes a pass; prompt_cache.py reads the prompts of both
+pass_decode.py       the same many codes a pass: parallel_decode.py in any order, level_decode.py a level; packed.py
 row_batch.py         rows that come and go, for a server; row_step.py its step, row_products.py its products
+pass_batch.py        the same of requests that draw in passes
 logits.py            guidance, filters, the draw
 image_prompt.py      which codes of a given image stay
 checks.py prompts.py what is refused before anything is generated; the captions of the generate stage

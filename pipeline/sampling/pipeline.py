@@ -218,7 +218,7 @@ class Pipeline:
         first_prompt: int,
         compiled: bool,
     ) -> _Drawing:
-        model = self._packed(self._transformer_in(sampling.dtype))
+        model = self.fastest(self._transformer_in(sampling.dtype))
         device = model.head.weight.device
         text_PT = self.text_tokenizer.encode(prompts).to(device)
         known_N = known_codes(self.image_tokenizer, image_prompt, device) if image_prompt else None
@@ -243,8 +243,8 @@ class Pipeline:
             self._narrower = cast(self.transformer, dtype)
         return self._narrower
 
-    def _packed(self, model: Transformer) -> Transformer:
-        """The model as it draws fastest here, which is made once, and anew when its weights have changed."""
+    def fastest(self, model: Transformer) -> Transformer:
+        """`model` as it draws fastest here, which is made once, and anew when its weights have changed."""
         versions = [id(model), *(0 if p.is_inference() else p._version for p in model.parameters())]
         if self._fast is None or self._fast[0] != versions:
             self._fast = versions, packed(model)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.serving.order import Finished, Made, Order, Partial
+from pipeline.text_tokenizer.bpe import PAD_ID
 
 _KEPT_FILES = 256  # images that are answered as addresses; older ones are forgotten
 
@@ -42,9 +43,7 @@ class Answers:
         self._as_url, self._codes = as_url, codes
         self._levels = [level.positions for level in pipeline.transformer.layout.levels]
         self._side, self._created = pipeline.image_tokenizer.image_size, int(time.time())
-        self._text_tokens = min(
-            pipeline.text_tokenizer.token_counts([order.prompt])[0], pipeline.transformer.layout.text_length
-        )
+        self._text_tokens = int((order.text != PAD_ID).sum())
 
     def whole(self, finished: Finished) -> dict[str, object]:
         """Without a stream."""

@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from pipeline.config.generate import SamplingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.version import VERSION
 from pipeline.sampling.image_prompt import ImagePrompt
@@ -99,7 +100,8 @@ def _add_images(app: FastAPI, served: Served) -> None:
     @app.post("/v1/images/generations")
     async def generations(asked: Asked, request: Request) -> Response:
         """Generate images of a prompt."""
-        return await _answer(served, files, request, asked, None, {}, "image_generation")
+        sampling = asked.sampling_for(served.pipeline, served.name, engine.slots)
+        return await _answer(served, files, request, asked, sampling, None, {}, "image_generation")
 
     @app.post("/v1/images/edits", openapi_extra={"requestBody": _edit_body()})
     async def edits(request: Request) -> Response:
@@ -117,9 +119,9 @@ def _add_images(app: FastAPI, served: Served) -> None:
             if mask is not None and not isinstance(mask, UploadFile):
                 raise Refusal(400, "mask: expected a file", "invalid_value", "mask")
             content = await images[0].read(), await mask.read() if mask is not None else None
-        asked.check_for(served.pipeline, served.name, engine.slots)
+        sampling = asked.sampling_for(served.pipeline, served.name, engine.slots)
         known, rule = await asyncio.to_thread(_known, served, asked, *content)
-        return await _answer(served, files, request, asked, known, rule, "image_edit")
+        return await _answer(served, files, request, asked, sampling, known, rule, "image_edit")
 
     @app.get("/v1/images/files/{name}")
     async def file(name: str) -> Response:
@@ -179,23 +181,25 @@ async def _answer(
     files: Files,
     request: Request,
     asked: Asked,
+    sampling: SamplingConfig,
     known: Tensor | None,
     image_prompt: dict[str, str],
     kind: str,
 ) -> Response:
     """Submit it, and wait for it or stream it."""
-    asked.check_for(served.pipeline, served.name, served.engine.slots)
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+    prompt = asked.checked_prompt()
 
     def emit(event: Event) -> None:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     order = Order(
-        asked.checked_prompt(),
+        prompt,
+        served.pipeline.text_tokenizer.encode([prompt])[0],
         asked.n,
         asked.chosen_seed(),
-        asked.sampling(served.pipeline),
+        sampling,
         emit,
         time.monotonic() + served.timeout_s,
         known=known,
@@ -231,23 +235,21 @@ async def _lines(served: Served, answers: Answers, happening: AsyncIterator[Even
             yield answers.completed(event, kind)
 
 
-async def _until_done(order: Order, events: asyncio.Queue[Event], request: Request) -> AsyncIterator[Event]:
-    """What happens to an order, to its end or to that of its client."""
+async def _until_done(order: Order, events: asyncio.Queue[Event | None], request: Request) -> AsyncIterator[Event]:
+    """What happens to an order, to its end or to that of its client, which is None among the events."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            events.put_nowait(None)
 
     leaving = asyncio.create_task(gone())
     try:
-        while True:
-            event = asyncio.create_task(events.get())
-            await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not event.done():
-                event.cancel()
-                return
-            yield event.result()
-            if not isinstance(event.result(), Partial):
+        while (event := await events.get()) is not None:
+            yield event
+            if not isinstance(event, Partial):
                 return
     finally:
         order.cancel()  # has no effect on what is finished

@@ -12,14 +12,16 @@ from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text
 from pipeline.sampling.checks import check_prompts, check_sampling
 from pipeline.sampling.pipeline import Pipeline
+from pipeline.sampling.row_batch import slots_of
 from pipeline.serving.refusal import Refusal
 
 LARGEST_PROMPT = 4_000  # characters
 MOST_IMAGES = 10  # OpenAI's bound
 MOST_PARTIAL_IMAGES = 64
 _SETTINGS = (
-    *("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_schedule", "guidance_interval"),
-    *("passes", "schedule", "pass_order"),
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("guidance", "guidance_schedule", "guidance_power", "guidance_interval"),
+    *("passes", "schedule", "pass_order", "temperature_end"),
 )
 
 
@@ -54,10 +56,12 @@ class Asked(BaseModel):
     min_p: _Number | None = Field(None, ge=0, le=1)
     guidance: _Number | None = Field(None, ge=0, le=100)
     guidance_schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    guidance_power: _Number | None = Field(None, gt=0, le=10, description="of guidance_schedule power: its exponent")
     guidance_interval: tuple[_Number, _Number] | None = None
     passes: _Whole | None = Field(None, ge=1, le=2**20, description="of models of order any: one a level to one a code")
     schedule: Literal["cosine", "linear"] | None = Field(None, description="of models of order any")
     pass_order: Literal["random", "halton", "confidence"] | None = Field(None, description="of models of order any")
+    temperature_end: _Number | None = Field(None, ge=0, le=10, description="of models of order any and scale")
     rank: bool = Field(False, description="best first, as the reranker sees them")
     codes: bool = Field(False, description="answer the codes of each image, too")
 
@@ -69,7 +73,7 @@ class Asked(BaseModel):
     user: str | None = Field(None, max_length=1_000)
     safety_identifier: str | None = Field(None, max_length=1_000)
 
-    def sampling(self, pipeline: Pipeline) -> SamplingConfig:
+    def _sampling(self, pipeline: Pipeline) -> SamplingConfig:
         """The model's own settings, and over them those that were asked for. Raises Refusal."""
         given = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name) is not None}
         try:
@@ -93,8 +97,9 @@ class Asked(BaseModel):
     def chosen_seed(self) -> int:
         return secrets.randbits(32) if self.seed is None else self.seed
 
-    def check_for(self, pipeline: Pipeline, name: str, slots: int) -> None:
-        """Raises Refusal for what this model does not have: its name, its size, a reranker."""
+    def sampling_for(self, pipeline: Pipeline, name: str, slots: int) -> SamplingConfig:
+        """How its images are drawn. Raises Refusal for what this model does not have: its name, its size, a reranker,
+        a setting; and for more images than `slots`."""
         side = pipeline.image_tokenizer.image_size
         if self.model is not None and self.model != name:
             raise Refusal(404, f"model: expected {name}, the one that is served here", "model_not_found", "model")
@@ -106,11 +111,13 @@ class Asked(BaseModel):
             pipeline.text_tokenizer.check([self.prompt])
         except UserError as error:
             raise Refusal(400, f"prompt: {error}", "invalid_value", "prompt") from error
-        needed = self.n * (1 if self.sampling(pipeline).guidance == 1 else 2)
+        sampling = self._sampling(pipeline)
+        needed = self.n * slots_of(sampling)
         if needed > slots:
             raise Refusal(
                 400, f"n: expected at most {slots * self.n // needed} here with these settings", "too_many", "n"
             )
+        return sampling
 
 
 class AskedOfImage(Asked):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -36,9 +38,10 @@ class Counts:
     def drew(self, codes: int) -> None:
         self._codes.inc(codes)
 
-    def now(self, waiting: int, drawn: int) -> None:
-        self._waiting.set(waiting)
-        self._drawn.set(drawn)
+    def watch(self, waiting: Callable[[], int], drawn: Callable[[], int]) -> None:
+        """What tells of the queue and of the images that are drawn, when somebody asks."""
+        self._waiting.set_function(waiting)
+        self._drawn.set_function(drawn)
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)

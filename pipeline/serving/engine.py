@@ -5,8 +5,8 @@
     order.cancel()                  # its client is gone: its rows leave before the next code
     engine.stop()                   # what runs is finished, what waits is refused; then join()
 
-One thread draws (`RowBatch`, or `PassBatch` for models of order any), one makes files of codes (`Finisher`), so that
-neither waits for the other.
+One thread draws (`RowBatch`, or `PassBatch` for models of order any and scale), others make files of codes
+(`Finisher`), so that neither waits for the other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 
 from pipeline.sampling.decode import candidate_uniforms, numbers_per_image
 from pipeline.sampling.pass_batch import PassBatch
+from pipeline.sampling.pass_decode import draws_in_passes
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.row_batch import Joining, RowBatch
 from pipeline.serving.counts import Counts
 from pipeline.serving.finish import Finisher
 from pipeline.serving.order import Failed, Order
 from pipeline.serving.refusal import broken, busy, stopping, too_slow
-from pipeline.transformer.any_order import AnyOrderTransformer
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Engine:
         self._seconds = 1.0  # that the last order took
         self.finisher = Finisher(pipeline)
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
+        counts.watch(waiting=lambda: len(self._queue), drawn=lambda: len(self._batch.rows))
 
     def start(self) -> None:
         self._thread.start()
@@ -79,8 +80,8 @@ class Engine:
         self.finisher.close()
 
     def _new_batch(self) -> RowBatch | PassBatch:
-        model = self.pipeline.transformer
-        return PassBatch(model, self.slots) if isinstance(model, AnyOrderTransformer) else RowBatch(model, self.slots)
+        model = self.pipeline.fastest(self.pipeline.transformer)
+        return PassBatch(model, self.slots) if draws_in_passes(model) else RowBatch(model, self.slots)
 
     def _work(self) -> None:
         while self._wait():
@@ -91,7 +92,6 @@ class Engine:
                 for order in self._running:
                     order.emit(Failed(broken()))
                 self._running, self._batch = [], self._new_batch()
-            self._counts.now(waiting=len(self._queue), drawn=len(self._batch.rows))
 
     def _wait(self) -> bool:
         """Until there is something to draw; False: that was all."""
@@ -109,22 +109,27 @@ class Engine:
         self._running += admitted  # first: whatever goes wrong, all of them are answered
         if admitted:
             self._join(admitted)
+        finished = False
         if rows := self._batch.rows:
             before = sum(row.index for row in rows)
-            self._batch.step()
+            finished = bool(self._batch.step())
             self._counts.drew(sum(row.index for row in rows) - before)
-        for order in self._running:
+        told = self._running if admitted or finished else [one for one in self._running if one.partial_images]
+        for order in told:
             self._tell(order)
-        self._running = [order for order in self._running if not all(row.finished for row in order.rows)]
+        if admitted or finished:
+            self._running = [order for order in self._running if not all(row.finished for row in order.rows)]
 
     def _let_leave(self) -> None:
         now = time.monotonic()
         gone = [order for order in self._running if order.cancelled or order.deadline < now]
-        self._batch.leave([row for order in gone for row in order.rows])
-        self._running = [order for order in self._running if order not in gone]
+        if gone:
+            self._batch.leave([row for order in gone for row in order.rows])
+            self._running = [order for order in self._running if order not in gone]
         with self._changed:
             late = [order for order in self._queue if order.cancelled or order.deadline < now]
-            self._queue = deque(order for order in self._queue if order not in late)
+            if late:
+                self._queue = deque(order for order in self._queue if order not in late)
         for order in gone + late:
             order.emit(Failed(too_slow(self._timeout_s)))
 
@@ -140,15 +145,14 @@ class Engine:
     def _join(self, admitted: list[Order]) -> None:
         """All of them at once: their prompts are read in one pass."""
         count = numbers_per_image(self.pipeline.transformer)
-        texts = self.pipeline.text_tokenizer.encode([order.prompt for order in admitted])
         joining = [
             Joining(
-                text,
+                order.text,
                 torch.stack([candidate_uniforms(order.seed, 0, j, count) for j in range(order.n)]),
                 order.sampling,
                 order.known,
             )
-            for order, text in zip(admitted, texts, strict=True)
+            for order in admitted
         ]
         for order, rows in zip(admitted, self._batch.join(joining), strict=True):
             order.rows, order.started = rows, time.monotonic()
@@ -159,7 +163,7 @@ class Engine:
             self._seconds = time.monotonic() - order.started
             self.finisher.finish(order)
             return
-        total = len(order.rows[0].codes)
+        total = order.rows[0].count
         due = total * (order.partials + 1) // (order.partial_images + 1)
         if order.partials < order.partial_images and order.rows[0].index >= due:
             order.partials += 1

@@ -53,6 +53,7 @@ class Order:
     """`n` images of a prompt, and who is told of them."""
 
     prompt: str
+    text: Tensor  # int64 [T], its ids
     n: int
     seed: int
     sampling: SamplingConfig

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.atomic_io import read_json, write_json
+from pipeline.image_tokenizer.base import build
 from pipeline.sampling.export import export_run
 from pipeline.transformer.build import build_transformer, load_transformer
 from pipeline.transformer.layout import Layout
@@ -65,8 +66,31 @@ def any_order(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of the tiny run whose transformer, untrained, is of order any."""
     folder = tmp_path_factory.mktemp("any") / "exported"
     export_run(tiny_run, folder)
-    raster = load_transformer(folder / "transformer")
-    torch.manual_seed(0)
-    shape = TransformerShape.model_validate({"layers": 2, "width": 64, "heads": 2, "order": "any"})
-    build_transformer(raster.layout, shape).save_pretrained(folder / "transformer")
+    _untrained("any", load_transformer(folder / "transformer").layout, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def scale_order(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the tiny run whose image tokenizer of three levels and next-scale transformer are untrained."""
+    folder = tmp_path_factory.mktemp("scale") / "exported"
+    export_run(tiny_run, folder)
+    raster = load_transformer(folder / "transformer").layout
+    codebook = {"kind": "ema", "codebook_size": 16, "code_width": 4}
+    quantizer = {"kind": "multiscale", "scales": [1, 2, 4], "codebook": codebook}
+    config = {"kind": "vqvae", "patch_size": 4, "widths": [8], "blocks": 1, "quantizer": quantizer}
+    torch.manual_seed(0)
+    tokenizer = build(config, 16)
+    tokenizer.save_pretrained(folder / "image-tokenizer")
+    _untrained("scale", Layout.of(raster.text_length, raster.text_vocab_size, tokenizer.levels), folder)
+    return folder
+
+
+def _untrained(order: str, layout: Layout, folder: Path) -> None:
+    """Write a transformer whose codes follow from the prompt and from each other."""
+    torch.manual_seed(0)
+    shape = TransformerShape.model_validate({"layers": 2, "width": 64, "heads": 2, "order": order})
+    model = build_transformer(layout, shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "transformer")

@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -23,43 +24,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.model_source import newest_step
-from pipeline.sampling.pipeline import Pipeline
 from pipeline.serving.nearest import NearestImages
 from tests.conftest import NO_TRACKING
 from tests.launch import command, environment, launch
+from tests.serving.client import Answer, ask, multipart, pngs
 from tests.serving.conftest import serving
-
-Answer = tuple[int, dict[str, object]]
 
 
 @pytest.fixture(scope="session")
 def client(server: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server}v1", api_key="none", max_retries=0, timeout=60)
-
-
-def ask(
-    server: str,
-    values: object,
-    path: str = "v1/images/generations",
-    content_type: str = "application/json",
-    **headers: str,
-) -> Answer:
-    body = values if isinstance(values, bytes) else json.dumps(values).encode()
-    request = urllib.request.Request(server + path, body, {"content-type": content_type} | headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def pngs(answer: Answer) -> list[bytes]:
-    assert answer[0] == 200, answer
-    data = answer[1]["data"]
-    assert isinstance(data, list)
-    return [base64.b64decode(one["b64_json"]) for one in data]
 
 
 def test_images_are_the_files_of_smalti_generate(server: str, tiny_run: Path, tmp_path: Path) -> None:
@@ -78,27 +53,6 @@ def test_bytes_are_the_same_at_any_concurrency(server: str) -> None:
     with ThreadPoolExecutor(len(asked) * 2) as pool:
         together = list(pool.map(lambda one: pngs(ask(server, one)), asked * 2))
     assert together == alone * 2
-
-
-def test_a_model_of_order_any_draws_in_the_passes_that_are_asked_for(any_order: Path) -> None:
-    sampling = SamplingConfig(passes=4, pass_order="halton", guidance=2.0)
-    expected = Pipeline.from_pretrained(any_order).generate(["joker"], candidates=2, sampling=sampling)
-    asked = {"prompt": "joker", "seed": 0, "n": 2, "passes": 4, "pass_order": "halton", "guidance": 2.0}
-    with serving(any_order, "--slots", "8") as (server, _), ThreadPoolExecutor(6) as pool:
-        bodies = [asked, asked | {"passes": 16}, {"prompt": "cat", "seed": 3, "schedule": "linear"}] * 2
-        alone = [pngs(ask(server, body)) for body in bodies]
-        assert list(pool.map(lambda body: pngs(ask(server, body)), bodies)) == alone
-        pixels = [Image.open(io.BytesIO(png)).tobytes() for png in alone[0]]
-        assert pixels == [one.image.tobytes() for one in expected]
-        assert alone[0] != alone[1]
-        client = openai.OpenAI(base_url=f"{server}v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.images.generate(prompt="joker", stream=True, partial_images=2, extra_body={"passes": 16})
-        kinds = [event.type.rpartition(".")[2] for event in stream]
-        assert kinds[-1] == "completed"
-        assert "partial_image" in kinds
-        for passes in (0, 17, 2**40, "4 or so", True):
-            status, answer = ask(server, asked | {"passes": passes})
-            assert (status, "passes" in json.dumps(answer)) == (400, True)
 
 
 def test_openais_client_generates_streams_and_edits(client: openai.OpenAI) -> None:
@@ -157,14 +111,6 @@ def test_nearest_training_images_are_those_of_the_run(tiny_run: Path, server: st
     assert itself["distance"] < 0.1 < first["distance"] <= others[0]["distance"]
     assert ask(server, multipart(image=b"no image"), "v1/images/nearest", "multipart/form-data; boundary=b")[0] == 400
     assert NearestImages.of_run(any_order, torch.device("cpu")) is None  # an export tells nothing of its data
-
-
-def multipart(**fields: bytes) -> bytes:
-    parts = []
-    for name, value in fields.items():
-        file = '; filename="x.png"' if name in ("image", "mask") else ""
-        parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n")
-    return b"".join(parts) + b"--b--\r\n"
 
 
 def bomb() -> bytes:
@@ -277,6 +223,17 @@ def test_other_machines_need_a_token(tiny_run: Path, tmp_path: Path) -> None:
         assert ask(server, {"prompt": "joker"}, authorization="Bearer 0123456789abcdef")[0] == 200
         for path in ("", "app.js", "style.css", "health", "ready"):
             assert urllib.request.urlopen(server + path).status == 200
+
+
+def test_the_first_view_of_the_page_is_small_and_names_nothing_that_lies_elsewhere(server: str) -> None:
+    page = urllib.request.urlopen(server).read().decode()
+    named = re.findall(r'(?:src|href)="([^"]+)"', page)
+    own = [name for name in named if not name.startswith("data:")]
+    assert sorted(own) == ["app.js", "style.css"]
+    parts = [page.encode(), *(urllib.request.urlopen(server + name).read() for name in (*own, "v1/models"))]
+    assert sum(map(len, parts)) < 200_000  # bytes
+    for part in parts:
+        assert not re.search(rb"https?://(?!www\.w3\.org)|url\(|@import", part)
 
 
 def test_a_body_that_never_ends_is_not_waited_for(server: str) -> None:
