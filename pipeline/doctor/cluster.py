@@ -27,7 +27,9 @@ def cluster(path: Path | None) -> Iterator[Finding]:
         call(["scontrol", "ping"])
         partitions = _partitions()
     except UserError as error:
-        yield fail("slurm", str(error)) if path else note("slurm", f"Slurm's commands are here, but {error}")
+        said = " ".join(str(error).replace("*", "").split())  # the controller is told of in rows of stars
+        text = f"Slurm's commands are here, but {said}: see where SLURM_CONF points, or ask who runs the cluster"
+        yield fail("slurm", text) if path else note("slurm", text)
         return
     yield ok("slurm", f"{version}; partitions {', '.join(sorted(partitions))}")
     if path:
