@@ -41,6 +41,7 @@ class Training:
     run: Path
     processes: int = 1
     steps: int = 40
+    settings: tuple[str, ...] = ()  # more of the config, as on a command line
 
     @property
     def stage(self) -> Path:
@@ -188,7 +189,7 @@ def _fork(training: Training, rank: int, port: int) -> int:
         os.environ.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port))
     options = {"steps": steps, "checkpoint_every": 1, "precision": "fp32", "ema_decay": 0.9, "warmup_steps": 5}
     options |= {"evaluate_every": steps, "log_images_every": steps, "stop_check_every": 2}
-    settings = [f"transformer.training.{name}={value}" for name, value in options.items()]
+    settings = [*training.settings, *(f"transformer.training.{name}={value}" for name, value in options.items())]
     settings += [f"transformer.deepspeed.zero_stage={3 if processes > 1 else 1}", "tracking.enabled=false"]
     sys.argv = ["transformer", "--config", str(run / "config.yaml"), *settings]
     runpy.run_module("stages.transformer", run_name="__main__", alter_sys=True)

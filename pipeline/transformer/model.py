@@ -228,7 +228,9 @@ class Transformer(nn.Module):
             low, high = max(start - begin, 0), min(end - begin, size)
             if low < high:
                 first, last = low // level.width, -(-high // level.width)
-                grid = (row[first:last, None] + column[None]).flatten(0, 1)
+                # Of a single code: the gradients of two views would share their memory, and be clipped twice.
+                one = len(row) == len(column) == 1
+                grid = row + column if one else (row[first:last, None] + column[None]).flatten(0, 1)
                 positions.append(grid[low - first * level.width : high - first * level.width])
         return torch.cat(positions)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config.transformer import TransformerConfig, TransformerShape
 from pipeline.core.errors import UserError
+from pipeline.transformer.build import build_transformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective, drop_captions
@@ -182,6 +183,23 @@ def test_loss_equals_a_softmax_over_the_one_vocabulary_with_other_parts_masked(l
     assert float(metrics["loss/text"]) == pytest.approx(text_loss, rel=1e-4)
     assert float(metrics["loss/image"]) == pytest.approx(image_loss, rel=1e-4)
     assert float(loss) == pytest.approx(0.25 * text_loss + 0.5 * image_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ["raster", "any", "scale"])
+def test_no_two_gradients_share_their_memory(order: str) -> None:
+    """As those of views may: clipping would scale them twice."""
+    layout = LAYOUTS[1]  # which has a level of a single code
+    config = TransformerConfig.model_validate({"layers": 2, "width": 32, "heads": 4, "order": order})
+    model = build_transformer(layout, config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text, codes = batch(layout)
+    JointObjective(model, config)({"text": text, "codes": codes}, 0)[0].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    before = {name: gradient.clone() for name, gradient in gradients.items()}
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, before[name]), name
+        gradient.fill_(7)
 
 
 def test_an_untrained_model_predicts_uniformly() -> None:
