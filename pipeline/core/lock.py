@@ -44,6 +44,7 @@ STALE_AFTER_S = 90.0
 SAME_JOB_STALE_AFTER_S = 60.0  # its owner has stopped by then: half of the other, two beats and a second
 _DYING_S = 0.5  # a process of this machine may just be dying
 _SILENT_S = 5.0  # seconds of waiting before a line says so
+_MOVED_S = 30.0  # that a process takes at most, on a slow file system, to look at what it has moved away
 _POLL_S = 0.1
 _TRIES, _TRY_AGAIN_S = 10, 0.5
 
@@ -113,7 +114,7 @@ class Lock:
         self._released.set()
         _held.discard(self)
         with self._beating:
-            owner = _read(self.path)
+            owner = self._holder()
             if owner and owner["token"] == self._token:
                 self.path.unlink(missing_ok=True)
 
@@ -124,10 +125,13 @@ class Lock:
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            return self._is_ours()  # a network file system may answer so to a link that it has made
+            # A network file system may answer so to a link that it has made.
+            owner = _read_patiently(self.path)
+            return bool(owner and owner["token"] == self._token)
         finally:
             draft.unlink()
-        return not self._had_been_moved() or self._is_ours()
+        owner = self._holder()
+        return bool(owner and owner["token"] in (self._token, ""))
 
     def _remove_stale(self, owner: Owner, last_beat_ns: int | None) -> None:
         """Move a dead owner's lock away. Of two processes that try, the rename lets one win."""
@@ -145,20 +149,15 @@ class Lock:
             else:
                 stale.unlink()
 
-    def _is_ours(self) -> bool:
-        owner = _read_patiently(self.path)
-        return bool(owner and owner["token"] == self._token)
-
-    def _had_been_moved(self) -> bool:
-        """Wait while somebody has the lock moved away, who may have to give it back; whether anybody had."""
-        since, had = time.monotonic(), False
+    def _holder(self) -> Owner | None:
+        """Who holds the lock, once nobody has it moved away any more, who may have to give it back."""
+        since = time.monotonic()
         while moved := list(self.path.parent.glob(f".{self.path.name}.*.stale")):
-            had = True
-            if time.monotonic() - since > _SILENT_S:  # of a process that died there
+            if time.monotonic() - since > _MOVED_S:  # by a process that died there
                 for stale in moved:
                     stale.unlink(missing_ok=True)
             time.sleep(_POLL_S)
-        return had
+        return _read_patiently(self.path)
 
     def _keep_alive(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
@@ -213,7 +212,9 @@ class Lock:
             owner = _read(self.path)
         if owner and not owner["token"]:
             raise ValueError("it is damaged")
-        if owner and owner["token"] != self._token and not (self._had_been_moved() and self._is_ours()):
+        if owner and owner["token"] != self._token:
+            owner = self._holder()
+        if owner and owner["token"] not in (self._token, ""):
             log.critical("%s was taken over by %s: this process was asleep, and ends", self.what, _named(owner))
             os._exit(1)
         self._beaten = time.monotonic()
