@@ -84,10 +84,10 @@ def size_of_run(run: RunDirectory) -> tuple[int, bool]:
                 entries = list(found)
         except OSError:
             continue
+        total += sum(recorded.get(entry.path, 0) for entry in entries)
+        entries = [entry for entry in entries if entry.path not in recorded]
         folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-        files = [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
-        total += sum(recorded.get(entry.path, 0) for entry in files)
-        others = [entry.path for entry in files if entry.path not in recorded]
+        others = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
         asked = others[:: len(others) // _ASKED_AT_MOST + 1]
         sizes = [0 if _is_known(about, seen) else about.st_size for path in asked for about in _entries(Path(path))]
         estimated |= len(asked) < len(others)
@@ -96,7 +96,7 @@ def size_of_run(run: RunDirectory) -> tuple[int, bool]:
 
 
 def _recorded_sizes(run: RunDirectory) -> dict[str, int]:
-    """Bytes of each output of each finished stage, by path."""
+    """Bytes of each output, a file or a folder, of each finished stage, by path."""
     sizes = {}
     for stage in STAGE_NAMES:
         for name, about in (manifest["outputs"] if (manifest := run.manifest(stage)) else {}).items():
