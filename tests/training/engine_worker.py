@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
+from pipeline.config.transformer import TransformerConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.initial_values import initial_values
@@ -27,10 +28,14 @@ from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Engine, Start, shapes_of
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, shards_file
+from pipeline.transformer.build import build_transformer
+from pipeline.transformer.layout import Layout
+from pipeline.transformer.objective import JointObjective
 from tests.no_sync import HostSync
 from tests.no_sync import _Operations as no_wait  # DeepSpeed moves tensors to where they are, by name
 
 STEPS, BATCH, WIDTH, HIDDEN = 6, 8, 12, 30  # odd enough that slices of ZeRO cut through parameters
+LAYOUT = Layout.of(3, 11, [(1, 1, 7), (2, 2, 7), (3, 3, 9)])  # of the transformers
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Case:
     recompute: bool = False
     dropout: bool = False
     without_memory: bool = False  # built so; its initial weights are drawn by the engine, or come from a checkpoint
+    order: str | None = None  # a transformer of this order, in place of the small network
     average: bool = False  # of weights: what the training ends with, and what is saved beside the weights
     may_wait: bool = True  # False: a step after the first two that waits for the device is an error
     poisoned_step: int | None = None  # one sample of the last process is not a number
@@ -91,7 +97,24 @@ class SmallObjective(Objective):
         return (self.head(x).to(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(), {}
 
 
-def global_batch(step: int, poisoned: bool = False) -> dict[str, Tensor]:
+def objective_of(case: Case) -> Objective:
+    if case.order is None:
+        return SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+    shape = {"layers": 2, "width": 16, "heads": 2, "order": case.order, "caption_dropout": 0.0}
+    if case.order == "scale":
+        shape["code_noise"] = 0.0  # it is drawn by each process for its samples
+    config = TransformerConfig.model_validate(shape)
+    return JointObjective(build_transformer(LAYOUT, config), config)
+
+
+def global_batch(step: int, poisoned: bool = False, order: str | None = None) -> dict[str, Tensor]:
+    if order is not None:
+        numbers = torch.Generator().manual_seed(step)
+        text, codes = (
+            torch.randint(1, most, (BATCH, count), generator=numbers)
+            for most, count in ((LAYOUT.text_vocab_size, LAYOUT.text_length), (7, LAYOUT.image_length))
+        )
+        return {"text": text, "codes": codes}
     x = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
     if poisoned:
         x[-1, 0] = float("nan")
@@ -117,7 +140,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     config = training(case, distributed.world_size())
     torch.manual_seed(0)
     with initial_values(0) if case.without_memory else nullcontext() as initial:
-        objective = SmallObjective(dropout=0.3 if case.recompute or case.dropout else 0.0)
+        objective = objective_of(case)
     shapes = shapes_of(objective)
     zero = DeepSpeedConfig(
         zero_stage=case.zero,
@@ -141,12 +164,16 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     for step in range(case.first_step, case.last_step):
         torch.manual_seed(step)
         waits = nullcontext() if case.may_wait or step < 2 else no_wait("cpu")
-        mine = global_batch(step, step == case.poisoned_step)["x"].chunk(world)[rank]
+        batch = global_batch(step, step == case.poisoned_step, case.order)
+        parts = [
+            dict(zip(batch, own, strict=True))
+            for own in zip(*(x.chunk(world * micro_batches) for x in batch.values()), strict=True)
+        ]
         try:
             with waits:
-                for index, micro in enumerate(mine.chunk(micro_batches)):
+                for index, micro in enumerate(parts[rank * micro_batches : (rank + 1) * micro_batches]):
                     last = index == micro_batches - 1
-                    engine.accumulate({"x": micro}, step, 1 / micro_batches, last)
+                    engine.accumulate(micro, step, 1 / micro_batches, last)
                 update = engine.update(learning_rate_factor(config, step))
                 if ema:
                     ema.update(update.applied)

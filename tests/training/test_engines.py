@@ -26,13 +26,13 @@ from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
 from tests.conftest import made_once
 from tests.launch import launch
-from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, training
+from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, objective_of, training
 
-ZERO = (0, 1, 2, 3)
-POISONED = 3
-HALF = STEPS // 2
+ZERO, POISONED, HALF = (0, 1, 2, 3), 3, STEPS // 2
+ORDERS = [Case(zero=zero, order=order) for zero in ZERO for order in ("any", "scale")]
 RESUMED = [
     *(Case(zero=zero) for zero in ZERO),
+    *(case for case in ORDERS if case.zero == 3),
     *(Case(zero=zero, optimizer="muon") for zero in ZERO),
     *(Case(zero=zero, precision="bf16-weights", average=True) for zero in (1, 2, 3)),
 ]
@@ -51,8 +51,7 @@ POISON = [Case(zero=zero, poisoned_step=POISONED) for zero in ZERO] + [
 ]
 BEGINNINGS = [Case(zero=zero, without_memory=True, last_step=0) for zero in ZERO]
 BEGINNINGS += [Case(zero=3, precision="bf16-weights", average=True, without_memory=True)]
-RECOMPUTED = [Case(zero=zero, recompute=True) for zero in (0, 3)]
-DROPPED = [Case(zero=zero, dropout=True) for zero in (0, 3)]
+RECOMPUTED, DROPPED = ([Case(zero=zero, recompute=on, dropout=not on) for zero in (0, 3)] for on in (True, False))
 BF16_WEIGHTS = [
     *(Case(zero=zero, precision="bf16-weights", poisoned_step=POISONED) for zero in (1, 2, 3)),
     *(Case(zero=zero, precision="bf16-weights", offload=True, poisoned_step=POISONED) for zero in (1, 2, 3)),
@@ -110,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the trainings save, and their results by number of processes: trained once for all of pytest's workers."""
 
     def make(folder: Path) -> None:
-        everywhere = BEGINNINGS + PARITY + MUON + POISON + BF16_WEIGHTS + CONSOLIDATED
+        everywhere = BEGINNINGS + PARITY + ORDERS + MUON + POISON + BF16_WEIGHTS + CONSOLIDATED
         one = _train([*everywhere, *RECOMPUTED, *DROPPED, *BY_ONE, *WAITS_FOR_NOTHING, WAITS, *BF16], folder, 1)
         two = [*everywhere, *BY_TWO, *BY_TWO_AFTER_ONE, *BY_TWO_AFTER_TWO, *WITHOUT_MEMORY, *ONLY_READ, *BF16]
         by_two = _train(two, folder, 2)
@@ -157,16 +156,16 @@ def _expect_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def _plain_pytorch(skipped_step: int | None = None) -> tuple[dict[str, Tensor], list[float]]:
+def _plain_pytorch(skipped_step: int | None = None, order: str | None = None) -> tuple[dict[str, Tensor], list[float]]:
     config = training(Case(), 1)
     torch.manual_seed(0)
-    objective = SmallObjective()
+    objective = objective_of(Case(order=order))
     optimizer = build_adamw(objective.parameter_groups(), config)
     norms = []
     for step in range(STEPS):
         if step != skipped_step:
             set_learning_rates(optimizer, learning_rate_factor(config, step))
-            objective(global_batch(step), step)[0].backward()
+            objective(global_batch(step, order=order), step)[0].backward()
             norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.gradient_clipping).item())
             optimizer.step()
             optimizer.zero_grad()
@@ -193,12 +192,13 @@ def _plain_average() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PARITY + ORDERS, ids=lambda case: case.name)
 @pytest.mark.slow
 def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dict[int, Results]) -> None:
     found = trained[processes][case.name]
-    weights, norms = _plain_pytorch()
-    torch.testing.assert_close(found["weights"], weights, rtol=1e-5, atol=1e-6)
+    weights, norms = _plain_pytorch(order=case.order)
+    # Adam magnifies the rounding of small gradients, of which a transformer has some.
+    torch.testing.assert_close(found["weights"], weights, rtol=1e-5, atol=1e-5 if case.order else 1e-6)
     assert found["norms"] == pytest.approx(norms, rel=1e-4)
     assert all(found["applied"])
 
@@ -281,7 +281,7 @@ def test_activation_checkpointing_changes_no_bit(case: Case, trained: dict[int, 
 def test_a_training_resumes_at_another_number_of_processes_and_another_stage(
     case: Case, processes: int, trained: dict[int, Results]
 ) -> None:
-    whole = Case(zero=case.zero, optimizer=case.optimizer, precision=case.precision, average=case.average)
+    whole = dataclasses.replace(case, first_step=0, load=None)
     undisturbed = trained[processes][whole.name] if processes == 2 else None
     if undisturbed and case.load and case.load.endswith("of 2"):  # as if nothing had happened
         torch.testing.assert_close(trained[2][case.name]["weights"], undisturbed["weights"], rtol=0, atol=0)
