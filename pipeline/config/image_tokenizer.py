@@ -175,11 +175,6 @@ class VQVAE2Config(ArchitectureConfig):
         max_length=3,
         description="a quantizer per grid, coarse to fine; each next one has twice the positions on a side",
     )
-    finer: Literal["all", "form"] = added(
-        "all",
-        description="what finer grids see: all, the image and what coarser grids decode to; form, how dark each pixel"
-        " is, no color, while the coarsest sees the darkest color of each cell, so that any color goes with any form",
-    )
     channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
 
@@ -190,6 +185,23 @@ class VQVAE2Config(ArchitectureConfig):
                 f"{len(self.quantizers)} quantizers need as many resolutions: widths has {len(self.widths)} entries"
             )
         return self
+
+
+class ColorFormConfig(ArchitectureConfig):
+    """Two codes a position, one of color and one of form: for flat drawings, whose parts have one color each."""
+
+    kind: Literal["color-form"]
+    color: QuantizerConfig = Field(
+        CodebookConfig(kind="ema", codebook_size=16), description="of the color of each position's darkest pixel"
+    )
+    form: QuantizerConfig = Field(CodebookConfig(kind="ema"), description="of how dark each pixel is, no color")
+    channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
+    reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
+
+    @property
+    def quantizers(self) -> tuple[QuantizerConfig, ...]:
+        """Those of its two grids."""
+        return (self.color, self.form)
 
 
 class VQGANConfig(Config):
@@ -258,7 +270,7 @@ class VQGANConfig(Config):
 
 
 ModelConfig = Annotated[
-    DVAEConfig | VQVAEConfig | VQVAE2Config | VQGANConfig | OpenAIDVAEConfig, Field(discriminator="kind")
+    DVAEConfig | VQVAEConfig | VQVAE2Config | ColorFormConfig | VQGANConfig | OpenAIDVAEConfig, Field(discriminator="kind")
 ]
 
 

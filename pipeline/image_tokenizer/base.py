@@ -35,6 +35,7 @@ KINDS = {
     "dvae": "pipeline.image_tokenizer.dvae:DiscreteVAE",
     "vqvae": "pipeline.image_tokenizer.vqvae:VQVAE",
     "vqvae2": "pipeline.image_tokenizer.vqvae:VQVAE2",
+    "color-form": "pipeline.image_tokenizer.color_form:ColorForm",
     "vqgan": "pipeline.image_tokenizer.vqgan:VQGAN",
     "openai-dvae": "pipeline.image_tokenizer.openai_dvae:OpenAIDVAE",
 }

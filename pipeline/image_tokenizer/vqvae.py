@@ -22,7 +22,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQGANConfig, VQVAE2Config, VQVAEConfig
 from pipeline.core.level import Level
@@ -50,12 +49,14 @@ class VQVAE(ImageTokenizer):
         self.encoder = self._new_encoder()
         quantizers: list[Quantizer] = []
         for i, quantizer in enumerate(config.quantizers):
-            values = 3 * (config.factor // 2**i) ** 2
+            values = 3 * (config.factor // 2 ** self._resolution(i)) ** 2
             quantizers.append(build_quantizer(quantizer, self._features_width(i), values))
             quantizers[i].grid_sides(self._side(i))  # says so if it does not fit
         self.quantizers = nn.ModuleList(quantizers)
         self.decoder = self._new_decoder(quantizers[0].code_width)
-        self.expand = nn.ModuleList(self._new_expand(q.code_width, widths[i]) for i, q in enumerate(quantizers) if i)
+        self.expand = nn.ModuleList(
+            self._new_expand(q.code_width, widths[self._resolution(i)]) for i, q in enumerate(quantizers) if i
+        )
         if config.channels_last:
             use_channels_last(self)
 
@@ -71,6 +72,10 @@ class VQVAE(ImageTokenizer):
         """Its stacks of resolutions."""
         return [self.encoder, self.decoder]
 
+    def _resolution(self, grid: int) -> int:
+        """Where a grid's vectors come in, counted from the coarsest."""
+        return grid
+
     def _features_width(self, grid: int) -> int:
         """Channels that a grid is quantized from."""
         width = self.config.widths[::-1][grid]
@@ -78,7 +83,7 @@ class VQVAE(ImageTokenizer):
         return width * (2 if grid else 1)
 
     def _new_expand(self, code_width: int, width: int) -> nn.Module:
-        """What makes a finer grid's vectors fit for `_joined`."""
+        """What makes a later grid's vectors fit for `_joined`."""
         return conv(code_width, width, 1)
 
     @property
@@ -157,7 +162,8 @@ class VQVAE(ImageTokenizer):
         decoder, finest = self.decoder, len(self.quantizers) - 1
         assert isinstance(decoder, Decoder)
         x_BChw = self._decoder_input(finest, vectors_of, self._walk(finest, vectors_of))
-        return self._pixels(lambda window: decoder.finish(window, finest), x_BChw, finest)
+        begin = self._resolution(finest)
+        return self._pixels(lambda window: decoder.finish(window, begin), x_BChw, begin)
 
     def _walk(self, grids: int, vectors_of: VectorsOf) -> Tensor | None:
         """What the decoder makes of the `grids` coarsest grids, [B,C,h,w] at the resolution of the next one."""
@@ -183,7 +189,7 @@ class VQVAE(ImageTokenizer):
         return vectors_BND.transpose(1, 2).unflatten(2, (self._side(grid), self._side(grid)))
 
     def _side(self, grid: int) -> int:
-        return self.image_size // self.config.factor * 2**grid
+        return self.image_size // self.config.factor * 2 ** self._resolution(grid)
 
     def _quantizers(self) -> list[Quantizer]:
         return cast("list[Quantizer]", list(self.quantizers))
@@ -234,59 +240,9 @@ class OneGrid(VQVAE):
 
 
 class VQVAE2(VQVAE):
-    """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions.
-
-    With `finer: form` the coarsest grid sees no form, only the color of the darkest pixel of each of its cells; finer
-    ones see no color, only an image's dark channel (He et al. 2009: the least of red, green and blue), and scale what
-    the coarser ones decode to, in place of adding to it (Perez et al. 2018). So any color goes with any form, also
-    where training never saw the two together.
-    """
+    """A VQ-VAE with a grid of codes at each of the two or three coarsest resolutions."""
 
     config_class = VQVAE2Config
-
-    def __init__(self, config: ModelConfig, image_size: int) -> None:
-        assert isinstance(config, VQVAE2Config)
-        self._of_form = config.finer == "form"
-        super().__init__(config, image_size)
-        if self._of_form:
-            self.form_encoder = Encoder(config.model_copy(update={"widths": config.widths[:-1]}))
-            if config.channels_last:
-                use_channels_last(self.form_encoder)
-
-    def halves(self) -> list[EncoderHalf | DecoderHalf]:
-        return [*super().halves(), *([self.form_encoder] if self._of_form else [])]
-
-    def _encoded(self, images_B3HW: Tensor) -> list[Tensor]:
-        if not self._of_form:
-            return super()._encoded(images_B3HW)
-        pyramid = super()._encoded(_darkest(images_B3HW, self.config.factor))
-        dark_B3HW = images_B3HW.amin(dim=1, keepdim=True).repeat(1, 3, 1, 1)
-        if self.config.channels_last:
-            dark_B3HW = dark_B3HW.contiguous(memory_format=torch.channels_last)
-        return [pyramid[0], *self.form_encoder(dark_B3HW)[::-1]]
-
-    def _features_width(self, grid: int) -> int:
-        return self.config.widths[::-1][grid] if self._of_form else super()._features_width(grid)
-
-    def _new_expand(self, code_width: int, width: int) -> nn.Module:
-        return super()._new_expand(code_width, 2 * width if self._of_form else width)
-
-    def _features(self, h_BChw: Tensor, context: Tensor | None) -> Tensor:
-        return super()._features(h_BChw, None if self._of_form else context)
-
-    def _joined(self, context_BChw: Tensor, e_BChw: Tensor) -> Tensor:
-        if not self._of_form:
-            return super()._joined(context_BChw, e_BChw)
-        scale, shift = e_BChw.chunk(2, dim=1)
-        return context_BChw * (1 + scale) + shift
-
-
-def _darkest(images_B3HW: Tensor, cell: int) -> Tensor:
-    """Every pixel as the darkest one (least sum of channels) of its cell of `cell` × `cell` pixels."""
-    _, index_B1hw = F.max_pool2d(-images_B3HW.sum(dim=1, keepdim=True), cell, return_indices=True)
-    index_B3n = index_B1hw.flatten(2).expand(-1, 3, -1)
-    colors_B3hw = images_B3HW.flatten(2).gather(2, index_B3n).unflatten(2, index_B1hw.shape[2:])
-    return F.interpolate(colors_B3hw, scale_factor=cell, mode="nearest")
 
 
 class VQVAEObjective(TokenizerObjective):

@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "quantizer": {"kind": "multiscale", "scales": [1, 5, 16], "codebook": BOOK},
     },
     "vqvae2": {"kind": "vqvae2", **SHAPE, "quantizers": [BOOK, BOOK]},
-    "form": {"kind": "vqvae2", **SHAPE, "quantizers": [BOOK, BOOK], "finer": "form"},
+    "color-form": {"kind": "color-form", **SHAPE, "color": BOOK, "form": BOOK},
     "openai-dvae": {"kind": "openai-dvae", "widths": [8, 16], "blocks": 1, "codebook_size": 64, "code_width": 8},
 }
 
