@@ -21,6 +21,7 @@ from pipeline.training.resource_plan import (
     duration,
     fitting_images,
 )
+from pipeline.training.tokenizer_plan import tokenizer_memory
 
 if TYPE_CHECKING:
     from pipeline.config.pipeline import PipelineConfig
@@ -55,6 +56,13 @@ class _Number(click.FloatRange):
     help="model FLOPs per second / the GPU's peak; a run's metrics say it as mfu",
 )
 @click.option("--time-limit", default="24:00:00", show_default=True, help="of one Slurm job, HH:MM:SS or D-HH:MM:SS")
+@click.option(
+    "--image-size",
+    "image_sizes",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="the image tokenizer's memory there, too",
+)
 def plan(
     config_path: str,
     overrides: tuple[str, ...],
@@ -66,6 +74,7 @@ def plan(
     host_memory_gb: float | None,
     utilisation: float,
     time_limit: str,
+    image_sizes: tuple[int, ...],
 ) -> None:
     """Show what training the transformer of CONFIG will take: parameters, FLOPs, memory, GPU-hours, Slurm jobs."""
     config = load_pipeline(config_path, overrides)
@@ -81,6 +90,7 @@ def plan(
         _order(config, model),
         _images(config, model, device),
         *_tune(config, model, utilisation * gpus * device.tflops * 1e12),
+        *(_image_tokenizer(config, size, device, gpus) for size in image_sizes),
     ]
     click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, *images]))
 
@@ -200,6 +210,15 @@ def _images(config: PipelineConfig, model: Model, gpu: Gpu) -> str:
     if not fitting:
         return f"{line}: the weights alone fill the GPU"
     return line if asked <= fitting else f"{line}: set generate.batch_size={fitting} (it is {asked})"
+
+
+def _image_tokenizer(config: PipelineConfig, size: int, gpu: Gpu, gpus: int) -> str:
+    """What training it, and encoding and decoding an image, take on a GPU at a size of images."""
+    found = tokenizer_memory(config.image_tokenizer, size, gpus)
+    needs = {f"training {found.micro_batch} at a time": found.training, "encode": found.encode, "decode": found.decode}
+    over = [name for name, need in needs.items() if need > gpu.memory_gb * 1e9]
+    fits = f"; more than {gpu.memory_gb:g} GB: {', '.join(over)}" if over else ""
+    return f"images          of {size:,} px: " + ", ".join(f"{name} {_gb(need)}" for name, need in needs.items()) + fits
 
 
 def _tune(config: PipelineConfig, model: Model, flops_per_s: float) -> list[str]:

@@ -9,6 +9,7 @@ To add one: see quantizers/__init__.py.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from vector_quantize_pytorch import FSQ
 
 from pipeline.config.quantizers import FSQConfig
@@ -23,7 +24,11 @@ class FiniteScalarQuantizer(Quantizer):
         self.code_width = len(config.channels)
         self.codebook_sizes = [config.codebook_size]
         self.project = nn.Linear(in_width, self.code_width)
-        self.fsq = FSQ(levels=list(config.channels))
+        with unset_fake_temporarily() as fake:  # it looks at its numbers, which fake tensors have not (`smalti plan`)
+            self.fsq = FSQ(levels=list(config.channels))
+        if fake is not None:
+            for name, buffer in list(self.fsq.named_buffers()):
+                setattr(self.fsq, name, fake.from_tensor(buffer))
 
     def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
         vectors, _ = self.fsq(self.project(features_BNC))
