@@ -28,13 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
-from pipeline.core.atomic_io import write_json
 from pipeline.core.seeds import random_of
 from pipeline.data.catalog import Catalog
 from pipeline.data.catalog_columns import Column, Columns, caption_hash, key_hash, write_catalog
 from pipeline.data.duplicates import same_image
 from pipeline.data.order import GlobalOrder, ShardOrder
-from pipeline.data.shards import PrepareIndex, ShardEntry, SplitIndex, read_index
+from pipeline.data.shard_table import ShardEntry
+from pipeline.data.shards import PrepareIndex, SplitIndex, read_index, read_shards, write_index
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 
@@ -234,19 +234,18 @@ def _make(run: Path, samples: int) -> None:
     runs.begin(config, stage)
     directory = run / "prepare"
     (directory / "train").mkdir(parents=True, exist_ok=True)
-    entry: SplitIndex = {"samples": samples, "bytes": samples * IMAGE_BYTES, "shards": []}
-    outputs: dict[Path, str | None] = {}
+    shards: list[ShardEntry] = []
     header = _npy_header(PER_SHARD)
     for number in range(samples // PER_SHARD):
         name = f"train/{number:06d}.tar"
         shard: ShardEntry = {"name": name, "samples": PER_SHARD, "bytes": PER_SHARD * IMAGE_BYTES, "sha256": "0" * 64}
-        entry["shards"].append(shard)
+        shards.append(shard)
         index = (directory / name).with_suffix(".index.npy")
         index.write_bytes(header)
         os.truncate(index, len(header) + 24 * PER_SHARD)
         (directory / name).touch()
         os.truncate(directory / name, shard["bytes"])
-        outputs |= {directory / name: "0" * 64, index: "0" * 64}
+    entry: SplitIndex = {"samples": samples, "bytes": samples * IMAGE_BYTES, "captions": samples, "shards": shards}
     empty: SplitIndex = {"samples": 0, "bytes": 0, "shards": []}
     catalog = {
         "train": write_catalog(directory, "train", partial(_parts, samples)),
@@ -260,9 +259,9 @@ def _make(run: Path, samples: int) -> None:
         "conversions": {},
         "credit": None,
     }
-    write_json(directory / "index.json", made)
-    columns = [path for path in (directory / "catalog").iterdir() if path.is_file()]
-    runs.finish(stage, outputs | dict.fromkeys([*columns, directory / "index.json"]))
+    write_index(directory, made)
+    outputs = ("index.json", "train.shards", "val.shards", "train", "catalog")
+    runs.finish(stage, dict.fromkeys(directory / name for name in outputs))
 
 
 def _npy_header(rows: int) -> bytes:
@@ -350,7 +349,7 @@ def _text_tokenizer(run: Path) -> None:
 
 
 def _order(run: Path) -> None:
-    counts = [shard["samples"] for shard in read_index(run / "prepare")["splits"]["train"]["shards"]]
+    counts = read_shards(run / "prepare", "train", read_index(run / "prepare")).samples.tolist()
     for order in (ShardOrder(counts, seed=0), GlobalOrder(sum(counts), seed=0)):
         for position in (0, sum(counts) - 1, 7 * sum(counts) + 1):
             order.locate(np.arange(position, position + 256))

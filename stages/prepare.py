@@ -27,14 +27,11 @@ def main(run: StageRun) -> None:
 
     if distributed.is_main():
         index = prepare(run.directory, run.config.prepare, run.seed)
-        for split in index["splits"].values():
-            for shard in split["shards"]:
-                if "tar" not in shard:  # the user's own
-                    run.add_output(shard["name"], sha256=shard["sha256"])
-                run.add_output(shard["name"].removesuffix(".tar") + ".index.npy")
-        for name, catalog in index.get("catalog", {}).items():
-            for column in (*catalog["bytes"], "checksums"):
-                run.add_output(f"{FOLDER}/{name}.{column}")
+        for name, split in index["splits"].items():
+            run.add_output(f"{name}.shards")
+            if split["shards"]:
+                run.add_output(name)
+        run.add_output(FOLDER)
         for name in ("index.json", "rejected.jsonl", "contact-sheet.png"):
             run.add_output(name, artifact=True)
         counts = {f"{name}_samples": float(split["samples"]) for name, split in index["splits"].items()}

@@ -31,7 +31,7 @@ FOREIGN_NAMES = {
 # Endings of files: `index.json` is no dotted name.
 FILES = {
     *("py", "md", "json", "jsonl", "yaml", "html", "png", "jpg", "txt", "npy", "npz", "tar", "pt", "pth", "csv"),
-    *("safetensors", "sbatch", "sif", "toml", "cff", "db", "patch"),
+    *("safetensors", "sbatch", "sif", "toml", "cff", "db", "patch", "shards", "tokens"),
 }
 
 

@@ -6,7 +6,7 @@ sources/            what a user has (folder, table, tars, `datasets`, OpenMoji) 
 source_stamp        whether a source is still what it was
 images, png         bytes -> an RGB image of one size, or the reason why not; PNG files that decode fast
 splits, duplicates  which split a sample belongs to; which samples repeat an earlier key or image
-shards              the format of image shards: writing, reading, index
+shards              the format of image shards: writing, reading, index; shard_table: one record a shard
 tokenize_shards     image shards -> token arrays; token_blocks, token_parts: their files; tokens: reading, verifying
 verification        checks in a thread, while their subject is in use already
 order               the orders of samples: pure functions of (seed, position)

@@ -48,7 +48,7 @@ from pipeline.data.catalog_columns import (
 )
 from pipeline.data.checked_file import BLOCK_BYTES, CheckedFile, MemoryFile, Ranges
 from pipeline.data.order import permute
-from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, read_index, read_shard
+from pipeline.data.shards import PrepareIndex, Sample, ShardFile, Shards, read_index, read_shard
 from pipeline.data.stored_image import EXTENSIONS, Cut
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class Catalog:
         self.directory, self.split = Path(prepare_dir), split
         index = index or read_index(self.directory)
         self.extension = f".{EXTENSIONS[index.get('storage', 'png')]}"  # of the images' files
-        self.shards = [Shard(**entry) for entry in index["splits"][split]["shards"]]
-        self._ends = np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+        self.shards = Shards(index["splits"][split]["shards"])
+        self._ends = np.cumsum(self.shards.samples)
         self._files = _opened(self.directory, split, index)
         self.count = self._files["keys.ends"].size // WORD
         self.caption_count = self._files["captions.ends"].size // WORD
@@ -277,7 +277,7 @@ def _opened(directory: Path, split: str, index: PrepareIndex) -> Mapping[str, Ra
 def _of_shards(directory: Path, split: str, index: PrepareIndex) -> Mapping[str, Ranges]:
     """The columns of a split of which there is no catalog, from its tars."""
     log.info("%s has no catalog, so its tars are read for captions; one that is prepared anew has it", directory)
-    shards = [Shard(**entry) for entry in index["splits"][split]["shards"]]
+    shards = Shards(index["splits"][split]["shards"])
     parts: list[Columns] = [columns_of(read_shard(directory, shard)) for shard in shards]
     files: dict[str, MemoryFile] = {}
 

@@ -16,7 +16,7 @@ from pipeline.core.progress import progress
 from pipeline.data import shards as image_shards
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import grid
-from pipeline.data.shards import PrepareIndex, Sample, Shard, ShardFile, check_shard
+from pipeline.data.shards import PrepareIndex, Sample, ShardFile, Shards, check_shard, read_index
 from pipeline.data.splits import SPLITS
 from pipeline.data.tokens import TokenArrays, TokenIndex, read_token_index
 
@@ -37,7 +37,7 @@ def inspect_directory(path: Path, sheet: Path | None, verify: bool) -> Iterator[
     for folder in found:
         index: object = read_json(folder / "index.json")
         if _is_of_images(index):
-            yield from _images(folder, index, sheet, verify)
+            yield from _images(folder, read_index(folder), sheet, verify)
         elif _is_of_tokens(index):
             yield from _tokens(folder, read_token_index(folder), verify)
         else:
@@ -56,7 +56,7 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
     yield f"{folder}: images of {index['image_size']}x{index['image_size']}"
     for split in SPLITS:
         entry = index["splits"][split]
-        shards = [Shard(**shard) for shard in entry["shards"]]
+        shards = Shards(entry["shards"])
         captions = _with_captions(entry["samples"], image_shards.caption_count(entry))
         count = f"{entry['samples']:>12,} samples{captions}"
         yield f"  {split:<6}{count} in {len(shards):,} shards, {_size(entry['bytes'])}"
@@ -82,7 +82,7 @@ def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool)
         yield f"  {len(images)} images: {sheet}"
 
 
-def _check_all(folder: Path, shards: list[Shard]) -> None:
+def _check_all(folder: Path, shards: Shards) -> None:
     for shard in progress(shards, description="verify", unit="shard", shown=len(shards) > 1):
         check_shard(folder, shard)
         images = ShardFile(folder, shard)

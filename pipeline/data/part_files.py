@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pipeline.core.atomic_io import sha256_file
 from pipeline.data.places import PlaceWriter, open_places
-from pipeline.data.shards import Sample, ShardEntry, ShardWriter, index_path, open_shard
+from pipeline.data.shard_table import ShardEntry
+from pipeline.data.shards import Sample, ShardWriter, index_path, open_shard
 from pipeline.data.splits import SPLITS
 
 

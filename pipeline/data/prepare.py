@@ -32,7 +32,7 @@ from pipeline.core.progress import progress
 from pipeline.core.urls import mask
 from pipeline.data.duplicates import KEY, same_image, same_key
 from pipeline.data.order import Ints
-from pipeline.data.prepare_index import write_index
+from pipeline.data.prepare_index import join_parts
 from pipeline.data.prepare_part import PartTask, make_part, opened_source
 from pipeline.data.shards import PrepareIndex
 from pipeline.data.sources.base import Part, fault
@@ -55,7 +55,7 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     again = _tasks_with_duplicates(tasks)
     if again:
         _make_parts(again, config.workers, "prepare: without duplicates")
-    return write_index(directory, config, tasks)
+    return join_parts(directory, config, tasks)
 
 
 def prepare_share(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.prepare import PrepareConfig
-from pipeline.core.atomic_io import atomic_path, write_atomic, write_json
+from pipeline.core.atomic_io import atomic_path, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.text import visible
@@ -23,14 +23,17 @@ from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, Rejection, opened_source
+from pipeline.data.shard_table import ShardEntry
 from pipeline.data.shards import (
     CatalogEntry,
     PrepareIndex,
     Rejected,
     Shard,
     ShardFile,
+    Shards,
     SplitIndex,
     index_path,
+    write_index,
 )
 from pipeline.data.splits import SPLITS
 
@@ -50,13 +53,13 @@ class _Found:
     samples: Counter[str] = field(default_factory=Counter)  # kept, by split
 
 
-def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]) -> PrepareIndex:
+def join_parts(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]) -> PrepareIndex:
     """Put the records of all parts together; what else lies there, of an earlier config or source, is removed.
 
     Raises:
         UserError: more samples of a source than allowed were rejected, or no training sample of it is left.
     """
-    splits: dict[str, SplitIndex] = {split: {"samples": 0, "bytes": 0, "shards": []} for split in SPLITS}
+    shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     conversions: Counter[str] = Counter()
     sources = [opened_source(source, config.image_size) for source in config.all_sources]
     founds = [_Found() for _ in sources]
@@ -66,23 +69,23 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
             own = [task for task in tasks if task.source == number]
             found.passed_over.update(source.left_out())
             found.found += found.passed_over.total()
-            for entry in _take_records(own, found, splits, conversions):
+            for entry in _take_records(own, found, shards, conversions):
                 file.write(mask(json.dumps(entry | ({"source": names[number]} if names else {}))) + "\n")
     for number, found in enumerate(founds):
         _check_source(directory, config, found, names[number] if names else "")
-    _remove_others(directory, splits, tasks)
+    _remove_others(directory, shards, tasks)
     for number, found in enumerate(founds):
         if found.samples["train"] == 0:
             of_source = f" of {names[number]}" if names else ""
             why = f"{directory / 'rejected.jsonl'} says why"
             raise UserError(f"prepare: expected training samples{of_source}, found none; {why}")
-    _write_contact_sheet(directory, [Shard(**shard) for shard in splits["train"]["shards"]])
+    _write_contact_sheet(directory, Shards(shards["train"]))
     rejected = sum((found.reasons for found in founds), Counter[str]())
     passed_over = sum((found.passed_over for found in founds), Counter[str]())
     index: PrepareIndex = {
         "image_size": config.image_size,
-        "splits": splits,
-        "catalog": _write_catalog(directory, tasks, splits),
+        "splits": {split: _of_split(found) for split, found in shards.items()},
+        "catalog": _write_catalog(directory, tasks, shards),
         "rejected": _rejected(rejected),
         "left_out": dict(sorted(passed_over.items())),
         "source_samples": sum(found.found for found in founds),
@@ -93,23 +96,21 @@ def write_index(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask
         index["storage"] = config.storage
     if names:
         for split in SPLITS:
-            splits[split]["sources"] = [found.samples[split] for found in founds]
-    write_json(directory / "index.json", index)
+            index["splits"][split]["sources"] = [found.samples[split] for found in founds]
+    write_index(directory, index)
     _say(founds, names)
     return index
 
 
 def _take_records(
-    tasks: Sequence[PartTask], found: _Found, splits: dict[str, SplitIndex], conversions: Counter[str]
+    tasks: Sequence[PartTask], found: _Found, shards: dict[str, list[ShardEntry]], conversions: Counter[str]
 ) -> Iterator[Rejection]:
-    """Add the parts of a source to `found`, `splits` and `conversions`; yields what was not kept."""
+    """Add the parts of a source to `found`, `shards` and `conversions`; yields what was not kept."""
     typical = _typical_part(tasks)
     for task in tasks:
         record = task.record()
         for split, shard in record["shards"].items():
-            splits[split]["shards"].append(shard)
-            splits[split]["samples"] += shard["samples"]
-            splits[split]["bytes"] += shard["bytes"]
+            shards[split].append(shard)
             found.samples[split] += shard["samples"]
             # Where a sample has several captions, each of them is counted.
             found.kept += shard.get("captions", shard["samples"])
@@ -132,13 +133,13 @@ def _rejected(reasons: Counter[str]) -> Rejected:
 
 
 def _write_catalog(
-    directory: Path, tasks: Sequence[PartTask], splits: Mapping[str, SplitIndex]
+    directory: Path, tasks: Sequence[PartTask], shards: Mapping[str, Sequence[ShardEntry]]
 ) -> dict[str, CatalogEntry]:
     """Write the catalog of each split; columns that an earlier config had are removed."""
     parts = {task.record_path.stem: task.columns_path for task in tasks}
     written = {}
     for split in SPLITS:
-        files = [parts[Path(shard["name"]).stem] for shard in splits[split]["shards"]]
+        files = [parts[Path(shard["name"]).stem] for shard in shards[split]]
         written[split] = write_catalog(directory, split, partial(saved_columns, files, split))
     wanted = {f"{split}.{name}" for split, entry in written.items() for name in (*entry["bytes"], "checksums")}
     for path in sorted((directory / FOLDER).iterdir()):
@@ -192,11 +193,11 @@ def _counted(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{count:,} {name}' for name, count in sorted(counts.items()))})"
 
 
-def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequence[PartTask]) -> None:
+def _remove_others(directory: Path, shards: Mapping[str, Sequence[ShardEntry]], tasks: Sequence[PartTask]) -> None:
     """Remove shards and records that are no part of the result."""
     wanted = {path for task in tasks for path in (task.record_path, task.hashes_path, task.columns_path)}
     for split in SPLITS:
-        for shard in splits[split]["shards"]:
+        for shard in shards[split]:
             path = directory / shard["name"]
             wanted |= {path, index_path(path)}
     for folder in ("parts", *SPLITS):
@@ -205,9 +206,18 @@ def _remove_others(directory: Path, splits: dict[str, SplitIndex], tasks: Sequen
                 path.unlink()
 
 
-def _write_contact_sheet(directory: Path, shards: Sequence[Shard]) -> None:
+def _of_split(shards: Sequence[ShardEntry]) -> SplitIndex:
+    return {
+        "samples": sum(shard["samples"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "captions": sum(shard.get("captions", shard["samples"]) for shard in shards),
+        "shards": shards,
+    }
+
+
+def _write_contact_sheet(directory: Path, shards: Shards) -> None:
     """Training images from everywhere in the source, for a look."""
-    counts = [shard.samples for shard in shards]
+    counts = shards.samples.tolist()
     order = ShardOrder(counts, seed=0)
     samples, _ = order.locate(np.arange(min(_SHEET_SIDE**2, order.samples)))
     numbers = np.searchsorted(np.cumsum(counts), samples, side="right")

@@ -27,7 +27,8 @@ from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, decode, perceptual_hash, square
 from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
-from pipeline.data.shards import Sample, Shard, ShardEntry, index_path, read_shard
+from pipeline.data.shard_table import ShardEntry
+from pipeline.data.shards import Sample, Shard, index_path, read_shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Source, Unreadable, fault
 from pipeline.data.sources.webdataset import tar_of

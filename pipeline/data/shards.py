@@ -1,6 +1,7 @@
 """Image shards: WebDataset tars of one size of image, with an index.
 
-    prepare/index.json             image size; samples, bytes and sha256 of every shard; what was rejected
+    prepare/index.json             image size; samples and bytes of each split; what was rejected
+    prepare/train.shards           samples, bytes and SHA-256 of every shard (`shard_table.py`)
     prepare/train/000000.tar       members KEY.json, KEY.png (or .webp, .jpg) and KEY.txt (caption), one sample after
                                    the other; where an image has several captions, KEY.captions.json with all of them
     prepare/train/000000.index.npy int64 [samples, 3]: first byte, number of bytes and CRC-32 of each image
@@ -21,22 +22,23 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, overload
 
 import numpy as np
 from PIL import Image
 
 from pipeline.config.prepare import Storage
-from pipeline.core.atomic_io import atomic_path, read_json, sha256_file
+from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.manifest import first_fault
 from pipeline.data import stored_image
+from pipeline.data.shard_table import ShardEntry, ShardTable, read_table, write_table
 from pipeline.data.stored_image import Cut
 
 _BLOCK = 512  # tar pads every member to whole blocks
@@ -48,25 +50,13 @@ _EXTENSIONS = tuple(stored_image.EXTENSIONS.values())
 _CAPTIONS = ".captions.json"  # member of an image with several captions
 
 
-class ShardEntry(TypedDict):
-    """An image shard in index.json; `Shard` is the same as an object."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    captions: NotRequired[int]  # of all samples; missing: one each
-    # Where images stay in the user's tar: its path and bytes; `bytes` are then the images', `sha256` is the index's.
-    tar: NotRequired[str]
-    tar_bytes: NotRequired[int]
-
-
 class SplitIndex(TypedDict):
     """A split in index.json."""
 
     samples: int
     bytes: int
-    shards: list[ShardEntry]
+    captions: NotRequired[int]  # of all samples; missing: an earlier version did not count them
+    shards: Sequence[ShardEntry]  # in the file, `TableEntry`; earlier versions had a list there
     sources: NotRequired[list[int]]  # samples of each of several sources, whose shards lie one source after the other
 
 
@@ -151,6 +141,8 @@ class Shard:
 
 def caption_count(split: SplitIndex) -> int:
     """How many captions a split has; as many as samples, unless `prepare.caption` is random."""
+    if "captions" in split:
+        return split["captions"]
     return sum(shard.get("captions", shard["samples"]) for shard in split["shards"])
 
 
@@ -287,11 +279,51 @@ def read_index(prepare_dir: Path) -> PrepareIndex:
     path = Path(prepare_dir) / "index.json"
     if not path.is_file():
         raise UserError(f"expected image shards with an index at {path}, found none: run the stage prepare first")
-    index: PrepareIndex = read_json(path)
+    found = read_json(path)
+    for split, entry in found["splits"].items():
+        if not isinstance(entry["shards"], list):  # as earlier versions wrote them
+            entry["shards"] = read_table(path.with_name(f"{split}.shards"), split, entry["shards"])
+    index: PrepareIndex = found
     return index
 
 
-def read_shards(prepare_dir: Path, split: str, index: PrepareIndex | None = None) -> list[Shard]:
+def write_index(prepare_dir: Path, index: PrepareIndex) -> None:
+    """Write index.json, after the tables of shards that it has the hashes of."""
+    splits = {
+        split: {**entry, "shards": write_table(prepare_dir / f"{split}.shards", entry["shards"])}
+        for split, entry in index["splits"].items()
+    }
+    write_json(prepare_dir / "index.json", {**index, "splits": splits})
+
+
+class Shards(Sequence[Shard]):
+    """The shards of a split, in their fixed order. Each is made when it is asked for.
+
+    Attributes:
+        samples: of each, int64.
+    """
+
+    def __init__(self, entries: Sequence[ShardEntry]) -> None:
+        self._entries = entries
+        if isinstance(entries, ShardTable):
+            self.samples = entries.samples
+        else:
+            self.samples = np.array([entry["samples"] for entry in entries], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> Shards: ...
+    def __getitem__(self, index: int | slice) -> Shard | Shards:
+        if isinstance(index, slice):
+            return Shards(self._entries[index])
+        return Shard(**self._entries[index])
+
+
+def read_shards(prepare_dir: Path, split: str, index: PrepareIndex | None = None) -> Shards:
     """The shards of a split in their fixed order. Raises UserError when the split holds no samples.
 
     `index`: what `read_index` returned, to save reading it again.
@@ -299,7 +331,7 @@ def read_shards(prepare_dir: Path, split: str, index: PrepareIndex | None = None
     splits = (index or read_index(prepare_dir))["splits"]
     if split not in splits:
         raise UserError(f"expected a split among {', '.join(splits)}, found '{split}'")
-    shards = [Shard(**entry) for entry in splits[split]["shards"]]
+    shards = Shards(splits[split]["shards"])
     if not shards:
         raise UserError(
             f"{prepare_dir}: the split '{split}' holds no samples: raise prepare.validation_fraction, or add samples"

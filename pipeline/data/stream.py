@@ -75,13 +75,13 @@ class ImageStream:
         self.image_size: int = index["image_size"]
         self.shards = read_shards(self.directory, split, index)
         sizes = source_sizes(self.directory, split, shares)
-        self.order = shard_order([shard.samples for shard in self.shards], sizes, seed, shares)
+        self.order = shard_order(self.shards.samples.tolist(), sizes, seed, shares)
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
         many = self.image_size >= _SMALL_PIXELS
         self.threads = threads or (max(1, processors() - 1) if many else 1)
         self._beside = beside
-        self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._first = np.cumsum([0, *self.shards.samples])
         self._files: dict[int, ShardFile] = {}
         self._lock = threading.Lock()
         shape = (len(self), 3, self.image_size, self.image_size)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.atomic_io import fsync_directory, is_full, no_space
 from pipeline.core.errors import UserError
-from pipeline.data.shards import Shard, read_index
+from pipeline.data.shards import Shard, Shards, read_index
 from pipeline.data.splits import SPLITS
 from pipeline.data.token_blocks import RECORD, Content, Records, Shape, pack
 
@@ -60,7 +60,7 @@ def token_parts(prepare_dir: Path, splits: Sequence[str] = SPLITS) -> list[Part]
     """The parts of all that is to be tokenized, in a fixed order: `PARTS` of each split, or one a shard."""
     index, parts = read_index(prepare_dir)["splits"], []
     for split in splits:
-        shards = [Shard(**entry) for entry in index[split]["shards"]]
+        shards = Shards(index[split]["shards"])
         count = min(len(shards), PARTS)
         for number in range(count):
             own = shards[number * len(shards) // count : (number + 1) * len(shards) // count]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core import manifest
 from pipeline.core.manifest import FileRecord, Hashed, first_fault, record
 
 NAMES = ("a", "b/c", "d")
@@ -46,6 +47,24 @@ def test_a_record_without_sizes_still_finds_a_missing_file(tmp_path: Path, files
     assert first_fault(tmp_path, hashes) is None
     (tmp_path / "a").unlink()
     assert str(first_fault(tmp_path, hashes)).endswith("found no file")
+
+
+def test_of_a_folder_a_missing_a_shorter_and_another_file_are_told(
+    tmp_path: Path, files: dict[str, FileRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = {"b": record(tmp_path / "b")}
+    assert folder["b"] == {"files": 1, "bytes": 14}
+    (tmp_path / "b" / ".on-its-way.tmp").touch()
+    assert first_fault(tmp_path, folder) is None
+    (tmp_path / "b" / "c").write_text("short")
+    assert str(first_fault(tmp_path, folder)) == f"{tmp_path / 'b'}: expected files of 14 bytes together, found 5 bytes"
+    (tmp_path / "b" / "e").write_text("no output")
+    assert str(first_fault(tmp_path, folder)) == f"{tmp_path / 'b'}: expected 1 files, found 2 files"
+    (tmp_path / "b" / "e").rename(tmp_path / "e")
+    monkeypatch.setattr(manifest, "_SIZED_FILES", 0)  # of more, each size is compared by who reads the file
+    assert first_fault(tmp_path, folder) is None
+    (tmp_path / "b" / "c").unlink()
+    assert str(first_fault(tmp_path, folder)) == f"{tmp_path / 'b'}: expected 1 files, found 0 files"
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 8, 10])
