@@ -151,7 +151,7 @@ def _live(training: Training, chance: random.Random | None, newest: int = 0) -> 
         _reap(ranks, dead)
         time.sleep(0.002)
         if time.monotonic() - began > 300:
-            for rank in ranks:
+            for rank in set(ranks) - set(dead):
                 os.kill(rank, signal.SIGKILL)
     if not killed:
         _expect_no_failure(training, dead)

@@ -88,6 +88,7 @@ class Training:
     engine: Engine
     average: Ema | None
     sizes: list[int]  # of parameters
+    image_tokenizer: ImageTokenizer  # for sample images
 
     def files(self) -> Files:
         """This process's files of a checkpoint."""
@@ -120,16 +121,15 @@ class Training:
 def start_training(config: PipelineConfig, folder: Path, drawn: bool) -> Training:
     """Build it without memory, and give it its share; values are `drawn`, or zeros for a checkpoint to replace."""
     section, text = config.transformer, config.text_tokenizer
-    with torch.device("meta"):
-        levels = build(config.image_tokenizer.model, config.prepare.image_size).levels
-    layout = Layout.of(text.text_length, text.vocab_size, levels)
+    image_tokenizer = build(config.image_tokenizer.model, config.prepare.image_size).eval()
+    layout = Layout.of(text.text_length, text.vocab_size, image_tokenizer.levels)
     with initial_values(config.seed) as initial:
         objective = JointObjective(build_transformer(layout, section), section, config.seed)
     sizes = [parameter.numel() for parameter in objective.parameters()]
     start, training = Start(initial, drawn), section.training
     engine = build_engine("deepspeed", objective, training, section.deepspeed, folder, start)
     average = Ema(engine.local_parameters, training.ema_decay) if training.ema_decay else None
-    return Training(config, engine, average, sizes)
+    return Training(config, engine, average, sizes, image_tokenizer)
 
 
 def planned(config: PipelineConfig, model: Model, ranks: int) -> dict[str, float]:
@@ -196,7 +196,7 @@ def _phases(arguments: argparse.Namespace, meter: Meter, training: Training, che
         with meter.phase("evaluation"), torch.no_grad(), engine.autocast():
             engine.model(batch, 0)
     if arguments.only & {"images", "stop"}:
-        pipeline = _pipeline(config, engine)
+        pipeline = _pipeline(training)
     if "images" in arguments.only:
         with meter.phase("images"), torch.no_grad(), engine.gathered_outside_blocks(), engine.autocast():
             generate_on_all_ranks(pipeline, [_PROMPTS], 0, engine.in_step)
@@ -247,14 +247,13 @@ def _batch(config: PipelineConfig, engine: Engine) -> dict[str, torch.Tensor]:
     return {"text": torch.randint(1, 200, (size, layout.text_length)), "codes": codes}
 
 
-def _pipeline(config: PipelineConfig, engine: Engine) -> Pipeline:
+def _pipeline(training: Training) -> Pipeline:
     """With tokenizers of the config's sizes, that have learned nothing to speak of."""
-    chance = random.Random(0)
+    config, objective, chance = training.config, training.engine.objective, random.Random(0)
     words = ("".join(chance.choices(string.ascii_lowercase, k=6)) for _ in range(4 * config.text_tokenizer.vocab_size))
     text = TextTokenizer.train([*_PROMPTS, *words], config.text_tokenizer)
-    image_tokenizer: ImageTokenizer = build(config.image_tokenizer.model, config.prepare.image_size).eval()
-    assert isinstance(engine.objective, JointObjective)
-    return Pipeline(text, engine.objective.transformer, image_tokenizer)
+    assert isinstance(objective, JointObjective)
+    return Pipeline(text, objective.transformer, training.image_tokenizer)
 
 
 def _print(training: Training, peaks: list[dict[str, float]], seconds: dict[str, float]) -> None:
