@@ -254,8 +254,9 @@ def without_quantizer(tokenizer: ImageTokenizer) -> Callable[[Tensor], list[Tens
 
 
 def _zeros(quantizer: Quantizer, features_BNC: Tensor) -> list[Tensor]:
-    sides = quantizer.grid_sides(math.isqrt(features_BNC.shape[1]))
-    return [features_BNC.new_zeros(len(features_BNC), side**2, dtype=torch.int64) for side in sides]
+    side = math.isqrt(features_BNC.shape[1])
+    shapes = quantizer.grids(side, side)
+    return [features_BNC.new_zeros(len(features_BNC), height * width, dtype=torch.int64) for height, width in shapes]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

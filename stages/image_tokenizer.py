@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.cli.stage import run_stage
 from pipeline.core import distributed
 from pipeline.core.atomic_io import atomic_path
+from pipeline.data.augment import Augment
 from pipeline.data.mixture import epoch_metrics, tell_sources
 from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import ImageTokenizer
@@ -41,7 +42,9 @@ class Workload:
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.image_tokenizer
-        self.train = ImageStream(run.input("prepare"), "train", run.config.seed, shares=run.source_shares)
+        directory, seed = run.input("prepare"), run.config.seed
+        augment = Augment(self.config.random_flip, self.config.random_crop)
+        self.train = ImageStream(directory, "train", seed, shares=run.source_shares, augment=augment)
         tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))

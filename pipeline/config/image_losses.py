@@ -22,7 +22,9 @@ class PerceptualConfig(Config):
         description="lpips: a folder, see docs/evaluation.md; transformers: a folder or a name in its cache;"
         " timm: name=FILE or a name in its cache; efficientnet-lite0: none, they come with a package",
     )
-    resize: int | None = Field(None, ge=16, description="pixels on each side that the network sees; None: as they are")
+    resize: int | None = Field(
+        None, ge=16, description="pixels of the shorter side that the network sees; None: as they are"
+    )
     start_step: int = Field(0, ge=0, description="first step that it counts in")
 
     @model_validator(mode="after")

@@ -305,6 +305,17 @@ class ImageTokenizerConfig(Config):
     training: TrainingConfig
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    random_crop: float = added(
+        1.0,
+        gt=0,
+        le=1,
+        description="smallest side of a random part of a training image, resized back, / side of the image; each epoch"
+        " takes another; 1: always the whole",
+    )
+    random_flip: bool = added(
+        False,
+        description="half of the training images, others each epoch, mirrored left to right; not where they hold text",
+    )
     usage_floor: float = operational(
         0.1, ge=0, le=1, description="a warning says what to try when fewer of the codes occur on the validation split"
     )

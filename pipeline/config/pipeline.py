@@ -25,10 +25,16 @@ from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
 from pipeline.config.tune import TuneConfig
+from pipeline.core.image_size import ImageSize, height_width, image_size
 
 log = logging.getLogger(__name__)
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _plain(size: ImageSize) -> str:
+    """A size as it stands in a config."""
+    return str(size) if isinstance(size, int) else str(list(size))
 
 
 @runtime_checkable
@@ -118,19 +124,33 @@ class PipelineConfig(Config):
 
     def _check_image_size(self) -> None:
         size, tokenizer = self.prepare.image_size, self.image_tokenizer
+        sides = height_width(size)
         factors = {"the image tokenizer (patch_size × 2 ** (len(widths) - 1))": tokenizer.model.factor}
         if self.reranker.enabled and self.reranker.clip is None:
             factors["reranker.model.patch_size"] = self.reranker.model.patch_size
         for what, factor in factors.items():
-            if size % factor:
+            if any(side % factor for side in sides):
+                near = image_size([max(round(side / factor), 1) * factor for side in sides])
+                wanted = "a multiple" if isinstance(size, int) else "multiples"
                 raise ValueError(
-                    f"prepare.image_size: expected a multiple of {factor}, as {what} wants, found {size}:"
-                    f" set image_size={max(round(size / factor), 1) * factor}, or change that"
+                    f"prepare.image_size: expected {wanted} of {factor}, as {what} wants, found {_plain(size)}:"
+                    f" set image_size={_plain(near)}, or change that"
                 )
-        if tokenizer.adversarial is not None and size < (least := 3 * 2**tokenizer.adversarial.layers):
+        if tokenizer.adversarial is not None and min(sides) < (least := 3 * 2**tokenizer.adversarial.layers):
             raise ValueError(
                 f"image_tokenizer.adversarial.layers={tokenizer.adversarial.layers} needs images of at least"
-                f" {least}×{least} pixels, found prepare.image_size={size}: set layers to less, or leave it out"
+                f" {least}×{least} pixels, found prepare.image_size={_plain(size)}: set layers to less, or leave it out"
+            )
+        if isinstance(size, int):
+            return
+        if any(quantizer.kind == "multiscale" for quantizer in tokenizer.model.quantizers):
+            raise ValueError(
+                f"image_tokenizer.model: the grids of quantizer multiscale are square, found prepare.image_size="
+                f"{_plain(size)}: set one number, or another quantizer"
+            )
+        if any(source.kind == "shapes" for source in self.prepare.all_sources):
+            raise ValueError(
+                f"prepare.image_size: scenes of source shapes are square, found {_plain(size)}: set one number"
             )
 
     @property

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, field_validator, model_validator
 
 from pipeline.config.base import Config, added, operational
 from pipeline.core.credentials import take_password_out
+from pipeline.core.image_size import ImageSize, image_size
 
 Storage = Literal["png", "webp", "jpeg", "in-place"]
 
@@ -203,6 +204,14 @@ Source = Annotated[
 ]
 
 
+def _image_size(value: object) -> ImageSize:
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    whole = [side for side in sides if isinstance(side, int) and not isinstance(side, bool) and 8 <= side <= 2_048]
+    if len(whole) != len(sides) or len(sides) != (2 if isinstance(value, (list, tuple)) else 1):
+        raise ValueError("expected pixels, 8 to 2048, or [height, width] of such")
+    return image_size(whole if len(whole) == 2 else whole[0])
+
+
 class PrepareConfig(Config):
     """Section `prepare`: from a source, or several, to image shards."""
 
@@ -210,9 +219,11 @@ class PrepareConfig(Config):
     sources: tuple[Source, ...] | None = added(
         None, min_length=1, max_length=100, description="several in place of one, each with its weight and its filters"
     )
-    image_size: int = Field(ge=8, le=2048, description="pixels of each side of the square images that are stored")
+    image_size: Annotated[ImageSize, PlainValidator(_image_size)] = Field(
+        description="pixels of each side of the images that are stored, 8 to 2048; or [height, width]"
+    )
     crop: Literal["center", "random"] = Field(
-        "center", description="which square of an image is kept; random: drawn once, from the key and the seed"
+        "center", description="which part of an image is kept; random: drawn once, from the key and the seed"
     )
     caption: Literal["first", "all", "random"] = added(
         "first",

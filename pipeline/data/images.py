@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config.prepare import FilterConfig
+from pipeline.core.image_size import ImageSize, height_width
 
 # Pillow's name of each format that is opened, and the extensions that promise it. Others are not even looked at:
 # Pillow would hand an EPS to Ghostscript, whatever the file is called.
@@ -61,7 +62,7 @@ def decode(
     filters: FilterConfig = ANY_SHAPE,
     background: str = "white",
     *,
-    at_least: int | None = None,
+    at_least: ImageSize | None = None,
 ) -> Decoded:
     """Decode a still image to RGB: alpha on white, 16 bits to 8, CMYK, palette and grey to RGB, EXIF upright.
 
@@ -69,8 +70,8 @@ def decode(
         content: a file of one of `FORMATS`, whatever its name says.
         extension: what the name says, which is noted where it is wrong.
         background: the colour under transparent pixels.
-        at_least: an upright JPEG whose sides all are twice as many pixels, or four or eight times, is decoded at a
-            half, a quarter or an eighth of its size, from fewer frequencies. None: whole.
+        at_least: an upright JPEG whose sides all are twice those of this size, or four or eight times, is decoded at
+            a half, a quarter or an eighth of its size, from fewer frequencies. None: whole.
 
     Raises:
         BadSample: missing, not an image, truncated, animated, too small, too long, or a decompression bomb.
@@ -81,7 +82,7 @@ def decode(
         whole, orientation = image.size, image.getexif().get(_ORIENTATION, 1) if image.format == "JPEG" else 1
         # Rounded up at its right and lower edge, an image that is turned afterwards would be shifted.
         if at_least is not None and image.format == "JPEG" and orientation == 1:
-            image.draft(None, (at_least, at_least))
+            image.draft(None, height_width(at_least)[::-1])
         image.load()
         conversions = []
         holds = _format(image)
@@ -168,20 +169,33 @@ def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, str]:
     return image.convert("RGB"), f"{mode} to RGB"
 
 
-def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The largest square of `image`, `size` x `size` pixels.
+def cropped(image: Image.Image, size: ImageSize, where: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The largest part of `image` that has the shape of `size`, resized to it.
 
     Resized once, with an antialiasing filter (Lanczos over the whole source area of each pixel).
 
     Args:
-        where: x and y of the square within what the image leaves it, 0 to 1; 0.5: in the centre.
+        where: x and y of the part within what the image leaves it, 0 to 1; 0.5: in the centre.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = round((width - side) * where[0]), round((height - side) * where[1])
-    if (width, height) == (size, size):
+    height, width = height_width(size)
+    if image.size == (width, height):
         return image
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    box = largest_part(image.size, size, where)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def largest_part(whole: tuple[int, int], size: ImageSize, where: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Left, top, right and lower edge, in pixels, of the largest part of an image that has the shape of `size`.
+
+    Args:
+        whole: width and height of the image.
+        where: as `cropped` has it.
+    """
+    height, width = height_width(size)
+    scale = min(whole[0] * height, whole[1] * width)  # of the part, times height and width
+    part = max(1, round(scale / height)), max(1, round(scale / width))
+    left, top = (round((length - own) * at) for length, own, at in zip(whole, part, where, strict=True))
+    return left, top, left + part[0], top + part[1]
 
 
 def perceptual_hash(image: Image.Image) -> int:

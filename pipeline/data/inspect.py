@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
+from pipeline.core.image_size import told
 from pipeline.core.progress import progress
 from pipeline.data import shards as image_shards
 from pipeline.data.catalog import Catalog
@@ -53,7 +54,7 @@ def _is_of_tokens(index: object) -> TypeGuard[TokenIndex]:
 
 
 def _images(folder: Path, index: PrepareIndex, sheet: Path | None, verify: bool) -> Iterator[str]:
-    yield f"{folder}: images of {index['image_size']}x{index['image_size']}"
+    yield f"{folder}: images of {told(index['image_size'])}"
     for split in SPLITS:
         entry = index["splits"][split]
         shards = Shards(entry["shards"])

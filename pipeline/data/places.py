@@ -1,7 +1,7 @@
 """Images that stay in the user's tar (`prepare.storage: in-place`): where they lie is written, and what is kept.
 
 The index beside a shard's name, `train/000000.index.npy`, is int64 [samples, 8]: first byte, number of bytes and CRC-32
-of each image in the tar, the cut (`stored_image.Cut`: left, top, side, size), and a CRC-32 of key and captions.
+of each image in the tar, the cut (`stored_image.Cut`: left, top, sides, size), and a CRC-32 of key and captions.
 """
 
 from __future__ import annotations

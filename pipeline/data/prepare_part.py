@@ -24,7 +24,7 @@ from pipeline.core.seeds import random_of
 from pipeline.core.urls import mask
 from pipeline.data import stored_image
 from pipeline.data.catalog_columns import key_hash, save_columns
-from pipeline.data.images import BadSample, decode, perceptual_hash, square
+from pipeline.data.images import BadSample, cropped, decode, perceptual_hash
 from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
 from pipeline.data.shard_table import ShardEntry
@@ -286,7 +286,7 @@ class _Making:
             except BadSample as bad:
                 self._reject(record, record.key, bad, len(together))
 
-    def _keep(self, record: Record, key: str, captions: list[str], decoded: _Square) -> None:
+    def _keep(self, record: Record, key: str, captions: list[str], decoded: _Stored) -> None:
         further = tuple(captions[1:])
         sample = Sample(
             safe_key(self.task.key(key)), decoded.encoded, captions[0], record.meta, further, decoded.cut, record.offset
@@ -340,7 +340,7 @@ def _left_out(sample: Sample, reason: str) -> Rejection:
 
 
 @dataclass(frozen=True)
-class _Square:
+class _Stored:
     """An image that is good enough to keep, as it is stored."""
 
     encoded: bytes
@@ -349,7 +349,7 @@ class _Square:
     hash: int  # 0: nobody asked for it
 
 
-def decode_record(record: Record, task: PartTask) -> _Square:
+def decode_record(record: Record, task: PartTask) -> _Stored:
     """Decode, check, crop and resize the image of a record.
 
     Raises:
@@ -363,7 +363,7 @@ def decode_record(record: Record, task: PartTask) -> _Square:
         raise BadSample("unusable sample", fault(error)) from error
 
 
-def _decoded(record: Record, task: PartTask) -> _Square:
+def _decoded(record: Record, task: PartTask) -> _Stored:
     config = task.config
     where = (0.5, 0.5)
     if config.crop == "random":
@@ -371,12 +371,10 @@ def _decoded(record: Record, task: PartTask) -> _Square:
         where = (rng.random(), rng.random())
     if config.storage in ("png", "webp"):
         decoded = decode(record.image, record.extension, config.filters)
-        image, cut = square(decoded.image, config.image_size, where), None
+        image, cut = cropped(decoded.image, config.image_size, where), None
     else:  # a JPEG is not decoded to more pixels than are needed
         decoded = decode(record.image, record.extension, config.filters, at_least=config.image_size)
-        side = min(decoded.whole)
-        left, top = (round((length - side) * part) for length, part in zip(decoded.whole, where, strict=True))
-        cut = Cut(left, top, side, config.image_size)
+        cut = Cut.largest(decoded.whole, config.image_size, where)
         image = stored_image.resized(decoded, cut)
     try:
         json.dumps(record.meta)
@@ -384,6 +382,6 @@ def _decoded(record: Record, task: PartTask) -> _Square:
         raise BadSample("metadata is not JSON", fault(error)) from error
     image_hash = 0 if config.filters.near_duplicate_bits is None else perceptual_hash(image)
     if config.storage == "in-place":
-        return _Square(record.image or b"", cut, decoded.conversions, image_hash)
+        return _Stored(record.image or b"", cut, decoded.conversions, image_hash)
     encoded = stored_image.encode(image, config.storage, config.jpeg_quality)
-    return _Square(encoded, None, decoded.conversions, image_hash)
+    return _Stored(encoded, None, decoded.conversions, image_hash)

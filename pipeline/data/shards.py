@@ -36,6 +36,7 @@ from pipeline.config.prepare import Storage
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
+from pipeline.core.image_size import ImageSize
 from pipeline.core.manifest import first_fault
 from pipeline.data import stored_image
 from pipeline.data.shard_table import ShardEntry, ShardTable, read_table, write_table
@@ -77,7 +78,7 @@ class Rejected(TypedDict):
 class PrepareIndex(TypedDict):
     """index.json of `prepare`."""
 
-    image_size: int
+    image_size: ImageSize  # a list of two, read from the file
     storage: NotRequired[Storage]  # missing: png
     splits: dict[str, SplitIndex]
     catalog: NotRequired[dict[str, CatalogEntry]]  # by split; missing: an earlier version wrote none
@@ -107,7 +108,7 @@ class Sample:
 
     @cached_property
     def image(self) -> Image.Image:
-        """RGB, image_size x image_size."""
+        """RGB, of image_size."""
         return Image.fromarray(stored_image.decode(self.encoded, self.cut).transpose(1, 2, 0))
 
     @property

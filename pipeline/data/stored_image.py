@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.prepare import FilterConfig, Storage
+from pipeline.core.image_size import ImageSize, height_width, image_size
 from pipeline.data import images, png
 
 Pixels = NDArray[np.uint8]
@@ -28,12 +29,31 @@ _LOOKED_AT = FilterConfig.model_validate({"max_aspect_ratio": 1e9, "max_pixels":
 
 
 class Cut(NamedTuple):
-    """The square of a user's image that is kept, in pixels of the whole, upright image."""
+    """The part of a user's image that is kept, in pixels of the whole, upright image.
+
+    Sides are as `packed` has them, so that four numbers say it.
+    """
 
     left: int
     top: int
-    side: int
-    size: int  # pixels of each side that it is resized to
+    sides: int  # of the part
+    size: int  # of what it is resized to
+
+    @classmethod
+    def largest(cls, whole: tuple[int, int], size: ImageSize, where: tuple[float, float]) -> Cut:
+        """See `images.largest_part`."""
+        left, top, right, bottom = images.largest_part(whole, size, where)
+        return cls(left, top, packed(bottom - top, right - left), packed(*height_width(size)))
+
+
+def packed(height: int, width: int) -> int:
+    """The side of a square; of another shape, the width + height · 2³²."""
+    return width if height == width else width | height << 32
+
+
+def unpacked(sides: int) -> tuple[int, int]:
+    """Height and width of what `packed` made."""
+    return sides >> 32 or sides, sides & (1 << 32) - 1
 
 
 def encode(image: Image.Image, storage: Storage, jpeg_quality: int) -> bytes:
@@ -65,19 +85,20 @@ def decode(content: bytes, cut: Cut | None = None) -> Pixels:
 def cut_out(content: bytes, cut: Cut) -> Image.Image:
     """What is kept of a user's image, RGB. Raises ValueError when it cannot be decoded."""
     try:
-        decoded = images.decode(content, filters=_LOOKED_AT, at_least=cut.size)
+        decoded = images.decode(content, filters=_LOOKED_AT, at_least=image_size(unpacked(cut.size)))
     except images.BadSample as bad:
         raise ValueError(f"{bad.reason} {bad.detail}") from bad
     return resized(decoded, cut)
 
 
 def resized(decoded: images.Decoded, cut: Cut) -> Image.Image:
-    """The square `cut` of an image, of which a half, a quarter or an eighth of the pixels may have been decoded."""
+    """The part `cut` of an image, of which a half, a quarter or an eighth of the pixels may have been decoded."""
     image = decoded.image
     scale = round(decoded.whole[0] / image.width)  # it rounds sides up, so this is not quite a whole number
-    right, bottom = min(image.width, (cut.left + cut.side) / scale), min(image.height, (cut.top + cut.side) / scale)
+    height, width = unpacked(cut.sides)
+    right, bottom = min(image.width, (cut.left + width) / scale), min(image.height, (cut.top + height) / scale)
     box = (cut.left / scale, cut.top / scale, right, bottom)
-    return image.resize((cut.size, cut.size), Image.Resampling.LANCZOS, box=box)
+    return image.resize(unpacked(cut.size)[::-1], Image.Resampling.LANCZOS, box=box)
 
 
 def _channels_first(image: Image.Image) -> Pixels:

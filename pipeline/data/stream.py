@@ -22,17 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.training import samples_per_process
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import height_width, image_size, told
 from pipeline.core.process_limits import processors
+from pipeline.data.augment import Augment
 from pipeline.data.mixture import Shares, shard_order, source_sizes
-from pipeline.data.order import CANONICAL_STREAMS
+from pipeline.data.order import CANONICAL_STREAMS, Ints
 from pipeline.data.prefetch import load
 from pipeline.data.shards import ShardFile, read_index, read_shards
+from pipeline.data.stored_image import Pixels
 
 _OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
 _SMALL_PIXELS = 128
@@ -53,7 +55,8 @@ class ImageStream:
         cache_bytes: int = 512 << 20,
         threads: int | None = None,
         shares: Shares = (),
-        beside: Callable[[NDArray[np.int64], NDArray[np.int64]], dict[str, Tensor]] | None = None,
+        augment: Augment | None = None,
+        beside: Callable[[Ints, Ints], dict[str, Tensor]] | None = None,
     ) -> None:
         """
         Args:
@@ -64,6 +67,7 @@ class ImageStream:
             threads: decoding threads. None: the processors of this process less one, and one for images below 128
                 pixels, where two would wait for each other.
             shares: of several sources in a training (`mixture.py`); empty: every sample once an epoch, for validation.
+            augment: random parts and mirror images, a function of (seed, epoch, sample); None: images as they are.
             beside: (sample, epoch) of each of a batch's images, samples counted through all shards -> what else the
                 batch has of them.
 
@@ -72,19 +76,21 @@ class ImageStream:
         """
         self.directory = Path(prepare_dir)
         index = read_index(self.directory)
-        self.image_size: int = index["image_size"]
+        self.image_size = image_size(index["image_size"])
+        height, width = height_width(self.image_size)
+        self._shape = (3, height, width)
         self.shards = read_shards(self.directory, split, index)
         sizes = source_sizes(self.directory, split, shares)
         self.order = shard_order(self.shards.samples.tolist(), sizes, seed, shares)
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        many = self.image_size >= _SMALL_PIXELS
+        many = height * width >= _SMALL_PIXELS**2
         self.threads = threads or (max(1, processors() - 1) if many else 1)
-        self._beside = beside
+        self._beside, self._augment, self._seed = beside, augment, seed
         self._first = np.cumsum([0, *self.shards.samples])
         self._files: dict[int, ShardFile] = {}
         self._lock = threading.Lock()
-        shape = (len(self), 3, self.image_size, self.image_size)
+        shape = (len(self), *self._shape)
         cached = int(np.prod(shape, dtype=np.int64)) <= cache_bytes
         self._cache = np.empty(shape, np.uint8) if cached else None
         self._known = np.zeros(len(self) if cached else 0, bool)
@@ -110,10 +116,11 @@ class ImageStream:
             while True:
                 samples, epochs = self.order.locate(np.arange(start, start + share))
                 more = self._beside(samples, epochs) if self._beside else {}
-                yield {"images": torch.from_numpy(self._images(samples, pool))} | more
+                images = self._augmented(self._images(samples, pool), samples, epochs, pool)
+                yield {"images": torch.from_numpy(images)} | more
                 start += stride
 
-    def _images(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+    def _images(self, samples: Ints, pool: ThreadPoolExecutor) -> Pixels:
         """The images of these samples, uint8 [n, 3, H, W], decoded or from the cache."""
         if self._cache is None:
             return self._decode_all(samples, pool)
@@ -123,8 +130,21 @@ class ImageStream:
             self._known[new] = True
         return self._cache[samples]
 
-    def _decode_all(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
-        images = np.empty((len(samples), 3, self.image_size, self.image_size), np.uint8)
+    def _augmented(self, images: Pixels, samples: Ints, epochs: Ints, pool: ThreadPoolExecutor) -> Pixels:
+        """uint8 [n, 3, H, W], images of these samples in these epochs."""
+        augment = self._augment
+        if augment is None or not augment.is_on:
+            return images
+
+        def change(start: int) -> None:
+            for index in range(start, min(start + _DECODE_TOGETHER, len(images))):
+                images[index] = augment.apply(images[index], self._seed, int(epochs[index]), int(samples[index]))
+
+        list(pool.map(change, range(0, len(images), _DECODE_TOGETHER)))
+        return images
+
+    def _decode_all(self, samples: Ints, pool: ThreadPoolExecutor) -> Pixels:
+        images = np.empty((len(samples), *self._shape), np.uint8)
         shards = np.searchsorted(self._first, samples, side="right") - 1
         rows = samples - self._first[shards]
 
@@ -135,12 +155,12 @@ class ImageStream:
         list(pool.map(decode, range(0, len(rows), _DECODE_TOGETHER)))
         return images
 
-    def _decode(self, shard: int, row: int) -> NDArray[np.uint8]:
+    def _decode(self, shard: int, row: int) -> Pixels:
         file = self._open(shard)
         image = file.pixels(row)
-        if image.shape != (3, self.image_size, self.image_size):
+        if image.shape != self._shape:
             raise UserError(
-                f"{file.path}: expected images of {self.image_size} pixels, found {image.shape} at sample {row}"
+                f"{file.path}: expected images of {told(self.image_size)}, found {image.shape} at sample {row}"
             )
         return image
 

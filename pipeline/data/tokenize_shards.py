@@ -34,6 +34,7 @@ from pipeline.core.iteration import batched
 from pipeline.core.level import Level
 from pipeline.core.seeds import random_of
 from pipeline.data import stored_image
+from pipeline.data.augment import random_part
 from pipeline.data.catalog import Catalog
 from pipeline.data.prefetch import ahead
 from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
@@ -245,19 +246,13 @@ def join(job: TokenizeJob) -> TokenIndex:
 
 
 def crop_of(image: Image.Image, crop: int, min_scale: float, *name: object) -> Image.Image:
-    """Version number `crop` of a square image: 0 is the whole, others are random squares of it, resized back.
+    """Version number `crop` of an image: 0 is the whole, others are random parts of it of its shape, resized back.
 
     Args:
-        min_scale: smallest side of a random square / side of the image.
+        min_scale: smallest side of a random part / side of the image.
         name: what the random numbers are a function of, beside `crop`.
     """
-    if crop == 0:
-        return image
-    rng = random_of(*name, crop)
-    size = image.width
-    side = size * rng.uniform(min_scale, 1.0)
-    left, top = rng.uniform(0, size - side), rng.uniform(0, size - side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return random_part(image, min_scale, random_of(*name, crop)) if crop else image
 
 
 def _steps(

@@ -19,9 +19,10 @@ from pipeline.config.prepare import FilterConfig
 from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes, to_pil, to_tensor
+from pipeline.core.image_size import ImageSize
 from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
-from pipeline.data.images import BadSample, decode, square
+from pipeline.data.images import BadSample, cropped, decode
 from pipeline.evaluation.image_sets import ImageSet, read_set
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
@@ -106,13 +107,13 @@ def reconstruct_folder(
 
 
 def _usable(
-    found: ImageSet, size: int, filters: FilterConfig, refused: dict[str, str]
+    found: ImageSet, size: ImageSize, filters: FilterConfig, refused: dict[str, str]
 ) -> Iterator[tuple[str, Image.Image]]:
-    """(name, RGB image of size × size) of a set; what `prepare` would not take goes to `refused`."""
+    """(name, RGB image of that size) of a set; what `prepare` would not take goes to `refused`."""
     for image in found.images:
         name = image.name
         try:
-            yield name, square(decode(image.content(), image.extension, filters).image, size)
+            yield name, cropped(decode(image.content(), image.extension, filters).image, size)
         except BadSample as bad:
             refused[name] = f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
 
@@ -126,7 +127,7 @@ def _reconstruct_batch(
     pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
     decibels = psnr(pixels, rebuilt_pixels).clamp(max=_IDENTICAL_DB).tolist()
     metrics = [{"psnr": value} for value in decibels]
-    if tokenizer.image_size >= WINDOW:
+    if min(tokenizer.height, tokenizer.width) >= WINDOW:
         similarities = ssim(pixels, rebuilt_pixels).tolist()
         metrics = [one | {"ssim": value} for one, value in zip(metrics, similarities, strict=True)]
     tiles = []

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import ModelConfig
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, height_width, told
+from pipeline.core.image_size import image_size as one_form
 from pipeline.core.level import Level
 from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
@@ -42,14 +44,20 @@ KINDS = {
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """Base of all tokenizers of square images, `image_size` pixels on each side."""
+    """Base of all tokenizers of images of one size.
+
+    Attributes:
+        image_size: pixels of each side; of other shapes than squares, height and width.
+        height, width: the same as two numbers.
+    """
 
     config_class: type[ModelConfig]
 
-    def __init__(self, config: ModelConfig, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, image_size: ImageSize) -> None:
         super().__init__()
         self.config = config
-        self.image_size = image_size
+        self.image_size = one_form(image_size)
+        self.height, self.width = height_width(image_size)
 
     @property
     @abstractmethod
@@ -90,10 +98,10 @@ class ImageTokenizer(nn.Module, ABC):
         return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load, dtype, device)
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
+        expected = (3, self.height, self.width)
         if tuple(images.shape[1:]) != expected:
             raise UserError(
-                f"the image tokenizer takes images of {self.image_size}×{self.image_size}, 3 channels; found"
+                f"the image tokenizer takes images of {told(self.image_size)}, 3 channels; found"
                 f" {list(images.shape)}: resize them, or train a tokenizer at that size"
             )
         if not images.is_floating_point():
@@ -125,16 +133,17 @@ class TokenizerObjective(Objective):
         return []
 
 
-def check_size(image_size: int, config: ModelConfig) -> None:
-    if image_size % config.factor:
+def check_size(image_size: ImageSize, config: ModelConfig) -> None:
+    """Raises UserError when such images cannot be cut into codes."""
+    if any(side % config.factor for side in height_width(image_size)):
         raise UserError(
-            f"images of {image_size}×{image_size} cannot be cut into codes of {config.factor}×{config.factor}"
+            f"images of {told(image_size)} cannot be cut into codes of {config.factor}×{config.factor}"
             f" pixels: choose an image size that is a multiple of {config.factor}, or other widths or patch_size"
         )
 
 
 def build(
-    model: ModelConfig | dict[str, object], image_size: int, where: str = "image_tokenizer.model"
+    model: ModelConfig | dict[str, object], image_size: ImageSize, where: str = "image_tokenizer.model"
 ) -> ImageTokenizer:
     """A new tokenizer with random weights, of the kind that `model` names. `where` is named in errors.
 

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.image_tokenizer import ColorFormConfig, ModelConfig
+from pipeline.core.image_size import ImageSize
 from pipeline.image_tokenizer.architecture import DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
 from pipeline.image_tokenizer.vqvae import VQVAE, VectorsOf
 
 
 class ColorForm(VQVAE):
-    """Grids of color and of form, each of (image_size / factor)² positions."""
+    """Grids of color and of form, each of height / factor × width / factor positions."""
 
     config_class = ColorFormConfig
 
-    def __init__(self, config: ModelConfig, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, image_size: ImageSize) -> None:
         super().__init__(config, image_size)
         assert isinstance(config, ColorFormConfig)
         self.form_encoder = Encoder(config)

@@ -35,6 +35,7 @@ from torch.func import functional_call
 from pipeline.config.image_losses import AdversarialConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, height_width, told
 from pipeline.core.objective import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,12 @@ class PatchDiscriminator(nn.Module):
     statistics are kept.
     """
 
-    def __init__(self, config: AdversarialConfig, image_size: int) -> None:
+    def __init__(self, config: AdversarialConfig, image_size: ImageSize) -> None:
         least = 3 * 2**config.layers
-        if image_size < least:
+        if min(height_width(image_size)) < least:
             raise UserError(
                 f"adversarial.layers {config.layers} needs images of at least {least}×{least} pixels, found"
-                f" {image_size}×{image_size}: set adversarial.layers to less, or leave adversarial out"
+                f" {told(image_size)}: set adversarial.layers to less, or leave adversarial out"
             )
         super().__init__()
         widths = [config.width * min(2**i, 8) for i in range(config.layers + 1)]
@@ -97,7 +98,7 @@ class Adversary(nn.Module):
     score_rebuilt: Tensor
     score_batches: Tensor
 
-    def __init__(self, config: AdversarialConfig, image_size: int) -> None:
+    def __init__(self, config: AdversarialConfig, image_size: ImageSize) -> None:
         super().__init__()
         self.config = config
         self.discriminator = PatchDiscriminator(config, image_size)

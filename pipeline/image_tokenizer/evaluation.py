@@ -53,7 +53,7 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
     code_entropy_bits, the same entropy in bits. bits_per_pixel: what an image's codes take at that entropy.
     """
     counts = [torch.zeros(level.codebook_size, dtype=torch.float64) for level in tokenizer.levels]
-    sums = {"psnr": 0.0} | ({"ssim": 0.0} if tokenizer.image_size >= WINDOW else {})
+    sums = {"psnr": 0.0} | ({"ssim": 0.0} if min(tokenizer.height, tokenizer.width) >= WINDOW else {})
     images_seen = 0
     for batch in batches:
         images = _to_device(batch["images"], tokenizer)
@@ -82,7 +82,7 @@ def _code_metrics(tokenizer: ImageTokenizer, counts: list[Tensor]) -> dict[str, 
         metrics[f"codebook_usage{suffix}"] = (level_counts > 0).double().mean().item()
         metrics[f"codebook_perplexity{suffix}"] = math.exp(entropy)
         metrics[f"code_entropy_bits{suffix}"] = entropy / math.log(2)
-        metrics["bits_per_pixel"] += entropy / math.log(2) * level.height * level.width / tokenizer.image_size**2
+        metrics["bits_per_pixel"] += entropy / math.log(2) * level.positions / (tokenizer.height * tokenizer.width)
     return metrics
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
+from pipeline.core.image_size import ImageSize
 from pipeline.core.objective import ParameterGroup
 from pipeline.image_tokenizer.base import TokenizerObjective
 from pipeline.image_tokenizer.discriminator import Adversary
@@ -19,7 +20,11 @@ class ImageLosses(ReconstructionLoss):
     """Pixels' loss + weight · perceptual distance + the adversary's part."""
 
     def __init__(
-        self, kind: str, image_size: int, perceptual: PerceptualConfig | None, adversarial: AdversarialConfig | None
+        self,
+        kind: str,
+        image_size: ImageSize,
+        perceptual: PerceptualConfig | None,
+        adversarial: AdversarialConfig | None,
     ) -> None:
         super().__init__(kind)
         self.perceptual = Perceptual(perceptual, image_size) if perceptual else None
@@ -47,7 +52,7 @@ class ImageLosses(ReconstructionLoss):
 
 def add_image_losses(
     objective: TokenizerObjective,
-    image_size: int,
+    image_size: ImageSize,
     perceptual: PerceptualConfig | None,
     adversarial: AdversarialConfig | None,
 ) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.config.image_losses import PerceptualConfig
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, height_width
 from pipeline.image_tokenizer.architecture import use_channels_last
 
 _KEY = "image_tokenizer.perceptual"
@@ -42,7 +43,7 @@ class Perceptual(nn.Module):
     In float32 under autocast, too: in bfloat16 the gradients of near images would point elsewhere.
     """
 
-    def __init__(self, config: PerceptualConfig, image_size: int) -> None:
+    def __init__(self, config: PerceptualConfig, image_size: ImageSize) -> None:
         """Raises UserError when the network or its weights are not there, or images are too small for it."""
         super().__init__()
         self.config = config
@@ -51,13 +52,13 @@ class Perceptual(nn.Module):
         # In a tuple, so that nn.Module does not take it for its own.
         self._frozen = (network.eval().requires_grad_(False),)
         self._distance = distance
-        side = config.resize or image_size
+        height, width = self._seen(*height_width(image_size))
         try:
             with torch.no_grad():
-                distance(*torch.zeros(2, 1, 3, side, side))
+                distance(*torch.zeros(2, 1, 3, height, width))
         except (UserError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"{_KEY}: {config.backbone} cannot take images of {side}×{side} ({_first_line(error)}):"
+                f"{_KEY}: {config.backbone} cannot take images of {height}×{width} ({_first_line(error)}):"
                 f" set {_KEY}.resize to what it was trained on"
             ) from error
 
@@ -71,10 +72,17 @@ class Perceptual(nn.Module):
             return self._distance(self._sized(images.float()), self._sized(rebuilt.float())).float()
 
     def _sized(self, images: Tensor) -> Tensor:
-        side = self.config.resize
-        if side is not None and images.shape[-1] != side:
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        height, width = images.shape[-2:]
+        if (seen := self._seen(height, width)) != (height, width):
+            images = F.interpolate(images, seen, mode="bicubic", antialias=True)
         return images.contiguous(memory_format=torch.channels_last)
+
+    def _seen(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that the network sees."""
+        if self.config.resize is None:
+            return height, width
+        scale = self.config.resize / min(height, width)
+        return round(height * scale), round(width * scale)
 
 
 def feature_distance(features: list[Tensor], others: list[Tensor]) -> Tensor:

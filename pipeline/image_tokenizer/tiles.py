@@ -25,28 +25,29 @@ def reach(of_resolutions: Sequence[int], of_stem: int = 0) -> int:
 
 
 def by_tiles(run: Callable[[Tensor], list[Tensor]], x_BCHW: Tensor, unit: int, tile: int, margin: int) -> list[Tensor]:
-    """`run(x)` of a square x, put together from windows of `tile` + 2 · `margin` positions on each side, or less.
+    """`run(x)` of x, put together from windows of `tile` + 2 · `margin` positions on each side, or less.
 
     Args:
         run: a window [B,C,h·unit,w·unit] to outputs [B,C',h·u,w·u], each with a u of its own.
         unit: of x's pixels on a side, one position.
     """
-    side, whole = x_BCHW.shape[-1] // unit, list[Tensor]()
-    for top in range(0, side, tile):
-        rows = range(max(0, top - margin), min(side, top + tile + margin))
-        for left in range(0, side, tile):
-            columns = range(max(0, left - margin), min(side, left + tile + margin))
+    height, width = (side // unit for side in x_BCHW.shape[-2:])
+    whole = list[Tensor]()
+    for top in range(0, height, tile):
+        rows = range(max(0, top - margin), min(height, top + tile + margin))
+        for left in range(0, width, tile):
+            columns = range(max(0, left - margin), min(width, left + tile + margin))
             window = x_BCHW[..., rows[0] * unit : rows.stop * unit, columns[0] * unit : columns.stop * unit]
             parts = run(window)
             units = [part.shape[-1] // len(columns) for part in parts]
             if not whole:
-                whole = [p.new_empty(*p.shape[:2], side * u, side * u) for p, u in zip(parts, units, strict=True)]
+                whole = [p.new_empty(*p.shape[:2], height * u, width * u) for p, u in zip(parts, units, strict=True)]
             for part, u, out in zip(parts, units, whole, strict=True):
                 _place(
                     out,
                     part,
-                    range(top * u, min(top + tile, side) * u),
-                    range(left * u, min(left + tile, side) * u),
+                    range(top * u, min(top + tile, height) * u),
+                    range(left * u, min(left + tile, width) * u),
                     rows[0] * u,
                     columns[0] * u,
                 )

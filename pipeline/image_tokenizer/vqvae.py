@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQGANConfig, VQVAE2Config, VQVAEConfig
+from pipeline.core.image_size import ImageSize
 from pipeline.core.level import Level
 from pipeline.core.objective import Exported
 from pipeline.image_tokenizer.architecture import Decoder, DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
@@ -38,11 +39,11 @@ VectorsOf = Callable[[int, Tensor | None], Tensor]
 
 
 class VQVAE(ImageTokenizer):
-    """Grids of codes, coarse to fine: grid i has (image_size / factor · 2^i)² positions."""
+    """Grids of codes, coarse to fine: grid i has (height / factor · 2^i) × (width / factor · 2^i) positions."""
 
     config_class: type[ModelConfig] = VQVAEConfig
 
-    def __init__(self, config: ModelConfig, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, image_size: ImageSize) -> None:
         check_size(image_size, config)
         super().__init__(config, image_size)
         widths = config.widths[::-1]
@@ -51,7 +52,7 @@ class VQVAE(ImageTokenizer):
         for i, quantizer in enumerate(config.quantizers):
             values = 3 * (config.factor // 2 ** self._resolution(i)) ** 2
             quantizers.append(build_quantizer(quantizer, self._features_width(i), values))
-            quantizers[i].grid_sides(self._side(i))  # says so if it does not fit
+            quantizers[i].grids(*self._grid_shape(i))  # says so if it does not fit
         self.quantizers = nn.ModuleList(quantizers)
         self.decoder = self._new_decoder(quantizers[0].code_width)
         self.expand = nn.ModuleList(
@@ -90,8 +91,8 @@ class VQVAE(ImageTokenizer):
     def levels(self) -> list[Level]:
         found: list[Level] = []
         for i, quantizer in enumerate(self._quantizers()):
-            sides = quantizer.grid_sides(self._side(i))
-            found += [Level(side, side, size) for side, size in zip(sides, quantizer.codebook_sizes, strict=True)]
+            shapes = quantizer.grids(*self._grid_shape(i))
+            found += [Level(*shape, size) for shape, size in zip(shapes, quantizer.codebook_sizes, strict=True)]
         return found
 
     def forward(self, images_B3HW: Tensor, step: int) -> tuple[Tensor, list[Quantized]]:
@@ -186,10 +187,12 @@ class VQVAE(ImageTokenizer):
 
     def _grid(self, grid: int, vectors_BND: Tensor) -> Tensor:
         """[B,D,h,w]."""
-        return vectors_BND.transpose(1, 2).unflatten(2, (self._side(grid), self._side(grid)))
+        return vectors_BND.transpose(1, 2).unflatten(2, self._grid_shape(grid))
 
-    def _side(self, grid: int) -> int:
-        return self.image_size // self.config.factor * 2 ** self._resolution(grid)
+    def _grid_shape(self, grid: int) -> tuple[int, int]:
+        """Positions from top to bottom, and from left to right."""
+        finer = 2 ** self._resolution(grid)
+        return self.height // self.config.factor * finer, self.width // self.config.factor * finer
 
     def _quantizers(self) -> list[Quantizer]:
         return cast("list[Quantizer]", list(self.quantizers))
@@ -210,7 +213,7 @@ class VQVAE(ImageTokenizer):
         if self._tile is None or isinstance(config, VQGANConfig):
             return decode(x_BChw)
         margin = reach([config.block_reach] * (len(config.widths) - begin))
-        tile = self._tile * x_BChw.shape[-1] // self.image_size
+        tile = self._tile * x_BChw.shape[-1] // self.width
         [pixels] = by_tiles(lambda window: [decode(window)], x_BChw, 1, tile, margin)
         return pixels
 
@@ -218,7 +221,7 @@ class VQVAE(ImageTokenizer):
     def _tile(self) -> int | None:
         """Pixels on a side of the tiles to work in; None: in one piece, as in training."""
         tile = self.config.tile_size
-        return None if self.training or tile is None or tile >= self.image_size else tile
+        return None if self.training or tile is None or tile >= max(self.height, self.width) else tile
 
     def _encoded(self, images_B3HW: Tensor) -> list[Tensor]:
         """The encoder's features of an image or a window of one, coarse to fine."""

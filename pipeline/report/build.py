@@ -16,6 +16,7 @@ import jinja2
 import yaml
 
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.core.image_size import height_width
 from pipeline.evaluation.results import Results, read_results, rows_in
 from pipeline.evaluation.rows import warnings
 from pipeline.orchestration.worth_a_look import worth_a_look
@@ -84,6 +85,7 @@ def _page(
         config=_config(config),
         credit=facts.index.get("credit"),
         rendering=_rendering(config, facts.index.get("image_size", 0)),
+        aspect=_aspect(facts.index.get("image_size", 1)),
     )
 
 
@@ -117,9 +119,15 @@ def _config(config: PipelineConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _rendering(config: PipelineConfig, image_size: int) -> str:
+def _aspect(image_size: int | list[int]) -> str:
+    """CSS's aspect-ratio."""
+    height, width = height_width(image_size)
+    return f"{width} / {height}"
+
+
+def _rendering(config: PipelineConfig, image_size: int | list[int]) -> str:
     """CSS's image-rendering."""
     wanted = config.report.enlargement
     if wanted == "auto":
-        return "pixelated" if image_size < _SMALL_PX else "auto"
+        return "pixelated" if max(height_width(image_size)) < _SMALL_PX else "auto"
     return "pixelated" if wanted == "pixelated" else "auto"

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pipeline.config.base import parse_config
 from pipeline.config.reranker import TowerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, height_width, told
+from pipeline.core.image_size import image_size as one_form
 from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.core.pretrained import load_model, save_model
 from pipeline.text_tokenizer.bpe import PAD_ID
@@ -31,17 +33,20 @@ class TwoTowers(nn.Module):
     positions instead of reading one of them. Cosines of unit vectors say how well image and caption fit.
     """
 
-    def __init__(self, config: TowerConfig, image_size: int, text_length: int, text_vocab_size: int) -> None:
+    def __init__(self, config: TowerConfig, image_size: ImageSize, text_length: int, text_vocab_size: int) -> None:
         super().__init__()
-        if image_size % config.patch_size:
+        height, width = height_width(image_size)
+        if height % config.patch_size or width % config.patch_size:
             raise UserError(
-                f"reranker.model.patch_size: expected a divisor of prepare.image_size {image_size}, found"
+                f"reranker.model.patch_size: expected a divisor of prepare.image_size {told(image_size)}, found"
                 f" {config.patch_size}"
             )
-        self.config, self.image_size = config, image_size
+        self.config, self.image_size = config, one_form(image_size)
         self.text_length, self.text_vocab_size = text_length, text_vocab_size
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
-        self.image_position = nn.Parameter(torch.empty((image_size // config.patch_size) ** 2, config.width))
+        self.image_position = nn.Parameter(
+            torch.empty(height // config.patch_size * (width // config.patch_size), config.width)
+        )
         self.embedding = nn.Embedding(text_vocab_size, config.width)
         self.text_position = nn.Parameter(torch.empty(text_length, config.width))
         self.image_tower, self.text_tower = _tower(config), _tower(config)

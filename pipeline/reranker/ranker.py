@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_uint8_tensor
+from pipeline.core.image_size import height_width
 from pipeline.core.iteration import batched
 from pipeline.data.shards import Sample
 from pipeline.extractors.clip_scorer import ClipScorer
@@ -72,8 +73,8 @@ class Ranker:
         if isinstance(self.model, ClipScorer):
             embeddings: Tensor = self.model.images.network(self.model.images.input(images))[0]
             return embeddings
-        side = self.model.image_size
-        resized = [i if i.size == (side, side) else i.resize((side, side), Image.Resampling.LANCZOS) for i in images]
+        size = height_width(self.model.image_size)[::-1]
+        resized = [i if i.size == size else i.resize(size, Image.Resampling.LANCZOS) for i in images]
         return self.model.embed_images(to_uint8_tensor(resized).to(self.model.image_position.device))
 
     @torch.inference_mode()

@@ -61,7 +61,12 @@ def _group_height(group: Group, columns: int, side: int) -> int:
 def _card_height(group: Group, side: int) -> int:
     """Height in pixels of a group's cards: what its longest caption needs."""
     lines = max((len(_wrap(tile.caption, side)) for tile in group.tiles), default=0)
-    return side + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
+    return _image_height(group, side) + 2 * _PADDING + (lines * _line_height(_CAPTION_SIZE) + 6 if lines else 0)
+
+
+def _image_height(group: Group, side: int) -> int:
+    """Height in pixels of a group's highest image on the sheet."""
+    return max((round(side * tile.image.height / tile.image.width) for tile in group.tiles), default=side)
 
 
 def _heading_height(group: Group) -> int:
@@ -82,19 +87,20 @@ def _draw_group(sheet: Image.Image, group: Group, top: int, columns: int, side: 
     for index, tile in enumerate(group.tiles):
         row, column = divmod(index, columns)
         left = _MARGIN + column * (side + 2 * _PADDING + _GAP)
-        _draw_card(sheet, draw, tile, left, top + row * (card_height + _GAP), side, card_height, smooth)
+        size = (side, card_height, _image_height(group, side))
+        _draw_card(sheet, draw, tile, (left, top + row * (card_height + _GAP)), size, smooth)
 
 
 def _draw_card(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
     tile: Tile,
-    left: int,
-    top: int,
-    side: int,
-    height: int,
+    corner: tuple[int, int],
+    size: tuple[int, int, int],
     smooth: bool,
 ) -> None:
+    """`size`: width of the image, height of the card, and of the group's highest image."""
+    (left, top), (side, height, image_height) = corner, size
     box = (left, top, left + side + 2 * _PADDING - 1, top + height - 1)
     draw.rounded_rectangle(box, radius=9, fill=_CARD, outline=_EDGE)
     resample = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
@@ -102,7 +108,7 @@ def _draw_card(
     sheet.paste(image, (left + _PADDING, top + _PADDING))
     middle = left + _PADDING + side // 2
     for number, line in enumerate(_wrap(tile.caption, side)):
-        line_top = top + _PADDING + side + 6 + number * _line_height(_CAPTION_SIZE)
+        line_top = top + _PADDING + image_height + 6 + number * _line_height(_CAPTION_SIZE)
         draw.text((middle, line_top), line, fill=_INK, font=_font(_CAPTION_SIZE, tile.caption), anchor="ma")
 
 

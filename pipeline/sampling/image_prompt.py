@@ -88,11 +88,11 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
     Raises:
         UserError: image or mask of another size, or more rows or levels than there are.
     """
-    side = tokenizer.image_size
+    height, width = tokenizer.height, tokenizer.width
     for name, image in (("an image", prompt.image), ("a mask", prompt.mask)):
-        if image is not None and image.size != (side, side):
+        if image is not None and image.size != (width, height):
             found = f"{image.width}×{image.height}"
-            raise UserError(f"image prompt: expected {name} of {side}×{side} pixels, found {found}: resize it")
+            raise UserError(f"image prompt: expected {name} of {width}×{height} pixels, found {found}: resize it")
     codes = tokenizer.encode(to_tensor([prompt.image]).to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import read_json
+from pipeline.core.image_size import told
 from pipeline.core.weights import count_parameters
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import RunDirectory, config_of
@@ -37,7 +38,7 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
     parts = [
         _front_matter(kind, index, source),
         f"# {config.name}",
-        f"Generates images of {index['image_size']}×{index['image_size']} pixels from a caption, token by token:"
+        f"Generates images of {told(index['image_size'])} pixels from a caption, token by token:"
         f" a Smalti run, exported. Model hash `{source.model_hash}`.",
         "![What it generates](prompts.png)" if has_grid else "",
         "## Use",

@@ -180,7 +180,7 @@ class Pipeline:
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
         """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images, a few at a time."""
         sizes = [level.positions for level in self.transformer.layout.levels]
-        at_once = max(_PIXELS_AT_ONCE // self.image_tokenizer.image_size**2, 1)
+        at_once = max(_PIXELS_AT_ONCE // (self.image_tokenizer.height * self.image_tokenizer.width), 1)
         images: list[Image.Image] = []
         with torch.inference_mode():
             for part_bN in codes_BN.split(at_once):

@@ -12,6 +12,7 @@ from pipeline.config.base import identity
 from pipeline.config.generate import SamplingConfig
 from pipeline.core.atomic_io import read_json
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, height_width
 from pipeline.core.progress import progress
 from pipeline.core.version import VERSION
 from pipeline.sampling.checks import check_prompts
@@ -65,10 +66,10 @@ def check_sheet(job: GenerateJob, path: Path, source: ModelSource) -> None:
     _check_sheet(job, path, read_json(source.image_tokenizer / "config.json")["image_size"])
 
 
-def _check_sheet(job: GenerateJob, path: Path, image_size: int) -> None:
+def _check_sheet(job: GenerateJob, path: Path, image_size: ImageSize) -> None:
     if len(job.prompts) * job.images_per_prompt > _SHEET_LIMIT:
         raise UserError(f"a sheet holds {_SHEET_LIMIT} images, found more: give a folder, -o images")
-    blank = Image.new("RGB", (image_size, image_size))
+    blank = Image.new("RGB", height_width(image_size)[::-1])
     check_format(path, _sheet([(blank, prompt) for prompt in job.prompts for _ in range(job.images_per_prompt)]).size)
 
 

@@ -42,7 +42,8 @@ class Answers:
         self._order, self._files, self._base_url = order, files, base_url
         self._as_url, self._codes = as_url, codes
         self._levels = [level.positions for level in pipeline.transformer.layout.levels]
-        self._side, self._created = pipeline.image_tokenizer.image_size, int(time.time())
+        self._size = f"{pipeline.image_tokenizer.width}x{pipeline.image_tokenizer.height}"
+        self._created = int(time.time())
         self._text_tokens = int((order.text != PAD_ID).sum())
 
     def whole(self, finished: Finished) -> dict[str, object]:
@@ -68,10 +69,6 @@ class Answers:
     def _common(self) -> dict[str, object]:
         common = {"created_at": self._created, "size": self._size, "quality": "auto"}
         return common | {"background": "auto", "output_format": "png"}
-
-    @property
-    def _size(self) -> str:
-        return f"{self._side}x{self._side}"
 
     def _image(self, made: Made) -> dict[str, object]:
         if self._as_url:

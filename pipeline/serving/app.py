@@ -161,14 +161,14 @@ def _edit_body() -> dict[str, object]:
 
 def _known(served: Served, asked: AskedOfImage, image: bytes, mask: bytes | None) -> tuple[Tensor, dict[str, str]]:
     """The codes that stay, and the rule that says so. Raises Refusal."""
-    side = served.pipeline.image_tokenizer.image_size
+    size = served.pipeline.image_tokenizer.image_size
     rules = {"keep_rows": asked.keep_rows, "keep_levels": asked.keep_levels, "mask": "mask" if mask else None}
     try:
         prompt = ImagePrompt(
-            upload(image, "image", side),
+            upload(image, "image", size),
             asked.keep_rows,
             asked.keep_levels,
-            None if mask is None else mask_of(mask, side),
+            None if mask is None else mask_of(mask, size),
         )
         known = served.engine.finisher.known_codes(prompt).result()
     except UserError as error:

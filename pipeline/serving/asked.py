@@ -100,11 +100,11 @@ class Asked(BaseModel):
     def sampling_for(self, pipeline: Pipeline, name: str, slots: int) -> SamplingConfig:
         """How its images are drawn. Raises Refusal for what this model does not have: its name, its size, a reranker,
         a setting; and for more images than `slots`."""
-        side = pipeline.image_tokenizer.image_size
+        size = f"{pipeline.image_tokenizer.width}x{pipeline.image_tokenizer.height}"
         if self.model is not None and self.model != name:
             raise Refusal(404, f"model: expected {name}, the one that is served here", "model_not_found", "model")
-        if self.size not in (None, "auto", f"{side}x{side}"):
-            raise Refusal(400, f"size: expected {side}x{side} or auto: the model has one size", "invalid_value", "size")
+        if self.size not in (None, "auto", size):
+            raise Refusal(400, f"size: expected {size} or auto: the model has one size", "invalid_value", "size")
         if self.rank and pipeline.ranker is None:
             raise Refusal(400, "rank: this model has no reranker: leave it out", "invalid_value", "rank")
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.training import TrainingConfig, accumulation_steps, resolved_precision
+from pipeline.core.image_size import ImageSize
 
 if TYPE_CHECKING:
     from pipeline.config.image_tokenizer import ImageTokenizerConfig
@@ -29,7 +30,7 @@ class TokenizerMemory:
     decode: int
 
 
-def tokenizer_memory(config: ImageTokenizerConfig, image_size: int, gpus: int) -> TokenizerMemory:
+def tokenizer_memory(config: ImageTokenizerConfig, image_size: ImageSize, gpus: int) -> TokenizerMemory:
     """The memory of the tokenizer that `config` names, of whose batch each of `gpus` processes has its part.
 
     Raises:
@@ -56,7 +57,7 @@ def tokenizer_memory(config: ImageTokenizerConfig, image_size: int, gpus: int) -
         encode, decode = _peaks_of_one(tokenizer.eval())
         if training.activation_checkpointing != "none":
             checkpoint_activations(objective, training.activation_checkpointing)
-        batch = {"images": torch.zeros(micro, 3, image_size, image_size, dtype=torch.uint8, device="cuda")}
+        batch = {"images": torch.zeros(micro, 3, tokenizer.height, tokenizer.width, dtype=torch.uint8, device="cuda")}
         precision = resolved_precision(training.precision, True, "accelerate")
         found = passes(objective, batch, precision)
         weights = sum(t.nbytes for t in (*objective.parameters(), *objective.buffers()))
@@ -77,8 +78,7 @@ def _peaks_of_one(tokenizer: ImageTokenizer) -> tuple[int, int]:
     from pipeline.training.live_memory import LiveBytes
 
     found: list[int] = []
-    size = tokenizer.image_size
-    images = torch.zeros(1, 3, size, size, device="cuda")
+    images = torch.zeros(1, 3, tokenizer.height, tokenizer.width, device="cuda")
     codes = [torch.zeros(1, level.positions, dtype=torch.long, device="cuda") for level in tokenizer.levels]
     for work in (lambda: tokenizer.encode(images), lambda: tokenizer.decode(codes)):
         live = LiveBytes()

@@ -49,7 +49,7 @@ def make_small_run(
         prepare_config = folder_config(folder, **values)
     prepare(directory / "prepare", prepare_config, seed=0)
     torch.manual_seed(seed)
-    build(model, 16).save_pretrained(directory / "image-tokenizer/model")
+    build(model, prepare_config.image_size).save_pretrained(directory / "image-tokenizer/model")
     catalog = Catalog(directory / "prepare", "train")
     captions = list(catalog.caption_sample(catalog.caption_count, seed=0))
     text_tokenizer = TextTokenizer.train(captions, TextTokenizerConfig(vocab_size=300, text_length=24))

@@ -311,14 +311,14 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
 def test_a_surprise_while_decoding_is_that_samples_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.data import prepare_part
 
-    square = prepare_part.square
+    cropped = prepare_part.cropped
 
     def surprised(found: Any, *arguments: Any) -> Any:
         if found.size == (33, 33):
             raise RuntimeError("a \x1b[2Jsurprise")
-        return square(found, *arguments)
+        return cropped(found, *arguments)
 
-    monkeypatch.setattr(prepare_part, "square", surprised)
+    monkeypatch.setattr(prepare_part, "cropped", surprised)
     folder = write_folder(tmp_path / "in", 3)
     (folder / "00001.png").write_bytes(encoded(image(1, (33, 33))))
     index = prepare(tmp_path / "out", folder_config(folder, **ALL), seed=0)

@@ -59,7 +59,7 @@ def test_vectors_of_codes_are_what_the_decoder_sees_in_training(name: str) -> No
     made.after_update(applied=True)
     seen = made(x, 1).vectors
     codes = made.eval().encode(x)
-    assert [code.shape for code in codes] == [(4, side**2) for side in made.grid_sides(3)]
+    assert [code.shape for code in codes] == [(4, height * width) for height, width in made.grids(3, 3)]
     assert all(code.min() >= 0 and code.max() < size for code, size in zip(codes, made.codebook_sizes, strict=True))
     torch.testing.assert_close(made.vectors(codes), seen, atol=1e-5, rtol=1e-4)
     assert made.vectors(codes).shape == (4, 9, made.code_width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from pipeline.config.prepare import Source as SourceConfig
+from pipeline.core.image_size import ImageSize
 from pipeline.data.sources.base import Source
 
 _CLASSES = {  # kind -> class, in the module here that is called like the kind; each brings its own libraries
@@ -17,7 +18,7 @@ _CLASSES = {  # kind -> class, in the module here that is called like the kind; 
 }
 
 
-def open_source(config: SourceConfig, image_size: int) -> Source:
+def open_source(config: SourceConfig, image_size: ImageSize) -> Source:
     """The source that `config` describes; `image_size` is for sources that render.
 
     Raises:

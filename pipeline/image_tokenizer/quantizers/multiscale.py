@@ -60,13 +60,18 @@ class MultiscaleQuantizer(Quantizer):
             self.register_buffer(f"down_{i}", resize_matrix(finest, side, "area"), persistent=False)
             self.register_buffer(f"up_{i}", resize_matrix(side, finest, "bicubic"), persistent=False)
 
-    def grid_sides(self, side: int) -> list[int]:
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        side = max(height, width)
+        if height != width:
+            raise UserError(
+                f"multiscale: its grids are square, found {height}×{width} positions: set a square image size"
+            )
         if side != self.scales[-1]:
             raise UserError(
                 f"multiscale: expected the last of scales to be {side}, the positions on a side that the encoder gives"
                 f" images of this size, found {self.scales[-1]}: change scales, the image size, widths or patch_size"
             )
-        return list(self.scales)
+        return [(scale, scale) for scale in self.scales]
 
     def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
         z = self._project(features_BNC)

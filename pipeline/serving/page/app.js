@@ -41,8 +41,9 @@ async function connect() {
     }
     const found = (await answer.json()).data[0];
     model = found.smalti;
+    document.documentElement.style.setProperty("--aspect", `${sides()[1]} / ${sides()[0]}`);
     const still = model.training_step === null ? "" : `, in training: after ${model.training_step} steps`;
-    $("model").textContent = `${found.id}, ${model.image_size} × ${model.image_size} pixels${still}`;
+    $("model").textContent = `${found.id}, ${sides()[1]} × ${sides()[0]} pixels${still}`;
     for (const name of NUMBERS) $(name).value = model.sampling[name] ?? "";
     $("guidance").disabled = !model.guidance_trained;
     $("passes-label").hidden = $("passes").disabled = model.order !== "any";
@@ -243,17 +244,23 @@ function change(rule) {
   generate({ ...values, ...rule }, { image: edited.blob });
 }
 
+// Height and width of the model's images, in pixels.
+function sides() {
+  return [model.image_size, model.image_size].flat().slice(0, 2);
+}
+
 function fill() {
   const cells = $("mask").getContext("2d").getImageData(0, 0, $("mask").width, $("mask").height).data;
   if (!cells.some((value, index) => index % 4 === 3 && value)) return say("paint what is to be generated first", true);
-  const side = model.image_size;
+  const [height, width] = sides();
   const whole = document.createElement("canvas");
-  whole.width = whole.height = side;
+  whole.width = width;
+  whole.height = height;
   const context = whole.getContext("2d");
   context.imageSmoothingEnabled = false;
-  context.fillRect(0, 0, side, side);
+  context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "destination-out"; // transparent: generate here
-  context.drawImage(opaque(), 0, 0, side, side);
+  context.drawImage(opaque(), 0, 0, width, height);
   const { seed, ...values } = { ...asked(), prompt: $("prompt").value || edited.asked.prompt };
   whole.toBlob((mask) => generate(values, { image: edited.blob, mask }), "image/png");
 }
