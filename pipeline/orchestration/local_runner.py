@@ -27,6 +27,7 @@ from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import SHARES, STAGES, Stage, check_before_start, chosen_stages
 from pipeline.orchestration.hosts import Host, RemoteRanks, ranks_on
+from pipeline.orchestration.keep_finished import keep_finished
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.side_by_side import DEAF_TO_CTRL_C, ask_to_end, wait_for_all
 
@@ -72,9 +73,9 @@ def run_pipeline(
     stop = StopRequest()
     with runs.lock_run():
         runs.open(config, source)
+        if amend:
+            keep_finished(runs, config)
         for stage in stages:
-            if amend:
-                runs.go_on(config, stage, amend)
             reasons = runs.stale_reasons(config, stage) or runs.outside_changes(config, stage)
             if not reasons:
                 _say(stage, "up to date")

@@ -18,6 +18,7 @@ from pipeline.core.lock import Lock, refuse_if_held
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
 from pipeline.orchestration.going_on import shares_of_training
 from pipeline.orchestration.graph import Stage, inputs_of, stages_of
+from pipeline.orchestration.keep_finished import keep_finished
 from pipeline.orchestration.mlflow_mirror import Mirror, is_left_to_others
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import Tracker
@@ -177,6 +178,8 @@ def _begin(
     """Take the stage's lock into `held`, check its inputs and make its directory ready; False if it is up to date."""
     if stage not in stages_of(config):
         raise UserError(f"{stage.name} is not part of this pipeline: set {stage.section}.enabled=true")
+    if amend and runs.path.exists():
+        keep_finished(runs, config)
     # The tasks of an array are many, and find a lock taken now and then: they wait, and none is refused for it.
     patience_s = 0.0 if array_task is None else math.inf
     checked = False

@@ -1,4 +1,4 @@
-"""The stage transformer, which writes which sample it draws at which position, a file a process: DRAWN_LOG=FOLDER."""
+"""The stage image-tokenizer, which writes which sample it draws at which position, a file a process, to DRAWN_LOG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.cli.stage import run_stage
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import Ints
-from stages.transformer import main
+from stages.image_tokenizer import main
 
 _locate = Mixture.locate
 
@@ -23,4 +23,4 @@ def _and_write(self: Mixture, positions: Ints) -> tuple[Ints, Ints]:
 
 if __name__ == "__main__":
     Mixture.locate = _and_write  # type: ignore[method-assign]
-    run_stage("transformer", main)
+    run_stage("image-tokenizer", main)
