@@ -9,7 +9,7 @@ To add one: see quantizers/__init__.py.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from vector_quantize_pytorch import FSQ
 
 from pipeline.config.quantizers import FSQConfig
@@ -26,7 +26,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.project = nn.Linear(in_width, self.code_width)
         with unset_fake_temporarily() as fake:  # it looks at its numbers, which fake tensors have not (`smalti plan`)
             self.fsq = FSQ(levels=list(config.channels))
-        if fake is not None:
+        if isinstance(fake, FakeTensorMode):
             for name, buffer in list(self.fsq.named_buffers()):
                 setattr(self.fsq, name, fake.from_tensor(buffer))
 
