@@ -29,6 +29,7 @@ from pipeline.data.sampler import TokenSampler
 from pipeline.extractors.registry import load_extractor
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.metrics.frechet import frechet_distance
+from pipeline.sampling.decode import candidate_uniforms, draw_codes, numbers_per_image
 from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
@@ -97,9 +98,9 @@ def main(
             sampling = SamplingConfig(passes=passes) if order == "any" else SamplingConfig()
             found[order].append(Found(step_ms, distance(run, model, sampling, images), holes(run, model)))
             if sheet and len(found[order]) == 1:
-                for name, own in groups.items():
-                    own.append(Group(f"{name}, filled in order {order}", filled(run, model, sampling, name)))
-                grid([group for own in groups.values() for group in own], SHOWN, side=96).save(sheet)
+                for name, shown in groups.items():
+                    shown.append(Group(f"{name}, filled in order {order}", filled(run, model, sampling, name)))
+                grid([group for shown in groups.values() for group in shown], SHOWN, side=96).save(sheet)
             print(f"seed {seed}  {order:<6} {found[order][-1]}", flush=True)
     for order, own in found.items():
         values = {"FD(Lite0)": [one.distance for one in own]}
@@ -150,11 +151,9 @@ def distance(run: Path, model: Transformer, sampling: SamplingConfig, images: in
 def holes(run: Path, model: Transformer) -> dict[str, float]:
     """Mean nats of the codes in each hole of 200 validation images."""
     tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
-    side = tokenizer.image_size
     found = {}
     for name in HOLES:
-        prompt = ImagePrompt(Image.new("RGB", (side, side)), mask=_mask(name, side))
-        hole_N = known_codes(tokenizer, prompt, CPU) == UNKNOWN
+        hole_N = _hole(tokenizer, name)
         losses = [hole_losses(model, batch["text"], batch["codes"], hole_N) for batch in _samples(run, "val", 200)]
         found[name] = float(torch.cat(losses).mean())
     return found
@@ -178,22 +177,26 @@ def hole_losses(model: Transformer, text_BT: Tensor, codes_BN: Tensor, hole_N: T
 def shown_holes(run: Path) -> dict[str, list[Group]]:
     """The first validation images, through the image tokenizer, and what each hole leaves of them."""
     captions, images = _decoded(run, "val", SHOWN)
-    whole = Group("validation images", [Tile(*shown) for shown in zip(images, captions, strict=True)])
+    whole = [Group("validation images", [Tile(*shown) for shown in zip(images, captions, strict=True)])]
     gray = Image.new("RGB", images[0].size, "gray")
     found = {}
     for name in HOLES:
-        left = [Tile(Image.composite(gray, image, _mask(name, image.width))) for image in images]
-        found[name] = [whole, Group(f"{name}: what is known", left)]
+        left = [Tile(Image.composite(gray, image, _mask(name, image.size))) for image in images]
+        found[name] = [*whole, Group(f"{name}: what is known", left)]
+        whole = []  # once
     return found
 
 
 def filled(run: Path, model: Transformer, sampling: SamplingConfig, name: str) -> list[Tile]:
-    """The same images, each with that hole filled once."""
-    tiles = []
-    for caption, image in zip(*_decoded(run, "val", SHOWN), strict=True):
-        prompt = ImagePrompt(image, mask=_mask(name, image.width))
-        (one,) = _pipeline(run, model).generate([caption], sampling=sampling, image_prompt=prompt)
-        tiles.append(Tile(one.image))
+    """The same images, each with the codes of that hole drawn once."""
+    pipeline = _pipeline(run, model)
+    hole_N, tiles = _hole(pipeline.image_tokenizer, name), []
+    for batch in _samples(run, "val", SHOWN):
+        known_BN = batch["codes"].masked_fill(hole_N, UNKNOWN)
+        each = torch.arange(len(known_BN))
+        uniforms = torch.stack([candidate_uniforms(0, i, 0, numbers_per_image(model)) for i in each.tolist()])
+        codes_BN = draw_codes(model, batch["text"], each, uniforms, sampling, known_BN)
+        tiles += [Tile(image) for image in pipeline.decode(codes_BN)]
     return tiles
 
 
@@ -202,10 +205,17 @@ def _pipeline(run: Path, model: Transformer) -> Pipeline:
     return Pipeline(TextTokenizer.from_pretrained(run / "text-tokenizer"), model, image_tokenizer)
 
 
-def _mask(name: str, side: int) -> Image.Image:
+def _hole(tokenizer: ImageTokenizer, name: str) -> Tensor:
+    """Which codes are in it, bool [N]."""
+    size = tokenizer.width, tokenizer.height
+    prompt = ImagePrompt(Image.new("RGB", size), mask=_mask(name, size))
+    return known_codes(tokenizer, prompt, CPU) == UNKNOWN
+
+
+def _mask(name: str, size: tuple[int, int]) -> Image.Image:
     """A hole in white."""
-    left, top, right, bottom = (round(side * edge) for edge in HOLES[name])
-    mask = Image.new("L", (side, side))
+    left, top, right, bottom = (round(side * edge) for side, edge in zip(size * 2, HOLES[name], strict=True))
+    mask = Image.new("L", size)
     mask.paste(255, (left, top, right, bottom))
     return mask
 
