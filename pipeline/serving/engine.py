@@ -5,7 +5,7 @@
     order.cancel()                  # its client is gone: its rows leave before the next code
     engine.stop()                   # what runs is finished, what waits is refused; then join()
 
-One thread draws (`RowBatch`, or `PassBatch` for models of order any and scale), others make files of codes
+One thread draws (`RowBatch`, or `PassBatch` for models of order any and scale), one makes files of codes
 (`Finisher`), so that neither waits for the other.
 """
 

@@ -1,4 +1,4 @@
-"""From codes to files, in threads of their own: the image tokenizer and the reranker, one image at a time.
+"""From codes to files, in a thread of its own: the image tokenizer and the reranker, one image at a time.
 
 An image is decoded alone, so its pixels depend on nobody else's; its file is that of `smalti generate RUN PROMPT`.
 """
@@ -22,7 +22,6 @@ from pipeline.serving.order import Failed, Finished, Made, Order, Partial
 from pipeline.serving.refusal import broken
 
 log = logging.getLogger(__name__)
-_WORKERS = 2  # images that were drawn together wait less for each other
 
 
 class Finisher:
@@ -30,7 +29,7 @@ class Finisher:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._worker = ThreadPoolExecutor(_WORKERS, "finish")
+        self._worker = ThreadPoolExecutor(1, "finish")
         self._shown: Future[None] | None = None
 
     def known_codes(self, image_prompt: ImagePrompt) -> Future[Tensor]:
