@@ -270,7 +270,8 @@ class VQGANConfig(Config):
 
 
 ModelConfig = Annotated[
-    DVAEConfig | VQVAEConfig | VQVAE2Config | ColorFormConfig | VQGANConfig | OpenAIDVAEConfig, Field(discriminator="kind")
+    DVAEConfig | VQVAEConfig | VQVAE2Config | ColorFormConfig | VQGANConfig | OpenAIDVAEConfig,
+    Field(discriminator="kind"),
 ]
 
 

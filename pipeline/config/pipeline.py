@@ -118,8 +118,8 @@ class PipelineConfig(Config):
         kinds = {source.kind for source in self.prepare.all_sources}
         if self.tune.reward == "judge" and kinds != {"shapes"}:
             raise ValueError(
-                f"tune.reward=judge reads images of the source shapes alone, found {', '.join(sorted(kinds))}: set reward"
-                " to reranker or clip"
+                f"tune.reward=judge reads images of the source shapes alone, found {', '.join(sorted(kinds))}: set"
+                " reward to reranker or clip"
             )
 
     def _check_image_size(self) -> None:
