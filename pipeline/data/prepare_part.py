@@ -27,7 +27,7 @@ from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, cropped, decode, perceptual_hash
 from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
-from pipeline.data.shard_table import ShardEntry
+from pipeline.data.shard_table import ShardEntry, part_name
 from pipeline.data.shards import Sample, Shard, index_path, read_shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Counted, LeftOut, Part, Record, Source, Unreadable, fault
@@ -94,9 +94,7 @@ class PartTask:
     @property
     def record_path(self) -> Path:
         """The file of the part's `PartRecord`."""
-        # Of a second source it has another name, so that none has to move when one before it grows.
-        of_source = f"{self.source}-" if self.source else ""
-        return self.directory / "parts" / f"{of_source}{self.part.number:06d}.json"
+        return self.directory / "parts" / f"{part_name(self.source, self.part.number)}.json"
 
     @property
     def hashes_path(self) -> Path:

@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 
 RECORD = np.dtype(
     [
-        ("number", "<u4"),  # of the part of the source: its name
+        ("number", "<u4"),  # of the part of the source: its name; in the upper 8 bits, of the source
         ("samples", "<u4"),
         ("captions", "<u4"),
         ("bytes", "<u8"),
@@ -31,6 +31,19 @@ RECORD = np.dtype(
         ("sha256", "V32"),
     ]
 )
+
+
+PARTS = 1 << 24  # of a source, at most
+
+
+def part_name(source: int, number: int) -> str:
+    """What the files of a part are called. Of a second source, so that none has to move when one before it grows."""
+    return f"{source}-{number:06d}" if source else f"{number:06d}"
+
+
+def _number(name: str) -> int:
+    source, _, number = name.rpartition("-")
+    return int(source or 0) * PARTS + int(number)
 
 
 class ShardEntry(TypedDict):
@@ -82,7 +95,7 @@ class ShardTable(Sequence[ShardEntry]):
     def _entry(self, index: int) -> ShardEntry:
         number, samples, captions, size, tar_bytes, sha256 = self._records[index].item()
         entry: ShardEntry = {
-            "name": f"{self._split}/{number:06d}.tar",
+            "name": f"{self._split}/{part_name(*divmod(number, PARTS))}.tar",
             "samples": samples,
             "bytes": size,
             "sha256": sha256.hex(),
@@ -97,7 +110,7 @@ class ShardTable(Sequence[ShardEntry]):
 def write_table(path: Path, shards: Sequence[ShardEntry]) -> TableEntry:
     """Write the table of these shards."""
     records = np.zeros(len(shards), RECORD)
-    records["number"] = [int(Path(shard["name"]).stem) for shard in shards]
+    records["number"] = [_number(Path(shard["name"]).stem) for shard in shards]
     records["samples"] = [shard["samples"] for shard in shards]
     records["captions"] = [shard.get("captions", shard["samples"]) for shard in shards]
     records["bytes"] = [shard["bytes"] for shard in shards]

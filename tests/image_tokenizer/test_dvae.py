@@ -176,7 +176,7 @@ def _edit(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "vq-gan-9"}, "unknown kind of image tokenizer 'vq-gan-9'; known: dvae"),
+        ({"kind": "vq-gan-9"}, "unknown kind of image tokenizer 'vq-gan-9'; known: color-form, dvae"),
         ({"codebook_size": 64}, "does not fit config.json"),
         ({"codebok_size": 64}, "did you mean 'codebook_size'"),
     ],

@@ -163,11 +163,18 @@ def test_a_mistake_gets_one_line(arguments: tuple[str, str], line: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "processes"), [(1, 1), (3, 2)])
-def test_planned_memory_is_that_of_a_real_training_within_a_tenth(stage: int, processes: int) -> None:
+def test_planned_memory_is_that_of_a_real_training_within_a_tenth() -> None:
     model = next(iter(MODELS))  # all of them at all stages: python -m benchmarks.plan_memory
-    tensors, _ = measured(model, stage, processes)
-    assert planned(model, stage, processes).step == pytest.approx(tensors, rel=0.1)
+    tensors, _ = measured(model, 1)
+    assert planned(model, 1, 1).step == pytest.approx(tensors, rel=0.1)
+
+
+@pytest.mark.slow
+def test_at_stage_3_no_training_takes_more_than_planned_nor_much_less() -> None:
+    """How many weights are gathered ahead of their use is a matter of moments there."""
+    model = next(iter(MODELS))
+    tensors, _ = measured(model, 3, 2)
+    assert tensors <= planned(model, 3, 2).step <= 1.25 * tensors
 
 
 STEP = ["transformer.width=128", "transformer.heads=4", "transformer.layers=3", "prepare.image_size=64"]
