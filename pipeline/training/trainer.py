@@ -1,5 +1,4 @@
-"""THE training loop, of every stage that trains: image tokenizer, transformer, reranker, tune. Engine and workload
-differ.
+"""THE training loop, of every stage that trains. Engine and workload differ.
 
     seed -> batch -> forward and backward, micro-batch by micro-batch -> update -> log, evaluate, sample images, save
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.shapes.drawing import draw
 from pipeline.shapes.judge import judge, scores, see
 from pipeline.shapes.prompts import TASKS, prompts, read
 from pipeline.shapes.scene import RELATIONS, Scene, Thing, is_held_out
 from pipeline.shapes.world import sample, scene_of
+from tests.launch import ROOT
 
 SAMPLES = [sample(0, number) for number in range(400)]
 
@@ -123,3 +125,10 @@ def test_a_sample_is_a_function_of_seed_number_and_grid_alone() -> None:
     caption, scene = sample(0, 0)
     assert draw(scene, 64).tobytes() == draw(scene, 64).tobytes()
     assert read(caption)
+
+
+def test_the_shipped_config_asks_for_what_training_sees_and_for_what_it_never_sees() -> None:
+    generate = load_pipeline(ROOT / "configs" / "shapes.yaml").generate
+    assert not any(read(prompt).held_out for prompt in generate.training_prompts)
+    assert all(read(prompt).held_out for prompt in generate.new_prompts)
+    assert {read(prompt).task for prompt in generate.new_prompts} == {*TASKS} - {"one object"}
