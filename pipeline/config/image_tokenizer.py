@@ -16,6 +16,13 @@ from pipeline.config.ode import OdeConfig
 from pipeline.config.quantizers import CodebookConfig, GumbelConfig, GumbelSettings, QuantizerConfig, levels_of
 from pipeline.config.training import TrainingConfig
 
+_TILE_SIZE = added(
+    None,
+    ge=1,
+    description="pixels on a side of the tiles in which larger images are encoded and decoded, with what surrounds"
+    " them: less memory, the same result but for rounding. null: in one piece",
+)
+
 
 class ArchitectureConfig(Config):
     """The encoder and decoder of all kinds, and the loss between an image and its reconstruction.
@@ -40,12 +47,7 @@ class ArchitectureConfig(Config):
     reconstruction: Literal["logit_laplace", "l1", "l2"] = Field(
         "logit_laplace", description="loss between an image and its reconstruction; logit_laplace: Ramesh et al. 2021"
     )
-    tile_size: int | None = added(
-        None,
-        ge=1,
-        description="pixels on a side of the tiles in which larger images are encoded and decoded, with what surrounds"
-        " them: less memory, the same result but for rounding. null: in one piece",
-    )
+    tile_size: int | None = _TILE_SIZE
 
     @property
     def block_reach(self) -> int:
@@ -116,12 +118,7 @@ class OpenAIDVAEConfig(GumbelSettings):
     reconstruction: Literal["logit_laplace"] = Field(
         "logit_laplace", description="loss between an image and its reconstruction (Ramesh et al. 2021)"
     )
-    tile_size: int | None = added(
-        None,
-        ge=1,
-        description="pixels on a side of the tiles in which larger images are encoded and decoded, with what surrounds"
-        " them: less memory, the same result but for rounding. null: in one piece",
-    )
+    tile_size: int | None = _TILE_SIZE
 
     @property
     def factor(self) -> int:

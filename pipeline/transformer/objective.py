@@ -30,13 +30,10 @@ from pipeline.transformer.next_scale import NextScaleTransformer
 from pipeline.transformer.orders import random_orders
 
 
-class JointObjective(Objective):
-    """The transformer and its loss, for `pipeline.training.trainer.train`."""
+class TransformerObjective(Objective):
+    """A transformer and a loss, whatever that is."""
 
-    def __init__(self, transformer: Transformer, config: TransformerConfig, seed: int = 0) -> None:
-        """`seed`: of the orders that an any-order model learns."""
-        super().__init__()
-        self.transformer, self.config, self.seed = transformer, config, seed
+    transformer: Transformer
 
     def exported(self) -> Exported:
         return Exported("transformer.", self.transformer.exported_config())
@@ -49,6 +46,15 @@ class JointObjective(Objective):
 
     def attention_layers(self) -> list[nn.Module]:
         return [block.get_submodule("attention") for block in self.transformer.blocks]
+
+
+class JointObjective(TransformerObjective):
+    """The transformer and its loss, for `pipeline.training.trainer.train`."""
+
+    def __init__(self, transformer: Transformer, config: TransformerConfig, seed: int = 0) -> None:
+        """`seed`: of the orders that an any-order model learns."""
+        super().__init__()
+        self.transformer, self.config, self.seed = transformer, config, seed
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss and metrics of `batch`: "text" int64 [B, T], "codes" int64 [B, N].

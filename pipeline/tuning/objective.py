@@ -12,31 +12,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.transformer.model import Transformer
+from pipeline.transformer.objective import TransformerObjective
 
 
-class GroupRelativeObjective(Objective):
+class GroupRelativeObjective(TransformerObjective):
     """A transformer, and the loss of images that it has drawn, for `pipeline.training.trainer.train`."""
 
     def __init__(self, transformer: Transformer, kl_weight: float, temperature: float) -> None:
         """`temperature`: that the codes are drawn at."""
         super().__init__()
         self.transformer, self.kl_weight, self.temperature = transformer, kl_weight, temperature
-
-    def exported(self) -> Exported:
-        return Exported("transformer.", self.transformer.exported_config())
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return self.transformer.parameter_groups()
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.transformer.blocks)
-
-    def attention_layers(self) -> list[nn.Module]:
-        return [block.get_submodule("attention") for block in self.transformer.blocks]
 
     def train(self, mode: bool = True) -> GroupRelativeObjective:
         """The transformer stays as it draws: without dropout."""
