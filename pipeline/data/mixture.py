@@ -5,8 +5,8 @@
     order.locate(positions)                                # (sample of the split, epoch of its source), as other orders
 
 From the position on where its shares begin to hold, the sources come in a row of 1,000 that is repeated, so any 1,000
-samples in a row have exactly their shares; in it, each source is spread evenly. A source's own order goes on where it
-was, whatever the shares were before. All is a function of the position, and nothing of the number of processes.
+samples in a row have exactly their shares; in it, each source is spread evenly. A source's own order continues where
+it was, whatever the shares were before. All is a function of the position, and nothing of the number of processes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Rollouts:
         """The codes [B, N] of images, one for each row of text, drawn from their `numbers`: prompt and image."""
         sampling = SamplingConfig(temperature=self.config.temperature)
         self.policy.eval()
-        self.policy.tables  # noqa: B018  # made here, where autograd may keep them
+        _ = self.policy.tables  # made here, where autograd may keep them
         model, count = packed(self.policy), numbers_per_image(self.policy)
         found = []
         for begin in range(0, len(numbers), self.config.draw_at_once):
