@@ -32,6 +32,7 @@ from pipeline.image_tokenizer.base import ImageTokenizer, TokenizerObjective, ch
 from pipeline.image_tokenizer.losses import ReconstructionLoss, output_to_images
 from pipeline.image_tokenizer.quantizers import Quantized, Quantizer, build_quantizer
 from pipeline.image_tokenizer.quantizers.step_mean import StepMean
+from pipeline.image_tokenizer.quantizers.step_noise import StepNoise
 from pipeline.image_tokenizer.tiles import by_tiles, reach
 
 # Vectors [B,N,D] of a grid, from its index and what the coarser ones decode to, [B,C,h,w] (None for the coarsest)
@@ -256,10 +257,15 @@ class VQVAEObjective(TokenizerObjective):
         self.tokenizer = tokenizer
         self.reconstruction = ReconstructionLoss(tokenizer.config.reconstruction)
         self._step_means: list[StepMean] = []
-        for quantizer in tokenizer._quantizers():
+        self._step_noises: list[StepNoise] = []
+        for grid, quantizer in enumerate(tokenizer._quantizers()):
             if quantizer.asks_for_even_use:
                 quantizer.step_mean = mean = StepMean()  # no part of the tokenizer
                 self._step_means.append(mean)
+            if quantizer.draws:
+                # The seed that the run's models are built from, equal on all ranks.
+                quantizer.uniform = noise = StepNoise("uniform", torch.initial_seed(), grid)
+                self._step_noises.append(noise)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: images, uint8 [b,3,H,W]."""
@@ -295,9 +301,14 @@ class VQVAEObjective(TokenizerObjective):
             quantizer.after_update(applied)
         for mean in self._step_means:
             mean.forget()
+        for noise in self._step_noises:
+            noise.forget()
 
     def look_ahead(self, micro_batches: Sequence[dict[str, Tensor]], step: int) -> None:
-        """How evenly a step uses its codes, where a quantizer asks for it."""
+        """How many images a step has, and how evenly it uses its codes, where a quantizer asks for that."""
+        images = sum(len(batch["images"]) for batch in micro_batches)
+        for noise in self._step_noises:
+            noise.expect(images)
         if not self._step_means:
             return
         for mean in self._step_means:
@@ -308,5 +319,7 @@ class VQVAEObjective(TokenizerObjective):
                 self.tokenizer.quantize(batch["images"].float() / 255, step)
         for quantizer in self.tokenizer._quantizers():
             quantizer.forget()
+        for noise in self._step_noises:
+            noise.expect(images)
         for mean in self._step_means:
             mean.settle()

@@ -32,7 +32,8 @@ def main(output: str) -> None:
     # As DistributedDataParallel does: the mean over ranks of each one's gradient.
     gradient = distributed.sum_tensor(logits.grad) / world
     states["average"] = averaged()
-    torch.save(states | {"kl": kl.detach(), "gradient": gradient}, Path(output) / f"{world}-{rank}.pt")
+    drawn = {f"dvae parts {parts}": losses(parts) for parts in (1, 4)}
+    torch.save(states | drawn | {"kl": kl.detach(), "gradient": gradient}, Path(output) / f"{world}-{rank}.pt")
     distributed.leave(0)
 
 
@@ -49,6 +50,24 @@ def learned(config: CodebookConfig, parts: int) -> dict[str, Tensor]:
             made(part, step)
         made.after_update(applied=True)
     return made.codebooks[0].state_dict()
+
+
+def losses(parts: int) -> Tensor:
+    """Of a discrete VAE, over all ranks, at three steps of `parts` micro-batches on each."""
+    rank, world = distributed.rank(), distributed.world_size()
+    torch.manual_seed(0)
+    model = {"kind": "dvae", "codebook_size": 16, "code_width": 4, "patch_size": 4, "widths": (8,), "bottleneck": 1}
+    objective = build(model, image_size=8).objective().train()
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for step in range(3):
+        seed_step(0, step, rank)
+        micro_batches = [{"images": part} for part in images.chunk(world)[rank].chunk(parts)]
+        if parts > 1:
+            objective.look_ahead(micro_batches, step)
+        found.append(torch.stack([objective(batch, step)[0].detach() for batch in micro_batches]).mean())
+        objective.after_update(applied=True)
+    return distributed.mean_tensor(torch.stack(found))
 
 
 def averaged() -> dict[str, Tensor]:

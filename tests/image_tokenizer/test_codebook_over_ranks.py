@@ -34,6 +34,12 @@ def test_ranks_and_micro_batches_change_no_codebook(results: dict[str, Any]) -> 
         torch.testing.assert_close(other, whole)
 
 
+def test_ranks_and_micro_batches_change_no_draw_of_a_discrete_vae(results: dict[str, Any]) -> None:
+    whole = results["1-0"]["dvae parts 1"]
+    for other in (results["1-0"]["dvae parts 4"], results["2-0"]["dvae parts 1"], results["2-1"]["dvae parts 4"]):
+        torch.testing.assert_close(other, whole)
+
+
 def test_usage_term_and_its_gradient_are_those_of_the_whole_batch(results: dict[str, Any]) -> None:
     for rank in (0, 1):
         torch.testing.assert_close(results[f"2-{rank}"]["kl"], results["1-0"]["kl"])

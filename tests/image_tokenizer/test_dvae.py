@@ -25,6 +25,7 @@ from pipeline.image_tokenizer.dvae import DiscreteVAE
 from pipeline.image_tokenizer.evaluation import evaluate, reconstruction_grid
 from pipeline.image_tokenizer.losses import output_to_images
 from pipeline.image_tokenizer.quantizers.gumbel import GumbelQuantizer
+from pipeline.image_tokenizer.quantizers.step_noise import StepNoise
 from pipeline.training.optimizer import build_adamw
 
 SMALL = {
@@ -264,6 +265,44 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
+def test_into_how_many_micro_batches_a_step_is_cut_changes_no_draw() -> None:
+    """The losses of a training's first steps, whatever torch's own generator gives."""
+    images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    even_use = {"start": 0.1, "end": 0.1, "steps": 0}
+    found = []
+    for parts in (1, 4, 16):
+        objective = small(batch_entropy_weight=even_use).train().objective()
+        training = TrainingConfig(steps=9, batch_size=16, learning_rate=1e-3, warmup_steps=0)
+        optimizer = build_adamw(objective.parameter_groups(), training)
+        for step in range(4):
+            torch.manual_seed(100 * parts + step)
+            micro_batches = [{"images": part} for part in images.chunk(parts)]
+            if parts > 1:
+                with torch.no_grad():
+                    objective.look_ahead(micro_batches, step)
+            optimizer.zero_grad()
+            losses = [objective(batch, step)[0] / parts for batch in micro_batches]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            objective.after_update(applied=True)
+            found.append(torch.stack(losses).sum().detach())
+    steps = torch.stack(found).view(3, 4)
+    torch.testing.assert_close(steps[1:], steps[:1].expand(2, 4), rtol=1e-5, atol=0)
+
+
+def test_images_places_and_steps_have_draws_of_their_own() -> None:
+    like = torch.empty(2, 3, 1000)
+    noise = StepNoise("test", 0)
+    first, others = noise(like, 0), noise(like, 0)
+    noise.forget()
+    assert torch.equal(noise(like, 0), first)
+    noise.forget()
+    drawn = torch.cat([first, others, noise(like, 1), StepNoise("test", 1)(like, 0)]).flatten(0, 1)
+    assert ((drawn >= 0) & (drawn < 1)).all()
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (drawn.corrcoef() - torch.eye(24)).abs().max() < 0.2
+
+
 def test_around_the_codes_everything_is_float32_under_autocast() -> None:
     tokenizer = small()
     with torch.autocast("cpu", torch.bfloat16):
@@ -283,8 +322,8 @@ def test_the_dvae_is_the_vqvae_with_the_gumbel_quantizer_to_the_last_bit() -> No
     )
     losses, gradients = [], []
     for tokenizer in (small(**weights), vqvae):
-        objective = tokenizer.train().objective()
         torch.manual_seed(1)
+        objective = tokenizer.train().objective()
         loss, _ = objective({"images": torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)}, 3)
         loss.backward()
         losses.append(loss)

@@ -35,15 +35,19 @@ class Quantizer(nn.Module, ABC):
         code_width: D, channels of the vectors that the decoder gets.
         asks_for_even_use: its loss depends on the codes' mean frequencies, of which `step_mean` makes a step's.
         step_mean: the mean [K] of a micro-batch -> that of the whole step on all ranks; see step_mean.py.
+        draws: in training it draws.
+        uniform: what it draws by, (a tensor, step) -> numbers in [0, 1) of its shape; see step_noise.py.
     """
 
     codebook_sizes: list[int]
     code_width: int
     asks_for_even_use = False
+    draws = False
     step_mean: Callable[[Tensor], Tensor] = staticmethod(distributed.mean_with_gradient)
+    uniform: Callable[[Tensor, int], Tensor] = staticmethod(lambda like, step: torch.rand_like(like))
 
     def forward(self, features_BNC: Tensor, step: int) -> Quantized:
-        """The training pass. All its randomness comes from torch's global generator.
+        """The training pass. What it draws by `uniform` apart, its randomness is torch's global generator's.
 
         A quantizer that does not learn gives the vectors of its codes, as `encode` and `vectors` do, and has no loss.
         """

@@ -27,18 +27,18 @@ from pipeline.config.quantizers import GumbelConfig, GumbelSettings
 from pipeline.image_tokenizer.quantizers.base import Quantized, Quantizer, best_code, entropy, nearest_code
 
 
-def sample_gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of `like`, from torch's global generator."""
+def to_gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise of uniform numbers in [0, 1), in their memory."""
     # −ln(−ln u) in place (on CPUs several times quicker than exponential_); u = 0 gives −inf: a code not drawn.
-    return torch.rand_like(like).log_().neg_().log_().neg_()
+    return uniform.log_().neg_().log_().neg_()
 
 
-def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
+def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float, hard: bool) -> Tensor:
     """A relaxed one-hot sample of the categorical, softmax((logits + Gumbel noise) / τ) over the last axis.
 
     `hard`: exactly one-hot, with the gradient of the relaxed one (straight-through).
     """
-    soft = F.softmax((logits + sample_gumbel(logits)) / tau, dim=-1)
+    soft = F.softmax((logits + noise) / tau, dim=-1)
     if not hard:
         return soft
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)  # F.one_hot looks at the codes
@@ -87,6 +87,8 @@ def kl_of_mean_to_uniform(q: Tensor, step_mean: Callable[[Tensor], Tensor]) -> T
 class GumbelQuantizer(Quantizer):
     """Logits over K codes for each position, by a 1×1 convolution or by distance to the codes' vectors."""
 
+    draws = True
+
     def __init__(self, config: GumbelConfig, in_width: int, values_per_position: int) -> None:
         super().__init__()
         self.config = config
@@ -112,7 +114,8 @@ class GumbelQuantizer(Quantizer):
     def _quantize(self, features_BNC: Tensor, step: int) -> Quantized:
         logits_BNK = self.logits(features_BNC)
         tau = self.config.temperature.at(step)
-        weights_BNK = gumbel_softmax(logits_BNK, tau, hard=self.config.straight_through)
+        noise_BNK = to_gumbel(self.uniform(logits_BNK, step))
+        weights_BNK = gumbel_softmax(logits_BNK, noise_BNK, tau, hard=self.config.straight_through)
         values = logits_BNK.shape[1] * self.values_per_position
         loss, metrics = kl_losses(logits_BNK, self.config, step, values, self.step_mean)
         return Quantized(weights_BNK @ self.codebook, loss, metrics)
@@ -126,7 +129,7 @@ class GumbelQuantizer(Quantizer):
     def _samples(self, features_BNC: Tensor) -> list[Tensor]:
         """By the Gumbel-max trick (Maddison et al. 2014)."""
         logits_BNK = self.logits(features_BNC)
-        return [(logits_BNK + sample_gumbel(logits_BNK)).argmax(-1)]
+        return [(logits_BNK + to_gumbel(torch.rand_like(logits_BNK))).argmax(-1)]
 
     def _vectors(self, codes: list[Tensor]) -> Tensor:
         return F.embedding(codes[0], self.codebook)
