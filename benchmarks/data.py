@@ -357,7 +357,7 @@ def duplicates() -> None:
         for name, search in (
             ("equal keys, one slice", lambda: same_key(paths, [count // files] * files)),
             ("equal keys, 8 slices", lambda: same_key(paths, [count // files] * files, count // 8)),
-            ("near images, 3 bits", lambda: same_image(paths, 3, np.empty(0, np.int64))),
+            ("near images, 3 bits", lambda: same_image(paths, 3, np.zeros(count, bool))),
         ):
             started = time.perf_counter()
             found = search()

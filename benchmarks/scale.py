@@ -1,12 +1,11 @@
 """What the starts of stages cost when the data set grows: time, bytes read, files opened, peak memory.
 
     python -m benchmarks.scale starts runs/scale 100000 1000000 10000000
-    python -m benchmarks.scale duplicates 100000 1000000 10000000
     python -m benchmarks.scale formats 1000000
 
-The catalogs are written as `prepare` writes them, from made-up captions of 60 characters; tars and their indexes are
-sparse files of the right sizes. Each measurement is a process of its own, the import of torch included where it is
-needed. CPU time says what the work is, on a machine with other work, too.
+The catalogs are written as `prepare` writes them, from made-up captions of 60 characters; tars are sparse files of the
+right sizes with one image, which every sample is; token arrays are zeros. Each measurement is a process of its own, the
+import of torch included where it is needed. CPU time says what the work is, on a machine with other work, too.
 """
 
 from __future__ import annotations
@@ -18,32 +17,35 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 
 import click
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.seeds import random_of
+from pipeline.data import png
 from pipeline.data.catalog import Catalog
 from pipeline.data.catalog_columns import Column, Columns, caption_hash, key_hash, write_catalog
-from pipeline.data.duplicates import same_image
 from pipeline.data.order import GlobalOrder, ShardOrder
 from pipeline.data.shard_table import ShardEntry
-from pipeline.data.shards import PrepareIndex, SplitIndex, read_index, read_shards, write_index
+from pipeline.data.shards import PrepareIndex, Shards, SplitIndex, read_index, read_shards, write_index
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "openmoji.yaml"
 PER_SHARD = 10_000
+SIDE, TEXT, CODES = 64, 8, 8  # of an image, a caption in tokens, a grid of codes
+_TAR_BLOCK = 512
 IMAGE_BYTES = 100_000
-CHOSEN = 512  # samples of generate
+CHOSEN, SHOWN, BATCH = 512, 64, 256  # samples of generate, of the report, of a step
 CAPTION = 60  # characters
-_MARK = "measured: "
+MARK = "measured: "
 
 
 @click.group()
@@ -64,7 +66,7 @@ def starts(folder: Path, sizes: tuple[int, ...]) -> None:
         for name in OPERATIONS:
             command = [sys.executable, "-m", "benchmarks.scale", "one", str(run), name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            row = json.loads(done.stdout.split(_MARK)[1])
+            row = json.loads(done.stdout.split(MARK)[1])
             figures = f"{row['cpu_s']:.2f} | {row['wall_s']:.2f} | {row['read_mb']:,.1f} | {row['files']:,}"
             print(f"| {name} | {samples:,} | {figures} | {row['peak_mb']:,.0f} |", flush=True)
 
@@ -121,69 +123,6 @@ def formats(samples: int) -> None:
 
 
 @main.command()
-@click.argument("sizes", type=int, nargs=-1, required=True)
-@click.option("--bits", default=3, show_default=True)
-@click.option("--brute-force", is_flag=True, help="compare all pairs, too, and the results")
-def duplicates(sizes: tuple[int, ...], bits: int, brute_force: bool) -> None:
-    """Find near-duplicates among SIZES hashes: of chance, and distributed as those of images with flat colours."""
-    print("| hashes | samples | CPU s | near-duplicates | peak MB |\n|---|---|---|---|---|")
-    for samples, kind in product(sizes, ("chance", "images")):
-        command = [sys.executable, "-m", "benchmarks.scale", "near", kind, str(samples), str(bits)]
-        done = subprocess.run(command + ["--brute-force"] * brute_force, check=True, capture_output=True, text=True)
-        print(done.stdout.split(_MARK)[1].strip(), flush=True)
-
-
-@main.command()
-@click.argument("kind")
-@click.argument("samples", type=int)
-@click.argument("bits", type=int)
-@click.option("--brute-force", is_flag=True)
-def near(kind: str, samples: int, bits: int, brute_force: bool) -> None:
-    """One measurement of `duplicates`, in this process."""
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 1 << 64, samples, np.uint64) if kind == "chance" else _image_hashes(samples, rng)
-    copies = rng.permutation(samples)[: samples // 20]  # planted: up to four bits differ
-    sources = rng.integers(0, samples, len(copies))
-    hashes[copies] = hashes[sources]
-    for _ in range(4):
-        hashes[copies] ^= np.uint64(1) << rng.integers(0, 64, len(copies), np.uint64)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "hashes.npy")
-        np.save(path, np.stack([hashes, hashes], axis=1))
-        begun = time.process_time()
-        found = same_image([path], bits, np.empty(0, np.int64))
-        seconds = time.process_time() - begun
-    peak = _peak_kb() / 1e3
-    if brute_force:
-        assert found.tolist() == [n for n in range(samples) if _has_near(hashes[n], hashes[:n], bits)]
-    print(f"{_MARK}| {kind} | {samples:,} | {seconds:,.1f} | {len(found):,} | {peak:,.0f} |")
-
-
-def _has_near(own: np.uint64, others: NDArray[np.uint64], bits: int) -> bool:
-    return bool((np.bitwise_count(others ^ own) <= bits).any())
-
-
-def _image_hashes(samples: int, rng: np.random.Generator) -> NDArray[np.uint64]:
-    """As `perceptual_hash` makes them (35 bits of luma, 2 x 14 of chroma) of photographs, drawings and flat images.
-
-    Two fifths are photographs; two fifths drawings on white without colour, each like one of 20,000; a fifth is almost
-    flat: any colour, and ten bits of luma that noise decides.
-    """
-    kinds = rng.choice(3, samples, p=[0.4, 0.4, 0.2])
-    photographs = rng.integers(0, 1 << 35, samples, np.uint64)
-    drawings = rng.integers(0, 1 << 35, 20_000, np.uint64)[rng.integers(0, 20_000, samples)]
-    for bit in range(35):
-        drawings ^= (rng.random(samples) < 0.08).astype(np.uint64) << np.uint64(bit)
-    luma = np.choose(kinds, [photographs, drawings, rng.integers(0, 1 << 10, samples, np.uint64)])
-    hashes = luma << np.uint64(29)
-    for shift in (15, 1):
-        levels = np.clip(np.rint(rng.normal(7, 2, samples)), 0, 14).astype(np.uint64)
-        levels = np.choose(kinds, [levels, np.full(samples, 7, np.uint64), rng.integers(0, 15, samples, np.uint64)])
-        hashes |= ((np.uint64(1) << levels) - np.uint64(1)) << np.uint64(shift)
-    return hashes
-
-
-@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("name")
 def one(run: Path, name: str) -> None:
@@ -206,12 +145,12 @@ def one(run: Path, name: str) -> None:
         "wall_s": wall,
         "read_mb": (_bytes_read() - before) / 1e6,
         "files": opened,
-        "peak_mb": _peak_kb() / 1e3,
+        "peak_mb": peak_kb() / 1e3,
     }
-    print(_MARK + json.dumps(row))
+    print(MARK + json.dumps(row))
 
 
-def _peak_kb() -> int:
+def peak_kb() -> int:
     """Resident memory at most; `ru_maxrss` would count that of the process that started this one, too."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -229,21 +168,23 @@ def _config(run: Path) -> PipelineConfig:
 
 def _make(run: Path, samples: int) -> None:
     """A finished prepare of so many samples, of which the images are holes in files."""
+    from benchmarks.hollow_arrays import hollow_arrays
+
     config, runs, stage = _config(run), RunDirectory(run), stage_named("prepare")
     runs.open(config, "benchmarks.scale")
     runs.begin(config, stage)
     directory = run / "prepare"
     (directory / "train").mkdir(parents=True, exist_ok=True)
     shards: list[ShardEntry] = []
-    header = _npy_header(PER_SHARD)
+    one = png.encode(Image.new("RGB", (SIDE, SIDE), "white"))
+    row = np.array([[_TAR_BLOCK, len(one), zlib.crc32(one)]], np.int64)
+    np.save(run / "index.npy", row.repeat(PER_SHARD, axis=0))
     for number in range(samples // PER_SHARD):
         name = f"train/{number:06d}.tar"
         shard: ShardEntry = {"name": name, "samples": PER_SHARD, "bytes": PER_SHARD * IMAGE_BYTES, "sha256": "0" * 64}
         shards.append(shard)
-        index = (directory / name).with_suffix(".index.npy")
-        index.write_bytes(header)
-        os.truncate(index, len(header) + 24 * PER_SHARD)
-        (directory / name).touch()
+        (directory / name).with_suffix(".index.npy").hardlink_to(run / "index.npy")  # of every shard: the same image
+        (directory / name).write_bytes(bytes(_TAR_BLOCK) + one)
         os.truncate(directory / name, shard["bytes"])
     entry: SplitIndex = {"samples": samples, "bytes": samples * IMAGE_BYTES, "captions": samples, "shards": shards}
     empty: SplitIndex = {"samples": 0, "bytes": 0, "shards": []}
@@ -252,7 +193,7 @@ def _make(run: Path, samples: int) -> None:
         "val": write_catalog(directory, "val", lambda: iter(())),
     }
     made: PrepareIndex = {
-        "image_size": 64,
+        "image_size": SIDE,
         "splits": {"train": entry, "val": empty},
         "catalog": catalog,
         "rejected": {"samples": 0, "reasons": {}},
@@ -262,13 +203,7 @@ def _make(run: Path, samples: int) -> None:
     write_index(directory, made)
     outputs = ("index.json", "train.shards", "val.shards", "train", "catalog")
     runs.finish(stage, dict.fromkeys(directory / name for name in outputs))
-
-
-def _npy_header(rows: int) -> bytes:
-    with tempfile.TemporaryFile() as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (rows, 3)})
-        file.seek(0)
-        return file.read()
+    hollow_arrays(run / "tokenize", samples // PER_SHARD, PER_SHARD, TEXT, CODES)
 
 
 def _parts(samples: int) -> Iterator[Columns]:
@@ -355,6 +290,59 @@ def _order(run: Path) -> None:
             order.locate(np.arange(position, position + 256))
 
 
+def _prepare(run: Path) -> None:
+    from pipeline.config.prepare import PrepareConfig
+    from pipeline.data.sources import open_source
+
+    source = {"kind": "webdataset", "urls": f"{run}/prepare/train/*.tar"}
+    config = PrepareConfig.model_validate({"source": source, "image_size": SIDE})
+    assert len(list(open_source(config.all_sources[0], SIDE).parts(PER_SHARD))) == len(_shards(run))
+
+
+def _shards(run: Path) -> Shards:
+    return read_shards(run / "prepare", "train", read_index(run / "prepare"))
+
+
+def _stream(run: Path) -> None:
+    from pipeline.data.stream import ImageStream
+
+    stream = ImageStream(run / "prepare", "train", seed=0)
+    for position in (0, 7 * len(stream) + 1):
+        batches = stream.batches(position, BATCH)
+        assert len(next(batches)["images"]) == BATCH
+        batches.close()
+
+
+def _tokenize(run: Path) -> None:
+    import torch
+
+    from pipeline.config.tokenize import TokenizeConfig
+    from pipeline.core.level import Level
+    from pipeline.data.token_parts import token_parts
+    from pipeline.data.tokenize_shards import Encoders, TokenizeJob
+
+    encoders = Encoders(lambda _: [], lambda _: torch.empty(0), [Level(CODES, CODES, 1024)], TEXT, 2048, {})
+    job = TokenizeJob(run / "none", run / "prepare", encoders, TokenizeConfig(), seed=0)
+    parts = token_parts(job.prepare_dir)
+    assert not any(job.writer(part).records.size for part in parts)
+
+
+def _transformer(run: Path) -> None:
+    from pipeline.data.sampler import TokenSampler
+
+    sampler = TokenSampler(run / "tokenize", "train", seed=0)
+    for position in (0, 7 * len(sampler) + 1):
+        batches = sampler.batches(position, BATCH)
+        assert len(next(batches)["codes"]) == BATCH
+        batches.close()
+
+
+def _report(run: Path) -> None:
+    catalog = Catalog(run / "prepare", "train")
+    rows = catalog.rows_of(_keys(0)[:SHOWN]).values()
+    assert len([sample.image for sample in catalog.samples(sorted(rows))]) == SHOWN
+
+
 def _fresh(run: Path) -> None:
     assert RunDirectory(run).stale_reasons(_config(run), stage_named("prepare")) == []
 
@@ -370,6 +358,11 @@ OPERATIONS: dict[str, Callable[[Path], None]] = {
     "start of generate: check prompts, choose 512 captions": _choose,
     "start of evaluate: 20,000 images and 512 others": _evaluate,
     "text-tokenizer, of a million captions at most": _text_tokenizer,
+    "start of prepare: list the tars": _prepare,
+    "start of image-tokenizer: two batches of 256": _stream,
+    "start of tokenize: what is to be done": _tokenize,
+    "start of transformer: two batches of 256": _transformer,
+    "report: find 64 keys, read their images": _report,
 }
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from pipeline.core.atomic_io import atomic_path, fsync_file, sha256_file
 from pipeline.core.seeds import hash64
 from pipeline.core.text import clean_text
 from pipeline.data.checked_file import CheckedWriter
-from pipeline.data.duplicates import leading_bits
 from pipeline.data.shards import CatalogEntry, Sample
+from pipeline.data.spilled import leading_bits
 
 Column = NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.uint64] | NDArray[np.float64]
 Columns = Mapping[str, Column]

@@ -3,16 +3,15 @@
 Every part leaves two 64-bit hashes per sample in a file: of the key, and of what the image looks like. "Earlier" is by
 part, then by position in it, so the answer is a function of the source.
 
-Keys: memory stays below 2 GB at any number of samples, since the hashes are compared a slice of their range at a time
-(2^26 samples per slice; each slice reads all files once). Two different keys share a hash with a probability of
-n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
-
-Images: 20 bytes of memory per sample and a GB for a slice: 3 GB for 10^8 samples.
+Memory: two bytes a sample, and some 300 MB whatever their number, for the hashes are dealt into slices on the disk,
+beside the files (`spilled.py`; 32 bytes a sample), of which one at a time is compared. Two different keys share a hash
+with a probability of n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -22,120 +21,129 @@ from numpy.typing import NDArray
 
 from pipeline.core import signals
 from pipeline.core.progress import progress
+from pipeline.data.spilled import Hashes, Pairs, Spilled, slices_of
 
 Ints = NDArray[np.int64]
-Hashes = NDArray[np.uint64]
+Marks = NDArray[np.bool_]
 
 KEY, IMAGE = 0, 1  # columns of the files
-_SAMPLES_PER_SLICE = 1 << 26
-_IMAGES_PER_SLICE = 1 << 24  # they are sorted with more beside them
+_PER_SLICE = 1 << 20  # samples that are compared in memory: of some 110 bytes then
 _GROUP = 256  # hashes that are compared each with each, at most; more than 2^8, so larger groups differ in 9 bits
 _LOOKED_AT = 1 << 16  # pairs of hashes that say which bits differ how often
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads hashes that lie close together
+_ALL = (1 << 64) - 1
 
 
-def same_key(files: Sequence[Path], counts: Sequence[int], samples_per_slice: int = _SAMPLES_PER_SLICE) -> Ints:
-    """Numbers (from 0, over all files) of the samples whose key an earlier sample has, ascending.
+def same_key(files: Sequence[Path], counts: Sequence[int], per_slice: int = _PER_SLICE) -> Marks:
+    """Whether an earlier sample has the key of each, over all files: bool [samples].
 
     Args:
         files: `.npy`, uint64 [samples, 2], one per part, in their order.
         counts: samples of each part.
-    """
-    return _repeated_in(files, counts, KEY, np.empty(0, np.int64), samples_per_slice)
-
-
-def same_image(files: Sequence[Path], bits: int, without: Ints, samples_per_slice: int = _IMAGES_PER_SLICE) -> Ints:
-    """Numbers of the samples whose hash differs in at most `bits` (0 to 4) bits from an earlier one's, ascending.
-
-    Samples `without`, ascending, are not looked at.
+        per_slice: how many are compared at a time.
 
     Raises:
+        UserError: the disk is full.
         StoppedOnRequest: asked to stop.
     """
-    counts = [len(np.load(path, mmap_mode="r")) for path in files]
-    starts = np.cumsum([0, *counts])
-    equal = _repeated_in(files, counts, IMAGE, without, samples_per_slice)
-    different = np.ones(starts[-1], bool)
-    different[without] = different[equal] = False
-    hashes = [np.empty(0, np.uint64)]
-    for path, start, count in zip(files, starts[:-1], counts, strict=True):
-        hashes.append(np.load(path)[different[start : start + count], IMAGE])
-    near = _near_an_earlier(np.concatenate(hashes), bits, samples_per_slice)
-    return np.sort(np.concatenate([equal, np.flatnonzero(different)[near]]))
+    found = np.zeros(sum(counts), bool)
+    if len(found):
+        _mark_repeated(files, KEY, np.zeros(0, bool), found, per_slice)
+    return found
 
 
-def leading_bits(hashes: Hashes, slices: int) -> Hashes:
-    """Which slice of the range of hashes each is in; `slices`: a power of two, of at least two."""
-    shift = 64 - (slices.bit_length() - 1)
-    return hashes >> np.uint64(shift)
+def same_image(files: Sequence[Path], bits: int, without: Marks, per_slice: int = _PER_SLICE) -> Marks:
+    """Whether the hash of each sample differs in at most `bits` (0 to 4) bits from an earlier one's: bool [samples].
+
+    Samples `without`, bool [samples], are not looked at.
+
+    Raises:
+        UserError: the disk is full.
+        StoppedOnRequest: asked to stop.
+    """
+    found = np.zeros(len(without), bool)
+    if not len(found):
+        return found
+    _mark_repeated(files, IMAGE, without, found, per_slice)
+    if not bits:
+        return found
+    with closing(Spilled(_pairs(files, IMAGE, without, found), 1, files[0].parent)) as different:
+        passes = comb(2 * bits, bits) * slices_of(len(different), per_slice)
+        shown = len(different) > _LOOKED_AT
+        with progress(total=passes, description="near-duplicates", unit="pass", shown=shown) as bar:
+            for _ in _near(different, 0, bits, found, files[0].parent, per_slice):
+                bar.update(1)
+    return found
 
 
-def _slices(samples: int, samples_per_slice: int) -> int:
-    """A power of two."""
-    return 1 << max(0, -(-samples // samples_per_slice) - 1).bit_length()
+def _pairs(files: Sequence[Path], column: int, *without: Marks) -> Iterator[Pairs]:
+    """(hash, number of the sample) of each part's samples, but for those in `without`."""
+    start = 0
+    for path in files:
+        own = np.load(path)[:, column]
+        numbers = np.arange(start, start + len(own), dtype=np.uint64)
+        pairs = np.stack([own, numbers], axis=1)
+        left_out = np.zeros(len(own), bool)
+        for marks in without:
+            if len(marks):
+                left_out |= marks[start : start + len(own)]
+        yield pairs[~left_out] if left_out.any() else pairs
+        start += len(own)
 
 
-def _in_slice(hashes: Hashes, number: int, slices: int) -> Ints:
-    """Where the hashes of a slice are; those of images are anything but spread evenly."""
-    if slices == 1:
-        return np.arange(len(hashes))
-    return np.flatnonzero(leading_bits(hashes * _ODD, slices) == number)
+def _mark_repeated(files: Sequence[Path], column: int, without: Marks, found: Marks, per_slice: int) -> None:
+    """Mark in `found` the samples whose hash in a column an earlier sample has, but for those `without`."""
+    slices = slices_of(len(found), per_slice)
+    with closing(Spilled(_pairs(files, column, without), slices, files[0].parent)) as dealt:
+        for number in range(slices):
+            known = np.empty(0, np.uint64)  # of a slice however large (many images may be one) the different hashes
+            for pairs in dealt.pieces(number):
+                signals.check()
+                order = np.argsort(pairs[:, 0], kind="stable")
+                hashes, samples = pairs[order, 0], pairs[order, 1].astype(np.int64)
+                is_new = np.concatenate([[True], hashes[1:] != hashes[:-1]])
+                if len(known):
+                    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+                    is_new &= known[places] != hashes
+                found[samples[~is_new]] = True
+                known = np.union1d(known, hashes[is_new])
 
 
-def _repeated_in(
-    files: Sequence[Path], counts: Sequence[int], column: int, without: Ints, samples_per_slice: int
-) -> Ints:
-    """Numbers of the samples whose hash in a column an earlier sample has, ascending, but for those `without`."""
-    starts = np.cumsum([0, *counts])
-    slices = _slices(int(starts[-1]), samples_per_slice)
-    bounds = np.searchsorted(without, starts)
-    found = [np.empty(0, np.int64)]
-    for number in range(slices):
-        signals.check()
-        hashes, samples = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        for part, path in enumerate(files):
-            own = np.load(path)[:, column]
-            here = _in_slice(own, number, slices)
-            left_out = without[bounds[part] : bounds[part + 1]] - starts[part]
-            if len(left_out):
-                here = np.setdiff1d(here, left_out, assume_unique=True)
-            hashes.append(own[here])
-            samples.append(here + starts[part])
-        found.append(_repeated(np.concatenate(hashes), np.concatenate(samples)))
-    return np.sort(np.concatenate(found))
+def _near(own: Spilled, agreeing: int, bits: int, near: Marks, folder: Path, per_slice: int) -> Iterator[None]:
+    """Mark in `near` which of `own` differ in at most `bits` bits from one before them; no two hashes are equal.
 
-
-def _repeated(hashes: Hashes, samples: Ints) -> Ints:
-    """The samples whose hash came before; `samples` are in their order, with a hash each."""
-    order = np.argsort(hashes, kind="stable")
-    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
-    return samples[order[again]]
-
-
-def _near_an_earlier(hashes: Hashes, bits: int, per_slice: int = _IMAGES_PER_SLICE) -> NDArray[np.bool_]:
-    """Which hashes differ in at most `bits` bits from one before them; no two are equal.
+    Only those that have the same bits `agreeing` need be compared. Yields after each slice of each pass.
 
     Dealt into 2 * bits blocks, two such hashes agree in at least half of the blocks; so sorting by each choice of half
     the blocks brings every pair together (Manku, Jain & Das Sarma 2007, "Detecting near-duplicates for web crawling").
     Bits that differ often are dealt first, a block each in turn: images with white backgrounds or few colours agree in
     most others, and blocks of these would bring all of them together.
     """
-    near = np.zeros(len(hashes), bool)
-    if not bits or len(hashes) < 2:
-        return near
-    slices = _slices(len(hashes), per_slice)
-    step = max(1, len(hashes) // _LOOKED_AT)
-    blocks = _dealt(hashes[:-1:step] ^ hashes[1::step], (1 << 64) - 1, 2 * bits)
-    passes = comb(2 * bits, bits) * slices
-    shown = len(hashes) > _LOOKED_AT
-    with progress(total=passes, description="near-duplicates", unit="pass", shown=shown) as bar:
-        for chosen in combinations(blocks, bits):
-            agreeing = sum(chosen)
+    slices = slices_of(len(own), per_slice)
+    step = max(1, len(own) // _LOOKED_AT)
+    differences = [piece[:-1:step, 0] ^ piece[1::step, 0] for piece in own.pieces()]
+    if not differences:
+        return
+    for chosen in combinations(_dealt(np.concatenate(differences), _ALL & ~agreeing, 2 * bits), bits):
+        both = agreeing | sum(chosen)
+        with closing(Spilled(own.pieces(), slices, folder, both)) as dealt:
             for number in range(slices):
-                members = _in_slice(hashes & np.uint64(agreeing), number, slices)
-                _mark(hashes, members, agreeing, bits, near)
-                bar.update(1)
-    return near
+                if dealt.size(number) > 2 * per_slice and _is_divisible(both):
+                    with closing(Spilled(dealt.pieces(number), 1, folder)) as large:
+                        for _ in _near(large, both, bits, near, folder, per_slice):
+                            pass
+                elif dealt.size(number):
+                    pairs = dealt.slice(number)
+                    hashes, samples = np.ascontiguousarray(pairs[:, 0]), pairs[:, 1].astype(np.int64)
+                    del pairs
+                    marks = near[samples]
+                    _mark(hashes, np.arange(len(hashes)), both, bits, marks)
+                    near[samples[marks]] = True
+                yield
+
+
+def _is_divisible(agreeing: int) -> bool:
+    """Whether more hashes may have the same bits `agreeing` than are compared each with each."""
+    return 1 << (64 - agreeing.bit_count()) > _GROUP
 
 
 def _dealt(differences: Hashes, free: int, count: int) -> list[int]:
@@ -168,7 +176,7 @@ def _mark(hashes: Hashes, members: Ints, agreeing: int, bits: int, near: NDArray
     inside = np.repeat(large, sizes)
     own, rest = own[inside], np.sort(members[inside])
     step = max(1, len(own) // _LOOKED_AT)
-    free = ((1 << 64) - 1) & ~agreeing
+    free = _ALL & ~agreeing
     for chosen in combinations(_dealt(own[:-1:step] ^ own[1::step], free, 2 * bits), bits):
         _mark(hashes, rest, agreeing | sum(chosen), bits, near)
 

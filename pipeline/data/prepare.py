@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config.prepare import PrepareConfig
 from pipeline.core import signals
@@ -30,8 +32,7 @@ from pipeline.core.atomic_io import remove_leftovers
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.progress import progress
 from pipeline.core.urls import mask
-from pipeline.data.duplicates import KEY, same_image, same_key
-from pipeline.data.order import Ints
+from pipeline.data.duplicates import KEY, Marks, same_image, same_key
 from pipeline.data.prepare_index import join_parts
 from pipeline.data.prepare_part import PartTask, make_part, opened_source
 from pipeline.data.shards import PrepareIndex
@@ -39,6 +40,8 @@ from pipeline.data.sources.base import Part, fault
 from pipeline.data.worker_pool import in_processes
 
 log = logging.getLogger(__name__)
+
+_REASONS = ("", "duplicate key", "near-duplicate")  # to leave out a sample that another part tells
 
 
 def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
@@ -51,10 +54,12 @@ def prepare(directory: Path, config: PrepareConfig, seed: int) -> PrepareIndex:
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     tasks = _tasks(directory, config, seed)
-    _make_parts(tasks, config.workers, "prepare")
-    again = _tasks_with_duplicates(tasks)
+    _make_parts(tasks, len(tasks), config.workers, "prepare")
+    reasons = _duplicates(tasks)
+    again = _with_duplicates(tasks, reasons)
     if again:
-        _make_parts(again, config.workers, "prepare: without duplicates")
+        of_part = _without_duplicates(again, reasons)
+        _make_parts(of_part, len(again), config.workers, "prepare: without duplicates")
     return join_parts(directory, config, tasks)
 
 
@@ -79,7 +84,7 @@ def prepare_share(
         found = "1 part, which another task makes" if len(tasks) == 1 else f"{len(tasks)} parts, fewer than tasks"
         log.info("prepare: the source has %s: nothing to do here", found)
         return
-    _make_parts(mine, config.workers, "prepare", on_done)
+    _make_parts(mine, len(mine), config.workers, "prepare", on_done)
 
 
 def _tasks(directory: Path, config: PrepareConfig, seed: int) -> list[PartTask]:
@@ -108,16 +113,17 @@ def _parts(alone: PrepareConfig, key: str) -> list[Part]:
 
 
 def _make_parts(
-    tasks: Sequence[PartTask],
+    tasks: Iterable[PartTask],
+    count: int,
     workers: int | None,
     description: str,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Make the parts that are not finished yet. Workers also check those that are: hashing takes its time."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    workers = min(workers or len(os.sched_getaffinity(0)), count)
     made = (make_part(task) for task in tasks) if workers <= 1 else in_processes(make_part, tasks, workers)
     try:
-        with closing(made), progress(total=len(tasks), description=description, unit="shard") as bar:
+        with closing(made), progress(total=count, description=description, unit="shard") as bar:
             for done, samples in enumerate(made, start=1):
                 on_done(done)
                 bar.set_postfix_str(f"{samples} samples in the last")
@@ -131,47 +137,42 @@ def _make_parts(
         ) from error
 
 
-def _tasks_with_duplicates(tasks: Sequence[PartTask]) -> list[PartTask]:
-    """Tasks that must be done again because samples of theirs repeat earlier ones, or because they no longer do.
+def _duplicates(tasks: Sequence[PartTask]) -> list[NDArray[np.uint8]]:
+    """Of each part, why each of its samples is out: a number into `_REASONS`.
 
     Images are compared with those of sources that ask for the same `near_duplicate_bits`.
     """
-    counts, left_out_now = [], []
-    for task in tasks:
-        record = task.record()
-        counts.append(record["hashes"]["samples"])
-        left_out_now.append(len(record["without"]))
+    counts = [task.record()["hashes"]["samples"] for task in tasks]
     files = [task.hashes_path for task in tasks]
-    repeated = same_key(files, counts)
-    reasons = dict.fromkeys(repeated.tolist(), "duplicate key")
-    starts = np.cumsum([0, *counts])
+    reasons = same_key(files, counts).astype(np.uint8)
+    of_parts = [reasons[begin:end] for begin, end in pairwise(np.cumsum([0, *counts]))]
     bits = [task.config.filters.near_duplicate_bits for task in tasks]
     for near_bits in sorted({asked for asked in bits if asked is not None}):
-        near = _near_images(files, starts, [asked == near_bits for asked in bits], near_bits, repeated)
-        reasons |= dict.fromkeys(near.tolist(), "near-duplicate")
-    numbers = np.array(sorted(reasons), dtype=np.int64)
-    bounds = np.searchsorted(numbers, starts).tolist()
-    again = []
-    for index, task in enumerate(tasks):
-        mine = numbers[bounds[index] : bounds[index + 1]]
-        if len(mine) or left_out_now[index]:
-            keys = np.load(task.hashes_path)[mine - starts[index], KEY].tolist()
-            without = {f"{key:016x}": reasons[number] for key, number in zip(keys, mine.tolist(), strict=True)}
-            again.append(replace(task, without=without))
-    return again
+        chosen = [part for part, asked in enumerate(bits) if asked == near_bits]
+        repeated: Marks = np.concatenate([of_parts[part] for part in chosen]).astype(bool)
+        near = same_image([files[part] for part in chosen], near_bits, repeated)
+        for part, (begin, end) in zip(
+            chosen, pairwise(np.cumsum([0, *(counts[part] for part in chosen)])), strict=True
+        ):
+            of_parts[part][near[begin:end]] = _REASONS.index("near-duplicate")
+    return of_parts
 
 
-def _near_images(files: Sequence[Path], starts: Ints, of: Sequence[bool], near_bits: int, repeated: Ints) -> Ints:
-    """The numbers of samples that look like an earlier one, among the parts that `of` chooses.
+def _with_duplicates(tasks: Sequence[PartTask], reasons: Sequence[NDArray[np.uint8]]) -> list[tuple[int, PartTask]]:
+    """Parts, by their number among all, of which samples are to be left out, or no longer."""
+    return [
+        (number, task)
+        for number, (task, why) in enumerate(zip(tasks, reasons, strict=True))
+        if why.any() or task.record()["without"]
+    ]
 
-    `starts`: number of the first sample of each part, and behind the last one. `repeated`: those that are out already.
-    """
-    chosen = np.flatnonzero(of)
-    own_starts = np.cumsum([0, *np.diff(starts)[chosen]])
-    parts = np.searchsorted(starts, repeated, side="right") - 1
-    mine = np.isin(parts, chosen)
-    places = np.searchsorted(chosen, parts[mine])
-    out = own_starts[places] + repeated[mine] - starts[parts[mine]]
-    found = same_image([files[part] for part in chosen.tolist()], near_bits, out)
-    within = np.searchsorted(own_starts, found, side="right") - 1
-    return found - own_starts[within] + starts[chosen[within]]
+
+def _without_duplicates(
+    tasks: Iterable[tuple[int, PartTask]], reasons: Sequence[NDArray[np.uint8]]
+) -> Iterator[PartTask]:
+    """These parts as work that must be done again: only those that are being done have a list of their duplicates."""
+    for number, task in tasks:
+        out = np.flatnonzero(reasons[number])
+        keys = np.load(task.hashes_path)[out, KEY].tolist()
+        whys = [_REASONS[why] for why in reasons[number][out].tolist()]
+        yield replace(task, without={f"{key:016x}": why for key, why in zip(keys, whys, strict=True)})

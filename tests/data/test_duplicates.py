@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from PIL import Image, ImageEnhance
 
 from pipeline.core import signals
 from pipeline.core.errors import StoppedOnRequest
-from pipeline.data import duplicates
-from pipeline.data.duplicates import _near_an_earlier, same_image, same_key
+from pipeline.data import duplicates, spilled
+from pipeline.data.duplicates import same_image, same_key
 from pipeline.data.images import perceptual_hash
 from tests.data.sample_images import encoded, image
 
@@ -30,19 +31,22 @@ def _random(count: int, seed: int) -> NDArray[np.uint64]:
 
 
 @pytest.mark.parametrize("samples_per_slice", [10, 100, 10_000])
-def test_repeated_keys_are_found_at_any_number_of_slices(tmp_path: Path, samples_per_slice: int) -> None:
+def test_repeated_keys_are_found_at_any_number_of_slices_and_pieces(
+    tmp_path: Path, samples_per_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilled, "PIECE", 30)
     hashes = _random(500, 0)
     again = np.random.default_rng(1).choice(np.arange(250, 500), 40, replace=False)
     hashes[again, 0] = hashes[again - 250, 0]
     files, counts = _files(tmp_path, hashes, 70)
-    assert same_key(files, counts, samples_per_slice).tolist() == sorted(again.tolist())
+    assert np.flatnonzero(same_key(files, counts, samples_per_slice)).tolist() == sorted(again.tolist())
 
 
 def test_the_first_of_several_equal_keys_is_kept(tmp_path: Path) -> None:
     hashes = _random(9, 0)
     hashes[[1, 4, 8], 0] = 7
     files, counts = _files(tmp_path, hashes, 2)
-    assert same_key(files, counts).tolist() == [4, 8]
+    assert np.flatnonzero(same_key(files, counts)).tolist() == [4, 8]
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
@@ -52,14 +56,14 @@ def test_near_hashes_are_exactly_those_that_comparing_all_pairs_finds(tmp_path: 
     for _ in range(4):  # up to four flipped bits each
         flipped = rng.random(600) < 0.4
         hashes[flipped, 1] ^= np.uint64(1) << rng.integers(0, 64, flipped.sum()).astype(np.uint64)
-    without = np.array([3, 50, 51])
+    without = np.isin(np.arange(600), [3, 50, 51])
     files, _ = _files(tmp_path, hashes, 100)
-    looked_at = [n for n in range(600) if n not in without]
+    looked_at = np.flatnonzero(~without).tolist()
     expected = [
         n for n in looked_at if any(int(hashes[n, 1] ^ hashes[m, 1]).bit_count() <= bits for m in looked_at if m < n)
     ]
     assert 10 < len(expected) < 590
-    assert same_image(files, bits, without).tolist() == expected
+    assert np.flatnonzero(same_image(files, bits, without)).tolist() == expected
 
 
 def _brute_force(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.bool_]:
@@ -71,36 +75,52 @@ def _brute_force(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.bool_]:
 
 
 @pytest.mark.parametrize(("bits", "group"), [(1, 32), (3, 32), (4, 256)])
-@pytest.mark.parametrize("per_slice", [1 << 24, 700])
-def test_hashes_that_agree_in_most_bits_are_compared_in_groups_of_bounded_size(
-    bits: int, group: int, per_slice: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("per_slice", [1 << 21, 700, 100])
+def test_hashes_that_agree_in_most_bits_are_compared_in_groups_and_slices_of_bounded_size(
+    bits: int, group: int, per_slice: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicates, "_GROUP", group)
+    monkeypatch.setattr(spilled, "PIECE", 1_000)  # so that a slice comes from several pieces
+    monkeypatch.setattr(spilled, "_IN_MEMORY_BYTES", 1 << 14)  # and all of it from files
+    compared: list[int] = []
+    mark = duplicates._mark
+
+    def counted(hashes: NDArray[np.uint64], *more: Any) -> None:
+        compared.append(len(hashes))
+        mark(hashes, *more)
+
+    monkeypatch.setattr(duplicates, "_mark", counted)
     rng = np.random.default_rng(bits)
     flat = rng.integers(0, 1 << 12, 4_000, np.uint64) << np.uint64(30)  # 52 bits are the same in all of them
     flat &= ~np.where(flat >> np.uint64(41), np.uint64(7 << 30), np.uint64(0))  # and 55 in half of them
     drawings = rng.integers(0, 1 << 24, 1_500, np.uint64) * np.uint64(0x10_0001) & np.uint64(0x00FF_00FF_00FF_0000)
     photographs = rng.integers(0, 1 << 64, 500, np.uint64)
     copies = photographs[:200] ^ (np.uint64(1) << rng.integers(0, 64, 200, np.uint64))
-    hashes = np.concatenate([flat, drawings, photographs, copies])
-    hashes = rng.permutation(np.unique(hashes))
+    hashes = rng.permutation(np.concatenate([flat, drawings, photographs, copies]))  # some come many times
     expected = _brute_force(hashes, bits)
     assert 150 < expected.sum() < len(hashes) - 150
-    assert np.array_equal(_near_an_earlier(hashes, bits, per_slice), expected)
+    files, _ = _files(tmp_path, np.stack([hashes, hashes], axis=1), 900)
+    assert np.array_equal(same_image(files, bits, np.zeros(len(hashes), bool), per_slice), expected)
+    assert max(compared) <= 2 * max(per_slice, group)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
 
 
-def test_a_stop_is_looked_at_while_images_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = _random(1_000, 3)[:, 0]
+def test_a_stop_is_looked_at_while_images_are_compared_and_leaves_nothing_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, counts = _files(tmp_path, _random(1_000, 3), 300)
     looked: list[bool] = []
 
-    def stop_at_the_third() -> None:
+    def stop_at_the_twentieth() -> None:
         looked.append(True)
-        if len(looked) == 3:
+        if len(looked) == 20:
             raise StoppedOnRequest("asked to")
 
-    monkeypatch.setattr(signals, "check", stop_at_the_third)
+    monkeypatch.setattr(spilled, "_IN_MEMORY_BYTES", 1 << 10)
+    monkeypatch.setattr(signals, "check", stop_at_the_twentieth)
     with pytest.raises(StoppedOnRequest):
-        _near_an_earlier(hashes, 3)
+        same_image(files, 3, np.zeros(sum(counts), bool))
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 def _scene(number: int, side: int = 96) -> Image.Image:

@@ -291,6 +291,10 @@ def test_a_restart_reads_no_finished_tar_and_with_verify_makes_a_damaged_one_aga
         (tmp_path / "out" / name).write_bytes(before[name][:-1])
         prepare(tmp_path / "out", config, seed=0)
         assert tree_bytes(tmp_path / "out") == before
+    for name in ("train/000000.index.npy", "parts/000001.columns.npz", "parts/000000.hashes.npy"):
+        _flip(tmp_path / "out" / name, -5)
+        prepare(tmp_path / "out", config, seed=0)
+        assert tree_bytes(tmp_path / "out") == before
 
 
 def test_a_damaged_shard_is_not_written_again_without_its_duplicates_as_if_it_were_whole(tmp_path: Path) -> None:
