@@ -47,6 +47,7 @@ class _Write:
     def name(self) -> str:
         return self.call.__name__
 
+    @torch.no_grad()
     def on(self, values: Tensor) -> None:
         self.call(values, *self.arguments, **self.named)
 
@@ -68,13 +69,17 @@ class InitialValues:
     def draw(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter once, with its values in float32 and in full, in an order of its own.
 
+        Who lets go of values before the next ones come never has two parameters in full.
+
         Raises:
             RuntimeError: a matrix has got its values in a way that cannot be repeated.
         """
         for parameter, drawn in self._drawn():
-            yield parameter, self._values_of(parameter, drawn)
+            values = self._values_of(parameter, drawn)
+            del drawn
+            yield parameter, values
+            del values  # before there are others
 
-    @torch.no_grad()
     def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """As the constructor would have drawn them.
 
@@ -93,6 +98,7 @@ class InitialValues:
             write.on(values)  # one that is overwritten later has advanced the generator
             if is_last:
                 yield write.parameter, self._changed(values, write.parameter, index)
+            del values
         if lost := self._known - last.keys() - self._given.keys():
             raise RuntimeError(f"expected torch.nn.init to write each matrix, found {len(lost)} that it does not write")
 

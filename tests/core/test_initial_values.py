@@ -12,6 +12,7 @@ from pipeline.config.base import parse_config
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.initial_values import initial_values
 from pipeline.core.level import Level
+from pipeline.training.live_memory import LiveBytes
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
@@ -64,3 +65,13 @@ def test_values_that_cannot_be_drawn_again_are_an_error() -> None:
     assert len(model) == 1
     with initial_values(0), torch.no_grad(), pytest.raises(RuntimeError, match="found exponential_"):
         nn.Linear(2, 2).weight.exponential_()
+
+
+def test_no_two_parameters_are_there_at_a_time_for_who_lets_each_go() -> None:
+    with initial_values(0) as initial:
+        model = _build({})
+    with LiveBytes() as live:
+        for _, values in initial.draw():
+            del values
+    assert live.peak == 4 * max(parameter.numel() for parameter in model.parameters())
+    assert live.now == 0

@@ -31,7 +31,7 @@ from pipeline.config.training import (
     TrainingConfig,
     accumulation_steps,
 )
-from pipeline.core import distributed
+from pipeline.core import distributed, malloc
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
@@ -101,9 +101,10 @@ class DeepSpeedEngine:
         if training.compile and self.stage == 3:  # gather whole blocks: hooks on layers within break compiled code up
             deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in objective.blocks()}))
         optimizer = build_optimizer(objective, training)  # while parameters have their shapes
-        if start is not None:
-            self._give_memory(start, settings)
-        started = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        with malloc.gives_back():  # at stage 3 DeepSpeed lays shards end to end, a copy, and frees each
+            if start is not None:
+                self._give_memory(start, settings)
+            started = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self._engine, self._optimizer = started[:2]
         if self._clips and self.stage:
             optimizer.register_step_pre_hook(self._before_a_group_steps)

@@ -45,4 +45,5 @@ def give_shards(
             own = vars(parameter)["ds_tensor"]
             start, length = shard_of(values.numel(), own.numel())
             own[:length].copy_(values.view(-1)[start : start + length])
+            del values
     objective.to(distributed.device())  # its buffers
