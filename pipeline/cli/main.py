@@ -12,7 +12,7 @@ smalti doctor configs/openmoji.yaml                       what of this machine w
 smalti runs                                               runs with state, metrics and size; --disk, --prune; compare
 smalti serve runs/openmoji                                a page to generate on, and OpenAI's images API
 smalti ui runs/openmoji                                   MLflow's page for a run
-smalti data inspect runs/openmoji                         counts, captions and checksums of a run's data; data export
+smalti data inspect runs/openmoji                         counts, captions and checksums of a run's data; export, push
 """
 
 from __future__ import annotations

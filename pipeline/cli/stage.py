@@ -33,6 +33,7 @@ from pipeline.core.progress import ON_SCREEN
 from pipeline.core.text import one_line
 from pipeline.core.urls import MaskingFormatter
 from pipeline.core.watchdog import rank_log
+from pipeline.data import remote_file
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import ARRAY_STAGES, Stage, stage_named
 from pipeline.orchestration.run_directory import writing_in
@@ -60,6 +61,7 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
         refuse_what_decides_results(os.environ)
         config, source, array_task, flags = _arguments(stage)
         _configure_logging(config.run_directory / "logs" / f"{name}.log")
+        remote_file.configure(config.store)
         if stage.trains:
             training = config.training(stage.section)
             if training is not None and training.deterministic:

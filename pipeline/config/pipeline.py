@@ -19,6 +19,7 @@ from pipeline.config.prepare import PrepareConfig
 from pipeline.config.renamed import with_current_names
 from pipeline.config.report import ReportConfig
 from pipeline.config.reranker import RerankerConfig
+from pipeline.config.store import StoreConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.tracking import TrackingConfig
@@ -63,6 +64,7 @@ class PipelineConfig(Config):
         description="processes per stage that trains or splits, on this machine; None: one per GPU, or one",
     )
     tracking: TrackingConfig = operational(TrackingConfig())
+    store: StoreConfig = operational(StoreConfig.model_validate({}))
 
     prepare: PrepareConfig
     text_tokenizer: TextTokenizerConfig

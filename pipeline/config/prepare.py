@@ -235,8 +235,7 @@ class PrepareConfig(Config):
         description="format of the stored images. webp: lossless, the same pixels as png in 0.8 of its bytes, ten "
         "times as fast to write; jpeg, for photographs: a third of its bytes, and of JPEGs at least twice as large as "
         "image_size a fraction is decoded, which is several times as fast again; in-place: nothing is copied, and "
-        "images are read, cropped and resized from the source's own tars, which must stay, uncompressed and in a local "
-        "file system",
+        "images are read, cropped and resized from the source's own tars, which must stay, uncompressed",
     )
     jpeg_quality: int = added(95, ge=1, le=100, description="of storage=jpeg")
     shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")

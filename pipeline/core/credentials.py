@@ -96,9 +96,9 @@ def _is_at(url: str, root: str) -> bool:
     return url.startswith(root) and url[len(root) : len(root) + 1] in ("", "/", "?", "#")
 
 
-def url_to_fs(url: str) -> tuple[AbstractFileSystem, str]:
-    """fsspec's file system of a URL and the path in it, with the password that is remembered."""
+def url_to_fs(url: str, **options: object) -> tuple[AbstractFileSystem, str]:
+    """fsspec's file system of a URL and the path in it, with the password that is remembered; `options` of fsspec's."""
     from fsspec.core import url_to_fs as of_fsspec
 
-    files, path = of_fsspec(put_password_back(url))
+    files, path = of_fsspec(put_password_back(url), **options)
     return files, str(path)

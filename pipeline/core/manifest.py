@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from pipeline.core import elsewhere
 from pipeline.core.atomic_io import sha256_file
 
 BLOCK_BYTES = 1 << 22  # 200 GB have 48,000 of them, 4 MB of manifest
@@ -104,12 +105,24 @@ def _fault_of_folder(path: Path, recorded: FileRecord) -> Fault | None:
         return Fault(path, f"{recorded['files']} files", "no folder")
     names = _names(path)
     if len(names) != recorded["files"]:
+        names, recorded = _without_those_elsewhere(path, names, recorded)
+    if len(names) != recorded["files"]:
         return Fault(path, f"{recorded['files']} files", f"{len(names)} files")
     if len(names) > _SIZED_FILES:
         return None
     if (size := sum(_size(path / name) or 0 for name in names)) != recorded["bytes"]:
         return Fault(path, f"files of {recorded['bytes']} bytes together", f"{size} bytes")
     return None
+
+
+def _without_those_elsewhere(path: Path, names: list[str], recorded: FileRecord) -> tuple[list[str], FileRecord]:
+    """What has to be there of a folder of which some files, here or not, lie in an object store."""
+    stored = elsewhere.read(path.parent)
+    if stored is None or path.name not in stored.folders:
+        return names, recorded
+    of_them = stored.folders[path.name]
+    rest: FileRecord = {"files": recorded["files"] - of_them["files"], "bytes": recorded["bytes"] - of_them["bytes"]}
+    return [name for name in names if not name.endswith(stored.suffix)], rest
 
 
 def _fault(path: Path, recorded: FileRecord, hashed: bool) -> Fault | None:

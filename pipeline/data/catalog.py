@@ -48,7 +48,9 @@ from pipeline.data.catalog_columns import (
 )
 from pipeline.data.checked_file import BLOCK_BYTES, CheckedFile, MemoryFile, Ranges
 from pipeline.data.order import permute
-from pipeline.data.shards import PrepareIndex, Sample, ShardFile, Shards, read_index, read_shard
+from pipeline.data.remote_file import RemoteFile
+from pipeline.data.shard_file import ShardFile
+from pipeline.data.shards import PrepareIndex, Sample, Shards, read_index, read_shard
 from pipeline.data.stored_image import EXTENSIONS, Cut
 
 log = logging.getLogger(__name__)
@@ -148,13 +150,13 @@ class Catalog:
                 file, within = self._located(row)
                 yield Sample(key, file.read(within), own[0], {}, tuple(own[1:]), file.cut(within))
 
-    def image_slices(self, rows: Rows) -> list[tuple[Path, int, int]]:
+    def image_slices(self, rows: Rows) -> list[tuple[Path | RemoteFile, int, int]]:
         """(tar, first byte, bytes) of the image of each of these samples. Raises UserError as `samples` does."""
         found = []
         for row in _ints(rows).tolist():
             file, within = self._located(row)
             begin, size, _ = file.place(within)
-            found.append((file.path, begin, size))
+            found.append((file.remote or Path(file.path), begin, size))
         return found
 
     def cut(self, row: int) -> Cut | None:

@@ -17,7 +17,8 @@ from pipeline.core.progress import progress
 from pipeline.data import shards as image_shards
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import grid
-from pipeline.data.shards import PrepareIndex, Sample, ShardFile, Shards, check_shard, read_index
+from pipeline.data.shard_file import ShardFile, check_shard
+from pipeline.data.shards import PrepareIndex, Sample, Shards, read_index
 from pipeline.data.splits import SPLITS
 from pipeline.data.tokens import TokenArrays, TokenIndex, read_token_index
 

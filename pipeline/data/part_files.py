@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.core.atomic_io import sha256_file
-from pipeline.data.places import PlaceWriter, open_places
+from pipeline.data.places import PlaceWriter, UsersTar, open_places
 from pipeline.data.shard_table import ShardEntry
 from pipeline.data.shards import Sample, ShardWriter, index_path, open_shard
 from pipeline.data.splits import SPLITS
@@ -22,7 +22,7 @@ from pipeline.data.splits import SPLITS
 class PartFiles:
     """At most one shard of each split."""
 
-    def __init__(self, directory: Path, stem: str, stack: ExitStack, tar: Path | None) -> None:
+    def __init__(self, directory: Path, stem: str, stack: ExitStack, tar: UsersTar | None) -> None:
         self.kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}  # without their images
         self._directory, self._stem, self._stack, self._tar = directory, stem, stack, tar
         self._writers: dict[str, ShardWriter | PlaceWriter] = {}
@@ -51,7 +51,7 @@ class PartFiles:
                 "sha256": writer.sha256,
             }
             if isinstance(writer, PlaceWriter):
-                entries[split] |= {"tar": str(writer.tar), "tar_bytes": writer.tar.stat().st_size}
+                entries[split] |= {"tar": writer.tar.url, "tar_bytes": writer.tar.bytes}
             captions = sum(len(sample.captions) for sample in samples)
             if captions != len(samples):
                 entries[split]["captions"] = captions
@@ -70,7 +70,7 @@ class PartFiles:
 
 
 @contextmanager
-def part_files(directory: Path, stem: str, tar: Path | None = None) -> Iterator[PartFiles]:
+def part_files(directory: Path, stem: str, tar: UsersTar | None = None) -> Iterator[PartFiles]:
     """The files of part `stem`, which get their names when the block ends without error.
 
     `tar`: the user's, in which the images stay; None: they are written.

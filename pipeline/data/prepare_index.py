@@ -23,13 +23,13 @@ from pipeline.data.catalog_columns import FOLDER, saved_columns, write_catalog
 from pipeline.data.images import grid
 from pipeline.data.order import ShardOrder
 from pipeline.data.prepare_part import PartTask, Rejection, opened_source
+from pipeline.data.shard_file import ShardFile
 from pipeline.data.shard_table import ShardEntry
 from pipeline.data.shards import (
     CatalogEntry,
     PrepareIndex,
     Rejected,
     Shard,
-    ShardFile,
     Shards,
     SplitIndex,
     index_path,

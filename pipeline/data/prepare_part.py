@@ -27,6 +27,7 @@ from pipeline.data.catalog_columns import key_hash, save_columns
 from pipeline.data.images import BadSample, cropped, decode, perceptual_hash
 from pipeline.data.part_files import PartFiles, part_files
 from pipeline.data.prepare_caption import caption_text, captions_of
+from pipeline.data.remote_file import is_remote
 from pipeline.data.shard_table import ShardEntry, part_name
 from pipeline.data.shards import Sample, Shard, index_path, read_shard
 from pipeline.data.sources import open_source
@@ -177,6 +178,8 @@ def _fault_of_shards(task: PartTask, record: PartRecord, *, hashed: bool) -> Fau
     """The first tar of the part that is not as recorded."""
     files: dict[str, FileRecord] = {}
     for entry in record["shards"].values():
+        if is_remote(entry.get("tar", "")):
+            continue  # asked for by the stamp in the part's fingerprint
         if "tar" in entry:  # the user's, of which the part's fingerprint has a stamp
             hashed = False
             files[entry["tar"]] = {"bytes": entry["tar_bytes"], "sha256": ""}

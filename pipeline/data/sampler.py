@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.process_limits import processors
 from pipeline.data.caption_workers import CaptionWorkers, Encode
+from pipeline.data.fetch_ahead import fetched_ahead
 from pipeline.data.mixture import Shares, source_sizes, token_order
 from pipeline.data.order import caption_in_epoch
 from pipeline.data.prefetch import load
 from pipeline.data.tokens import TokenArrays
 from pipeline.data.verification import Verification
 
+_BATCHES_AHEAD = 64  # whose blocks are fetched from an object store: a shuffle asks for all of them soon
 _MOST_WORKERS = 4  # that encode captions: 64 captions of 40 words in 20 ms
 
 
@@ -122,10 +125,13 @@ class TokenSampler:
     def _gathered(
         self, start: int, stride: int, share: int, workers: CaptionWorkers | None
     ) -> Generator[dict[str, Tensor], None, None]:
-        while True:
+        plan = (self.order.locate(np.arange(at, at + share)) for at in count(start, stride))
+        if self.arrays.lie_elsewhere:
+            texts = workers is not None
+            plan = fetched_ahead(plan, lambda batch: self.arrays.blocks(batch[0], texts), _BATCHES_AHEAD)
+        for samples, epochs in plan:
             if self._verification is not None:
                 self._verification.raise_fault()
-            samples, epochs = self.order.locate(np.arange(start, start + share))
             # Neighbours begin with different crops, so that an epoch mixes all of them.
             which = None
             if self._draws:
@@ -135,4 +141,3 @@ class TokenSampler:
                 captions = self.arrays.captions(samples, which)
                 text[:] = workers.encode(captions, epochs.tolist(), samples.tolist())
             yield {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
-            start += stride

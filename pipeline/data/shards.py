@@ -9,17 +9,15 @@
 With `prepare.storage: in-place` there is no tar but the user's, and the index has eight columns: after these three the
 cut (`stored_image.Cut`) and a CRC-32 of key and captions, which the catalog has.
 
-Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access, so that
-`stream.py` reads the samples of a shard in any order, skips without reading, and notices a tar that is another one.
+Any tool that reads WebDataset tars reads these. The `.index.npy` beside a tar makes it random access
+(`shard_file.py`), so that `stream.py` reads the samples of a shard in any order, skips without reading, and notices a
+tar that is another one. A tar may have been pushed to an object store (`pushed.py`).
 """
 
 from __future__ import annotations
 
 import io
 import json
-import mmap
-import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,16 +35,12 @@ from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_j
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes
 from pipeline.core.image_size import ImageSize
-from pipeline.core.manifest import first_fault
 from pipeline.data import stored_image
+from pipeline.data.opened_file import Sliced, mapped
 from pipeline.data.shard_table import ShardEntry, ShardTable, read_table, write_table
 from pipeline.data.stored_image import Cut
 
 _BLOCK = 512  # tar pads every member to whole blocks
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
-_NPY_HEADER = struct.Struct("<8sH")  # magic and version, bytes of the description that follows
-_INDEX_ROW = struct.Struct("<3q")  # first byte, bytes, CRC-32: a row of .index.npy
-_PLACE = struct.Struct("<8q")  # the same, the cut, and CRC-32 of key and captions: where images stay in their tars
 _EXTENSIONS = tuple(stored_image.EXTENSIONS.values())
 _CAPTIONS = ".captions.json"  # member of an image with several captions
 
@@ -127,12 +121,12 @@ class Shard:
     bytes: int
     sha256: str
     captions: int | None = None  # of all samples; None: one each
-    tar: str | None = None  # the user's, in which the images stay; None: this shard is a tar
+    tar: str | None = None  # path or URL of the user's, in which the images stay; None: this shard is a tar
     tar_bytes: int | None = None
 
-    def path(self, prepare_dir: Path) -> Path:
-        """The tar that holds the images."""
-        return Path(self.tar) if self.tar is not None else prepare_dir / self.name
+    def path(self, prepare_dir: Path) -> str:
+        """The tar that holds the images; where it is the user's, its path or URL."""
+        return self.tar if self.tar is not None else str(prepare_dir / self.name)
 
     @property
     def stem(self) -> str:
@@ -203,76 +197,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     tar.addfile(member, io.BytesIO(content))
     tar.members = []  # type: ignore[attr-defined]  # it remembers every header
     return tar.offset - -(-len(content) // _BLOCK) * _BLOCK
-
-
-class ShardFile:
-    """An open shard as random access to its images. Threads may share it."""
-
-    def __init__(self, prepare_dir: Path, shard: Shard) -> None:
-        """Raises UserError when the tar or its index is missing or of another size than recorded."""
-        self.path, self._row = shard.path(prepare_dir), _INDEX_ROW if shard.tar is None else _PLACE
-        try:
-            self._file = io.FileIO(self.path)
-            self._index = io.FileIO(index_path(prepare_dir / shard.name))
-        except OSError as error:
-            raise UserError(f"{self.path} is missing or damaged: {error}: run the stage prepare again") from error
-        # Not by np.load: a resume opens as many shards as there are streams, and this is a tenth of the time.
-        header = self._index.read(_NPY_HEADER.size)
-        kind, length = _NPY_HEADER.unpack(header) if len(header) == _NPY_HEADER.size else (b"", 0)
-        self._begin = _NPY_HEADER.size + length
-        size, index_size = (os.fstat(file.fileno()).st_size for file in (self._file, self._index))
-        rows = (index_size - self._begin) / self._row.size if kind == _NPY_1_0 else 0
-        expected = shard.bytes if shard.tar_bytes is None else shard.tar_bytes
-        if size != expected or rows != shard.samples:
-            raise UserError(
-                f"{self.path} is another file than prepare {'wrote' if shard.tar is None else 'read'}: expected "
-                f"{expected} bytes and {shard.samples} samples, found {size} and {rows:g}: run the stage prepare again"
-            )
-
-    def place(self, row: int) -> tuple[int, int, int]:
-        """First byte, bytes and CRC-32 of the image of sample `row`."""
-        begin, size, checksum = self._entry(row)[:3]
-        return begin, size, checksum
-
-    def cut(self, row: int) -> Cut | None:
-        """What is kept of the image of sample `row`; None: all of it, as it is stored."""
-        return None if self._row is _INDEX_ROW else Cut(*self._entry(row)[3:7])
-
-    def read(self, row: int) -> bytes:
-        """The bytes of the image of sample `row`. Raises UserError when they are not those that prepare wrote."""
-        begin, size, checksum = self.place(row)
-        content = os.pread(self._file.fileno(), size, begin) if begin >= 0 and 0 <= size < 1 << 31 else b""
-        if zlib.crc32(content) != checksum:
-            raise UserError(f"{self.path} is damaged at sample {row}: wrong checksum; run the stage prepare again")
-        return content
-
-    def pixels(self, row: int) -> stored_image.Pixels:
-        """uint8 [3, H, W] of sample `row`. Raises UserError when it is not what prepare wrote."""
-        content = self.read(row)
-        try:
-            return stored_image.decode(content, self.cut(row))
-        except (OSError, ValueError, SyntaxError, zlib.error) as error:
-            raise UserError(f"{self.path} is damaged at sample {row}: {error}; run the stage prepare again") from error
-
-    def _entry(self, row: int) -> tuple[int, ...]:
-        return self._row.unpack(os.pread(self._index.fileno(), self._row.size, self._begin + row * self._row.size))
-
-
-def check_shard(prepare_dir: Path, shard: Shard) -> None:
-    """Raises UserError when the tar is not, byte for byte, the one that prepare wrote.
-
-    Where the images stay in the user's tar, its size and the index are compared: who reads an image compares its own
-    checksum.
-    """
-    if shard.tar is not None:
-        ShardFile(prepare_dir, shard)
-    name = shard.name if shard.tar is None else index_path(Path(shard.name)).as_posix()
-    fault = first_fault(prepare_dir, {name: {"sha256": shard.sha256}})
-    if fault:
-        raise UserError(
-            f"{fault.path} is not the {'shard' if shard.tar is None else 'index'} that prepare wrote: expected "
-            f"{fault.expected}, found {fault.found}: run the stage prepare again"
-        )
 
 
 def read_index(prepare_dir: Path) -> PrepareIndex:
@@ -347,7 +271,7 @@ def read_shard(prepare_dir: Path, shard: Shard) -> Iterator[Sample]:
     path = Path(prepare_dir) / shard.name
     count, reason = 0, ""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        with mapped(Path(prepare_dir), shard.name, shard.bytes, shard.sha256) as tar:
             for sample in _samples(_members(tar)):
                 count += 1
                 yield sample
@@ -375,7 +299,7 @@ def _samples(members: Iterator[tuple[str, bytes]]) -> Iterator[Sample]:
         yield Sample(key, encoded, caption.decode(), json.loads(meta), further)
 
 
-def _members(tar: mmap.mmap) -> Iterator[tuple[str, bytes]]:
+def _members(tar: Sliced) -> Iterator[tuple[str, bytes]]:
     """(name, content) of every member of a tar as `write_shard` writes it, ten times as fast as a reader of any tar.
 
     Raises ValueError when it is something else.

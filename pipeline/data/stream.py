@@ -16,8 +16,9 @@ memory decoded, so each is decoded once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,17 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_size import height_width, image_size, told
 from pipeline.core.process_limits import processors
 from pipeline.data.augment import Augment
+from pipeline.data.fetch_ahead import fetched_ahead
 from pipeline.data.mixture import Shares, shard_order, source_sizes
 from pipeline.data.order import CANONICAL_STREAMS, Ints
 from pipeline.data.prefetch import load
-from pipeline.data.shards import ShardFile, read_index, read_shards
+from pipeline.data.remote_file import RemoteFile
+from pipeline.data.shard_file import ShardFile, tar_elsewhere
+from pipeline.data.shards import read_index, read_shards
 from pipeline.data.stored_image import Pixels
 
-_OPEN_SHARDS = 2 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
+_OPEN_SHARDS = 3 * CANONICAL_STREAMS  # of two files each, and 1,024 is a common limit
+_SAMPLES_AHEAD = 16_384  # whose blocks are fetched: a part of the next shard of each canonical stream
 _SMALL_PIXELS = 128
 _DECODE_TOGETHER = 16  # images a task of the thread pool: small ones would cost more to hand out than to decode
 
@@ -113,12 +118,29 @@ class ImageStream:
 
     def _batches(self, start: int, stride: int, share: int) -> Generator[dict[str, Tensor], None, None]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            while True:
-                samples, epochs = self.order.locate(np.arange(start, start + share))
+            for samples, epochs in self._planned(start, stride, share):
                 more = self._beside(samples, epochs) if self._beside else {}
                 images = self._augmented(self._images(samples, pool), samples, epochs, pool)
                 yield {"images": torch.from_numpy(images)} | more
-                start += stride
+
+    def _planned(self, start: int, stride: int, share: int) -> Iterator[tuple[Ints, Ints]]:
+        """(samples, epochs) of each batch; tars in object stores are fetched ahead."""
+        plan = (self.order.locate(np.arange(at, at + share)) for at in count(start, stride))
+        if not any(tar_elsewhere(self.directory, self.shards[n]) for n in (0, len(self.shards) - 1)):
+            return plan
+        return fetched_ahead(plan, self._blocks, most_ahead=max(1, _SAMPLES_AHEAD // share))
+
+    def _blocks(self, planned: tuple[Ints, Ints]) -> list[tuple[RemoteFile, int]]:
+        """The blocks of object stores that hold images of these samples which are not in memory."""
+        samples = planned[0] if self._cache is None else planned[0][~self._known[planned[0]]]
+        shards = np.searchsorted(self._first, samples, side="right") - 1
+        found: dict[tuple[RemoteFile, int], None] = {}
+        for shard, row in zip(shards.tolist(), (samples - self._first[shards]).tolist(), strict=True):
+            file = self._open(shard)
+            if file.remote is not None:
+                begin, size, _ = file.place(row)
+                found |= dict.fromkeys(file.remote.blocks(begin, size))
+        return list(found)
 
     def _images(self, samples: Ints, pool: ThreadPoolExecutor) -> Pixels:
         """The images of these samples, uint8 [n, 3, H, W], decoded or from the cache."""

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.atomic_io import fsync_directory, is_full, no_space
 from pipeline.core.errors import UserError
+from pipeline.data.remote_file import RemoteFile
 from pipeline.data.shards import Shard, Shards, read_index
 from pipeline.data.splits import SPLITS
 from pipeline.data.token_blocks import RECORD, Content, Records, Shape, pack
@@ -165,6 +166,28 @@ def damage(path: Path, records: Records) -> str | None:
     except OSError as error:
         return f"{path} is missing or damaged: {error}"
     return None
+
+
+def part_file(split: str, records: Records) -> tuple[str, int, str]:
+    """Name, bytes and hash of the file of a part, of which these are the records."""
+    hashes = b"".join(record["sha256"].tobytes() for record in records)
+    last = records[-1]
+    return part_name(split, int(last["part"])), int(last["begin"] + last["bytes"]), hashlib.sha256(hashes).hexdigest()
+
+
+def damage_elsewhere(file: RemoteFile, record: np.void) -> str | None:
+    """What is wrong with this block of a file in an object store, which is read; None: it is as recorded."""
+    begin, size, expected = int(record["begin"]), int(record["bytes"]), record["sha256"].tobytes().hex()
+    found = file.sha256(begin, size)
+    if found != expected:  # in the cache, perhaps
+        file.forget(begin, size)
+        found = file.sha256(begin, size)
+    if found == expected:
+        return None
+    return (
+        f"{file.url} is damaged between bytes {begin} and {begin + size}: expected sha256 {expected[:12]}, found "
+        f"{found[:12]}"
+    )
 
 
 def check_size(path: Path, size: int) -> None:

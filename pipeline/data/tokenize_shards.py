@@ -37,7 +37,8 @@ from pipeline.data import stored_image
 from pipeline.data.augment import random_part
 from pipeline.data.catalog import Catalog
 from pipeline.data.prefetch import ahead
-from pipeline.data.shards import Sample, Shard, check_shard, read_index, read_shard
+from pipeline.data.shard_file import check_shard
+from pipeline.data.shards import Sample, Shard, read_index, read_shard
 from pipeline.data.splits import SPLITS
 from pipeline.data.token_blocks import Content, Records, Shape
 from pipeline.data.token_parts import Part, PartWriter, remove_others, token_parts

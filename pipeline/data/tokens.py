@@ -26,8 +26,10 @@ from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.core.process_limits import open_files
+from pipeline.data.opened_file import Sliced, remote
+from pipeline.data.remote_file import BLOCK_BYTES, RemoteFile
 from pipeline.data.token_blocks import RECORD, Records, Shape, token_dtype
-from pipeline.data.token_parts import check_size, damage, part_name
+from pipeline.data.token_parts import check_size, damage, damage_elsewhere, part_file, part_name
 
 FORMAT = 2  # of the files; 1 had five of each image shard
 Ints = NDArray[np.int64]
@@ -116,6 +118,12 @@ def _read_records(tokenize_dir: Path, split: str, entry: TokenSplit) -> Records:
     return records
 
 
+def split_parts(tokenize_dir: Path, split: str, index: TokenIndex) -> list[Records]:
+    """The records of each of a split's files."""
+    records = _read_records(tokenize_dir, split, index["splits"][split])
+    return np.split(records, np.flatnonzero(np.diff(records["part"].astype(np.int64))) + 1)
+
+
 class TokenArrays:
     """The token arrays of one split.
 
@@ -172,6 +180,11 @@ class TokenArrays:
         """Samples of the split."""
         return int(self._ends[-1])
 
+    @property
+    def lie_elsewhere(self) -> bool:
+        """Whether files of them lie in an object store."""
+        return any(isinstance(self._mapped(int(part)), RemoteFile) for part in np.unique(self._parts[[0, -1]]))
+
     def gather(self, samples: Ints, crops: Ints, captions: Ints | None = None) -> tuple[Tokens, Tokens]:
         """(text [n, T], codes [n, N]) of these samples and crops; N: all levels, coarse to fine.
 
@@ -206,6 +219,30 @@ class TokenArrays:
         counts[several] = self._words("rows", shards, rows + 1) - self._words("rows", shards, rows)
         return counts
 
+    def blocks(self, samples: Ints, texts: bool) -> list[tuple[RemoteFile, int]]:
+        """The blocks of object stores that hold the arrays of these samples, each once; `texts`: captions, too.
+
+        Where samples have several captions, or captions several lengths, about those: what is missing is read then.
+        """
+        shards, rows = self._located(samples)
+        names = list(self._sections)
+        wanted = ["text", *(f"codes.{number}" for number in range(len(self.levels)))]
+        wanted += ["rows"] * self.several_captions + ["caption_ends", "captions"] * texts
+        found = []
+        for name in wanted:
+            begin, end = (self._sections[n][shards] for n in (name, names[names.index(name) + 1]))
+            within = self._begins[shards] + begin + rows * (end - begin) // self._counts[shards]
+            found += [within, within + (end - begin) // self._counts[shards]]
+        numbers = np.stack(found) // BLOCK_BYTES
+        parts = np.broadcast_to(self._parts[shards], numbers.shape)
+        pairs = np.unique(np.stack([parts.ravel(), numbers.ravel()]), axis=1).T.tolist()
+        files = {part: self._mapped(part) for part, _ in pairs}
+        return [
+            (file, n)
+            for part, n in pairs
+            if isinstance(file := files[part], RemoteFile) and n * BLOCK_BYTES < len(file)
+        ]
+
     def keys(self, samples: Ints) -> list[str]:
         """The key of each of these samples."""
         return self._strings("keys", *self._located(samples))
@@ -225,8 +262,13 @@ class TokenArrays:
             UserError: a block is not as recorded; it names the file of the first.
         """
         for shard in range(self.shards) if shards is None else shards:
-            path = self.directory / part_name(self.split, int(self._parts[shard]))
-            if fault := damage(path, self._records[shard : shard + 1]):
+            part, record = int(self._parts[shard]), self._records[shard]
+            path = self.directory / part_name(self.split, part)
+            if (file := self._remote(part)) is not None:
+                fault = damage_elsewhere(file, record)
+            else:
+                fault = damage(path, self._records[shard : shard + 1])
+            if fault:
                 raise UserError(f"{fault}: remove it and run the stage tokenize again (its other files stay)")
 
     def _located(self, samples: Ints) -> tuple[Ints, Ints]:
@@ -249,10 +291,11 @@ class TokenArrays:
     def _read(self, section: str, shards: Ints, rows: Ints, length: int, vocabulary: int) -> Tokens:
         """[n, length] of a section whose rows are of this length."""
         dtype = np.dtype(token_dtype(vocabulary))
-        begins = self._begins[shards] + self._sections[section][shards] + rows * (length * dtype.itemsize)
+        width = length * dtype.itemsize
+        begins = self._begins[shards] + self._sections[section][shards] + rows * width
         found: Tokens = np.empty((len(rows), length), dtype)
         for number, (part, begin) in enumerate(zip(self._parts[shards].tolist(), begins.tolist(), strict=True)):
-            found[number] = np.frombuffer(self._mapped(part), dtype, length, begin)
+            found[number] = np.frombuffer(self._mapped(part)[begin : begin + width], dtype)
         return found
 
     def _words(self, section: str, shards: Ints, rows: Ints) -> Ints:
@@ -267,8 +310,16 @@ class TokenArrays:
         where = zip(self._parts[shards].tolist(), (texts + begins).tolist(), (texts + ends).tolist(), strict=True)
         return [self._mapped(part)[begin:end].decode() for part, begin, end in where]
 
-    def _map(self, part: int) -> mmap.mmap:
+    def _remote(self, part: int) -> RemoteFile | None:
+        """A file of blocks in the object store that it was pushed to; None: it lies here."""
+        first, end = np.searchsorted(self._parts, [part, part + 1])
+        name, size, content = part_file(self.split, self._records[first:end])
+        return remote(self.directory, name, size, content)
+
+    def _map(self, part: int) -> Sliced:
         """A file of blocks. Raises UserError when it is missing or of another size."""
+        if (found := self._remote(part)) is not None:
+            return found
         path = self.directory / part_name(self.split, part)
         last = np.searchsorted(self._parts, part, side="right") - 1
         check_size(path, int(self._records[last]["begin"] + self._records[last]["bytes"]))

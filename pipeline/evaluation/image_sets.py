@@ -25,6 +25,7 @@ from pipeline.core.image_io import png_bytes
 from pipeline.core.text import decode_text, visible
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import EXTENSIONS, BadSample, decode, size_of
+from pipeline.data.remote_file import RemoteFile
 from pipeline.data.sources.tar_members import DamagedTar, Member, locate_members
 from pipeline.data.stored_image import Cut, cut_out
 from pipeline.evaluation.evaluator_npz import has_images, image_layout
@@ -37,13 +38,15 @@ _SIDECARS = (".txt", ".json")
 class FileSlice:
     """A range of bytes in a file: all of it, or a member of a tar."""
 
-    file: Path
+    file: Path | RemoteFile
     name: str  # for messages
     offset: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes, from disk. Raises UserError when they cannot be read."""
+        """The bytes. Raises UserError when they cannot be read."""
+        if isinstance(self.file, RemoteFile):
+            return self.file.read(self.offset, self.file.size - self.offset if self.size is None else self.size)
         try:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)
@@ -195,7 +198,7 @@ def prepared_images(catalog: Catalog, rows: Sequence[int]) -> list[StoredImage]:
     found = []
     for row, (key, text, (tar, begin, size)) in zip(rows, known, strict=True):
         name = f"{key}{catalog.extension}"
-        piece = FileSlice(tar, f"{tar}: {name}", begin, size)
+        piece = FileSlice(tar, f"{tar.url if isinstance(tar, RemoteFile) else tar}: {name}", begin, size)
         cut = catalog.cut(row)
         found.append(StoredImage(key, piece, name=name, extension=catalog.extension, text=text, cut=cut))
     return found

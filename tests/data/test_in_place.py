@@ -218,9 +218,3 @@ def test_what_cannot_be_read_in_place_is_told_in_one_line(tars: Path, tmp_path: 
         prepare(tmp_path / "out", _config(tmp_path), seed=0)
     with pytest.raises(ValidationError, match="expected a source of kind webdataset, found folder"):
         folder_config(tmp_path, storage="in-place")
-    remote = prepare_config({"kind": "webdataset", "urls": f"memory://{tmp_path.name}/0.tar"}, storage="in-place")
-    import fsspec
-
-    fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/0.tar", (tars / "0.tar").read_bytes())
-    with pytest.raises(UserError, match="in-place expects tars in a local file system, found memory://"):
-        prepare(tmp_path / "out", remote, seed=0)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepare import prepare
+from tests.data.s3 import s3_server
 from tests.data.sample_images import prepare_config, tree_bytes, write_folder
 from tests.data.test_sources import first_part, samples_in, save_dataset, tar_config
 from tests.launch import environment
@@ -23,48 +21,9 @@ from tests.launch import environment
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """An s3fs file system on a fresh S3 server (moto) with a bucket `images`, which the environment names."""
-    pytest.importorskip("moto", reason="moto is not installed: pip install 'smalti[test]'")
-    s3fs = pytest.importorskip("s3fs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    settings = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait_for(port, server)
-        files = s3fs.S3FileSystem(skip_instance_cache=True)
-        files.mkdir("images")
+    """An s3fs file system on a fresh S3 server with a bucket `images`, which the environment names."""
+    with s3_server("images") as files:
         yield files
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert server.poll() is None, "the S3 server ended"
-            assert time.monotonic() < deadline, "the S3 server does not answer"
-            time.sleep(0.1)
 
 
 def _upload(bucket: Any, folder: Path, name: str) -> str:

@@ -7,10 +7,10 @@ They are read front to back, so any URL that fsspec opens will do. `tar_members.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import BinaryIO
 
 import braceexpand
@@ -24,6 +24,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_size import ImageSize
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
+from pipeline.data.places import UsersTar
 from pipeline.data.sources.base import (
     LARGEST_IMAGE,
     LARGEST_TEXT,
@@ -172,15 +173,18 @@ class _Reading:
         return Record(key, image.content, caption, f".{image.extension}", meta, group, offset=image.offset)
 
 
-def tar_of(part: Part) -> Path:
-    """The tar that a part is, in the local file system. Raises UserError when it is elsewhere."""
-    files, path = file_system(part.items[0])
-    if not isinstance(files, LocalFileSystem):
+def tar_of(part: Part) -> UsersTar:
+    """The tar that a part is. Raises UserError when its file system does not say how large it is."""
+    url, mark = part.items
+    files, path = file_system(url)
+    if isinstance(files, LocalFileSystem):
+        return UsersTar(str(path), os.stat(path).st_size)
+    if not isinstance(mark[0], int):
         raise UserError(
-            "prepare.storage: in-place expects tars in a local file system, found "
-            f"{visible(mask(part.items[0]))}: set it to png, webp or jpeg, which copy what they need"
+            f"prepare.storage: in-place expects tars of known size, found {visible(mask(url))} without: set it to png, "
+            "webp or jpeg, which copy what they need"
         )
-    return Path(path)
+    return UsersTar(url, mark[0])
 
 
 def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
