@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.base import parse_config
+from pipeline.config.base import identity, parse_config
 from pipeline.config.image_tokenizer import DVAEConfig
 from pipeline.config.quantizers import GumbelConfig
 from pipeline.config.schedules import CosineRamp
@@ -331,6 +331,16 @@ def test_the_dvae_is_the_vqvae_with_the_gumbel_quantizer_to_the_last_bit() -> No
     assert torch.equal(*losses)
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items() if g is not None)
+
+
+def test_channels_last_changes_rounding_alone_and_the_identity_of_no_run_before() -> None:
+    plain, last = small(), small(channels_last=True)
+    assert last.encoder.stem.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    images = torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(logits(last, images), logits(plain, images))
+    torch.testing.assert_close(last.decode(plain.encode(images)), plain.decode(plain.encode(images)))
+    assert "channels_last" not in identity(DVAEConfig())
+    assert identity(DVAEConfig(channels_last=True))["channels_last"] is True
 
 
 def test_a_dvae_without_settings_has_those_of_the_paper() -> None:
