@@ -29,6 +29,8 @@ def gives_back() -> Iterator[None]:
         yield
         return
     library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
+    library.mallopt(_TRIM_THRESHOLD, _MAPPED_FROM)
+    library.malloc_trim(0)  # what is free at the end of the row would be taken first
     try:
         yield
     finally:

@@ -101,9 +101,10 @@ class DeepSpeedEngine:
         if training.compile and self.stage == 3:  # gather whole blocks: hooks on layers within break compiled code up
             deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in objective.blocks()}))
         optimizer = build_optimizer(objective, training)  # while parameters have their shapes
-        with malloc.gives_back():  # at stage 3 DeepSpeed lays shards end to end, a copy, and frees each
-            if start is not None:
+        if start is not None:
+            with malloc.gives_back():
                 self._give_memory(start, settings)
+        with malloc.gives_back():  # at stage 3 DeepSpeed lays shards end to end, a copy, and frees each
             started = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self._engine, self._optimizer = started[:2]
         if self._clips and self.stage:
