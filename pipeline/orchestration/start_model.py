@@ -60,7 +60,9 @@ def made_from(config: PipelineConfig, stage: Stage, directory: Path) -> dict[str
         return own
     keys, path = given
     try:
-        content = _of_other_library(Path(path)) if keys == _PRETRAINED else _of_start(Path(path), stage, directory)
+        # Of the run that this one branches off, the weights are those of another model.
+        own_folder = None if directory.parent == config.branched_from else directory
+        content = _of_other_library(Path(path)) if keys == _PRETRAINED else _of_start(Path(path), stage, own_folder)
     except UserError:
         known = _recorded(directory, stage.section, keys, path)
         if known is None:
@@ -85,9 +87,9 @@ def _given(section: Config) -> tuple[Keys, str] | None:
     return None
 
 
-def _of_start(source: Path, stage: Stage, directory: Path) -> str:
+def _of_start(source: Path, stage: Stage, own: Path | None) -> str:
     start = find_start(source, stage.name)
-    if start.folder.resolve().is_relative_to(directory.resolve()):
+    if own and start.folder.resolve().is_relative_to(own.resolve()):
         raise UserError(
             f"{stage.section}.init_from: expected another model, found the run's own, {start.folder}: raise"
             " training.steps to go on with it, or set name=… for a run that starts from it"

@@ -14,7 +14,8 @@ from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.local_runner import run_pipeline
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.start_model import find_start, made_from
-from tests.conftest import TINY
+from tests.conftest import NO_TRACKING, TINY
+from tests.launch import launch
 
 STAGE = stage_named("image-tokenizer")
 
@@ -97,3 +98,12 @@ def test_a_place_without_a_model_is_told_before_the_first_stage_runs(tmp_path: P
     with pytest.raises(UserError, match=r"transformer.init_from: .* found none of them at nowhere"):
         run_pipeline(config, "tiny.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_may_branch_off_the_run_whose_model_it_starts_from(tiny_run: Path, tmp_path: Path) -> None:
+    training = "{steps: 2, batch_size: 16, warmup_steps: 0}"
+    given = [f"transformer.init_from={tiny_run}", f"transformer.training={training}", NO_TRACKING]
+    told = launch("pipeline", "run", str(tiny_run), f"runs={tmp_path}", "name=other", *given, "--only", "transformer")
+    assert f"tokenize: taken over from {tiny_run}" in told
+    assert f"start with the values of {tiny_run}/transformer/model, 0 fresh" in told
+    assert (tmp_path / "other" / "transformer" / "_SUCCESS").is_file()
