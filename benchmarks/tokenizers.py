@@ -79,6 +79,9 @@ OURS: dict[str, dict[str, Any]] = {
     "bsq": vqvae(**BINARY | {"entropy_weight": 0.005}, spherical=True),
     "residual": vqvae(**WIDE, depth=4),
     "multiscale": vqvae(kind="multiscale", scales=[1, 2, 3, 4, 6, 8, 8, 8], codebook=WIDE),
+    "multiscale-books": vqvae(
+        kind="multiscale", scales=[1, 2, 3, 4, 6, 8, 8, 8], codebook=WIDE, codebook_per_scale=True
+    ),
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }

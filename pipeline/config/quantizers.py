@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Config
+from pipeline.config.base import Config, added
 from pipeline.config.schedules import CosineRamp
 
 
@@ -65,6 +65,9 @@ class MultiscaleConfig(Config):
     )
     codebook: CodebookConfig = Field(
         CodebookConfig(kind="ema"), description="the one codebook; `codebook_weight` is for the convolutions too"
+    )
+    codebook_per_scale: bool = added(
+        False, description="a codebook for each grid, all as large as `codebook`: coarse grids use more of their codes"
     )
 
     @model_validator(mode="after")

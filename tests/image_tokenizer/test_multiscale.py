@@ -42,8 +42,8 @@ def features(seed: int, images: int = 8) -> Tensor:
     return torch.randn(images, 64, 16, generator=generator) + 2 * torch.randn(images, 1, 16, generator=generator) + 5
 
 
-def learned(steps: int = 20, parts: int = 1) -> MultiscaleQuantizer:
-    made = quantizer()
+def learned(steps: int = 20, parts: int = 1, **changes: Any) -> MultiscaleQuantizer:
+    made = quantizer(**changes)
     for step in range(steps):
         torch.manual_seed(step)
         for part in features(step).chunk(parts):
@@ -79,10 +79,32 @@ def test_every_scale_uses_the_one_codebook() -> None:
     assert min(len(code.unique()) for code in codes) >= 32
 
 
-def test_into_how_many_micro_batches_a_step_is_cut_changes_nothing() -> None:
-    whole, parts = learned(3), learned(3, parts=4)
+@pytest.mark.parametrize("per_scale", [False, True])
+def test_into_how_many_micro_batches_a_step_is_cut_changes_nothing(per_scale: bool) -> None:
+    whole, parts = learned(3, codebook_per_scale=per_scale), learned(3, parts=4, codebook_per_scale=per_scale)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, msg=name)
+
+
+def test_with_a_codebook_per_scale_each_is_its_grids_own() -> None:
+    """Images lie along a line at 1×1, where codes of finer grids, which lie everywhere, are of no use."""
+    line = torch.linspace(-1, 1, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
+    x = features(0, 512) + 20 * line[:, None, None] * torch.ones(16)
+    used = []
+    for per_scale in (False, True):
+        made = quantizer(codebook_per_scale=per_scale)
+        for step, part in enumerate(x.split(16) * 4):
+            torch.manual_seed(step)
+            made(part, step)
+            made.after_update(applied=True)
+        codes = made.eval().encode(x)
+        made_of = made.vectors(codes)
+        used.append(len(codes[0].unique()))
+    assert used[1] > 1.5 * used[0]
+    books = dict(made.named_buffers())
+    assert not torch.equal(books["codebooks.0.embedding"], books["codebooks.1.embedding"])
+    assert made.codebook_sizes == [64] * len(SCALES)
+    assert made_of.shape == (512, 64, 8)
 
 
 def test_a_skipped_update_changes_nothing() -> None:

@@ -32,6 +32,12 @@ KINDS: dict[str, dict[str, object]] = {
     "residual": {"kind": "ema", "codebook_size": 64, "code_width": 8, "depth": 3},
     "multiscale": {"kind": "multiscale", "scales": (1, 2, 3), "codebook": {"kind": "ema", **BOOK}},
     "multiscale gradient": {"kind": "multiscale", "scales": (1, 3, 3), "codebook": {"kind": "gradient", **BOOK}},
+    "multiscale books": {
+        "kind": "multiscale",
+        "scales": (1, 2, 3),
+        "codebook": {"kind": "ema", **BOOK},
+        "codebook_per_scale": True,
+    },
     "fsq": {"kind": "fsq", "channels": (4, 4, 4)},
     "lfq": {"kind": "lfq", "bits": 6},
     "bsq": {"kind": "lfq", "bits": 6, "spherical": True},
@@ -244,8 +250,9 @@ def test_kmeans_finds_clusters_and_fills_up_where_vectors_are_few() -> None:
     assert counts.sum() == 400
     error = (vectors[:, None] - means).square().sum(-1).min(1).values.mean()
     assert error < 0.04
-    means, _ = kmeans(vectors[:10], 64, 10)
+    means, counts = kmeans(vectors[:10], 64, 10)
     assert len(means.unique(dim=0)) == 64
+    assert counts.sum() == 10  # more, and codes that nothing is near would for long not count as out of use
 
 
 def test_each_further_codebook_of_a_residual_quantizer_brings_vectors_nearer() -> None:

@@ -235,14 +235,14 @@ def kmeans(vectors_nD: Tensor, clusters: int, iterations: int) -> tuple[Tensor, 
     """Means [clusters,D] and sizes [clusters] of all ranks' vectors by Lloyd's algorithm. Collective.
 
     It begins with vectors drawn by rank 0's generator. With fewer vectors than clusters, every vector is a mean, and
-    the rest are vectors again, a hundredth of their spread apart.
+    the rest are vectors again, a hundredth of their spread apart; sizes are then even shares.
     """
     n = len(vectors_nD) * distributed.world_size()
     means = torch.cat([drawn_vectors(vectors_nD, clusters) for _ in range(-(-clusters // n))])[:clusters]
     if clusters > n:
         noise = distributed.broadcast_tensor(torch.randn_like(means[n:]))
         means[n:] += 0.01 * means[:n].std(0, correction=0) * noise
-    counts = torch.ones(clusters, device=vectors_nD.device)
+    counts = torch.full((clusters,), n / clusters, device=vectors_nD.device)
     counted = torch.cat([vectors_nD.new_ones(len(vectors_nD), 1), vectors_nD], dim=1)
     for _ in range(iterations if n > clusters else 0):
         totals = counted.new_zeros(clusters, counted.shape[1])

@@ -10,7 +10,8 @@ With all grids of one size and no convolution it is the residual quantizer with 
 
 Departure: a grid's vectors are standardised by their running mean (a vector) and deviation (a number), and what comes
 out of the codebook goes back the same way. So one codebook serves grids whose residuals differ in size: without it, all
-images have one of a few codes at s_1 = 1, whose vectors are far from zero and near each other.
+images have one of a few codes at s_1 = 1, whose vectors are far from zero and near each other. Of one vector an image
+even so few codes come near; `codebook_per_scale`, ours too, gives each grid a codebook of its own.
 
 To add one: see quantizers/__init__.py.
 """
@@ -37,7 +38,7 @@ _CODEBOOKS: dict[str, type[EmaCodebook] | type[GradientCodebook]] = {"ema": EmaC
 
 
 class MultiscaleQuantizer(Quantizer):
-    """A 1×1 convolution to D channels, then one codebook on grids of every scale."""
+    """A 1×1 convolution to D channels, then one codebook on grids of every scale, or one for each."""
 
     mean: Tensor  # [scales,D], of what each grid quantizes, a moving average
     square: Tensor  # [scales], the same of the mean over channels of its square
@@ -48,8 +49,12 @@ class MultiscaleQuantizer(Quantizer):
         self.code_width = config.codebook.code_width
         self.codebook_sizes = [config.codebook.codebook_size] * len(self.scales)
         self.project = nn.Linear(in_width, self.code_width)
-        self.codebook: Codebook = _CODEBOOKS[config.codebook.kind](config.codebook)
-        self.codebook.calls = len(self.scales)
+        codebook = _CODEBOOKS[config.codebook.kind]
+        if config.codebook_per_scale:
+            self.codebooks = nn.ModuleList(codebook(config.codebook) for _ in self.scales)
+        else:
+            self.codebook = codebook(config.codebook)
+            self.codebook.calls = len(self.scales)
         count = min(config.convolutions, len(self.scales))
         self.convolutions = nn.ModuleList(_Blend(self.code_width) for _ in range(count))
         self.register_buffer("mean", torch.zeros(len(self.scales), self.code_width))
@@ -80,7 +85,7 @@ class MultiscaleQuantizer(Quantizer):
 
         def nearest(grid: int, left_BnD: Tensor) -> Tensor:
             moments.append(torch.cat([left_BnD.mean((0, 1)), left_BnD.square().mean()[None]]))
-            return self._restored(grid, self.codebook(self._standard(grid, left_BnD)))
+            return self._restored(grid, self._book(grid)(self._standard(grid, left_BnD)))
 
         def loss(so_far: Tensor) -> None:
             pulled = self.config.codebook.commitment_weight * F.mse_loss(z, so_far.detach())
@@ -97,7 +102,7 @@ class MultiscaleQuantizer(Quantizer):
         codes: list[Tensor] = []
 
         def nearest(grid: int, left_BnD: Tensor) -> Tensor:
-            codes.append(self.codebook.nearest(self._standard(grid, left_BnD)))
+            codes.append(self._book(grid).nearest(self._standard(grid, left_BnD)))
             return self._looked_up(grid, codes[-1])
 
         self._sum_of_grids(nearest, self._project(features_BNC))
@@ -106,13 +111,21 @@ class MultiscaleQuantizer(Quantizer):
     def _vectors(self, codes: list[Tensor]) -> Tensor:
         return _positions(self._sum_of_grids(lambda grid, _: self._looked_up(grid, codes[grid]), None))
 
+    def _books(self) -> list[Codebook]:
+        """One for each grid, or one for all."""
+        return cast("list[Codebook]", list(self.codebooks) if self.config.codebook_per_scale else [self.codebook])
+
+    def _book(self, grid: int) -> Codebook:
+        books = self._books()
+        return books[grid % len(books)]
+
     def _project(self, features_BNC: Tensor) -> Tensor:
         """z, [B,D,h,w]."""
         z_BND: Tensor = self.project(features_BNC)
         return z_BND.transpose(1, 2).unflatten(2, (self.scales[-1], self.scales[-1]))
 
     def _looked_up(self, grid: int, codes_Bn: Tensor) -> Tensor:
-        return self._restored(grid, F.embedding(codes_Bn, self.codebook.vectors()))
+        return self._restored(grid, F.embedding(codes_Bn, self._book(grid).vectors()))
 
     def _standard(self, grid: int, left_BnD: Tensor) -> Tensor:
         return (left_BnD - self.mean[grid]) / self._deviations()[grid]
@@ -154,13 +167,14 @@ class MultiscaleQuantizer(Quantizer):
         return blended
 
     def learned_codebooks(self) -> list[nn.Parameter]:
-        return [book.embedding] if isinstance(book := self.codebook, GradientCodebook) else []
+        return [book.embedding for book in self._books() if isinstance(book, GradientCodebook)]
 
     def averaged_codebooks(self) -> list[Tensor]:
-        return [self.mean, self.square, *([book.embedding] if isinstance(book := self.codebook, EmaCodebook) else [])]
+        return [self.mean, self.square, *(book.embedding for book in self._books() if isinstance(book, EmaCodebook))]
 
     def forget(self) -> None:
-        self.codebook.forget()
+        for book in self._books():
+            book.forget()
         self._moments = []
 
     @torch.no_grad()
@@ -168,21 +182,25 @@ class MultiscaleQuantizer(Quantizer):
         found, self._moments = self._moments, []
         if not found:
             return
-        moments = distributed.mean_tensor(torch.stack(found).mean(0))
-        if self.codebook.has_started:
-            self.codebook.after_update(applied)
+        moments, books = distributed.mean_tensor(torch.stack(found).mean(0)), self._books()
+        if books[0].has_started:
+            for book in books:
+                book.after_update(applied)
             self._follow(moments, self.config.codebook.decay, torch.as_tensor(applied, device=moments.device))
-        elif (z_nD := self.codebook.forget()) is not None and applied:
-            standard = self._first_step(z_nD, moments)
-            self.codebook.start(standard)
+            return
+        seen = [vectors for book in books if (vectors := book.forget()) is not None]
+        if seen and applied:
+            self._start(torch.cat(seen), moments)
 
-    def _first_step(self, z_nD: Tensor, moments: Tensor) -> Tensor:
-        """The first step's vectors, grid by grid, standardised by its own moments."""
+    def _start(self, z_nD: Tensor, moments: Tensor) -> None:
+        """From the first step's vectors, grid by grid, standardised by its own moments. Collective."""
         positions = [side**2 for side in self.scales]
         images = len(z_nD) // sum(positions)
         grids = z_nD.split([images * count for count in positions])
         self._follow(moments, 0.0, torch.ones((), dtype=torch.bool, device=moments.device))
-        return torch.cat([self._standard(grid, vectors) for grid, vectors in enumerate(grids)])
+        standard, books = [self._standard(grid, vectors) for grid, vectors in enumerate(grids)], self._books()
+        for book, vectors in zip(books, standard if len(books) > 1 else [torch.cat(standard)], strict=True):
+            book.start(vectors)
 
     def _follow(self, moments: Tensor, decay: float, applied: Tensor) -> None:
         for average, value in ((self.mean, moments[:, :-1]), (self.square, moments[:, -1])):
