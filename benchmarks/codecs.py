@@ -3,6 +3,7 @@
     python -m benchmarks.codecs formats FOLDER-OF-PHOTOGRAPHS
     python -m benchmarks.codecs prepare FOLDER-OF-PHOTOGRAPHS
     python -m benchmarks.codecs memory FOLDER-OF-PHOTOGRAPHS
+    python -m benchmarks.codecs tokenizers FOLDER-OF-PHOTOGRAPHS
 
 The photographs become JPEGs of 512 pixels, quality 90, as img2dataset writes them; these become images of 256 pixels.
 Libraries that are not installed are left out: `pip install simplejpeg PyTurboJPEG imagecodecs 'pyvips[binary]'
@@ -117,6 +118,48 @@ def formats(folder: Path, rounds: int) -> None:
         print(f"| {name} | {spent['encode']:.2f} | {spent['decode']:.2f} | {size:.1f} | {told} |", flush=True)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--crops", default=40, show_default=True, help="of each photograph")
+@click.option("--steps", default=1_000, show_default=True, help="of 16 tiles")
+@click.option("--seeds", default=2, show_default=True)
+def tokenizers(folder: Path, crops: int, steps: int, seeds: int) -> None:
+    """Train a small tokenizer on what each format makes of the images; validate on others, as they were made.
+
+    It learns from tiles of 32 pixels, which is what a code of a convolutional tokenizer sees of an image.
+    """
+    from benchmarks.tokenizers import train
+
+    made: dict[bool, list[Image.Image]] = {True: [], False: []}
+    for number, path in enumerate(sorted(folder.iterdir())):
+        held_out = number % 5 == 4
+        cut = _crops(path, crops)
+        made[held_out] += [crop.resize((TO, TO), Image.Resampling.LANCZOS) for crop in cut]
+    validation = _tiles(np.asarray(image) for image in made[True])
+    print(f"{len(made[False])} images to learn from, {len(validation):,} tiles of {len(made[True])} others\n")
+    print("| stored as | kB | decode ms | PSNR of the tokenizer, dB, of each seed |\n|---|---|---|---|")
+    for name in LEARNED_FROM:
+        encode, decode = FORMATS[name]
+        stored = [encode(image) for image in made[False]]
+        begun = time.process_time()
+        read = [np.asarray(decode(content)) for content in stored]
+        spent = 1e3 * (time.process_time() - begun) / len(stored)
+        tiles = _tiles(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels for pixels in read)
+        lines = [train("ema", seed, 1, steps, 1, (tiles, validation)) for seed in range(seeds)]
+        size = np.mean([len(content) for content in stored]) / 1e3
+        told = ", ".join(f"{line['psnr']:.2f}" for line in lines)
+        print(f"| {name} | {size:.1f} | {spent:.2f} | {told} |", flush=True)
+
+
+def _tiles(images: Iterable[Pixels], side: int = 32) -> Any:
+    """Images [side of a multiple of `side`, …, 3] in tiles: uint8 [n, 3, side, side], a tensor."""
+    import torch
+
+    count = TO // side
+    tiles = [image.reshape(count, side, count, side, 3).transpose(0, 2, 4, 1, 3) for image in images]
+    return torch.from_numpy(np.concatenate([own.reshape(-1, 3, side, side) for own in tiles]))
+
+
 def _jpegs(folder: Path) -> list[bytes]:
     return [_pillow(crop, "JPEG", quality=90) for path in sorted(folder.iterdir()) for crop in _crops(path)]
 
@@ -135,14 +178,14 @@ def _peak_mb() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
 
 
-def _crops(path: Path) -> list[Image.Image]:
+def _crops(path: Path, count: int = CROPS) -> list[Image.Image]:
     image = Image.open(path, formats=("PNG", "JPEG", "WEBP")).convert("RGB")
     scale = max(1.0, FROM * 1.1 / min(image.size))
     if scale > 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     rng = np.random.default_rng(len(path.name))
     room = (image.width - FROM + 1, image.height - FROM + 1)
-    places = rng.integers(0, room, (CROPS, 2)).tolist()
+    places = rng.integers(0, room, (count, 2)).tolist()
     return [image.crop((left, top, left + FROM, top + FROM)) for left, top in places]
 
 
@@ -300,7 +343,16 @@ FORMATS: dict[str, tuple[Callable[[Image.Image], bytes], Callable[[bytes], objec
     "jpeg, quality 95, 4:4:4, simplejpeg": (_simple_encode, _simple_decode),
     "jpeg, quality 90, 4:4:4": _jpeg(90, 0),
     "jpeg, quality 95, 4:2:0": _jpeg(95, 2),
+    "jpeg, quality 75, 4:4:4": _jpeg(75, 0),
 }
+LEARNED_FROM = [
+    "webp, lossless, method 0",  # the pixels of png
+    "webp, quality 95, method 4",
+    "jpeg, quality 95, 4:4:4",
+    "jpeg, quality 90, 4:4:4",
+    "jpeg, quality 95, 4:2:0",
+    "jpeg, quality 75, 4:4:4",
+]
 
 if __name__ == "__main__":
     main()

@@ -37,7 +37,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.transformer import TransformerConfig
-from pipeline.data import png
+from pipeline.data import stored_image
 from pipeline.data.duplicates import same_image, same_key
 from pipeline.data.prepare import prepare
 from pipeline.data.sampler import TokenSampler
@@ -77,12 +77,16 @@ def shards(folder: Path, image_size: int) -> Path:
 
 def to_pixels(sample: dict[str, Any]) -> torch.Tensor:
     """webdataset's own decoder to an RGB array, then the layout that the model wants."""
-    return torch.from_numpy(sample["png"]).permute(2, 0, 1)
+    return torch.from_numpy(_image(sample)).permute(2, 0, 1)
 
 
 def to_pixels_fast(sample: dict[str, Any]) -> torch.Tensor:
     """Our decoder inside of webdataset's pipeline."""
-    return torch.from_numpy(png.decode(sample["png"]))
+    return torch.from_numpy(stored_image.decode(_image(sample)))
+
+
+def _image(sample: dict[str, Any]) -> Any:
+    return next(sample[extension] for extension in ("png", "jpg", "webp") if extension in sample)
 
 
 def plain_webdataset(prepared: Path, workers: int, fast: bool = False) -> Iterator[torch.Tensor]:
@@ -103,7 +107,7 @@ PIPELINES: dict[str, Callable[[Path], Iterator[Any]]] = {
     "webdataset, no worker": lambda prepared: plain_webdataset(prepared, 0),
     "webdataset, 1 worker": lambda prepared: plain_webdataset(prepared, 1),
     "webdataset, 2 workers": lambda prepared: plain_webdataset(prepared, 2),
-    "webdataset, 2 workers, our PNG decoder": lambda prepared: plain_webdataset(prepared, 2, fast=True),
+    "webdataset, 2 workers, our decoder": lambda prepared: plain_webdataset(prepared, 2, fast=True),
     "stream, 1 thread, no cache": lambda prepared: our_stream(prepared, 1, 0),
     "stream, 2 threads, no cache": lambda prepared: our_stream(prepared, 2, 0),
     "stream as it comes (decoded once, then cached)": lambda prepared: our_stream(prepared, 1, 512 << 20),
