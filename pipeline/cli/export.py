@@ -47,8 +47,8 @@ def export(
         target, averaged = export_step(run_directory, stage, step, target, averaged, shard_bytes)
         click.echo(f"exported to {target}: {'averaged' if averaged else 'not averaged'} weights", err=True)
         return
-    if averaged is not None:
-        raise UserError("--averaged and --no-averaged need a checkpoint: add --step N")
+    if averaged is not None or shard_gb is not None:
+        raise UserError("--averaged, --no-averaged and --shard-gb need a checkpoint: add --step N")
     if target is None:
         raise UserError("expected a folder to export to: smalti export RUN DIR")
     export_run(run_directory, target)

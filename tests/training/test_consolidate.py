@@ -41,7 +41,8 @@ def test_without_the_average_an_export_has_the_weights_that_were_trained(tiny_ru
 
 
 def test_weights_in_several_files_load_like_one(tiny_run: Path, tmp_path: Path) -> None:
-    export_step(tiny_run, "transformer", 30, tmp_path / "out", shard_bytes=100_000)
+    arguments = [str(tiny_run), str(tmp_path / "out"), "--step", "30", "--shard-gb", "0.0001"]
+    assert CliRunner().invoke(cli, ["export", *arguments], catch_exceptions=False).exit_code == 0
     files = weight_files(tmp_path / "out")
     assert len(files) > 2
     whole = Transformer.from_pretrained(tiny_run / "transformer/model").state_dict()
@@ -72,6 +73,12 @@ def test_a_run_generates_with_the_transformer_of_a_checkpoint_while_it_is_in_tra
         assert at_step.source.model_hash != finished.source.model_hash
     assert images[30] == finished.generate(["joker"], seed=5)[0].image.tobytes()
     assert images[20] != images[30]
+
+
+@pytest.mark.parametrize("option", [["--no-averaged"], ["--shard-gb", "1"]], ids=" ".join)
+def test_an_option_of_checkpoints_is_refused_where_none_is_named(option: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need a checkpoint: add --step N"):
+        CliRunner().invoke(cli, ["export", "run", str(tmp_path / "out"), *option], catch_exceptions=False)
 
 
 def test_what_cannot_be_exported_is_one_line(tiny_run: Path, tmp_path: Path) -> None:
