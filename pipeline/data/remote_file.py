@@ -34,7 +34,7 @@ from pipeline.core.credentials import put_password_back, url_to_fs
 from pipeline.core.errors import UserError
 from pipeline.core.text import visible
 from pipeline.core.urls import mask
-from pipeline.data.block_cache import Block, BlockCache
+from pipeline.data.block_cache import Block, BlockCache, Key
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -62,14 +62,15 @@ class RemoteFile:
 
     def __getitem__(self, where: slice) -> bytes:
         """A range, as of a mapped file."""
-        begin, end, _ = where.indices(self.size)
+        begin, end = where.start or 0, self.size if where.stop is None else min(where.stop, self.size)
         return self.read(begin, max(0, end - begin))
 
     def read(self, begin: int, size: int) -> bytes:
         """`size` bytes from `begin` on, all within the object. Raises UserError when the store stays away."""
-        store, first = _store(), begin // BLOCK_BYTES
-        start = begin - first * BLOCK_BYTES
+        store, (first, start) = _opened or _store(), divmod(begin, BLOCK_BYTES)
         if start + size <= BLOCK_BYTES:
+            if (block := store.cache.held((self.content, first))) is not None:
+                return block[start : start + size]
             return store.piece(self, first, start, size)
         pieces = []
         while size > 0:
@@ -77,6 +78,10 @@ class RemoteFile:
             pieces.append(store.piece(self, first, start, here))
             first, start, size = first + 1, 0, size - here
         return b"".join(pieces)
+
+    def block(self, number: int) -> Block | None:
+        """A whole block; None: there is no room for it, `read` a range."""
+        return _store().block(self, number)
 
     def sha256(self, begin: int = 0, size: int | None = None) -> str:
         """Of a range, in hexadecimal digits. Raises UserError when the store stays away."""
@@ -98,11 +103,7 @@ class RemoteFile:
     def forget(self, begin: int, size: int) -> None:
         """Have these bytes read from the store the next time."""
         for _, number in self.blocks(begin, size):
-            _store().cache.drop(self.block_name(number))
-
-    def block_name(self, number: int) -> str:
-        """What the cache calls a block."""
-        return f"{self.content[:32]}/{number:06d}"
+            _store().cache.drop((self.content, number))
 
     def block_size(self, number: int) -> int:
         """Its bytes: of the last one fewer."""
@@ -176,7 +177,7 @@ class _Store:
         self._tasks: queue.SimpleQueue[tuple[Future[None], RemoteFile, int]] = queue.SimpleQueue()
         self._threads = 0
         self._lock = threading.Lock()
-        self._coming: dict[str, Future[None]] = {}
+        self._coming: dict[Key, Future[None]] = {}
         self._files: dict[str, AbstractFileSystem] = {}  # by scheme and host
         self._outages: dict[str, _Outage] = {}  # likewise
         self._read_last: dict[str, int] = {}  # content -> block, of who reads front to back
@@ -184,27 +185,33 @@ class _Store:
     def piece(self, file: RemoteFile, number: int, start: int, size: int) -> bytes:
         """A range within a block."""
         self._read_ahead(file, number)
-        name = file.block_name(number)
-        if self.cache.is_full and not self.cache.has(name):
+        if (block := self.block(file, number)) is None:
             return self.fetch(file, number * BLOCK_BYTES + start, size)
-        if (coming := self._coming.get(name)) is not None and not coming.cancel():
+        return block[start : start + size]
+
+    def block(self, file: RemoteFile, number: int) -> Block | None:
+        """A whole block; None: there is no room for it."""
+        key = (file.content, number)
+        if self.cache.is_full and not self.cache.has(key):
+            return None
+        if (coming := self._coming.get(key)) is not None and not coming.cancel():
             coming.result()
-        return self._block(file, number)[start : start + size]
+        return self._brought(file, number)
 
     def begin(self, file: RemoteFile, number: int) -> Future[None] | None:
         """Fetch a block in the background; None: it is there, or on its way."""
-        name = file.block_name(number)
-        if self.cache.has(name) or self.cache.is_full:
+        key = (file.content, number)
+        if self.cache.has(key) or self.cache.is_full:
             return None
         with self._lock:
-            if name in self._coming:
+            if key in self._coming:
                 return None
-            future = self._coming[name] = Future()
+            future = self._coming[key] = Future()
             if self._threads < self.config.connections:
                 self._threads += 1
                 # Not an executor's, which a process that ends would wait for while the store stays away.
                 threading.Thread(target=self._bring_all, name=f"fetch-{self._threads}", daemon=True).start()
-        future.add_done_callback(lambda _: self._coming.pop(name, None))
+        future.add_done_callback(lambda _: self._coming.pop(key, None))
         self._tasks.put((future, file, number))
         return future
 
@@ -248,25 +255,25 @@ class _Store:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                self._block(file, number)
+                self._brought(file, number)
                 future.set_result(None)
             except BaseException as error:  # told to who waits for it
                 future.set_exception(error)
 
-    def _block(self, file: RemoteFile, number: int) -> Block:
+    def _brought(self, file: RemoteFile, number: int) -> Block:
         fetch = partial(self._fetch_block, file, number)
-        return self.cache.get(file.block_name(number), file.block_size(number), fetch)
+        return self.cache.get((file.content, number), file.block_size(number), fetch)
 
     def _fetch_block(self, file: RemoteFile, number: int) -> bytes:
         return self.fetch(file, number * BLOCK_BYTES, file.block_size(number))
 
     def _read_ahead(self, file: RemoteFile, number: int) -> None:
-        """Who reads a block after the one before it reads front to back."""
+        """Who reads a block after the one before it, or behind those that were read ahead, reads front to back."""
         last = self._read_last.get(file.content)
         if last == number:
             return
         self._read_last[file.content] = number
-        if last == number - 1:
+        if last is not None and last < number <= last + 1 + _READ_AHEAD:
             end = -(-file.size // BLOCK_BYTES)
             for ahead in range(number + 1, min(number + 1 + _READ_AHEAD, end)):
                 self.begin(file, ahead)

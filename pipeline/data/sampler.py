@@ -128,7 +128,9 @@ class TokenSampler:
         plan = (self.order.locate(np.arange(at, at + share)) for at in count(start, stride))
         if self.arrays.lie_elsewhere:
             texts = workers is not None
-            plan = fetched_ahead(plan, lambda batch: self.arrays.blocks(batch[0], texts), _BATCHES_AHEAD)
+            plan = fetched_ahead(
+                plan, lambda batch: self.arrays.blocks(batch[0], texts), _BATCHES_AHEAD, self.arrays.bytes
+            )
         for samples, epochs in plan:
             if self._verification is not None:
                 self._verification.raise_fault()

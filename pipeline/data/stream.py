@@ -126,9 +126,11 @@ class ImageStream:
     def _planned(self, start: int, stride: int, share: int) -> Iterator[tuple[Ints, Ints]]:
         """(samples, epochs) of each batch; tars in object stores are fetched ahead."""
         plan = (self.order.locate(np.arange(at, at + share)) for at in count(start, stride))
-        if not any(tar_elsewhere(self.directory, self.shards[n]) for n in (0, len(self.shards) - 1)):
+        ends = [tar_elsewhere(self.directory, self.shards[n]) for n in (0, len(self.shards) - 1)]
+        if not (found := [tar.size for tar in ends if tar]):
             return plan
-        return fetched_ahead(plan, self._blocks, most_ahead=max(1, _SAMPLES_AHEAD // share))
+        at_once = min(CANONICAL_STREAMS, len(self.shards)) * max(found)
+        return fetched_ahead(plan, self._blocks, max(1, _SAMPLES_AHEAD // share), at_once)
 
     def _blocks(self, planned: tuple[Ints, Ints]) -> list[tuple[RemoteFile, int]]:
         """The blocks of object stores that hold images of these samples which are not in memory."""

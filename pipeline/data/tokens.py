@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import time
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +27,13 @@ from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.errors import UserError
 from pipeline.core.level import Level
 from pipeline.core.process_limits import open_files
+from pipeline.data.block_cache import Block
 from pipeline.data.opened_file import Sliced, remote
 from pipeline.data.remote_file import BLOCK_BYTES, RemoteFile
 from pipeline.data.token_blocks import RECORD, Records, Shape, token_dtype
 from pipeline.data.token_parts import check_size, damage, damage_elsewhere, part_file, part_name
 
+_BLOCKS_OF_A_FILE = 1 << 32  # more than there are
 FORMAT = 2  # of the files; 1 had five of each image shard
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
@@ -132,6 +135,7 @@ class TokenArrays:
         text_length, text_vocab_size: of the text ids.
         tokenizers: name -> hash of the files of the tokenizer that made them.
         crops: versions of each image.
+        bytes: of all files.
         several_captions: of some samples.
         shards: how many image shards they were made from.
     """
@@ -149,6 +153,7 @@ class TokenArrays:
             raise UserError(f"{path}: the split '{split}' holds no samples: raise prepare.validation_fraction")
         entry = index["splits"][split]
         self.crops = entry["crops"]
+        self.bytes = entry["bytes"]
         self.several_captions = entry["captions"] != entry["samples"]
         self._records = _read_records(self.directory, split, entry)
         self.shards = len(self._records)
@@ -158,6 +163,8 @@ class TokenArrays:
         shape = Shape(self.text_length, self.text_vocab_size, tuple(self.levels), self.crops)
         self._sections = shape.sections(self._records)
         self._parts = self._records["part"].astype(np.int64)
+        self._blocks: dict[int, Block] = {}  # of files in object stores, used within the last second
+        self._looked = 0.0
         # Each mapped file holds a descriptor. With a low limit, files take turns.
         self._mapped = lru_cache(maxsize=max(1, open_files() // 4))(self._map)
 
@@ -180,9 +187,9 @@ class TokenArrays:
         """Samples of the split."""
         return int(self._ends[-1])
 
-    @property
+    @cached_property
     def lie_elsewhere(self) -> bool:
-        """Whether files of them lie in an object store."""
+        """Whether the first or the last of their files lies in an object store."""
         return any(isinstance(self._mapped(int(part)), RemoteFile) for part in np.unique(self._parts[[0, -1]]))
 
     def gather(self, samples: Ints, crops: Ints, captions: Ints | None = None) -> tuple[Tokens, Tokens]:
@@ -233,15 +240,9 @@ class TokenArrays:
             begin, end = (self._sections[n][shards] for n in (name, names[names.index(name) + 1]))
             within = self._begins[shards] + begin + rows * (end - begin) // self._counts[shards]
             found += [within, within + (end - begin) // self._counts[shards]]
-        numbers = np.stack(found) // BLOCK_BYTES
-        parts = np.broadcast_to(self._parts[shards], numbers.shape)
-        pairs = np.unique(np.stack([parts.ravel(), numbers.ravel()]), axis=1).T.tolist()
-        files = {part: self._mapped(part) for part, _ in pairs}
-        return [
-            (file, n)
-            for part, n in pairs
-            if isinstance(file := files[part], RemoteFile) and n * BLOCK_BYTES < len(file)
-        ]
+        pairs = np.unique(self._parts[shards] * _BLOCKS_OF_A_FILE + np.stack(found) // BLOCK_BYTES).tolist()
+        files = [(self._mapped(pair // _BLOCKS_OF_A_FILE), pair % _BLOCKS_OF_A_FILE) for pair in pairs]
+        return [(file, n) for file, n in files if isinstance(file, RemoteFile) and n * BLOCK_BYTES < file.size]
 
     def keys(self, samples: Ints) -> list[str]:
         """The key of each of these samples."""
@@ -290,13 +291,42 @@ class TokenArrays:
 
     def _read(self, section: str, shards: Ints, rows: Ints, length: int, vocabulary: int) -> Tokens:
         """[n, length] of a section whose rows are of this length."""
-        dtype = np.dtype(token_dtype(vocabulary))
+        dtype: np.dtype[Any] = np.dtype(token_dtype(vocabulary))
         width = length * dtype.itemsize
         begins = self._begins[shards] + self._sections[section][shards] + rows * width
         found: Tokens = np.empty((len(rows), length), dtype)
-        for number, (part, begin) in enumerate(zip(self._parts[shards].tolist(), begins.tolist(), strict=True)):
-            found[number] = np.frombuffer(self._mapped(part)[begin : begin + width], dtype)
+        parts = self._parts[shards]
+        if self.lie_elsewhere:
+            self._read_elsewhere(found, dtype, parts, begins)
+            return found
+        for number, (part, begin) in enumerate(zip(parts.tolist(), begins.tolist(), strict=True)):
+            file = self._mapped(part)
+            if isinstance(file, RemoteFile):
+                found[number] = np.frombuffer(file.read(begin, width), dtype)
+            else:
+                found[number] = np.frombuffer(file, dtype, length, begin)
         return found
+
+    def _read_elsewhere(self, found: Tokens, dtype: np.dtype[Any], parts: Ints, begins: Ints) -> None:
+        """Rows of files of which some lie in an object store; blocks are looked up once a second, not for each row."""
+        if (now := time.monotonic()) - self._looked > 1.0:
+            self._blocks.clear()
+            self._looked = now
+        length, width = found.shape[1], found.shape[1] * dtype.itemsize
+        numbers, starts = np.divmod(begins, BLOCK_BYTES)
+        names = parts * _BLOCKS_OF_A_FILE + numbers
+        for row, (name, start, part) in enumerate(zip(names.tolist(), starts.tolist(), parts.tolist(), strict=True)):
+            block = self._blocks.get(name)
+            if block is None:
+                file = self._mapped(part)
+                block = file.block(name % _BLOCKS_OF_A_FILE) if isinstance(file, RemoteFile) else None
+                if block is not None:
+                    self._blocks[name] = block
+            if block is None or start + width > BLOCK_BYTES:
+                begin = int(begins[row])
+                found[row] = np.frombuffer(self._mapped(part)[begin : begin + width], dtype)
+            else:
+                found[row] = np.frombuffer(block, dtype, length, start)
 
     def _words(self, section: str, shards: Ints, rows: Ints) -> Ints:
         """int64 [n]: one number each of a section."""

@@ -29,7 +29,7 @@ def read(cache: BlockCache, log: Path, number: int, fetch_s: float) -> bool:
         os.close(descriptor)
         return content(number)
 
-    return cache.get(f"blocks/{number:06d}", SIZE, fetch)[:SIZE] == content(number)
+    return cache.get(("blocks", number), SIZE, fetch)[:SIZE] == content(number)
 
 
 def main(folder: Path, log: Path, blocks: int, fetch_s: float) -> None:

@@ -125,8 +125,7 @@ def test_what_others_removed_keeps_no_room_on_the_disk(tmp_path: Path, monkeypat
     assert all(read(other, log, number, 0.0) for number in range(10, 14))
     assert read(other, log, 13, 0.0)
     assert read(mine, log, 13, 0.0)
-    held = [name for name in mine._held if not (folder / name).exists()]
-    assert held == []
+    assert [key for key in mine._held if not mine._path(key).exists()] == []
 
 
 def test_a_cache_that_is_deleted_is_made_anew(tmp_path: Path) -> None:

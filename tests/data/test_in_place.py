@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.config.prepare import PrepareConfig
+from pipeline.config.store import StoreConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.core.errors import UserError
 from pipeline.data.catalog import Catalog
 from pipeline.data.inspect import inspect_directory
 from pipeline.data.prepare import prepare
+from pipeline.data.remote_file import configure
 from pipeline.data.shards import read_index
 from pipeline.data.stream import ImageStream
 from pipeline.data.token_parts import token_parts
 from pipeline.data.tokenize_shards import tokenize_shards
 from pipeline.data.tokens import TokenArrays
 from pipeline.evaluation.image_sets import prepared_images
+from tests.data.s3 import s3_server
 from tests.data.sample_images import encoded, folder_config, image, prepare_config, tree_bytes, write_tar
 from tests.data.small_run import make_small_run, tokenize_job
 from tests.launch import environment
@@ -48,7 +52,7 @@ def _members(numbers: range) -> list[tuple[str, bytes]]:
     return members
 
 
-def _config(folder: Path, storage: str = "in-place", **values: Any) -> PrepareConfig:
+def _config(folder: Path | str, storage: str = "in-place", **values: Any) -> PrepareConfig:
     values = {"image_size": SIDE, "validation_fraction": 0.2, "crop": "random", **values}
     return prepare_config({"kind": "webdataset", "urls": f"{folder}/*.tar"}, storage=storage, **values)
 
@@ -192,6 +196,7 @@ DIES = """
 import os, signal, sys
 from pathlib import Path
 from pipeline.data.prepare import prepare
+from pipeline.data.remote_file import configure
 from tests.data.test_in_place import _config
 if __name__ == "__main__":
     def die(event, arguments):
@@ -218,3 +223,52 @@ def test_what_cannot_be_read_in_place_is_told_in_one_line(tars: Path, tmp_path: 
         prepare(tmp_path / "out", _config(tmp_path), seed=0)
     with pytest.raises(ValidationError, match="expected a source of kind webdataset, found folder"):
         folder_config(tmp_path, storage="in-place")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    with s3_server("tars") as files:
+        yield files
+
+
+@pytest.fixture
+def there(tars: Path, bucket: Any, tmp_path: Path) -> Iterator[PrepareConfig]:
+    """The same tars in an object store, and an empty cache."""
+    bucket.put(str(tars), f"tars/{tmp_path.name}", recursive=True)
+    configure(StoreConfig(cache=tmp_path / "cache"))
+    yield _config(f"s3://tars/{tmp_path.name}")
+    configure(StoreConfig.model_validate({}))
+
+
+def test_tars_in_an_object_store_are_read_where_they_are(prepared: Path, there: PrepareConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(out, there, seed=0)
+    assert read_index(out)["rejected"] == read_index(prepared / "in-place")["rejected"]
+    for split in ("train", "val"):
+        here, far = (Catalog(folder, split) for folder in (prepared / "in-place", out))
+        every = range(len(here))
+        assert far.keys(every) == here.keys(every)
+        sets = (prepared_images(here, every), prepared_images(far, every))
+        assert [image.content() for image in sets[0]] == [image.content() for image in sets[1]]
+        batches = [next(ImageStream(d, split, seed=3).batches(0, 12))["images"] for d in (prepared / "in-place", out)]
+        assert batches[0].equal(batches[1])
+    assert "every shard is, byte for byte" in "\n".join(inspect_directory(out, None, verify=True))
+    before = tree_bytes(out)
+    prepare(out, there, seed=0)  # nothing to do, and no local file of that name is looked for
+    assert tree_bytes(out) == before
+
+
+def test_a_tar_in_an_object_store_that_was_replaced_is_told_and_prepared_again(
+    there: PrepareConfig, bucket: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prepare(out, there, seed=0)
+    content = bytearray(bucket.cat_file(f"tars/{tmp_path.name}/1.tar"))
+    begin = content.find(b"JFIF")
+    content[begin + 200] ^= 1
+    bucket.pipe_file(f"tars/{tmp_path.name}/1.tar", bytes(content))
+    configure(StoreConfig(cache=tmp_path / "empty"))  # the other one has what prepare read
+    with pytest.raises(UserError, match=r"s3://tars/.*/1\.tar is damaged at sample \d+: wrong checksum; run the stage"):
+        list(inspect_directory(out, None, verify=True))
+    prepare(out, there, seed=0)
+    assert "every shard is, byte for byte" in "\n".join(inspect_directory(out, None, verify=True))

@@ -115,6 +115,18 @@ def test_streams_from_the_store_are_those_from_the_disk_at_any_position(run: Pat
         assert token_rows(there, start=start) == token_rows(run, start=start)
 
 
+def test_some_files_may_be_here_and_some_there(run: Path, there: Path) -> None:
+    here = [name for n in (0, 6, 7) for name in (f"prepare/train/{n:06d}.tar", f"tokenize/train/{n:03d}.tokens")]
+    for name in here:
+        shutil.copy(run / name, there / name)
+    assert images(there) == images(run)
+    assert token_rows(there) == token_rows(run)
+    for name in ("prepare", "tokenize"):
+        manifest = RunDirectory(there).manifest(name)
+        assert manifest is not None
+        assert first_fault(there / name, manifest["outputs"], hashed=False) is None
+
+
 @pytest.mark.slow
 def test_all_else_that_reads_data_reads_it_from_the_store(run: Path, there: Path) -> None:
     assert list(read_samples(there / "prepare", "train")) == list(read_samples(run / "prepare", "train"))
@@ -318,6 +330,19 @@ def test_the_cache_stays_within_its_bound_and_reads_stay_right(run: Path, there:
     assert token_rows(there, 20) == token_rows(run, 20)
     held = sum(path.stat().st_size for path in (tmp_path / "small").rglob("0*") if path.is_file())
     assert held <= (8 + store.config.connections) * (BLOCK + 4)
+
+
+def test_a_cache_that_is_smaller_than_what_is_read_at_once_is_told(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images(there, 1)
+    token_rows(there, 1)
+    assert "raise it" not in caplog.text
+    monkeypatch.setattr(fetch_ahead, "cache_bytes", lambda: 10_000)
+    images(there, 1)
+    token_rows(there, 1)
+    told = [line for line in caplog.messages if line.startswith("store.cache_gigabytes=1e-05: 0.0 GB are read at once")]
+    assert len(told) == 2
 
 
 def test_ranges_across_blocks_are_whole(there: Path, bucket: Any) -> None:
