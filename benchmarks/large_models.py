@@ -132,6 +132,13 @@ def start_training(config: PipelineConfig, folder: Path, drawn: bool) -> Trainin
     return Training(config, engine, average, sizes, image_tokenizer)
 
 
+def tiny(config: PipelineConfig) -> PipelineConfig:
+    """With a model of a block, which leaves little behind."""
+    heads = config.transformer.heads
+    shape = {"layers": 1, "width": 4 * heads, "key_value_heads": heads}
+    return config.model_copy(update={"transformer": config.transformer.model_copy(update=shape)})
+
+
 def planned(config: PipelineConfig, model: Model, ranks: int) -> dict[str, float]:
     """GB of one process by phase, what is on a GPU and what is in the host's memory together."""
     training, deepspeed = config.transformer.training, config.transformer.deepspeed
@@ -168,14 +175,12 @@ def _live(arguments: argparse.Namespace, config: PipelineConfig) -> None:
 
 
 def _warm_up(arguments: argparse.Namespace, config: PipelineConfig) -> None:
-    """All of it but the stop with a model of a block, which leaves little behind."""
-    heads = config.transformer.heads
-    tiny = config.transformer.model_copy(update={"layers": 1, "width": 4 * heads, "key_value_heads": heads})
+    """All of it but the stop with a tiny model."""
     folder = arguments.folder / f"tiny-{arguments.life}"
     if distributed.is_main():
         folder.mkdir()
     distributed.barrier()
-    training = start_training(config.model_copy(update={"transformer": tiny}), folder, drawn=True)
+    training = start_training(tiny(config), folder, drawn=True)
     phases = argparse.Namespace(folder=folder, only={*_SECOND})
     _phases(phases, Meter(), training, Checkpoints(folder / "checkpoints", 1, in_background=True))
 

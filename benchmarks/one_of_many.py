@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.large_models import Meter, Training, planned, start_training
+from benchmarks.large_models import Meter, Training, planned, start_training, tiny
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core import distributed
 from pipeline.core.manifest import BLOCK_BYTES, FileRecord
@@ -72,6 +72,16 @@ def _first_update(engine: Engine) -> None:
         weights.grad = weights.detach().clone()  # any that make no states of zeros, as what is not read would be
         optimizer._optimizer_step(group)
         weights.grad = None
+
+
+def _forget(training: Training) -> None:
+    """Be as at a start, for a checkpoint to be read: zeros, and no states."""
+    assert isinstance(training.engine, DeepSpeedEngine)
+    training.engine._optimizer.optimizer.state.clear()
+    for content in training.files().values():  # of which tensors are no copies
+        for value in content.values() if isinstance(content, dict) else ():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 @contextmanager
@@ -144,6 +154,7 @@ def _bits(training: Training) -> dict[str, int]:
 def _main_rank(config: PipelineConfig, folder: Path, ranks: int) -> None:
     """Rank 0: everything but the check of the others."""
     _join(0, ranks)
+    _first_update(start_training(tiny(config), folder, drawn=True).engine)  # imports what there is to import
     meter, checkpoints = Meter(), Checkpoints(folder / "checkpoints", keep=1)
     with meter.phase("start"):
         training = start_training(config, folder, drawn=True)
@@ -168,11 +179,9 @@ def _main_rank(config: PipelineConfig, folder: Path, ranks: int) -> None:
     with meter.phase("checkpoint"), patch.object(distributed, "barrier", with_the_others), _others_say(others):
         checkpoints.save(1, files)
     saved = _bits(training)
+    del files  # they have the optimizer's states
+    _forget(training)
     with meter.phase("resume"), _others_say(others):
-        for content in training.files().values():  # of which tensors are no copies
-            for value in content.values() if isinstance(content, dict) else ():
-                if isinstance(value, Tensor):
-                    value.zero_()
         restored = checkpoints.restore(training.read)
     if restored != 1 or _bits(training) != saved:
         raise RuntimeError("expected to read the bits that were written, found others")
