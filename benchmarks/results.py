@@ -4,12 +4,13 @@
 
 Of each run: the command, what was changed in the config, the time of each stage, the metrics with intervals, protocol,
 n, extractor and resize, and the sheet of its prompts, copied beside the page. A stage that is not finished for
-the run's config is an error: no number of a run is put beside those of another one. The page's last part, from "For
-larger machines" on, is written by hand and stays.
+the run's config is an error: no number of a run is put beside those of another one. The parts on other runs stay as
+they are, and so does the page's last part, from "For larger machines" on, which is written by hand.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ _BY_HAND = "## For larger machines"
 _HEAD = """# Results
 
 Shipped configs, run to their end by the command that stands beside them. `python -m benchmarks.results RUN … --machine
-TEXT` writes this page anew from finished run directories. Times are of all stages together; intervals, protocols and
-what each metric compares: [evaluation.md](evaluation.md).
+TEXT` writes the parts on these runs anew from their directories. Times are of all stages together; intervals, protocols
+and what each metric compares: [evaluation.md](evaluation.md).
 """
 
 
@@ -43,11 +44,19 @@ what each metric compares: [evaluation.md](evaluation.md).
 @click.option("--machine", required=True, help="that the runs were made on, in words")
 @click.option("--out", default=OUT, show_default=True, type=click.Path(path_type=Path))
 def main(runs: Sequence[Path], machine: str, out: Path) -> None:
-    """Write the page of these finished runs."""
-    before = out.read_text() if out.is_file() else ""
-    kept = before[before.index(_BY_HAND) :] if _BY_HAND in before else ""
-    out.write_text("\n".join([_HEAD, *(section(run, machine, out.parent) for run in runs), kept]))
-    click.echo(f"{len(runs)} runs in {out}")
+    """Write what these finished runs came to."""
+    made, by_hand = parts(out.read_text() if out.is_file() else "")
+    made |= {run.name: section(run, machine, out.parent) for run in runs}
+    out.write_text("\n".join([_HEAD, *made.values(), by_hand]))
+    click.echo(f"{len(made)} runs in {out}")
+
+
+def parts(page: str) -> tuple[dict[str, str], str]:
+    """The page's parts on runs by the runs' names, in its order, and the part that was written by hand."""
+    begin = page.index(_BY_HAND) if _BY_HAND in page else len(page)
+    found = re.split(r"^## (.+)\n", page[:begin], flags=re.MULTILINE)[1:]
+    made = {name: f"## {name}\n{text.rstrip()}\n" for name, text in zip(found[::2], found[1::2], strict=True)}
+    return made, page[begin:]
 
 
 def section(run: Path, machine: str, folder: Path) -> str:

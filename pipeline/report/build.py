@@ -43,7 +43,7 @@ def build_report(directories: Mapping[str, Path], config: PipelineConfig) -> Rep
     results = read_results(directories["evaluate"])
     facts = read_facts(directories)
     images = ShownImages(dict(directories), results)
-    curves = {stage.name: panels(stage.history, stage.name) for stage in facts.trained}
+    curves = {stage.name: panels(stage.history, stage.name, stage.best) for stage in facts.trained}
     sweep = sweep_facts(results["sweep"]) if "sweep" in results else None
     files: dict[str, str | bytes] = {**_plots(curves, sweep), **images.sheets()}
     files |= {"metrics.csv": metrics_csv(rows_in(results)), "costs.json": _costs(facts)}

@@ -33,9 +33,12 @@ class Panel:
     svg: str
 
 
-def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
-    """A plot for each kind of metric in a stage's history: losses, PSNR, the learning rate."""
-    keys = sorted({key for line in history for key in line})
+def panels(history: Sequence[dict[str, float]], name: str, best: tuple[str, float, int] | None = None) -> list[Panel]:
+    """A plot for each kind of metric in a stage's history: losses, PSNR, the learning rate.
+
+    `best`: the metric, value and step of the model, where it is not of the last step; that point has a ring.
+    """
+    keys = sorted({key for line in history for key in line if not key.startswith("best/")})
     kinds = (
         ("Loss", [key for key in keys if "loss" in key.split("/") or key.split("/")[-1] == "reconstruction"]),
         ("Reward", [key for key in keys if key.split("/")[-1] == "reward"]),
@@ -58,12 +61,16 @@ def panels(history: Sequence[dict[str, float]], name: str) -> list[Panel]:
             for key in wanted[: len(_LINES)]
         ]
         if series:
-            found.append(Panel(title, line_plot(series, salt=f"{name} {title}")))
+            ring = (best[2], best[1]) if best and best[0] in wanted[: len(_LINES)] else None
+            found.append(Panel(title, line_plot(series, f"{name} {title}", ring)))
     return found
 
 
-def line_plot(series: Sequence[Series], salt: str) -> str:
-    """Lines over steps as an `<svg>` element. `salt` names it, and keeps its ids apart from other plots'."""
+def line_plot(series: Sequence[Series], salt: str, ring: tuple[float, float] | None = None) -> str:
+    """Lines over steps as an `<svg>` element. `salt` names it, and keeps its ids apart from other plots'.
+
+    `ring`: a step and a value with a ring around.
+    """
     with _drawn(salt) as (figure, buffer):
         axes = figure.add_subplot()
         for (label, steps, values), colour in zip(series, _LINES, strict=False):
@@ -73,6 +80,8 @@ def line_plot(series: Sequence[Series], salt: str) -> str:
             axes.plot(steps, _smoothed(values) if dense else values, color=colour, linewidth=1.5, label=label)
             if len(values) < 30:
                 axes.plot(steps, values, "o", color=colour, markersize=2.5)
+        if ring:
+            _ring(axes, ring)
         values = [value for _, _, values in series for value in values]
         if min(values) > 0 and max(values) > 30 * min(values) and "learning" not in series[0][0]:
             axes.set_yscale("log")
@@ -96,7 +105,7 @@ def curve_plot(
     with _drawn(salt, height=2.9 + 0.17 * -(-len(series) // 2)) as (figure, buffer):
         axes = figure.add_subplot()
         if best:
-            axes.plot(*best, "o", color=_LINES[0], markersize=12, markerfacecolor="none", markeredgewidth=1)
+            _ring(axes, best)
         for i, ((label, x, y), texts) in enumerate(zip(series, marks, strict=True)):
             colour = _LINES[i % len(_LINES)]
             dashes = ("-", "--", ":")[i // len(_LINES) % 3]
@@ -118,6 +127,10 @@ def standalone(svg: str) -> str:
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     style = f"<style>svg{{{colours};background:#fff;font-family:sans-serif}}</style>"
     return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{style}{rest}"
+
+
+def _ring(axes: Axes, point: tuple[float, float]) -> None:
+    axes.plot(*point, "o", color=_LINES[0], markersize=12, markerfacecolor="none", markeredgewidth=1)
 
 
 @contextmanager

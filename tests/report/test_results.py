@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from benchmarks.results import section
+from benchmarks.results import main, section
 from pipeline.core.errors import UserError
 from pipeline.report.numbers import metric
 
@@ -35,3 +36,15 @@ def test_a_run_that_is_not_finished_makes_no_row(tiny_run: Path, tmp_path: Path)
     (run / "evaluate" / "_SUCCESS").unlink()
     with pytest.raises(UserError, match="evaluate"):
         section(run, "two cores", tmp_path)
+
+
+def test_the_parts_on_other_runs_and_the_one_by_hand_stay(tiny_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    other = "## other\n\n    smalti run other.yaml\n\n| metric |\n"
+    page.write_text(f"# Results\n\n## tiny\n\nof before\n\n{other}\n## For larger machines\n\nby hand\n")
+    done = CliRunner().invoke(main, [str(tiny_run), "--machine", "two cores", "--out", str(page)])
+    assert done.output == f"2 runs in {page}\n"
+    text = page.read_text()
+    assert section(tiny_run, "two cores", tmp_path) in text
+    assert "of before" not in text
+    assert text.endswith(f"{other}\n## For larger machines\n\nby hand\n")
