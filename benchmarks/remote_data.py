@@ -39,9 +39,9 @@ from pipeline.data.tokens import read_token_index, split_parts
 
 BATCH, ROUNDS = 64, 3
 SHARDS, IMAGES, SIDE = 32, 250, 256  # a shard of 10 MB
-TOKEN_SHARDS, TOKEN_SAMPLES = 100, 10_000
+TOKEN_SHARDS, TOKEN_SAMPLES = 60, 10_000
 STEP_S = 0.06
-STEPS = 300  # of a training on tokens: its first epoch would take a quarter of an hour
+STEPS = 150  # of a training on tokens: its first epoch would take ten minutes
 BUCKET = "data"
 
 
@@ -125,34 +125,36 @@ def tokens(directory: Path) -> Iterator[Any]:
     return TokenSampler(directory / "tokens", "train", 0).batches(0, BATCH)
 
 
-def seconds(batches: Iterator[Any], count: int, step_s: float) -> tuple[float, float]:
-    """Of `count` batches, each followed by a step of `step_s`, and of the first batch."""
-    started, first_s = time.perf_counter(), 0.0
+def seconds(batches: Iterator[Any], count: int, step_s: float) -> tuple[float, float, float]:
+    """Of `count` batches, each followed by a step of `step_s`; of the first batch; and of this process's processor."""
+    started, first_s, processor_s = time.perf_counter(), 0.0, time.process_time()
     for number, _ in enumerate(islice(batches, count)):
         first_s = first_s or time.perf_counter() - started
         if step_s:
             time.sleep(step_s)
         assert number < count
-    return time.perf_counter() - started, first_s
+    return time.perf_counter() - started, first_s, time.process_time() - processor_s
 
 
 def compare(folder: Path, what: str, make: Callable[[Path], Iterator[Any]], count: int, step_s: float) -> list[str]:
     """A row of the table."""
-    found: dict[str, list[tuple[float, float]]] = {"here": [], "there": []}
+    found: dict[str, list[tuple[float, float, float]]] = {"here": [], "there": []}
     for number in range(ROUNDS):
         for place, times in found.items():
             shutil.rmtree(folder / "cache", ignore_errors=True)
             configure(StoreConfig(cache=folder / "cache" / str(number)))
             drop_from_page_cache(folder / "here")
             times.append(seconds(make(folder / place), count, step_s))
-    rate = {place: count * BATCH / statistics.median(whole for whole, _ in times) for place, times in found.items()}
-    first = {place: statistics.median(first for _, first in times) for place, times in found.items()}
+    rate = {place: count * BATCH / statistics.median(whole for whole, _, _ in times) for place, times in found.items()}
+    first = {place: statistics.median(first for _, first, _ in times) for place, times in found.items()}
+    work = {place: count * BATCH / statistics.median(cpu for _, _, cpu in times) for place, times in found.items()}
     ratios = [here[0] / there[0] for here, there in zip(found["here"], found["there"], strict=True)]
     return [
         what,
         f"{rate['here']:,.0f}",
         f"{rate['there']:,.0f}",
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
+        *([f"{work['here']:,.0f}", f"{work['there']:,.0f}"] if not step_s else ["", ""]),
         f"{first['here']:.2f} s",
         f"{first['there']:.2f} s",
     ]
@@ -170,7 +172,16 @@ def main() -> None:
         epoch, rows = SHARDS * IMAGES // BATCH, TOKEN_SHARDS * TOKEN_SAMPLES // BATCH
         step = f"steps of {STEP_S * 1000:.0f} ms"
         table(
-            ["first epoch, nothing cached", "local/s", "store/s", "ratio", "first batch, local", "store"],
+            [
+                "first epoch, nothing cached",
+                "local/s",
+                "store/s",
+                "ratio",
+                "local/CPU s",
+                "store/CPU s",
+                "first batch, local",
+                "store",
+            ],
             [
                 compare(arguments.folder, "images, nothing but the stream", images, epoch, 0.0),
                 compare(arguments.folder, f"images, {step}", images, epoch, STEP_S),

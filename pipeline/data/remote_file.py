@@ -100,6 +100,11 @@ class RemoteFile:
         """Like `read`, past the cache."""
         return _store().fetch(self, begin, size)
 
+    def read_once(self, begin: int, size: int) -> bytes:
+        """Like `read`, for a few bytes here and there: of a block that is not in the cache no others are fetched."""
+        is_there = all(_store().cache.has((self.content, number)) for _, number in self.blocks(begin, size))
+        return self.read(begin, size) if is_there else self.read_directly(begin, size)
+
     def forget(self, begin: int, size: int) -> None:
         """Have these bytes read from the store the next time."""
         for _, number in self.blocks(begin, size):

@@ -46,7 +46,7 @@ class FileSlice:
     def read(self) -> bytes:
         """The bytes. Raises UserError when they cannot be read."""
         if isinstance(self.file, RemoteFile):
-            return self.file.read(self.offset, self.file.size - self.offset if self.size is None else self.size)
+            return self.file.read_once(self.offset, self.file.size - self.offset if self.size is None else self.size)
         try:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)

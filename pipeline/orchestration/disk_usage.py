@@ -10,6 +10,7 @@ from errno import EBUSY
 from pathlib import Path
 
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
+from pipeline.core import elsewhere
 from pipeline.core.errors import UserError
 from pipeline.core.lock import owner_of
 from pipeline.orchestration.graph import STAGE_NAMES, Stage, stages_of
@@ -99,8 +100,9 @@ def _recorded_sizes(run: RunDirectory) -> dict[str, int]:
     """Bytes of each output, a file or a folder, of each finished stage, by path."""
     sizes = {}
     for stage in STAGE_NAMES:
+        stored = elsewhere.read(run.stage(stage))
         for name, about in (manifest["outputs"] if (manifest := run.manifest(stage)) else {}).items():
-            if "bytes" in about:
+            if "bytes" in about and not (stored and name in stored.folders):
                 sizes[f"{run.path}/{stage}/{name}"] = about["bytes"]
     return sizes
 

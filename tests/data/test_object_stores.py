@@ -33,6 +33,8 @@ from pipeline.data.shards import read_samples, read_shards
 from pipeline.data.stream import ImageStream
 from pipeline.data.token_parts import token_parts
 from pipeline.data.tokenize_shards import join, tokenize_shards
+from pipeline.evaluation.image_sets import prepared_images
+from pipeline.orchestration.disk_usage import size_of_run
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 from tests.data.s3 import Proxy, proxy_to, s3_server
@@ -113,6 +115,19 @@ def test_streams_from_the_store_are_those_from_the_disk_at_any_position(run: Pat
         assert images(there, start=start) == images(run, start=start)
         assert images(there, start=start, cache_bytes=0) == images(run, start=start)
         assert token_rows(there, start=start) == token_rows(run, start=start)
+
+
+def test_images_that_are_chosen_are_read_without_what_lies_around_them(run: Path, there: Path, proxy: Proxy) -> None:
+    here, far = (prepared_images(Catalog(folder / "prepare", "train"), [3, 40]) for folder in (run, there))
+    assert [image.content() for image in far] == [image.content() for image in here]
+    wanted = [(image.slice.offset, image.slice.offset + len(image.content()) - 1) for image in here]
+    assert [found for _, found in ranges(proxy)] == [f"bytes={begin}-{end}" for begin, end in wanted]
+
+
+def test_what_lies_in_the_store_takes_no_room_here(run: Path, there: Path) -> None:
+    sizes = [size_of_run(RunDirectory(folder))[0] for folder in (run, there)]
+    gone = sum(path.stat().st_size for pattern in ("*.tar", "*.tokens") for path in run.rglob(pattern))
+    assert sizes[0] - sizes[1] == pytest.approx(gone, rel=0.05)
 
 
 def test_some_files_may_be_here_and_some_there(run: Path, there: Path) -> None:
