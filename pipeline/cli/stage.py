@@ -85,8 +85,12 @@ def run_stage(name: str, body: Callable[[StageRun], None]) -> None:
             status = 2
     except SystemExit as leaving:  # --help
         status = int(leaving.code or 0)
-    except BaseException:
-        log.exception("%s crashed", name)
+    except BaseException as error:
+        if distributed.lost_another(error):
+            told = f"{type(error).__name__}: {one_line(error)}"
+            log.error("%s ends on rank %d, which has lost another: %s", name, distributed.rank(), told)
+        else:
+            log.exception("%s crashed", name)
         status = 1
     signals.ignore()
     distributed.leave(status)

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _CONTROL_TIMEOUT = timedelta(hours=12)
 _TIMEOUT = timedelta(minutes=30)  # of collectives of tensors, until `set_collective_timeout`
 _control: dist.ProcessGroup | None = None  # gloo, for verdicts, objects and barriers; None: there is one group
+# What gloo and NCCL say when another process has ended.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
 _TELL_S = 2.0  # seconds that a process waits to hear whether another one tells the same error
 _store: dist.Store | None = None  # of the launched processes; it outlives the group
 
@@ -249,6 +251,11 @@ def tells(message: str) -> bool:
     except RuntimeError:  # rank 0 is gone
         return True
     return mine and not told
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` only says that another process of the group has ended: that one says why."""
+    return isinstance(error, RuntimeError) and _store is not None and any(sign in str(error) for sign in _LOST)
 
 
 def _wait_until(done: Callable[[], bool]) -> None:

@@ -37,6 +37,11 @@ def test_what_a_rank_finds_is_told_once_with_its_rank_and_stands_in_its_own_log(
     assert (run / "logs" / "transformer" / "rank-00001.log").read_text().count(MESSAGE) == 1
 
 
+def test_the_others_say_in_a_line_that_they_have_lost_it(failed: tuple[Path, str]) -> None:
+    assert "transformer crashed" not in failed[1], failed[1]
+    assert len(re.findall(r"^transformer ends on rank 0, which has lost another: .*peer", failed[1], re.M)) == 1
+
+
 def test_every_group_of_processes_waits_as_long_as_we_say(failed: tuple[Path, str]) -> None:
     for rank in range(2):
         found = re.search(rf"rank {rank} waits at most \[(.*)\] s", failed[1])

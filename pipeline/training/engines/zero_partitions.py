@@ -138,7 +138,10 @@ def read_shards(partition: Partition, states: dict[str, object], saved: ShardedS
         spans = partition.spans_of(state)
         size = flat.numel() if spans is partition.spans else sum(span.length for span in spans)
         before = states.get(state)
-        values = flat.new_zeros(size, dtype=before.dtype if isinstance(before, Tensor) else flat.dtype)
+        if isinstance(before, Tensor) and before.numel() == size:  # no second one
+            values = before.view(-1).zero_()
+        else:
+            values = flat.new_zeros(size, dtype=before.dtype if isinstance(before, Tensor) else flat.dtype)
         _read(f"state.{state}", values, spans, saved)
         states[state] = values if spans is not partition.spans else values.view_as(partition.weights)
 
