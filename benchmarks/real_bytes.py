@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import resource
 import shutil
 import sys
 import tarfile
@@ -47,21 +46,18 @@ def main(folder: Path, images: tuple[Path, ...], samples: int, per_tar: int, way
     if not (folder / "in").is_dir():
         _make(folder / "making", images, samples, per_tar)
         (folder / "making").rename(folder / "in")
-    print(
-        f"{samples:,} samples\n\n| | stage | wall s | CPU s | bytes | SHA-256 of all files |\n|---|---|---|---|---|---|"
-    )
+    print(f"{samples:,} samples\n\n| | stage | seconds | bytes | SHA-256 of all files |\n|---|---|---|---|---|")
     found: dict[str, set[str]] = {stage: set() for stage in STAGES}
     more = ["prepare.filters.near_duplicate_bits=3", "prepare.max_rejected_fraction=1"] if near_duplicates else []
     first: Path | None = None
     for way in ways.split(","):
         for stage in STAGES:
-            begun, cpu = time.perf_counter(), _cpu_s()
+            begun = time.perf_counter()
             _run_stage(folder, way, stage, samples, more)
-            wall, cpu = time.perf_counter() - begun, _cpu_s() - cpu
+            spent = time.perf_counter() - begun
             digest, size = _digest(folder / way / "tiny" / stage)
             found[stage].add(digest)
-            spent = f"{wall:.0f} | {'' if way == 'slurm' else f'{cpu:.0f}'}"
-            print(f"| {way} | {stage} | {spent} | {size:,} | {digest[:16]} |", flush=True)
+            print(f"| {way} | {stage} | {spent:.0f} | {size:,} | {digest[:16]} |", flush=True)
             if stage == "prepare":
                 first = _tokenizers(folder, way, first, samples, more)
     if any(len(digests) > 1 for digests in found.values()):
@@ -126,11 +122,6 @@ def _digest(directory: Path) -> tuple[str, int]:
         digest.update(f"{path.relative_to(directory)} {hashlib.sha256(content).hexdigest()}\n".encode())
         size += len(content)
     return digest.hexdigest(), size
-
-
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _make(folder: Path, tars: Sequence[Path], samples: int, per_tar: int) -> None:

@@ -3,7 +3,7 @@
 Every part leaves two 64-bit hashes per sample in a file: of the key, and of what the image looks like. "Earlier" is by
 part, then by position in it, so the answer is a function of the source.
 
-Memory: two bytes a sample, and some 300 MB whatever their number, for the hashes are dealt into slices on the disk,
+Memory: two bytes a sample, and some 500 MB whatever their number, for the hashes are dealt into slices on the disk,
 beside the files (`spilled.py`; 32 bytes a sample), of which one at a time is compared. Two different keys share a hash
 with a probability of n^2 / 2^65: among 10^9 samples one is lost that way with 3 %, and listed as a duplicate.
 """
@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 Marks = NDArray[np.bool_]
 
 KEY, IMAGE = 0, 1  # columns of the files
-_PER_SLICE = 1 << 20  # samples that are compared in memory: of some 110 bytes then
+_PER_SLICE = 1 << 21  # samples that are compared in memory: of some 110 bytes then
 _GROUP = 256  # hashes that are compared each with each, at most; more than 2^8, so larger groups differ in 9 bits
 _LOOKED_AT = 1 << 16  # pairs of hashes that say which bits differ how often
 _ALL = (1 << 64) - 1
