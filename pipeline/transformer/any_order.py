@@ -1,10 +1,9 @@
 """The decoder whose image codes come in any order, after Li et al. 2025 (ARPG, arXiv 2503.10568).
 
-The first quarter of the layers reads: causal self-attention over start, text, and codes in an order of their own, each
-code at its own position. The others ask: a query is an embedding of the part (text or level) that it asks for, at the
-position that it asks for, and attends to what was read before its place. So place i of the order, which holds one code,
-is asked for by position from all that came before, and one pass can ask for any number of codes. (In the paper half of
-the layers ask. Those alone know what is asked for, and more of them learn faster: docs/transformer.md.)
+The first half of the layers reads: causal self-attention over start, text, and codes in an order of their own, each
+code at its own position. The second half asks: a query is an embedding of the part (text or level) that it asks for,
+at the position that it asks for, and attends to what was read before its place. So place i of the order, which holds
+one code, is asked for by position from all that came before, and one pass can ask for any number of codes.
 
     model = AnyOrderTransformer(layout, shape)
     text_logits, level_logits = model(text, codes)                       # in raster order, at each code's own place
@@ -50,7 +49,7 @@ class AnyOrderTransformer(Transformer):
     @property
     def _reading(self) -> int:
         """Layers that read."""
-        return max(self.shape.layers // 4, 1)
+        return self.shape.layers - self.shape.layers // 2
 
     def _position_tables(self) -> list[nn.Parameter]:
         return [*super()._position_tables(), self.queries.get_parameter("weight")]
