@@ -6,6 +6,7 @@
 Of each order and seed: the time of a step, the Fréchet distance on Lite0's features between images of training captions
 and these samples' own images through the image tokenizer, and the mean negative log-likelihood of the codes in holes of
 validation images: raster's given what comes before each, any's given all that stays, scale's given coarser levels.
+The first seed's model of each order chooses with what it is sampled (`TRIED`): by its distance on validation captions.
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ CPU = torch.device("cpu")
 HOLES = {"lower right": (0.5, 0.5, 1.0, 1.0), "centre": (0.25, 0.25, 0.75, 0.75)}  # left, top, right, bottom
 SHOWN = 8  # images of a sheet
 BATCH, WARM_UP = 16, 0.05  # samples of a step; part of the time in which the learning rate rises
+CHOOSING = 200  # validation captions that settings are chosen by
+HOLE_ORDERS = 8  # random orders whose mixture an any-order model's likelihood of a hole is
+TEMPERATURES = (1.0, 0.85, 0.7, 0.5)
+TRIED: dict[str, list[dict[str, object]]] = {
+    "raster": [{"temperature": t} for t in TEMPERATURES],
+    "any": [{"temperature": t, "pass_order": order} for order in ("random", "halton") for t in TEMPERATURES],
+    "scale": [{"temperature": t, "temperature_end": end} for t in (1.0, 0.7, 0.4) for end in (1.0, 0.7)],
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Found:
 @click.option("--images", default=500, show_default=True, help="that the distance is of")
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=256, show_default=True)
-@click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--learning-rate", default=3e-3, show_default=True)
+@click.option("--temperature", type=float, help="of all orders; without it the first seed's models choose")
 @click.option("--sheet", type=click.Path(path_type=Path), help="a .png: holes as the first seed's models fill them")
 def main(
     run: Path,
@@ -83,20 +93,27 @@ def main(
     layers: int,
     width: int,
     learning_rate: float,
+    temperature: float | None,
     sheet: Path | None,
 ) -> None:
     """FD and holes of each order after the same time of training, by seed."""
     torch.set_num_threads(1)
     found: dict[str, list[Found]] = {order: [] for order in orders}
     groups = shown_holes(run) if sheet else {}
+    judge = Judge(run, "train", images)
+    chosen: dict[str, SamplingConfig] = {}
+    if temperature is not None:
+        chosen = {order: sampling_of(order, passes, temperature=temperature) for order in orders}
     for seed in map(int, seeds.split(",")):
         for order in orders:
             config = TransformerConfig.model_validate(
-                {"layers": layers, "width": width, "heads": width // 64 or 1, "style": "modern", "order": order}
+                {"layers": layers, "width": width, "heads": max(width // 64, 2), "style": "modern", "order": order}
             )
             model, step_ms = trained(run / "tokenize", config, seed, 60 * minutes, learning_rate)
-            sampling = SamplingConfig(passes=passes) if order == "any" else SamplingConfig()
-            found[order].append(Found(step_ms, distance(run, model, sampling, images), holes(run, model)))
+            if order not in chosen:
+                chosen[order] = choose(Judge(run, "val", CHOOSING), model, passes)
+            sampling = chosen[order]
+            found[order].append(Found(step_ms, judge(model, sampling), holes(run, model)))
             if sheet and len(found[order]) == 1:
                 for name, shown in groups.items():
                     shown.append(Group(f"{name}, filled in order {order}", filled(run, model, sampling, name)))
@@ -130,7 +147,8 @@ def trained(
         rate = learning_rate * min(part / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * part))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, _ = objective(batch, step)
+        with torch.autocast("cpu", torch.bfloat16):  # as trainings are by default
+            loss, _ = objective(batch, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
@@ -139,12 +157,31 @@ def trained(
     return objective.transformer.eval(), 1000 * statistics.median(spent)
 
 
-def distance(run: Path, model: Transformer, sampling: SamplingConfig, images: int) -> float:
-    """Fréchet, of images of training captions to these samples' own through the image tokenizer."""
-    captions, real = _decoded(run, "train", images)
-    generated = [one.image for one in _pipeline(run, model).generate(captions, sampling=sampling, batch_size=BATCH)]
-    extractor = load_extractor("efficientnet-lite0", CPU)
-    return frechet_distance(extractor(real).features, extractor(generated).features)
+class Judge:
+    """Fréchet distances of images of a split's captions to these samples' own through the image tokenizer."""
+
+    def __init__(self, run: Path, split: str, images: int) -> None:
+        self._run, (self._captions, real) = run, _decoded(run, split, images)
+        self._extractor = load_extractor("efficientnet-lite0", CPU)
+        self._real = self._extractor(real).features
+
+    def __call__(self, model: Transformer, sampling: SamplingConfig) -> float:
+        drawn = _pipeline(self._run, model).generate(self._captions, sampling=sampling, batch_size=4 * BATCH)
+        return frechet_distance(self._real, self._extractor([one.image for one in drawn]).features)
+
+
+def sampling_of(order: str, passes: int, **settings: object) -> SamplingConfig:
+    return SamplingConfig.model_validate(({"passes": passes} if order == "any" else {}) | settings)
+
+
+def choose(judge: Judge, model: Transformer, passes: int) -> SamplingConfig:
+    """With what a model's images are nearest, of what is tried for its order."""
+    distances: dict[float, SamplingConfig] = {}
+    for tried in TRIED[model.order]:
+        sampling = sampling_of(model.order, passes, **tried)
+        distances[own := judge(model, sampling)] = sampling
+        print(f"  {model.order:<6} {own:7.2f} on validation captions with {tried}", flush=True)
+    return distances[min(distances)]
 
 
 @torch.no_grad()
@@ -154,24 +191,33 @@ def holes(run: Path, model: Transformer) -> dict[str, float]:
     found = {}
     for name in HOLES:
         hole_N = _hole(tokenizer, name)
-        losses = [hole_losses(model, batch["text"], batch["codes"], hole_N) for batch in _samples(run, "val", 200)]
-        found[name] = float(torch.cat(losses).mean())
+        nats = [hole_nats(model, batch["text"], batch["codes"], hole_N) for batch in _samples(run, "val", 200)]
+        found[name] = float(torch.cat(nats).mean() / hole_N.sum())
     return found
 
 
-def hole_losses(model: Transformer, text_BT: Tensor, codes_BN: Tensor, hole_N: Tensor) -> Tensor:
-    """-log p of the codes in the hole, in nats, given what a model of its order knows when it draws them: [B, n]."""
-    if isinstance(model, AnyOrderTransformer):
-        places_BN = random_orders(codes_BN, model.layout, 0, 0).argsort(dim=1)
+def hole_nats(model: Transformer, text_BT: Tensor, codes_BN: Tensor, hole_N: Tensor) -> Tensor:
+    """-log p of the codes in the hole, given what a model of its order knows when it draws them: [B].
+
+    An any-order model draws them in an order at random, so its p is the mean over orders, here of some.
+    """
+    if not isinstance(model, AnyOrderTransformer):
+        factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
+        return _summed(factors, codes_BN, hole_N.expand_as(codes_BN))
+    each = []
+    for number in range(HOLE_ORDERS):
+        places_BN = random_orders(codes_BN, model.layout, 0, number).argsort(dim=1)
         order_BN = sorted_within_levels(places_BN + codes_BN.shape[1] * hole_N, model.layout)  # what stays first
         factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)[1:]
-        codes_BN, counted_BN = codes_BN.gather(1, order_BN), hole_N[order_BN]
-    else:
-        factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
-        counted_BN = hole_N.expand_as(codes_BN)
+        each.append(_summed(factors, codes_BN.gather(1, order_BN), hole_N[order_BN]))
+    return math.log(HOLE_ORDERS) - torch.stack(each).neg().logsumexp(dim=0)
+
+
+def _summed(factors: list[tuple[Tensor, Tensor]], codes_BN: Tensor, counted_BN: Tensor) -> Tensor:
+    """-log p of the counted codes: [B]."""
     targets = codes_BN.split([hidden.shape[1] for hidden, _ in factors], dim=1)
     losses = cross_entropy([Part(*own, target) for own, target in zip(factors, targets, strict=True)])
-    return torch.cat(losses.plain, dim=1)[counted_BN].view(len(codes_BN), -1)
+    return (torch.cat(losses.plain, dim=1) * counted_BN).sum(dim=1)
 
 
 def shown_holes(run: Path) -> dict[str, list[Group]]:
