@@ -174,11 +174,14 @@ class _Reading:
 
 
 def tar_of(part: Part) -> UsersTar:
-    """The tar that a part is. Raises UserError when its file system does not say how large it is."""
+    """The tar that a part is. Raises UserError when it is gone, or its file system does not say how large it is."""
     url, mark = part.items
     files, path = file_system(url)
     if isinstance(files, LocalFileSystem):
-        return UsersTar(str(path), os.stat(path).st_size)
+        try:
+            return UsersTar(str(path), os.stat(path).st_size)
+        except OSError as error:
+            raise interrupted(str(path), error) from error
     if not isinstance(mark[0], int):
         raise UserError(
             f"prepare.storage: in-place expects tars of known size, found {visible(mask(url))} without: set it to png, "
