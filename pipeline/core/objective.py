@@ -30,7 +30,7 @@ class Exported:
 
 
 class Objective(nn.Module, ABC):
-    """A model and its loss. Its randomness comes from torch's global generator, or is a function of (seed, step, sample).
+    """A model and its loss. Its randomness is torch's global generator's, or a function of (seed, step, sample).
 
     One with plain parameters and no blocks need only define `forward`.
     """
