@@ -83,7 +83,7 @@ def decode(content: bytes, cut: Cut | None = None) -> Pixels:
         return png.decode(content)
     if storage == "jpeg":
         return _channels_first(simplejpeg.decode_jpeg(content))
-    return _channels_first(Image.open(io.BytesIO(content), formats=("WEBP",)).convert("RGB"))
+    return _channels_first(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")).convert("RGB"))
 
 
 def cut_out(content: bytes, cut: Cut) -> Image.Image:
