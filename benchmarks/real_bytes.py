@@ -157,7 +157,7 @@ def _captioned(tars: Sequence[Path]) -> Iterator[tuple[Image.Image, bytes]]:
                     found.setdefault(key, {})[extension] = file.read()
         for files in found.values():
             content = files.get("png") or files["jpg"]
-            yield Image.open(io.BytesIO(content), formats=("PNG", "JPEG")).convert("RGB"), files["txt"]
+            yield Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")).convert("RGB"), files["txt"]
 
 
 if __name__ == "__main__":
