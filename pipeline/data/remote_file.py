@@ -237,6 +237,7 @@ class _Store:
         outage = self._outages.setdefault(root, _Outage(root, self.config.patience_s))
         pause_s, files = _FIRST_PAUSE_S, None
         while True:
+            asked = time.monotonic()
             try:
                 files, path = self._connection(url, root)
                 found = ask(files, path)
@@ -247,11 +248,11 @@ class _Store:
             except FileNotFoundError as error:
                 raise UserError(f"expected an object at {visible(mask(url))}, found none: put it back there") from error
             except Exception as error:  # each kind of storage has its own
-                outage.wait(url, error, pause_s)
+                outage.wait(url, error, pause_s, asked)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 self._forget(root, files)
             else:
-                outage.end()
+                outage.end(asked)
                 return found
 
     def _bring_all(self) -> None:
@@ -313,14 +314,16 @@ class _Outage:
         self._root, self._patience_s = root, patience_s
         self._lock = threading.Lock()
         self._first: float | None = None  # failure of this outage
-        self._last = 0.0
+        self._last = self._ended = 0.0
 
-    def wait(self, url: str, error: BaseException, pause_s: float) -> None:
-        """After a failure. Raises UserError when that goes on for too long."""
+    def wait(self, url: str, error: BaseException, pause_s: float, asked: float) -> None:
+        """After a failure of what was asked at a time. Raises UserError when that goes on for too long."""
         reason = " ".join(str(error).split()) or type(error).__name__
         what = visible(mask(f"{type(error).__name__}: {reason}"))[:300]
         with self._lock:
             now = time.monotonic()
+            if self._first is None and asked < self._ended:  # of the outage that is over
+                return
             if self._first is None or now - self._last > _FORGOTTEN_S:
                 self._first = now
                 log.warning("%s: %s: waiting for up to %.0f s", mask(self._root), what, self._patience_s)
@@ -333,12 +336,13 @@ class _Outage:
             ) from error
         time.sleep(min(pause_s * random.uniform(0.5, 1.0), self._patience_s - waited_s))
 
-    def end(self) -> None:
-        """After an answer."""
+    def end(self, asked: float) -> None:
+        """After an answer to what was asked at a time."""
         if self._first is not None:
             with self._lock:
-                if self._first is not None:
-                    log.info("%s: answers again, after %.0f s", mask(self._root), time.monotonic() - self._first)
+                if self._first is not None and asked > self._first:
+                    self._ended = time.monotonic()
+                    log.info("%s: answers again, after %.0f s", mask(self._root), self._ended - self._first)
                     self._first = None
 
 

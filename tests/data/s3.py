@@ -43,6 +43,7 @@ def s3_server(bucket: str) -> Iterator[Any]:
     )
     try:
         _wait_for(port, server)
+        s3fs.S3FileSystem.clear_instance_cache()  # those of another test's server
         files = s3fs.S3FileSystem(skip_instance_cache=True)
         files.mkdir(bucket)
         yield files

@@ -280,7 +280,8 @@ def test_credentials_that_expire_in_the_middle_are_looked_up_anew_until_they_are
     run: Path, small_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, copy = tmp_path / "credentials", Path(shutil.copytree(run, tmp_path / "there"))
-    keys.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    expired = "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    keys.write_text(expired)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
     with s3_server("own"):
         use(tmp_path / "one")
@@ -292,12 +293,14 @@ def test_credentials_that_expire_in_the_middle_are_looked_up_anew_until_they_are
         batches = ImageStream(copy / "prepare", "train", seed=3, cache_bytes=0).batches(0, 16)
         found = [next(batches)["images"].numpy().tobytes()]
         begin_to_ask()
-        use(tmp_path / "three", patience_s=1.0)
-        with pytest.raises(UserError, match="PermissionError: .*: renew the credentials, and run the same command"):
-            images(copy)
-        use(tmp_path / "four")  # with nothing in it: all is read by the keys that are looked up from now on
+        use(tmp_path / "three")  # with nothing in it: all is read by the keys that are looked up from now on
         threading.Timer(1.5, lambda: keys.write_text(renewed)).start()
         found += [batch["images"].numpy().tobytes() for batch in islice(batches, 7)]
+        batches.close()
+        keys.write_text(expired)
+        use(tmp_path / "four", patience_s=1.0)
+        with pytest.raises(UserError, match="PermissionError: .*: renew the credentials, and run the same command"):
+            images(copy)
     assert found == images(run, 8)
 
 

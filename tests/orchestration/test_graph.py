@@ -16,7 +16,7 @@ from tests.launch import ROOT
 def test_every_stage_has_a_section_and_a_file_and_the_other_way_round() -> None:
     expected = {stage.section for stage in STAGES}
     sections = {name for name, info in PipelineConfig.model_fields.items() if _is_section(info.annotation)}
-    assert sections - {"tracking"} == expected
+    assert sections - {"store", "tracking"} == expected
     assert {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"} == expected
 
 
