@@ -191,6 +191,9 @@ class ColorFormConfig(ArchitectureConfig):
         CodebookConfig(kind="ema", codebook_size=16), description="of the color of each position's darkest pixel"
     )
     form: QuantizerConfig = Field(CodebookConfig(kind="ema"), description="of how dark each pixel is, no color")
+    relative_form: bool = added(
+        False, description="how dark beside the darkest pixel of its position: the same in every color, on white"
+    )
     channels_last: bool = Field(True, description="memory layout of the convolutions; on a CPU 1.3 times as fast")
     reconstruction: Literal["logit_laplace", "l1", "l2"] = "l2"
 

@@ -5,7 +5,8 @@
 
 Neither code knows what the other says, so an image may have a form in a color in which training never saw it; for flat
 drawings, whose parts have one color each. The dark channel is the least of red, green and blue (He et al. 2009); scale
-and shift as Perez et al. 2018 have them.
+and shift as Perez et al. 2018 have them. How dark that is still tells colors apart, unless it is seen in proportion to
+the darkest of its cell (`relative_form`): then the form of a drawing on white is what covers it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pipeline.config.image_tokenizer import ColorFormConfig, ModelConfig
 from pipeline.core.image_size import ImageSize
 from pipeline.image_tokenizer.architecture import DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
 from pipeline.image_tokenizer.vqvae import VQVAE, VectorsOf
+
+_NEARLY_WHITE = 0.1  # a cell that is nowhere as far from white as this is stretched as if it were
 
 
 class ColorForm(VQVAE):
@@ -45,7 +48,11 @@ class ColorForm(VQVAE):
         return conv(code_width, 2 * width, 1)
 
     def _encoded(self, images_B3HW: Tensor) -> list[Tensor]:
-        seen = [_darkest(images_B3HW, self.config.factor), images_B3HW.amin(dim=1, keepdim=True).repeat(1, 3, 1, 1)]
+        assert isinstance(self.config, ColorFormConfig)
+        dark_B1HW = images_B3HW.amin(dim=1, keepdim=True)
+        if self.config.relative_form:
+            dark_B1HW = _in_proportion(dark_B1HW, self.config.factor)
+        seen = [_darkest(images_B3HW, self.config.factor), dark_B1HW.repeat(1, 3, 1, 1)]
         if self.config.channels_last:
             seen = [pixels_B3HW.contiguous(memory_format=torch.channels_last) for pixels_B3HW in seen]
         return [self.encoder(seen[0])[-1], self.form_encoder(seen[1])[-1]]
@@ -59,6 +66,13 @@ class ColorForm(VQVAE):
     def _joined(self, context_BChw: Tensor, e_BChw: Tensor) -> Tensor:
         scale, shift = e_BChw.chunk(2, dim=1)
         return context_BChw * (1 + scale) + shift
+
+
+def _in_proportion(dark_B1HW: Tensor, cell: int) -> Tensor:
+    """A dark channel, of which each cell of `cell` × `cell` pixels is stretched to between 0 and white."""
+    ink_B1HW = 1 - dark_B1HW
+    most_B1hw = F.max_pool2d(ink_B1HW, cell).clamp(min=_NEARLY_WHITE)
+    return 1 - ink_B1HW / F.interpolate(most_B1hw, scale_factor=cell, mode="nearest")
 
 
 def _darkest(images_B3HW: Tensor, cell: int) -> Tensor:

@@ -33,6 +33,15 @@ def test_codes_of_a_form_are_the_same_in_every_color_and_those_of_color_are_not(
     assert not torch.equal(color, other_color)
 
 
+def test_a_relative_form_is_the_same_in_colors_that_are_not_as_dark() -> None:
+    colors = (1.0, 0.05, 0.2), (0.3, 0.4, 0.9)
+    relative = [tokenizer(relative_form=True).encode(drawn_in(color))[1] for color in colors]
+    assert torch.equal(*relative)
+    assert len(relative[0].unique()) > 1
+    absolute = [tokenizer().encode(drawn_in(color))[1] for color in colors]
+    assert not torch.equal(*absolute)
+
+
 def test_codes_of_a_color_are_the_same_in_every_form_and_those_of_form_are_not() -> None:
     model, images = tokenizer(), torch.ones(2, 3, 16, 16)
     for cell_y in range(0, 16, 4):  # a position has 4 × 4 pixels
