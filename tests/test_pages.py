@@ -61,6 +61,7 @@ NOT_RUN = {
     "run": "trains: tests/orchestration, tests/training", "evaluate --config": "takes the run of the demo",
     "report --config": "takes the run of the demo", "inception-v3": "needs weights that have no package",
     "--best": "needs a sweep", "--keep": "needs a reranker", "--step": "needs a checkpoint of the demo",
+    "data push": "needs a store: tests/data",
 }  # fmt: skip
 
 
