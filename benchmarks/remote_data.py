@@ -28,7 +28,7 @@ from benchmarks.data import drop_from_page_cache, table
 from benchmarks.hollow_arrays import hollow_arrays
 from pipeline.config.store import StoreConfig
 from pipeline.core import elsewhere
-from pipeline.core.elsewhere import Elsewhere
+from pipeline.core.elsewhere import Elsewhere, FilesElsewhere
 from pipeline.data import remote_file, stored_image
 from pipeline.data.remote_file import configure
 from pipeline.data.sampler import TokenSampler
@@ -99,8 +99,8 @@ def move(here: Path, there: Path, store: Path, suffix: str, files: list[tuple[st
         to = store / BUCKET / here.name / elsewhere.object_name(name, content)
         to.parent.mkdir(parents=True, exist_ok=True)
         os.link(here / name, to)
-    folders = {"train": {"files": len(files), "bytes": sum(size for _, size, _ in files)}}
-    elsewhere.write(there, Elsewhere(f"s3://{BUCKET}/{here.name}", suffix, folders))  # type: ignore[arg-type]
+    train = FilesElsewhere(files=len(files), bytes=sum(size for _, size, _ in files))
+    elsewhere.write(there, Elsewhere(f"s3://{BUCKET}/{here.name}", suffix, {"train": train}))
 
 
 def make_all(folder: Path) -> None:

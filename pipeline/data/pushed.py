@@ -2,8 +2,8 @@
 
     for line in push(run_directory, "s3://bucket/my-run", remove=True): print(line)
 
-Each file is compared with its checksum before it is sent, and has that in its name there, so that a push which was
-interrupted goes on where it was, and none takes the place of another. What lies there is recorded last, in store.json
+Each file is compared with its checksum before it is sent, and has that in its name there, so that an interrupted
+push resumes where it was, and none takes the place of another. What lies there is recorded last, in store.json
 of the stage (`core/elsewhere.py`); with `remove` the local files go after that.
 """
 

@@ -317,7 +317,7 @@ class _Outage:
         self._last = self._ended = 0.0
 
     def wait(self, url: str, error: BaseException, pause_s: float, asked: float) -> None:
-        """After a failure of what was asked at a time. Raises UserError when that goes on for too long."""
+        """After a failure of what was asked at a time. Raises UserError when they last too long."""
         reason = " ".join(str(error).split()) or type(error).__name__
         what = visible(mask(f"{type(error).__name__}: {reason}"))[:300]
         with self._lock:
@@ -329,7 +329,8 @@ class _Outage:
                 log.warning("%s: %s: waiting for up to %.0f s", mask(self._root), what, self._patience_s)
             self._last, waited_s = now, now - self._first
         if waited_s >= self._patience_s:
-            remedy = "renew the credentials" if isinstance(error, PermissionError) else "see that it is there"
+            is_refused = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+            remedy = "renew the credentials" if is_refused else "see that it is there"
             raise UserError(
                 f"{visible(mask(url))}: expected an answer of the store within store.patience_s={self._patience_s:g}, "
                 f"found: {what}: {remedy}, and run the same command again"

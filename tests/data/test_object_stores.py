@@ -304,6 +304,16 @@ def test_credentials_that_expire_in_the_middle_are_looked_up_anew_until_they_are
     assert found == images(run, 8)
 
 
+def test_without_credentials_the_line_names_them(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    use(tmp_path / "other", patience_s=0.5)
+    with pytest.raises(UserError, match="NoCredentialsError: .*: renew the credentials, and run the same command"):
+        images(there)
+
+
 def renewable_key() -> tuple[Callable[[], None], str]:
     """A function from which on the server takes one key alone, and the credentials file that has it."""
     import boto3
