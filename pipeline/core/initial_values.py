@@ -1,28 +1,34 @@
 """A model that is built without memory, and the values its parameters start with: drawn later, one parameter at a time.
 
     with initial_values(seed) as initial:
-        model = Transformer(layout, shape)        # parameters have a shape, and matrices one element of memory
-    for parameter, values in initial.draw():      # the bits that `torch.manual_seed(seed); Transformer(layout, shape)`
-        parameter.data = values                   # would have written
+        model = Transformer(layout, shape)           # parameters have a shape, and matrices one element of memory
+    for parameter, values in initial.draw(model):    # as the constructor would have written them, each from a generator
+        parameter.data = values                      # that (seed, name of the parameter) seeds
 
-So a process can keep its slice of each parameter and never has more than one of them in full, whatever the number of
-processes; and one that resumes draws nothing.
+So a parameter's values depend on no other, whatever the number of processes or layers; a process can keep its slice of
+each and never has more than one of them in full; and one that resumes draws nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from pipeline.core.seeds import hash64
+
 # By name, of tensors and of torch.nn.init: what writes every element whatever was there, and what changes each alone.
-_NOT_RANDOM = {"zero_", "zeros_", "ones_", "fill_", "constant_"}
-_OVERWRITE = _NOT_RANDOM | {
+_OVERWRITE = {
+    "zero_",
+    "zeros_",
+    "ones_",
+    "fill_",
+    "constant_",
     "normal_",
     "uniform_",
     "kaiming_normal_",
@@ -31,14 +37,13 @@ _OVERWRITE = _NOT_RANDOM | {
     "xavier_uniform_",
 }
 _CHANGE = {"mul_", "add_", "sub_", "div_", "erfinv_", "clamp_"}
+_63_BITS = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class _Write:
     """One call that would have written into a parameter."""
 
-    parameter: nn.Parameter
-    shape: torch.Size  # the parameter itself may have lost it by now
     call: Callable[..., object]
     arguments: Sequence[object]  # after the parameter
     named: Mapping[str, object]  # without the parameter
@@ -52,71 +57,72 @@ class _Write:
         self.call(values, *self.arguments, **self.named)
 
 
+@dataclass
+class _Known:
+    """What the constructor of a model did with one of its parameters."""
+
+    parameter: nn.Parameter  # kept, so that its id stays its own
+    shape: torch.Size  # which the parameter loses at ZeRO-3
+    given: Tensor | None  # a vector's values when it was registered
+    writes: list[_Write] = field(default_factory=list)
+
+    def values(self) -> Tensor | None:
+        """The parameter's, drawn from torch's global generator; None where no call tells them all."""
+        overwrites = [index for index, write in enumerate(self.writes) if write.name in _OVERWRITE]
+        if overwrites:
+            values, writes = torch.empty(self.shape), self.writes[overwrites[-1] :]
+        elif self.given is not None:
+            values, writes = self.given.clone(), self.writes
+        else:
+            return None
+        for write in writes:
+            write.on(values)
+        return values
+
+
 class InitialValues:
     """What the constructor of a model has written into its parameters, as calls that can be repeated."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._writes: list[_Write] = []
-        self._given: dict[int, tuple[nn.Parameter, Tensor]] = {}  # vectors, with what their constructors gave them
-        self._known: set[int] = set()
+        self._known: dict[int, _Known] = {}
         self._values_of: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, drawn: drawn
 
     def replace(self, values_of: Callable[[nn.Parameter, Tensor], Tensor]) -> None:
         """From now on `draw` gives `values_of(parameter, what is drawn)`, of the same shape."""
         self._values_of = values_of
 
-    def draw(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter once, with its values in float32 and in full, in an order of its own.
+    def draw(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter of the model once, with its values in float32 and in full.
 
         Who lets go of values before the next ones come never has two parameters in full.
 
         Raises:
-            RuntimeError: a matrix has got its values in a way that cannot be repeated.
+            RuntimeError: a parameter has got its values in a way that cannot be repeated.
         """
-        for parameter, drawn in self._drawn():
-            values = self._values_of(parameter, drawn)
-            del drawn
+        for name, parameter in model.named_parameters():
+            values = self._values_of(parameter, self._drawn(name, parameter))
             yield parameter, values
             del values  # before there are others
 
-    def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """As the constructor would have drawn them.
-
-        It seeds torch's global generator; until its end nothing else may draw from that.
-        """
-        torch.manual_seed(self._seed)
-        last = {id(write.parameter): i for i, write in enumerate(self._writes) if write.name in _OVERWRITE}
-        for number, given in self._given.items():
-            if number not in last:
-                yield given[0], self._changed(given[1].clone(), given[0], 0)
-        for index, write in enumerate(self._writes):
-            is_last = last.get(id(write.parameter)) == index
-            if not (is_last or write.name in _OVERWRITE - _NOT_RANDOM):
-                continue
-            values = torch.empty(write.shape)
-            write.on(values)  # one that is overwritten later has advanced the generator
-            if is_last:
-                yield write.parameter, self._changed(values, write.parameter, index)
-            del values
-        if lost := self._known - last.keys() - self._given.keys():
-            raise RuntimeError(f"expected torch.nn.init to write each matrix, found {len(lost)} that it does not write")
-
-    def _changed(self, values: Tensor, parameter: nn.Parameter, since: int) -> Tensor:
-        """After what the constructor did with the parameter's elements from its write `since` on."""
-        for write in self._writes[since:]:
-            if write.parameter is parameter and write.name in _CHANGE:
-                write.on(values)
+    def _drawn(self, name: str, parameter: nn.Parameter) -> Tensor:
+        known = self._known.get(id(parameter))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash64("initial values", self._seed, name) & _63_BITS)
+            values = known.values() if known else None
+        if values is None:
+            raise RuntimeError(f"expected torch.nn.init to write each matrix, found that it does not write {name}")
         return values
 
     def _without_memory(self, parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) in self._known:
             return parameter
+        given = None
         if parameter.ndim >= 2:
             parameter = nn.Parameter(parameter.detach().new_zeros(()).expand(parameter.shape), parameter.requires_grad)
         else:
-            self._given[id(parameter)] = parameter, parameter.detach().clone()
-        self._known.add(id(parameter))
+            given = parameter.detach().clone()
+        self._known[id(parameter)] = _Known(parameter, parameter.shape, given)
         return parameter
 
     def _record(self, call: Callable[..., object], args: Sequence[object], named: Mapping[str, object]) -> bool:
@@ -127,16 +133,17 @@ class InitialValues:
         if not (writes and isinstance(target, nn.Parameter)):
             return False
         if name not in _OVERWRITE | _CHANGE:
-            known = ", ".join(sorted(_OVERWRITE | _CHANGE))
-            raise RuntimeError(f"expected a parameter to be initialised by one of {known}, found {name}")
-        others = {key: value for key, value in named.items() if key != "tensor"}
-        self._writes.append(_Write(target, target.shape, call, args[1:], others))
-        return True
+            expected = ", ".join(sorted(_OVERWRITE | _CHANGE))
+            raise RuntimeError(f"expected a parameter to be initialised by one of {expected}, found {name}")
+        if known := self._known.get(id(target)):
+            others = {key: value for key, value in named.items() if key != "tensor"}
+            known.writes.append(_Write(call, args[1:], others))
+        return known is not None
 
 
 @contextmanager
 def initial_values(seed: int) -> Iterator[InitialValues]:
-    """Inside, models are built without memory; what they would have drawn after `torch.manual_seed(seed)` is kept."""
+    """Inside, models are built without memory; how they would have filled their parameters is kept."""
     initial = InitialValues(seed)
     with registering(initial._without_memory), _Recorder(initial):
         yield initial

@@ -20,12 +20,13 @@ from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulati
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
-from pipeline.core.initial_values import initial_values
+from pipeline.core.initial_values import InitialValues, initial_values
 from pipeline.core.objective import Exported, Objective
 from pipeline.training.checkpoint_files import write_files
 from pipeline.training.ema import Ema
 from pipeline.training.engines import build_engine
 from pipeline.training.engines.base import Engine, Start, shapes_of
+from pipeline.training.engines.partitioned_start import give_memory
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.sharded_state import ShardedState, shards_file
 from pipeline.transformer.build import build_transformer
@@ -121,6 +122,21 @@ def global_batch(step: int, poisoned: bool = False, order: str | None = None) ->
     return {"x": x}
 
 
+def without_memory(case: Case) -> tuple[Objective, InitialValues]:
+    with initial_values(0) as initial:
+        objective = objective_of(case)
+    if case.order:  # gradients of smaller queries are rounding alone, of which Adam makes whole steps
+        initial.replace(lambda parameter, drawn: drawn if parameter.ndim < 2 else 5 * drawn)
+    return objective, initial
+
+
+def started(case: Case) -> Objective:
+    """With memory, and the initial values of seed 0."""
+    objective, initial = without_memory(case)
+    give_memory(objective, initial, drawn=True)
+    return objective
+
+
 def training(case: Case, processes: int) -> TrainingConfig:
     return TrainingConfig(
         optimizer=case.optimizer,
@@ -139,8 +155,11 @@ def training(case: Case, processes: int) -> TrainingConfig:
 def run(case: Case, folder: Path) -> dict[str, Any]:
     config = training(case, distributed.world_size())
     torch.manual_seed(0)
-    with initial_values(0) if case.without_memory else nullcontext() as initial:
-        objective = objective_of(case)
+    if case.without_memory:
+        objective, initial = without_memory(case)
+        start = Start(initial, drawn=not case.load)
+    else:
+        objective, start = started(case), None
     shapes = shapes_of(objective)
     zero = DeepSpeedConfig(
         zero_stage=case.zero,
@@ -148,7 +167,6 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         offload_optimizer=case.offload,
     )
     try:
-        start = Start(initial, drawn=not case.load) if initial else None
         engine = build_engine(case.kind, objective, config, zero, folder, start)
         ema = Ema(engine.local_parameters, 0.8) if case.average else None
         if case.load:

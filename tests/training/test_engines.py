@@ -26,7 +26,7 @@ from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
 from tests.conftest import made_once
 from tests.launch import launch
-from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, objective_of, training
+from tests.training.engine_worker import BATCH, STEPS, Case, SmallObjective, global_batch, started, training
 
 ZERO, POISONED, HALF = (0, 1, 2, 3), 3, STEPS // 2
 ORDERS = [Case(zero=zero, order=order) for zero in ZERO for order in ("any", "scale")]
@@ -131,8 +131,7 @@ def trained(folder: Path) -> dict[int, Results]:
 def test_initial_weights_are_the_same_bits_at_every_stage_and_number_of_processes(
     trained: dict[int, Results], processes: int
 ) -> None:
-    torch.manual_seed(0)
-    drawn = dict(SmallObjective().named_parameters())
+    drawn = dict(started(Case()).named_parameters())
     for case in BEGINNINGS[:4]:
         _expect_same_bits(trained[processes][case.name]["weights"], drawn)
 
@@ -158,8 +157,7 @@ def _expect_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 def _plain_pytorch(skipped_step: int | None = None, order: str | None = None) -> tuple[dict[str, Tensor], list[float]]:
     config = training(Case(), 1)
-    torch.manual_seed(0)
-    objective = objective_of(Case(order=order))
+    objective = started(Case(order=order))
     optimizer = build_adamw(objective.parameter_groups(), config)
     norms = []
     for step in range(STEPS):
@@ -175,8 +173,7 @@ def _plain_pytorch(skipped_step: int | None = None, order: str | None = None) ->
 def _plain_average() -> dict[str, Tensor]:
     """Of the weights of a training in plain PyTorch, with decay 0.8."""
     config = training(Case(), 1)
-    torch.manual_seed(0)
-    objective = SmallObjective()
+    objective = started(Case())
     optimizer = build_adamw(objective.parameter_groups(), config)
     average = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     for step in range(STEPS):
@@ -208,8 +205,7 @@ def test_an_engine_equals_plain_pytorch(case: Case, processes: int, trained: dic
 @pytest.mark.slow
 def test_muon_on_deepspeed_equals_torchs_muon(case: Case, processes: int, trained: dict[int, Results]) -> None:
     config = training(case, 1)
-    torch.manual_seed(0)
-    objective = SmallObjective()
+    objective = started(Case())
     matrices = [p for name, p in objective.named_parameters() if p.ndim == 2 and "layers." in name]
     others = [p for p in objective.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
@@ -335,8 +331,7 @@ def test_a_consolidated_checkpoint_has_the_gathered_weights_bit_for_bit(
 @pytest.mark.slow
 def test_four_processes_start_with_the_same_bits_and_consolidate_to_the_gathered_weights(tmp_path: Path) -> None:
     found = _train([*BEGINNINGS[:4], *AVERAGED[:4]], tmp_path, 4)
-    torch.manual_seed(0)
-    drawn = dict(SmallObjective().named_parameters())
+    drawn = dict(started(Case()).named_parameters())
     for case in BEGINNINGS[:4]:
         _expect_same_bits(found[case.name]["weights"], drawn)
     for case in AVERAGED[:4]:

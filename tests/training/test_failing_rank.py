@@ -44,7 +44,7 @@ def test_the_others_say_in_a_line_that_they_have_lost_it(failed: tuple[Path, str
 
 def test_every_group_of_processes_waits_as_long_as_we_say(failed: tuple[Path, str]) -> None:
     for rank in range(2):
-        found = re.search(rf"rank {rank} waits at most \[(.*)\] s", failed[1])
+        found = re.search(rf"rank {rank} waits at most \[([^]]*)\] s", failed[1])
         assert found, failed[1]
         limits = [float(limit) for limit in found[1].split(",")]
         assert limits.count(12 * 3600) == 1  # that of control

@@ -43,7 +43,7 @@ def _start(
     weights = OtherWeights(model, folder, ours, TOKENS if ours else None)
     initial.replace(weights.values)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(parameter)]: values.clone() for parameter, values in initial.draw()}, weights
+    return {names[id(parameter)]: values.clone() for parameter, values in initial.draw(model)}, weights
 
 
 def _theirs(folder: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def give_memory(objective: Objective, initial: InitialValues, drawn: bool) -> No
     for parameter in objective.parameters():
         parameter.data = torch.zeros(parameter.shape)
     if drawn:
-        for parameter, values in initial.draw():
+        for parameter, values in initial.draw(objective):
             parameter.data = values
 
 
@@ -41,7 +41,7 @@ def give_shards(
         else:
             vars(parameters[0])["convert_to_zero_parameters"](param_list=[parameter])
     if drawn:
-        for parameter, values in initial.draw():
+        for parameter, values in initial.draw(objective):
             own = vars(parameter)["ds_tensor"]
             start, length = shard_of(values.numel(), own.numel())
             own[:length].copy_(values.view(-1)[start : start + length])
