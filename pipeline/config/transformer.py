@@ -152,12 +152,12 @@ class TransformerConfig(TransformerShape):
         description="order any: codes come in raster order until the first of these steps, from the second on in random"
         " orders, between in a growing share of the samples; null: in random orders from the start",
     )
-    code_noise: float = added(
-        0.1,
+    code_noise: float | None = added(
+        None,
         ge=0,
         lt=1,
-        description="order scale: up to this share of a sample's codes are read as others in training, so that finer"
-        " levels learn to live with wrong draws",
+        description="up to this share of a sample's codes are read as others in training, so that later ones learn to"
+        " live with wrong draws, and to go by the caption; null: 0.1 with order scale, else 0",
     )
     init_from: str | None = added(
         None,
@@ -167,6 +167,13 @@ class TransformerConfig(TransformerShape):
     )
     training: TrainingConfig = TrainingConfig(steps=10_000, batch_size=64)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def noise(self) -> float:
+        """`code_noise`, or what null stands for."""
+        if self.code_noise is None:
+            return 0.1 if self.order == "scale" else 0.0
+        return self.code_noise
 
     @model_validator(mode="after")
     def _check_anneal(self) -> TransformerConfig:

@@ -26,7 +26,6 @@ from pipeline.transformer.bit_groups import of_codes
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
-from pipeline.transformer.next_scale import NextScaleTransformer
 from pipeline.transformer.orders import random_orders
 
 
@@ -87,14 +86,12 @@ class JointObjective(TransformerObjective):
     def _factors(self, text_BT: Tensor, codes_BN: Tensor, step: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The factors of the logits, and the codes in the order in which these predict them."""
         model = self.transformer
-        if isinstance(model, NextScaleTransformer) and self.training:
-            read_BN = replace_codes(codes_BN, model.layout, self.config.code_noise)
-            return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
+        read_BN = replace_codes(codes_BN, model.layout, self.config.noise) if self.training else codes_BN
         if not isinstance(model, AnyOrderTransformer):
-            return model.hidden_and_head_weights(text_BT, codes_BN), codes_BN
+            return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
         share = self._random_share(step) if self.training else 1.0
         order_BN = random_orders(codes_BN, model.layout, self.seed, step, share)
-        factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)
+        factors = model.hidden_and_head_weights(text_BT, read_BN, order_BN)
         return factors, codes_BN.gather(1, order_BN)
 
     def _random_share(self, step: int) -> float:
