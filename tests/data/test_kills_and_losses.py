@@ -65,7 +65,9 @@ def tars(tmp_path: Path) -> Path:
     [
         pytest.param("/parts", 1, id="comparing keys"),
         pytest.param("/parts", 8, id="comparing images"),
-        pytest.param("/parts/000002.json", 2, id="writing a part again"),
+        pytest.param("/train/000002.index.npy", 2, id="writing a part again, before its files"),
+        pytest.param("/train/000002.tar", 2, id="writing a part again, before its tar"),
+        pytest.param("/parts/000002.json", 2, id="writing a part again, before its record"),
     ],
 )
 def test_killed_while_parts_are_compared_or_written_again_it_ends_with_the_same_bytes_and_leaves_nothing(
