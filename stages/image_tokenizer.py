@@ -42,13 +42,13 @@ class Workload:
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.image_tokenizer
-        directory, seed = run.input("prepare"), run.config.seed
+        directory, seed = run.input("prepare"), run.training_seed
         augment = Augment(self.config.random_flip, self.config.random_crop)
         self.train = ImageStream(directory, "train", seed, shares=run.source_shares, augment=augment)
         tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = ImageStream(run.input("prepare"), "val", run.config.seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
-        torch.manual_seed(run.config.seed)
+        torch.manual_seed(seed)
         self.tokenizer: ImageTokenizer = new_tokenizer(self.config, self.train.image_size)
         if (source := init_from(self.config)) and not resumes(run):
             folder = find_start(source, run.name).folder

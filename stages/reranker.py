@@ -45,10 +45,10 @@ class Workload:
         self.run, self.config = run, run.config.reranker
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         directory, shares = run.input("prepare"), run.source_shares
-        self.stream = ImageStream(directory, "train", run.config.seed, shares=shares, beside=self._captions)
+        self.stream = ImageStream(directory, "train", run.training_seed, shares=shares, beside=self._captions)
         tell_sources(self.stream.order, run.config.prepare.source_names, self.config.training)
         self.catalog = Catalog(run.input("prepare"), "train")
-        torch.manual_seed(run.config.seed)
+        torch.manual_seed(run.training_seed)
         text = self.text_tokenizer
         self.towers = TwoTowers(self.config.model, self.stream.image_size, text.text_length, text.vocab_size)
         self.objective = ContrastiveObjective(self.towers)
@@ -58,7 +58,7 @@ class Workload:
         return self.stream.batches(consumed, self.config.training.batch_size)
 
     def _captions(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> dict[str, Tensor]:
-        which = caption_in_epoch(self.run.config.seed, samples, epochs, self.catalog.caption_counts(samples))
+        which = caption_in_epoch(self.run.training_seed, samples, epochs, self.catalog.caption_counts(samples))
         return {"text": self.text_tokenizer.encode(self.catalog.captions(samples, which)).to(torch.int32)}
 
     def data_metrics(self, samples: int) -> dict[str, float]:

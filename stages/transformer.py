@@ -52,7 +52,7 @@ class Workload:
         tokens = run.input("tokenize")
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         encode = self._encode_caption()
-        seed, shares = run.config.seed, run.source_shares
+        seed, shares = run.training_seed, run.source_shares
         self.train = TokenSampler(tokens, "train", seed, encode_caption=encode, draw_captions=True, shares=shares)
         tell_sources(self.train.order, run.config.prepare.source_names, self.config.training)
         self.validation = TokenSampler(tokens, "val", run.config.seed)
@@ -64,8 +64,8 @@ class Workload:
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         arrays = self.train.arrays
         layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)
-        with initial_values(run.config.seed) as self.initial:
-            self.objective = JointObjective(build_transformer(layout, self.config), self.config, run.config.seed)
+        with initial_values(seed) as self.initial:
+            self.objective = JointObjective(build_transformer(layout, self.config), self.config, seed)
         self._start_from_another()
         image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model")
         self.image_tokenizer = image_tokenizer.to(distributed.device())

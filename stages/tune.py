@@ -49,12 +49,12 @@ class Workload:
         self.run, self.config = run, run.config.tune
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         self.train, self.validation = (Catalog(run.input("prepare"), split) for split in ("train", "val"))
-        self.order = GlobalOrder(len(self.train), run.config.seed)
+        self.order = GlobalOrder(len(self.train), run.training_seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         folder, device = run.input("transformer") / "model", distributed.device()
         dtype = _DTYPES.get(precision_of(self.config, device))
         self.start = load_transformer(folder, dtype, device)
-        with initial_values(run.config.seed) as self.initial:
+        with initial_values(run.training_seed) as self.initial:
             transformer = build_transformer(self.start.layout, self.start.shape)
             self.objective = GroupRelativeObjective(transformer, self.config.kl_weight, self.config.temperature)
         if not resumes(run):
@@ -65,7 +65,7 @@ class Workload:
         reranker = run.input("reranker") / "model" if run.config.reranker.enabled else None
         reward = reward_of(self.config, self.text_tokenizer, reranker)
         self.rollouts = Rollouts(
-            transformer, self.start, self._pipelines[0].decode, reward, self.config, run.config.seed
+            transformer, self.start, self._pipelines[0].decode, reward, self.config, run.training_seed
         )
 
     @property
@@ -90,7 +90,7 @@ class Workload:
         """Captions of the train split in the order of its samples, another one of a sample's captions each epoch."""
         samples, epochs = self.order.locate(np.arange(first, first + count))
         counts = self.train.caption_counts(samples)
-        return self.train.captions(samples, caption_in_epoch(self.run.config.seed, samples, epochs, counts))
+        return self.train.captions(samples, caption_in_epoch(self.run.training_seed, samples, epochs, counts))
 
     def data_metrics(self, samples: int) -> dict[str, float]:
         """None: prompts are drawn evenly from all sources."""
@@ -136,7 +136,7 @@ def _check_groups(run: StageRun) -> None:
 
 def main(run: StageRun) -> None:
     _check_groups(run)
-    torch.manual_seed(run.config.seed)
+    torch.manual_seed(run.training_seed)
     workload, config = Workload(run), run.config.tune
     checkpoint = train(
         run, config.training, workload, engine="deepspeed", deepspeed=config.deepspeed, initial=workload.initial

@@ -66,6 +66,11 @@ class TrainingConfig(Config):
         " bf16-weights: weights and gradients in bf16, the optimizer's weights in float32; bf16-autocast: float32"
         " weights, cast for each product; fp16: on GPUs only",
     )
+    seed: int | None = added(
+        None,
+        ge=0,
+        description="of this training: initial weights, order of samples, dropout, all that it draws; null: the run's",
+    )
     tf32: bool = added(
         False, description="on GPUs, let float32 products and convolutions round their factors to 11 bits: faster"
     )

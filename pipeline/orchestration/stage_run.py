@@ -69,6 +69,12 @@ class StageRun:
         return self._runs.stage(name)
 
     @property
+    def training_seed(self) -> int:
+        """Of this stage's training: its own (`training.seed`), or the run's."""
+        training = self.config.training(self.stage.section)
+        return self.config.seed if training is None or training.seed is None else training.seed
+
+    @property
     def source_shares(self) -> list[tuple[int, list[int]]]:
         """From which sample of this training on how many of each 1,000 come from each of prepare.sources.
 

@@ -162,7 +162,7 @@ class Trainer:
         watchdog.beat(f"step {state.step + 1}", patient=not self._has_stepped)  # the first one compiles
         self._has_stepped = True
         self._profiler.before_step(state.step)
-        seed_step(self.stage.config.seed, state.step, distributed.rank())
+        seed_step(self.stage.training_seed, state.step, distributed.rank())
         self.engine.objective.train()
         found = self._forward_and_backward(batch)
         update = self.engine.update(learning_rate_factor(self.training, state.step))
