@@ -2,6 +2,7 @@
 
     python -m benchmarks.near_duplicates find 100000 --brute-force
     python -m benchmarks.near_duplicates find 1000000 10000000
+    python -m benchmarks.near_duplicates find 100000000 --kinds images
 
 Each measurement is a process of its own, and so is what makes the hashes. They lie in files of 10,000, as parts of
 `prepare` leave them, below TMPDIR, and so does what is compared. CPU time says what the work is, on a machine with
@@ -35,11 +36,12 @@ def main() -> None:
 @main.command("find")
 @click.argument("sizes", type=int, nargs=-1, required=True)
 @click.option("--bits", default=3, show_default=True)
+@click.option("--kinds", default="chance,images", show_default=True)
 @click.option("--brute-force", is_flag=True, help="compare all pairs, too, and the results")
-def find(sizes: tuple[int, ...], bits: int, brute_force: bool) -> None:
+def find(sizes: tuple[int, ...], bits: int, kinds: str, brute_force: bool) -> None:
     """Find near-duplicates among SIZES hashes: of chance, and distributed as those of images with flat colours."""
     print("| hashes | samples | CPU s | wall s | near-duplicates | peak MB |\n|---|---|---|---|---|---|")
-    for samples, kind in product(sizes, ("chance", "images")):
+    for samples, kind in product(sizes, kinds.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "benchmarks.near_duplicates"]
             subprocess.run([*command, "make", folder, kind, str(samples)], check=True)
