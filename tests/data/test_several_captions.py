@@ -217,7 +217,9 @@ def test_both_trainings_draw_and_validation_does_not(run: Path) -> None:
     ]
     sizes = [f"{name}.training.batch_size=8" for name in ("transformer", "reranker")]
     config = load_pipeline(TINY, [*small, *sizes])
-    stage_run = cast(StageRun, SimpleNamespace(config=config, input=lambda name: run / name, source_shares=[]))
+    stage_run = cast(
+        StageRun, SimpleNamespace(config=config, training_seed=0, input=lambda name: run / name, source_shares=[])
+    )
     tokenizer = TextTokenizer.from_pretrained(run / "text-tokenizer")
     transformer, ranker = transformer_stage.Workload(stage_run), reranker_stage.Workload(stage_run)
     for workload in (transformer, ranker):

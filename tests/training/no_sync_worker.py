@@ -103,7 +103,11 @@ def main(kind: str, folder: str, waits: str = "") -> None:
         checkpoint_every=STEPS,
     )
     run = SimpleNamespace(
-        name=kind, config=SimpleNamespace(seed=0), directory=directory, tracker=Tracker(directory, None)
+        name=kind,
+        config=SimpleNamespace(seed=0),
+        training_seed=0,
+        directory=directory,
+        tracker=Tracker(directory, None),
     )
     engine = "deepspeed" if kind == "transformer" else "accelerate"
     train(cast(StageRun, run), config, Workload(kind), engine=engine)  # type: ignore[arg-type]

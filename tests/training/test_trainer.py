@@ -155,7 +155,7 @@ def _train(
     settings = {"steps": 6, "batch_size": BATCH, "log_every": 2, "evaluate_every": 2, "log_images_every": 4}
     config = TrainingConfig(**settings | {"checkpoint_every": 3, "ema_decay": 0.9, "warmup_steps": 0} | training)
     stage = SimpleNamespace(
-        name="small", config=SimpleNamespace(seed=0), directory=folder, tracker=Tracker(folder, None)
+        name="small", config=SimpleNamespace(seed=0), training_seed=0, directory=folder, tracker=Tracker(folder, None)
     )
     speed = Speedometer(config, workload)
     try:
