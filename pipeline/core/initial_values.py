@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from pipeline.core.seeds import hash64
+from pipeline.core.seeds import hash63
 
 # By name, of tensors and of torch.nn.init: what writes every element whatever was there, and what changes each alone.
 _OVERWRITE = {
@@ -37,7 +37,6 @@ _OVERWRITE = {
     "xavier_uniform_",
 }
 _CHANGE = {"mul_", "add_", "sub_", "div_", "erfinv_", "clamp_"}
-_63_BITS = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class InitialValues:
     def _drawn(self, name: str, parameter: nn.Parameter) -> Tensor:
         known = self._known.get(id(parameter))
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash64("initial values", self._seed, name) & _63_BITS)
+            torch.default_generator.manual_seed(hash63("initial values", self._seed, name))
             values = known.values() if known else None
         if values is None:
             raise RuntimeError(f"expected torch.nn.init to write each matrix, found that it does not write {name}")

@@ -17,6 +17,11 @@ def hash64(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
+def hash63(*parts: object) -> int:
+    """The lower 63 bits of `hash64`: a seed for torch's generators, and a number for its int64 tensors."""
+    return hash64(*parts) & (2**63 - 1)
+
+
 def random_of(*parts: object) -> random.Random:
     """A generator of random numbers, seeded with `hash64` of the parts."""
     return random.Random(hash64(*parts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.core.seeds import hash64
+from pipeline.core.seeds import hash63
 from pipeline.transformer.layout import Layout
 
 _63_BITS = 2**63 - 1
@@ -29,10 +29,10 @@ def random_orders(codes_BN: Tensor, layout: Layout, seed: int, step: int, share:
     """
     places_N = torch.arange(codes_BN.shape[1], device=codes_BN.device)
     sample_B1 = _mix(_mix(places_N + 1) ^ _mix(codes_BN + 1)).sum(dim=1, keepdim=True)
-    salt = hash64("order", seed, step) & _63_BITS
+    salt = hash63("order", seed, step)
     keys_BN = _mix(_mix(sample_B1 + salt) ^ _mix(places_N + 1))
     if share < 1:
-        chosen_B1 = _mix(sample_B1 + (hash64("anneal", seed, step) & _63_BITS)) & _63_BITS
+        chosen_B1 = _mix(sample_B1 + hash63("anneal", seed, step)) & _63_BITS
         keys_BN = torch.where(chosen_B1 < int(share * 2**63), keys_BN, places_N)
     return sorted_within_levels(keys_BN, layout)
 

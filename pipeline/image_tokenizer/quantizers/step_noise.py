@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core import distributed
-from pipeline.core.seeds import hash64
-
-_63_BITS = 2**63 - 1
+from pipeline.core.seeds import hash63
 
 
 class StepNoise:
@@ -32,7 +30,7 @@ class StepNoise:
         generator = torch.Generator(like.device if torch.cuda.is_available() else "cpu")
         noise = torch.empty_like(like, memory_format=torch.contiguous_format)
         for place, image in enumerate(noise, begin):
-            image.uniform_(generator=generator.manual_seed(hash64(*self._seed, step, place) & _63_BITS))
+            image.uniform_(generator=generator.manual_seed(hash63(*self._seed, step, place)))
         return noise
 
     def expect(self, images: int) -> None:
