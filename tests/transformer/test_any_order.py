@@ -167,6 +167,72 @@ def test_an_anneal_goes_from_raster_to_random_orders_as_a_function_of_seed_step_
     assert moved[:24].nonzero()[:, 0].tolist() == [1, 2, 3, 10, 13, 14, 15, 16, 20]
 
 
+def test_orders_that_fill_a_hole_keep_a_rectangle_for_last_on_all_levels_alike() -> None:
+    layout = Layout.of(3, 9, [(1, 1, 4), (4, 6, 4), (8, 12, 4)])
+    codes = torch.randint(0, 4, (600, 121), generator=torch.Generator().manual_seed(0))
+    free = random_orders(codes, layout, seed=1, step=9)
+    assert torch.equal(random_orders(codes, layout, 1, 9, holes=0.0), free)
+    some = random_orders(codes, layout, 1, 9, holes=0.3)
+    filling = (some != free).any(1)
+    assert 130 < filling.sum() < 230
+    assert torch.equal(random_orders(codes[[40, 7]], layout, 1, 9, holes=0.3), some[[40, 7]])
+    places, free_places = some.argsort(1), free.argsort(1)
+    heights, widths = [], []
+    for sample in filling.nonzero()[:, 0].tolist():
+        coarse, fine = (
+            places[sample, start:end].view(shape) for start, end, shape in ((1, 25, (4, 6)), (25, 121, (8, 12)))
+        )
+        # The rectangle: what some number of last places make, where codes on either side keep their random order.
+        found = []
+        for count in range(6, 97):
+            last = (fine >= 121 - count).nonzero()
+            rows, columns = (last.amax(0) - last.amin(0) + 1).tolist()
+            inside = (fine >= 121 - count).flatten()
+            own = free_places[sample, 25:][inside].argsort(), free_places[sample, 25:][~inside].argsort()
+            new = fine.flatten()[inside].argsort(), fine.flatten()[~inside].argsort()
+            if rows * columns == count and torch.equal(own[0], new[0]) and torch.equal(own[1], new[1]):
+                found.append((rows, columns, *last.amin(0).tolist()))
+        assert len(found) == 1
+        rows, columns, top, left = found[0]
+        heights.append(rows)
+        widths.append(columns)
+        touched = torch.zeros(8, 12, dtype=torch.bool)
+        touched[top : top + rows, left : left + columns] = True
+        touched = touched.view(4, 2, 6, 2).any(3).any(1)
+        assert touched.all() or coarse[touched].min() > coarse[~touched].max()
+    assert min(heights) in (2, 3)
+    assert max(heights) == 8
+    assert min(widths) in (3, 4)
+    assert max(widths) == 12
+    # Written down, for a resumed training.
+    assert filling[:16].nonzero()[:, 0].tolist() == [1, 5, 6, 10]
+    assert some[1, -6:].tolist() == [101, 55, 115, 78, 43, 80]
+
+
+def test_training_fills_holes_and_evaluation_does_not() -> None:
+    layout = LAYOUTS[0]
+    values = {"layers": 2, "width": 32, "heads": 4, "order": "any", "caption_dropout": 0.0}
+    text, codes = batch(layout, 8)
+
+    def check(training: bool, holes: float, **more: float) -> None:
+        config = TransformerConfig.model_validate(values | more)
+        torch.manual_seed(0)
+        objective = JointObjective(build_transformer(layout, config), config, seed=5)
+        for parameter in objective.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        measured = objective.train(training)({"text": text, "codes": codes}, 3)[1]["loss/image"]
+        order = random_orders(codes, layout, 5, 3, holes=holes)
+        logits = logits_of(objective.transformer, text, codes, order)[1]  # type: ignore[arg-type]
+        own = -logits.detach().log_softmax(-1).gather(-1, codes.gather(1, order)[..., None]).mean()
+        assert float(measured) == pytest.approx(float(own))
+
+    for share in (0.0, 0.5, 1.0):
+        check(True, share, order_holes=share)
+        check(False, 0.0, order_holes=share)
+    with pytest.raises(ValueError, match="order_holes: expected order any, found raster"):
+        TransformerConfig.model_validate(values | {"order": "raster", "order_holes": 0.5})
+
+
 def test_training_anneals_orders_and_evaluation_does_not() -> None:
     layout = LAYOUTS[0]
     values = {"layers": 2, "width": 32, "heads": 4, "order": "any", "caption_dropout": 0.0, "order_anneal": [10, 20]}
