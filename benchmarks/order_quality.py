@@ -81,7 +81,6 @@ class Found:
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=256, show_default=True)
 @click.option("--learning-rate", default=3e-3, show_default=True)
-@click.option("--order-holes", default=0.0, show_default=True, help="of order any")
 @click.option("--temperature", type=float, help="of all orders; without it the first seed's models choose")
 @click.option("--sheet", type=click.Path(path_type=Path), help="a .png: holes as the first seed's models fill them")
 def main(
@@ -94,7 +93,6 @@ def main(
     layers: int,
     width: int,
     learning_rate: float,
-    order_holes: float,
     temperature: float | None,
     sheet: Path | None,
 ) -> None:
@@ -108,8 +106,9 @@ def main(
         chosen = {order: sampling_of(order, passes, temperature=temperature) for order in orders}
     for seed in map(int, seeds.split(",")):
         for order in orders:
-            shape = {"layers": layers, "width": width, "heads": max(width // 64, 2), "style": "modern", "order": order}
-            config = TransformerConfig.model_validate(shape | ({"order_holes": order_holes} if order == "any" else {}))
+            config = TransformerConfig.model_validate(
+                {"layers": layers, "width": width, "heads": max(width // 64, 2), "style": "modern", "order": order}
+            )
             model, step_ms = trained(run / "tokenize", config, seed, 60 * minutes, learning_rate)
             if order not in chosen:
                 chosen[order] = choose(Judge(run, "val", CHOOSING), model, passes)

@@ -152,12 +152,6 @@ class TransformerConfig(TransformerShape):
         description="order any: codes come in raster order until the first of these steps, from the second on in random"
         " orders, between in a growing share of the samples; null: in random orders from the start",
     )
-    order_holes: float = added(
-        0.0,
-        ge=0,
-        le=1,
-        description="order any: this share of the samples fill a hole in training, a rectangle whose codes come last",
-    )
     code_noise: float | None = added(
         None,
         ge=0,
@@ -180,12 +174,6 @@ class TransformerConfig(TransformerShape):
         if self.code_noise is None:
             return 0.1 if self.order == "scale" else 0.0
         return self.code_noise
-
-    @model_validator(mode="after")
-    def _check_holes(self) -> TransformerConfig:
-        if self.order_holes and self.order != "any":
-            raise ValueError(f"order_holes: expected order any, found {self.order}: leave it out")
-        return self
 
     @model_validator(mode="after")
     def _check_anneal(self) -> TransformerConfig:

@@ -89,8 +89,8 @@ class JointObjective(TransformerObjective):
         read_BN = replace_codes(codes_BN, model.layout, self.config.noise) if self.training else codes_BN
         if not isinstance(model, AnyOrderTransformer):
             return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
-        share, holes = (self._random_share(step), self.config.order_holes) if self.training else (1.0, 0.0)
-        order_BN = random_orders(codes_BN, model.layout, self.seed, step, share, holes)
+        share = self._random_share(step) if self.training else 1.0
+        order_BN = random_orders(codes_BN, model.layout, self.seed, step, share)
         factors = model.hidden_and_head_weights(text_BT, read_BN, order_BN)
         return factors, codes_BN.gather(1, order_BN)
 

@@ -21,7 +21,7 @@ _FINISHED = {
 }
 _LEVELS = "{kind: multiscale, scales: [1, 2, 4], codebook: {kind: ema, codebook_size: 16, code_width: 4}}"
 _SETTINGS = {
-    "any": ["transformer.order=any", "transformer.order_anneal=[1, 6]", "transformer.order_holes=0.5"],
+    "any": ["transformer.order=any", "transformer.order_anneal=[1, 6]"],
     "scale": [
         "transformer.order=scale",
         f"image_tokenizer.model={{kind: vqvae, patch_size: 4, widths: [8], blocks: 1, quantizer: {_LEVELS}}}",
