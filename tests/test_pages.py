@@ -49,9 +49,10 @@ def test_a_command_of_a_page_is_understood(words: list[str], tmp_path: Path, mon
         context = command.make_context(name, list(rest), parent=context)
     overrides = [str(word) for word in context.params.get("overrides") or () if "=" in str(word)]
     if overrides:
-        own = [ROOT / word for word in words if re.fullmatch(r"configs/\w[\w-]*\.yaml", word)]
         # A config of a page's own making, or a run: the demo's stands in.
-        load_pipeline(next((path for path in own if path.is_file()), ROOT / "configs" / "openmoji.yaml"), overrides)
+        demo = ROOT / "configs" / "openmoji.yaml"
+        named = [path for path in map(ROOT.joinpath, words) if path.parent == demo.parent and path.is_file()]
+        load_pipeline([*named, demo][0], overrides)
 
 
 # What is not run here, by how it begins or what is in it, and why.
