@@ -145,7 +145,7 @@ def tokenizers(folder: Path, crops: int, steps: int, seeds: int) -> None:
         read = [np.asarray(decode(content)) for content in stored]
         spent = 1e3 * (time.process_time() - begun) / len(stored)
         tiles = _tiles(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels for pixels in read)
-        lines = [train("ema", seed, 1, steps, 1, (tiles, validation)) for seed in range(seeds)]
+        lines = [train("ema", seed, 1, steps, 1, "adamw", (tiles, validation)) for seed in range(seeds)]
         size = np.mean([len(content) for content in stored]) / 1e3
         told = ", ".join(f"{line['psnr']:.2f}" for line in lines)
         print(f"| {name} | {size:.1f} | {spent:.2f} | {told} |", flush=True)

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config.training import TrainingConfig
 from pipeline.core.objective import ParameterGroup
 from pipeline.image_tokenizer.base import build
+from pipeline.training.optimizer import build_adamw, build_optimizer
 
 SIZE, K, NOMINAL_STEPS = 32, 1024, 10_000  # pixels on each side; codes; steps that schedules are written for
 
@@ -35,8 +37,8 @@ class Contestant(ABC):
     @abstractmethod
     def decode(self, codes: list[Tensor]) -> Tensor: ...
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup(list(self.module.parameters()))]
+    def optimizer(self, config: TrainingConfig) -> torch.optim.Optimizer:
+        return build_adamw([ParameterGroup(list(self.module.parameters()))], config)
 
     def look_ahead(self, micro_batches: Sequence[Tensor], progress: float) -> None:
         """What a loss must know of a whole step of several micro-batches [b,3,H,W]."""
@@ -70,8 +72,8 @@ class Ours(Contestant):
     def after_update(self, applied: bool) -> None:
         self.objective.after_update(applied)
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return self.objective.parameter_groups()
+    def optimizer(self, config: TrainingConfig) -> torch.optim.Optimizer:
+        return build_optimizer(self.objective, config, replicated=True)
 
 
 class DallePytorch(Contestant):

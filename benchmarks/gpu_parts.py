@@ -50,7 +50,6 @@ from pipeline.image_tokenizer.base import build
 from pipeline.sampling.decode import candidate_uniforms, draw_codes
 from pipeline.training.checkpoint_files import write_files
 from pipeline.training.gpu_plan import memory
-from pipeline.training.optimizer import build_adamw
 from pipeline.training.resource_plan import count
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.tables import Tables
@@ -124,7 +123,7 @@ def train_tokenizer(scale: Scale) -> list[Row]:
 def _tokenizer_step(contestant: Contestant, scale: Scale) -> Run:
     device = distributed.device()
     contestant.module.to(device).train()
-    optimizer = build_adamw(contestant.parameter_groups(), training(scale.images))
+    optimizer = contestant.optimizer(training(scale.images))
     images = _images(scale).to(device)
 
     def step() -> None:

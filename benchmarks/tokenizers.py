@@ -38,12 +38,13 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import NOMINAL_STEPS, PEERS, SIZE, Contestant, K, Ours
 from pipeline.config.training import TrainingConfig
+from pipeline.core.malloc import keep_freed
 from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.quantizers import Quantizer
 from pipeline.metrics.psnr_ssim import psnr, ssim
 from pipeline.training.ema import Ema
-from pipeline.training.optimizer import build_adamw, set_learning_rates
+from pipeline.training.optimizer import set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
 
 ARCHITECTURE = {"patch_size": 4, "widths": [128], "blocks": 2, "block_kernels": [3, 1], "bottleneck": 1}
@@ -59,8 +60,9 @@ def ramp(start: float, end: float, until: float = 0.9) -> dict[str, float]:
     return {"start": start, "end": end, "steps": int(NOMINAL_STEPS * until)}
 
 
-RELAXED = {"codebook_size": K, "code_width": 32, "logits": "distance", "kl_weight": ramp(0, 0)}
+RELAXED = {"codebook_size": K, "code_width": 8, "logits": "distance", "kl_weight": ramp(0, 0)}
 RELAXED |= {"batch_entropy_weight": ramp(0.03, 0.003), "temperature": ramp(1.0, 0.05)}
+DVAE = {**RELAXED, "batch_entropy_weight": ramp(0.003, 0, 0.5), "channels_last": True}
 
 
 def vqvae(**quantizer: Any) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def vqvae(**quantizer: Any) -> dict[str, Any]:
 
 
 OURS: dict[str, dict[str, Any]] = {
-    "dvae": {"kind": "dvae", **ARCHITECTURE, **RELAXED, "widths": [160], "batch_entropy_weight": ramp(0.01, 0)},
+    "dvae": {"kind": "dvae", **ARCHITECTURE, **DVAE},
     "gumbel": vqvae(kind="gumbel", **RELAXED),
     "ema": vqvae(**CODEBOOK),
     "gradient": vqvae(**CODEBOOK | {"kind": "gradient"}),
@@ -90,8 +92,7 @@ OURS: dict[str, dict[str, Any]] = {
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }
 TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.0, "warmup_steps": 300}
-
-
+TRAINING |= {"muon_learning_rate": 0.014}
 PEER_TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 300}
 
 
@@ -131,15 +132,22 @@ def openmoji() -> Tensor:
 
 
 def train(
-    kind: str, seed: int, minutes: float, steps: int | None, micro_batches: int, images: tuple[Tensor, Tensor]
+    kind: str,
+    seed: int,
+    minutes: float,
+    steps: int | None,
+    micro_batches: int,
+    optimizer_kind: str,
+    images: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """Train one kind and measure it: the line of the results."""
+    keep_freed()  # as trainings do
     train_images, val_images = images
     torch.manual_seed(seed)
     made = contestant(kind)
-    settings = PEER_TRAINING if kind in PEERS else TRAINING
+    settings = PEER_TRAINING if kind in PEERS else TRAINING | {"optimizer": optimizer_kind}
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
-    optimizer = build_adamw(made.parameter_groups(), config)
+    optimizer = made.optimizer(config)
     held = {name: parameter.data for name, parameter in made.module.named_parameters()}
     ema = Ema(lambda: held, config.ema_decay) if config.ema_decay else None
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +172,7 @@ def train(
             with torch.autocast("cpu", torch.bfloat16):
                 loss = made.loss(micro, spent) / micro_batches
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0 if config.optimizer == "adamw" else math.inf)
         if torch.isfinite(norm):
             set_learning_rates(optimizer, learning_rate_factor(config, int(spent * NOMINAL_STEPS)))
             optimizer.step()
@@ -178,7 +186,7 @@ def train(
     if ema:
         ema.swap()
     line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
-    line["micro_batches"] = micro_batches
+    line |= {"micro_batches": micro_batches, "optimizer": config.optimizer}
     line |= {"images_per_s": step * config.batch_size / seconds, "skipped": skipped}
     line["parameters"] = sum(p.numel() for p in made.module.parameters())
     return line | metrics(made, val_images)
@@ -316,6 +324,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="so many steps instead of minutes, for a machine that is not quiet")
     parser.add_argument("--micro-batches", default="1", help="1,4,16: train with each, and compare; with --steps")
     parser.add_argument("--seeds", default="0", help="0,1,2")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of our kinds; peers have AdamW")
     parser.add_argument("--kinds", help=f"all, or some of: {'; '.join([*OURS, *PEERS])}")
     parser.add_argument("--results", type=Path, default=Path("tokenizers.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing")
@@ -325,7 +334,7 @@ def main() -> None:
     cache = given.results.with_suffix(".images.pt")
     if given.one:
         kind, seed, parts = given.one[0], int(given.one[1]), int(given.one[2])
-        line = train(kind, seed, given.minutes, given.steps, parts, splits(given.data, cache))
+        line = train(kind, seed, given.minutes, given.steps, parts, given.optimizer, splits(given.data, cache))
         with open(given.results, "a") as file:
             file.write(json.dumps(line) + "\n")
         return
@@ -341,7 +350,7 @@ def main() -> None:
             if any(_is_of(line, kind, seed, parts, given) for line in read(given.results)):
                 continue
             command = [sys.executable, "-m", "benchmarks.tokenizers", "--one", kind, seed, parts, "--minutes"]
-            command += [str(given.minutes), "--results", str(given.results)]
+            command += [str(given.minutes), "--results", str(given.results), "--optimizer", given.optimizer]
             command += ["--steps", str(given.steps)] if given.steps else []
             status = subprocess.run(command).returncode
             outcome = "done" if status == 0 else f"failed ({status}), left out"
@@ -353,9 +362,10 @@ def main() -> None:
 
 
 def _is_of(line: dict[str, Any], kind: str, seed: str, micro_batches: str, given: argparse.Namespace) -> bool:
-    asked = (kind, seed, micro_batches, given.minutes, given.steps or line["steps"])
+    optimizer = "adamw" if kind in PEERS else given.optimizer
+    asked = (kind, seed, micro_batches, given.minutes, given.steps or line["steps"], optimizer)
     found = (line["kind"], str(line["seed"]), str(line.get("micro_batches", 1)), line["minutes"], line["steps"])
-    return found == asked
+    return (*found, line.get("optimizer", "adamw")) == asked
 
 
 if __name__ == "__main__":

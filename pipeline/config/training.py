@@ -87,7 +87,7 @@ class TrainingConfig(Config):
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: on the matrices of blocks, AdamW on the rest"
+        "adamw", description="muon: on matrices and convolutions' kernels in blocks, AdamW on the rest"
     )
     learning_rate: float = Field(3e-4, gt=0, description="of AdamW, at its peak")
     muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its peak")

@@ -44,9 +44,9 @@ class Objective(nn.Module, ABC):
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def blocks(self) -> list[nn.Module]:
-        """Repeated layers in their order, which training compiles and recomputes; Muon trains their matrices.
+        """Repeated layers in their order, which training compiles and recomputes, and Muon trains.
 
-        Each takes its activations as the first positional argument.
+        Muon: their matrices and kernels. Each takes its activations as the first positional argument.
         """
         return []
 

@@ -21,17 +21,20 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def skip_unless(applied: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Make the next step of `build_adamw`'s optimizer change nothing where the scalar `applied` is false.
+    """Make the next step of a replicated optimizer change nothing where the scalar `applied` is false.
 
     The kernels read it on the device, as they read what torch's GradScaler finds: the host waits for nothing.
     """
     vars(optimizer)["found_inf"] = applied.logical_not().float()
 
 
-def build_optimizer(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer` names, for all of the objective's parameters."""
+def build_optimizer(objective: Objective, config: TrainingConfig, replicated: bool = False) -> torch.optim.Optimizer:
+    """The optimizer that `config.optimizer` names, for all of the objective's parameters.
+
+    `replicated`: every process has and updates all of them, and `skip_unless` works on it.
+    """
     if config.optimizer == "muon":
-        return build_muon(objective, config)
+        return build_muon(objective, config, replicated)
     return build_adamw(objective.parameter_groups(), config)
 
 
@@ -60,16 +63,18 @@ def _without(parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter])
 
 
 def muon_matrices(objective: Objective) -> list[nn.Parameter]:
-    """The parameters that Muon trains: the matrices of the objective's blocks."""
-    matrices = {id(p) for block in objective.blocks() for p in block.parameters() if p.ndim == 2}
+    """The parameters that Muon trains: the matrices and the convolutions' kernels in the objective's blocks."""
+    inner = (p for block in objective.blocks() for p in block.parameters())
+    matrices = {id(p) for p in inner if p.ndim >= 2 and p.requires_grad}
     return [parameter for parameter in objective.parameters() if id(parameter) in matrices]
 
 
-def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_muon(objective: Objective, config: TrainingConfig, replicated: bool) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) on `muon_matrices`, AdamW without weight decay on embeddings, heads and vectors.
 
-    DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be partitioned over processes. Muon's steps
-    have a fixed size, so a clipped gradient norm would only shrink them all: clipping is AdamW's business.
+    DeepSpeed's implementation, which its ZeRO optimizers know: a matrix may be partitioned over processes. Where all
+    are `replicated`, muon.py has the step. Muon's steps have a fixed size, so a clipped gradient norm would only
+    shrink them all: clipping is AdamW's business.
 
     Raises:
         UserError: the objective has no blocks with matrices.
@@ -78,6 +83,8 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
     if on_cpu:
         spare_muons_compilation()
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    from pipeline.training.muon import ReplicatedMuon
 
     matrices = muon_matrices(objective)
     if not matrices:
@@ -100,7 +107,7 @@ def build_muon(objective: Objective, config: TrainingConfig) -> torch.optim.Opti
         _adamw(group, [p for p in group.parameters if id(p) not in trained_by_muon], config)
         for group in objective.parameter_groups()
     ]
-    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+    optimizer: torch.optim.Optimizer = (ReplicatedMuon if replicated else MuonWithAuxAdam)(
         [muon_group, *(chosen | {"use_muon": False} for chosen in rest if chosen["params"])],
         adam_optimizer=torch.optim.AdamW,
         adam_optimizer_kwargs={"fused": True},

@@ -15,6 +15,7 @@ from pipeline.core.image_size import ImageSize
 
 if TYPE_CHECKING:
     from pipeline.config.image_tokenizer import ImageTokenizerConfig
+    from pipeline.core.objective import Objective
     from pipeline.image_tokenizer import ImageTokenizer
 
 _FLOAT32 = 4  # bytes
@@ -61,14 +62,18 @@ def tokenizer_memory(config: ImageTokenizerConfig, image_size: ImageSize, gpus: 
         precision = resolved_precision(training.precision, True, "accelerate")
         found = passes(objective, batch, precision)
         weights = sum(t.nbytes for t in (*objective.parameters(), *objective.buffers()))
-        held = weights + _kept_beside(training, sum(p.numel() for p in objective.parameters()))
+        held = weights + _kept_beside(training, objective)
     step = max(found.before_gradients, found.with_gradients)
     return TokenizerMemory(micro, held + step, weights + encode, weights + decode)
 
 
-def _kept_beside(training: TrainingConfig, parameters: int) -> int:
-    """AdamW's two moments, and the moving average."""
-    return _FLOAT32 * parameters * (3 if training.ema_decay else 2)
+def _kept_beside(training: TrainingConfig, objective: Objective) -> int:
+    """AdamW's two moments, of what Muon trains one, and the moving average."""
+    from pipeline.training.optimizer import muon_matrices
+
+    parameters = sum(p.numel() for p in objective.parameters())
+    of_muon = sum(p.numel() for p in muon_matrices(objective)) if training.optimizer == "muon" else 0
+    return _FLOAT32 * (parameters * (3 if training.ema_decay else 2) - of_muon)
 
 
 def _peaks_of_one(tokenizer: ImageTokenizer) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Memory that is freed inside of `gives_back` is the system's again."""
+"""Memory that is freed inside of `gives_back` is the system's again; after `keep_freed` the next step has it."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.malloc import gives_back
+from pipeline.core.malloc import gives_back, keep_freed
 from tests.launch import ROOT, environment
 
 KEPT, BLOCK = 40, 3 << 20
+GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library keeps other things")
 
 
 def _own_bytes() -> int:
@@ -30,12 +32,37 @@ def _still_there(given_back: bool) -> int:
         return (_own_bytes() - start) // 1_000_000
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc keeps other things")
-def test_blocks_that_are_freed_in_front_of_one_that_stays_go_back_inside_and_do_not_outside() -> None:
-    def told(given_back: bool) -> int:
-        code = f"from tests.core.test_malloc import _still_there; print(_still_there({given_back}))"
-        run = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, check=True)
-        return int(run.stdout)
+def _faults_of_a_step(kept: bool) -> float:
+    """Pages that the system has to give a process each time that it takes blocks and frees them."""
+    if kept:
+        keep_freed()
+    for _ in range(3):
+        _step()
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        _step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start) / 10
 
-    assert told(given_back=False) > 100
-    assert told(given_back=True) < 10
+
+def _step() -> None:
+    blocks = [bytearray(BLOCK) for _ in range(KEPT)]
+    blocks.append(bytearray(100 << 20))
+
+
+def _told(expression: str) -> float:
+    """What it is in a process of its own."""
+    code = f"from tests.core import test_malloc; print(test_malloc.{expression})"
+    run = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, check=True)
+    return float(run.stdout)
+
+
+@GLIBC
+def test_blocks_that_are_freed_in_front_of_one_that_stays_go_back_inside_and_do_not_outside() -> None:
+    assert _told("_still_there(given_back=False)") > 100
+    assert _told("_still_there(given_back=True)") < 10
+
+
+@GLIBC
+def test_a_loop_that_keeps_what_it_freed_asks_the_system_for_nothing_more() -> None:
+    assert _told("_faults_of_a_step(kept=False)") > 10_000
+    assert _told("_faults_of_a_step(kept=True)") < 100

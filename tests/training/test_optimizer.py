@@ -14,7 +14,7 @@ from pipeline.core.objective import Objective, ParameterGroup
 from pipeline.image_tokenizer.base import build
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.training.ema import Ema
-from pipeline.training.optimizer import build_adamw, build_optimizer
+from pipeline.training.optimizer import build_adamw, build_optimizer, skip_unless
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -72,6 +72,91 @@ def test_muon_trains_the_matrices_of_blocks_and_adamw_every_other_parameter_once
     assert found.keys() == dict(objective.named_parameters()).keys()
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
     assert {group["weight_decay"] for group in found.values() if not group["use_muon"]} == {0.0}
+
+
+class Convolutions(Objective):
+    """Blocks of a tokenizer's kind, of one kernel and of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 12, 1)])
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.stem(batch["images"])
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean(), {}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+def _convolutions() -> Objective:
+    torch.manual_seed(0)
+    return Convolutions()
+
+
+def _steps(objective: Objective, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        images = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(number))
+        objective({"images": images}, number)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+WITH_MUON = TRAINING.model_copy(update={"optimizer": "muon", "learning_rate": 0.01})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_kernels_as_the_matrices_that_torchs_muon_would_get(layout: torch.memory_format) -> None:
+    found, expected = _convolutions(), _convolutions()
+    found.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack this overload
+    _steps(found, build_optimizer(found, WITH_MUON, replicated=True), range(4))
+
+    kernels = [layer.get_parameter("weight") for layer in expected.blocks()]
+    matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]
+    muon = torch.optim.Muon(matrices, lr=WITH_MUON.muon_learning_rate, weight_decay=WITH_MUON.weight_decay)
+    others = [p for p in expected.parameters() if all(p is not kernel for kernel in kernels)]
+    adamw = torch.optim.AdamW(others, lr=WITH_MUON.learning_rate, betas=WITH_MUON.betas, weight_decay=0.0)
+    for number in range(4):
+        images = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(number))
+        expected({"images": images}, number)[0].backward()
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            assert kernel.grad is not None
+            matrix.grad = kernel.grad.flatten(1)
+        muon.step()
+        adamw.step()
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            kernel.data.copy_(matrix.detach().view(kernel.shape))
+        expected.zero_grad()
+    for name, weight in expected.named_parameters():
+        difference = (found.get_parameter(name) - weight).norm() / weight.norm()
+        assert difference < 0.01, name  # both orthogonalise in bfloat16
+
+
+def test_a_step_of_replicated_muon_that_is_not_applied_changes_no_bit_of_weights_or_states() -> None:
+    some, all_applied = _convolutions(), _convolutions()
+    optimizer = build_optimizer(some, WITH_MUON, replicated=True)
+    _steps(some, optimizer, range(2))
+    for parameter in some.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    skip_unless(torch.tensor(False), optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    skip_unless(torch.tensor(True), optimizer)
+    _steps(some, optimizer, range(2, 4))
+    _steps(all_applied, build_optimizer(all_applied, WITH_MUON, replicated=True), range(4))
+    for name, weight in all_applied.named_parameters():
+        assert torch.equal(some.get_parameter(name), weight), name
+
+
+def test_muon_leaves_what_is_frozen_alone() -> None:
+    objective = _convolutions()
+    frozen = objective.blocks()[0].requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in frozen.named_parameters()}
+    _steps(objective, build_optimizer(objective, WITH_MUON, replicated=True), range(2))
+    assert all(torch.equal(frozen.get_parameter(name), value) for name, value in before.items())
 
 
 def _schedule(kind: str, **settings: float) -> list[float]:

@@ -11,6 +11,7 @@ from pipeline.config.base import parse_config
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
 from pipeline.image_tokenizer.base import build
 from pipeline.training.live_memory import LiveBytes
+from pipeline.training.optimizer import muon_matrices
 from pipeline.training.tokenizer_plan import TokenizerMemory, tokenizer_memory
 from tests.conftest import TINY
 
@@ -41,6 +42,12 @@ def test_four_times_the_pixels_take_four_times_the_activations_and_recomputed_bl
     small, large = planned(256), planned(512)
     assert 3.5 < large.decode / small.decode < 4.5
     assert planned(512, activation_checkpointing="block").training < 0.9 * large.training
+
+
+def test_muon_keeps_one_state_of_each_kernel_that_it_trains() -> None:
+    kernels = sum(matrix.numel() for matrix in muon_matrices(build(MODEL, 16).objective()))
+    assert kernels > 10_000
+    assert planned(16).training - planned(16, optimizer="muon").training == 4 * kernels
 
 
 @pytest.mark.slow

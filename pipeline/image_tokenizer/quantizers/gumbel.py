@@ -38,7 +38,7 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float, hard: bool) -> Ten
 
     `hard`: exactly one-hot, with the gradient of the relaxed one (straight-through).
     """
-    soft = F.softmax((logits + noise) / tau, dim=-1)
+    soft = F.softmax((logits + noise).div_(tau), dim=-1)
     if not hard:
         return soft
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)  # F.one_hot looks at the codes
@@ -47,8 +47,9 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float, hard: bool) -> Ten
 
 def distance_logits(z_BND: Tensor, codebook_KD: Tensor, log_scale: Tensor) -> Tensor:
     """−s·‖z − e_k‖² to each vector e_k of the codebook, [B,N,K], without ‖z‖², which a softmax ignores."""
-    bias_K = -codebook_KD.square().sum(-1)
-    flat = torch.addmm(bias_K[None], z_BND.flatten(0, 1), 2 * codebook_KD.T) * log_scale.exp()
+    scale = log_scale.exp()  # on what is small, not on the logits
+    bias_K = -scale * codebook_KD.square().sum(-1)
+    flat = torch.addmm(bias_K[None], z_BND.flatten(0, 1), 2 * scale * codebook_KD.T)
     return flat.unflatten(0, z_BND.shape[:2])
 
 
@@ -73,7 +74,8 @@ def kl_losses(
 def kl_to_uniform(logits: Tensor, q: Tensor) -> Tensor:
     """KL(q ‖ uniform) = ln K − H(q) of the categoricals q = softmax(logits), both [..., K]; [...], in nats."""
     ln_K = math.log(logits.shape[-1])
-    return ln_K + (q * logits).sum(-1) - torch.logsumexp(logits, dim=-1)
+    ln_sum = logits.amax(-1) - q.amax(-1).log()  # of exp(logits): that of the likeliest over its share
+    return ln_K + torch.linalg.vecdot(q, logits) - ln_sum
 
 
 def kl_of_mean_to_uniform(q: Tensor, step_mean: Callable[[Tensor], Tensor]) -> Tensor:

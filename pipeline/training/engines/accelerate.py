@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 from pipeline.training.checkpoint_files import Files
 from pipeline.training.engines.base import Batch, Metrics, Update, expect_all_processes, shards_of_replicated
-from pipeline.training.optimizer import build_adamw, set_learning_rates, skip_unless
+from pipeline.training.optimizer import build_optimizer, set_learning_rates, skip_unless
 from pipeline.training.sharded_state import ShardedState, TensorShard
 
 _MIXED_PRECISION = {"fp32": "no", "bf16-autocast": "bf16", "fp16": "fp16"}
@@ -32,11 +32,6 @@ class AccelerateEngine:
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 
-        if training.optimizer != "adamw":
-            raise UserError(
-                f"expected training.optimizer adamw for a stage that trains through accelerate, found"
-                f" {training.optimizer}: set adamw (muon is the transformer's)"
-            )
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=_MIXED_PRECISION[training.precision],
@@ -53,7 +48,9 @@ class AccelerateEngine:
         groups = objective.parameter_groups()
         self._own = [p for group in groups if not group.adversary for p in group.parameters]
         self._adversaries = [group.parameters for group in groups if group.adversary]
-        self._wrapped, self.optimizer = self.accelerator.prepare(objective, build_adamw(groups, training))
+        self._wrapped, self.optimizer = self.accelerator.prepare(
+            objective, build_optimizer(objective, training, replicated=True)
+        )
 
     def accumulate(self, batch: Batch, step: int, loss_scale: float, last: bool) -> Metrics:
         with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
@@ -64,7 +61,8 @@ class AccelerateEngine:
     def update(self, learning_rate_factor: float) -> Update:
         set_learning_rates(self.optimizer, learning_rate_factor)
         limit = self.training.gradient_clipping or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self._own, limit)
+        clips = self.training.optimizer == "adamw"  # a step of Muon's has its own size, and its gradient's is of no use
+        norm = self.accelerator.clip_grad_norm_(self._own, limit if clips else float("inf"))
         # An adversary is clipped apart: its gradient's length must not decide how far the model itself steps.
         apart = [nn.utils.clip_grad_norm_(adversary, limit) for adversary in self._adversaries]
         applied = torch.stack([norm, *(other.to(norm.device) for other in apart)]).isfinite().all()
