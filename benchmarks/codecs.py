@@ -84,10 +84,11 @@ def memory(folder: Path, images: int) -> None:
         del crops
         source = {"kind": "webdataset", "urls": str(work / "0.tar")}
         values = {"source": source, "image_size": TO, "storage": "jpeg", "workers": 1}
-        before = _peak_mb()
+        before = memory_mb("VmHWM")
         prepare_share(work / "out", PrepareConfig.model_validate(values), 0, lambda parts: parts)
         size = sum(path.stat().st_size for path in work.glob("out/*/*.tar")) / 1e6
-    print(f"{images:,} images, {size:,.0f} MB of shards: {_peak_mb():,.0f} MB at most, {before:,.0f} MB at the start")
+    most = memory_mb("VmHWM")
+    print(f"{images:,} images, {size:,.0f} MB of shards: {most:,.0f} MB at most, {before:,.0f} MB at the start")
 
 
 @main.command()
@@ -95,7 +96,7 @@ def memory(folder: Path, images: int) -> None:
 @click.option("--rounds", default=5, show_default=True)
 def formats(folder: Path, rounds: int) -> None:
     """Libraries that decode, and formats to store, side by side."""
-    large = [crop for path in sorted(folder.iterdir()) for crop in _crops(path)]
+    large = [crop for path in sorted(folder.iterdir()) for crop in random_crops(path)]
     sources = [_pillow(crop, "JPEG", quality=90) for crop in large]
     small = [crop.resize((TO, TO), Image.Resampling.LANCZOS) for crop in large]
     print(f"{len(large)} photographs, {np.mean([len(source) for source in sources]) / 1e3:.0f} kB each\n")
@@ -133,7 +134,7 @@ def tokenizers(folder: Path, crops: int, steps: int, seeds: int) -> None:
     made: dict[bool, list[Image.Image]] = {True: [], False: []}
     for number, path in enumerate(sorted(folder.iterdir())):
         held_out = number % 5 == 4
-        cut = _crops(path, crops)
+        cut = random_crops(path, crops)
         made[held_out] += [crop.resize((TO, TO), Image.Resampling.LANCZOS) for crop in cut]
     validation = _tiles(np.asarray(image) for image in made[True])
     print(f"{len(made[False])} images to learn from, {len(validation):,} tiles of {len(made[True])} others\n")
@@ -161,7 +162,7 @@ def _tiles(images: Iterable[Pixels], side: int = 32) -> Any:
 
 
 def _jpegs(folder: Path) -> list[bytes]:
-    return [_pillow(crop, "JPEG", quality=90) for path in sorted(folder.iterdir()) for crop in _crops(path)]
+    return [_pillow(crop, "JPEG", quality=90) for path in sorted(folder.iterdir()) for crop in random_crops(path)]
 
 
 def _write_tar(path: Path, images: Iterable[bytes]) -> None:
@@ -173,12 +174,13 @@ def _write_tar(path: Path, images: Iterable[bytes]) -> None:
                 tar.addfile(info, io.BytesIO(member))
 
 
-def _peak_mb() -> float:
+def memory_mb(name: str) -> float:
+    """Of this process: VmRSS now, VmHWM at most."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 1e3
 
 
-def _crops(path: Path, count: int = CROPS) -> list[Image.Image]:
+def random_crops(path: Path, count: int = CROPS) -> list[Image.Image]:
     image = Image.open(path, formats=("PNG", "JPEG", "WEBP")).convert("RGB")
     scale = max(1.0, FROM * 1.1 / min(image.size))
     if scale > 1:

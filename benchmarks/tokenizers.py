@@ -141,17 +141,32 @@ def train(
     images: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """Train one kind and measure it: the line of the results."""
-    keep_freed()  # as trainings do
-    train_images, val_images = images
     torch.manual_seed(seed)
-    made = contestant(kind)
     settings = PEER_TRAINING if kind in PEERS else TRAINING | {"optimizer": optimizer_kind}
     config = TrainingConfig(steps=NOMINAL_STEPS, **settings)
+    made = contestant(kind)
+    line = {"kind": kind, "seed": seed, "minutes": minutes, "micro_batches": micro_batches}
+    line |= {"optimizer": config.optimizer, **fit(made, config, seed, minutes, steps, micro_batches, images[0])}
+    line["parameters"] = sum(p.numel() for p in made.module.parameters())
+    return line | metrics(made, images[1])
+
+
+def fit(
+    made: Contestant,
+    config: TrainingConfig,
+    seed: int,
+    minutes: float,
+    steps: int | None,
+    micro_batches: int,
+    images: Tensor,
+) -> dict[str, Any]:
+    """Train for so many minutes, or steps: how many there were, and how fast."""
+    keep_freed()  # as trainings do
     optimizer = made.optimizer(config)
     held = {name: parameter.data for name, parameter in made.module.named_parameters()}
     ema = Ema(lambda: held, config.ema_decay) if config.ema_decay else None
     generator = torch.Generator().manual_seed(seed)
-    order, used = torch.randperm(len(train_images), generator=generator), 0
+    order, used = torch.randperm(len(images), generator=generator), 0
     step = skipped = 0
     started = time.perf_counter()
     made.module.train()
@@ -160,8 +175,8 @@ def train(
         if spent >= 1:
             break
         if used + config.batch_size > len(order):
-            order, used = torch.randperm(len(train_images), generator=generator), 0
-        batch = train_images[order[used : used + config.batch_size]]
+            order, used = torch.randperm(len(images), generator=generator), 0
+        batch = images[order[used : used + config.batch_size]]
         used += config.batch_size
         optimizer.zero_grad(set_to_none=True)
         parts = batch.chunk(micro_batches)
@@ -185,11 +200,8 @@ def train(
     seconds = time.perf_counter() - started
     if ema:
         ema.swap()
-    line = {"kind": kind, "seed": seed, "minutes": minutes, "steps": step, "seconds": round(seconds, 1)}
-    line |= {"micro_batches": micro_batches, "optimizer": config.optimizer}
-    line |= {"images_per_s": step * config.batch_size / seconds, "skipped": skipped}
-    line["parameters"] = sum(p.numel() for p in made.module.parameters())
-    return line | metrics(made, val_images)
+    rate = step * config.batch_size / seconds
+    return {"steps": step, "seconds": round(seconds, 1), "images_per_s": rate, "skipped": skipped}
 
 
 @torch.no_grad()
@@ -198,7 +210,7 @@ def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
     made.module.eval()
     counts = [torch.zeros(size) for size in made.sizes]
     decibels, similarity, bits = [], [], 0.0
-    for batch in validation.split(64):
+    for batch in validation.split(max(1, 64 * SIZE**2 // validation[0, 0].numel())):
         images = batch.float() / 255
         codes = made.encode(images)
         for count, level in zip(counts, codes, strict=True):
@@ -211,7 +223,7 @@ def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
         share = count / count.sum()
         entropy = -torch.xlogy(share, share).sum().item()
         perplexity.append(math.exp(entropy))
-        bits += entropy / math.log(2) * count.sum().item() / (len(validation) * SIZE**2)
+        bits += entropy / math.log(2) * count.sum().item() / (len(validation) * validation[0, 0].numel())
     return {
         "psnr": torch.cat(decibels).mean().item(),
         "ssim": torch.cat(similarity).mean().item(),
