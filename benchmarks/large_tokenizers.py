@@ -5,7 +5,7 @@
 
 DIR holds train/ and val/, as for benchmarks/tokenizers.py. Of the photographs every fifth is for validation, whole.
 Each kind is a process of its own, whose line is appended to `--results`: a broken run resumes there.
-Batches of 4, bfloat16, 1,024 codes; metrics on the validation images. docs/tokenizers.md says what they mean.
+Batches of 4, bfloat16, 1,024 codes; metrics on the validation images.
 """
 
 from __future__ import annotations

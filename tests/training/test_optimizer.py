@@ -11,10 +11,11 @@ from pipeline.config.reranker import TowerConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Objective, ParameterGroup
+from pipeline.image_tokenizer.architecture import use_channels_last
 from pipeline.image_tokenizer.base import build
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.training.ema import Ema
-from pipeline.training.optimizer import build_adamw, build_optimizer, skip_unless
+from pipeline.training.optimizer import build_adamw, build_optimizer, muon_matrices, skip_unless
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -108,10 +109,11 @@ def _steps(objective: Objective, optimizer: torch.optim.Optimizer, numbers: rang
 WITH_MUON = TRAINING.model_copy(update={"optimizer": "muon", "learning_rate": 0.01})
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_takes_kernels_as_the_matrices_that_torchs_muon_would_get(layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_muon_takes_kernels_as_the_matrices_that_torchs_muon_would_get(channels_last: bool) -> None:
     found, expected = _convolutions(), _convolutions()
-    found.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack this overload
+    if channels_last:
+        use_channels_last(found)
     _steps(found, build_optimizer(found, WITH_MUON, replicated=True), range(4))
 
     kernels = [layer.get_parameter("weight") for layer in expected.blocks()]
@@ -154,6 +156,7 @@ def test_a_step_of_replicated_muon_that_is_not_applied_changes_no_bit_of_weights
 def test_muon_leaves_what_is_frozen_alone() -> None:
     objective = _convolutions()
     frozen = objective.blocks()[0].requires_grad_(False)
+    assert {id(matrix) for matrix in muon_matrices(objective)}.isdisjoint(map(id, frozen.parameters()))
     before = {name: parameter.clone() for name, parameter in frozen.named_parameters()}
     _steps(objective, build_optimizer(objective, WITH_MUON, replicated=True), range(2))
     assert all(torch.equal(frozen.get_parameter(name), value) for name, value in before.items())
