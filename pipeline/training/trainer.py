@@ -22,7 +22,7 @@ import torch
 
 from pipeline.config.base import digest
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig, accumulation_steps
-from pipeline.core import distributed, signals, watchdog
+from pipeline.core import distributed, malloc, signals, watchdog
 from pipeline.core.checkpoint_names import saved_steps
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.initial_values import InitialValues
@@ -73,6 +73,8 @@ def train(
         speed = Speedometer(training, workload)
         start = Start(initial, drawn=not resumes(run)) if initial else None
         built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
+        if distributed.device().type == "cpu":
+            malloc.keep_freed()
         return Trainer(run, training, workload, built, speed).run()
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.malloc import gives_back, keep_freed
-from pipeline.training.engines import build_engine
 from tests.launch import ROOT, environment
-from tests.training.engine_worker import Case, started, training
 
 KEPT, BLOCK = 40, 3 << 20
 GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library keeps other things")
@@ -46,12 +44,6 @@ def _faults_of_a_step(kept: bool) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start) / 10
 
 
-def _faults_of_a_training() -> float:
-    case = Case(kind="accelerate", zero=0)
-    build_engine(case.kind, started(case), training(case, 1), None, Path())
-    return _faults_of_a_step(kept=False)
-
-
 def _step() -> None:
     blocks = [bytearray(BLOCK) for _ in range(KEPT)]
     blocks.append(bytearray(100 << 20))
@@ -74,8 +66,3 @@ def test_blocks_that_are_freed_in_front_of_one_that_stays_go_back_inside_and_do_
 def test_a_loop_that_keeps_what_it_freed_asks_the_system_for_nothing_more() -> None:
     assert _told("_faults_of_a_step(kept=False)") > 10_000
     assert _told("_faults_of_a_step(kept=True)") < 100
-
-
-@GLIBC
-def test_a_training_on_a_cpu_keeps_what_a_step_freed() -> None:
-    assert _told("_faults_of_a_training()") < 100

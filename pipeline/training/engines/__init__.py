@@ -22,7 +22,6 @@ from pipeline.core import distributed
 from pipeline.core.arithmetic import set_arithmetic, without_deterministic_form
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import UserError
-from pipeline.core.malloc import keep_freed
 from pipeline.core.objective import Objective
 from pipeline.training.activation_checkpointing import checkpoint_activations
 from pipeline.training.compilation import compile_blocks
@@ -70,8 +69,6 @@ def build_engine(
 
         engine = DeepSpeedEngine(objective, training, deepspeed or DeepSpeedConfig(), directory, start)
     distributed.set_collective_timeout(training.collective_timeout_s)
-    if distributed.device().type == "cpu":
-        keep_freed()
     return engine
 
 
