@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerConfig
 from pipeline.core.image_io import to_pil
+from pipeline.core.malloc import keep_freed
 from pipeline.data.sampler import TokenSampler
 from pipeline.extractors.registry import load_extractor
 from pipeline.image_tokenizer import ImageTokenizer
@@ -132,6 +133,7 @@ def trained(
     tokens: Path, config: TransformerConfig, seed: int, seconds: float, learning_rate: float
 ) -> tuple[Transformer, float]:
     """A model after so many seconds of CPU time in training steps, and the median ms of a step."""
+    keep_freed()  # as trainings do
     sampler = TokenSampler(tokens, "train", seed, rank=0, world_size=1)
     arrays = sampler.arrays
     layout = Layout.of(arrays.text_length, arrays.text_vocab_size, arrays.levels)

@@ -1,9 +1,10 @@
-"""Memory that is freed inside of `gives_back` is the system's again; after `keep_freed` the next step has it."""
+"""Memory freed inside of `gives_back` is the system's again; after `keep_freed`, as by trainings, a step has it."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.stage import run_stage
 from pipeline.core.malloc import gives_back, keep_freed
+from pipeline.orchestration.stage_run import StageRun
+from stages import image_tokenizer
+from tests.conftest import NO_TRACKING
 from tests.launch import ROOT, environment
 
 KEPT, BLOCK = 40, 3 << 20
@@ -49,10 +54,21 @@ def _step() -> None:
     blocks.append(bytearray(100 << 20))
 
 
-def _told(expression: str) -> float:
+def _tell_faults_after_a_training() -> None:
+    """The stage image-tokenizer, as its arguments say; never returns."""
+
+    def main(run: StageRun) -> None:
+        image_tokenizer.main(run)
+        print(_faults_of_a_step(kept=False))
+
+    run_stage("image-tokenizer", main)
+
+
+def _told(expression: str, *arguments: str) -> float:
     """What it is in a process of its own."""
     code = f"from tests.core import test_malloc; print(test_malloc.{expression})"
-    run = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, check=True)
+    command = [sys.executable, "-c", code, *arguments]
+    run = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, check=True)
     return float(run.stdout)
 
 
@@ -66,3 +82,13 @@ def test_blocks_that_are_freed_in_front_of_one_that_stays_go_back_inside_and_do_
 def test_a_loop_that_keeps_what_it_freed_asks_the_system_for_nothing_more() -> None:
     assert _told("_faults_of_a_step(kept=False)") > 10_000
     assert _told("_faults_of_a_step(kept=True)") < 100
+
+
+@GLIBC
+def test_a_training_on_a_cpu_keeps_what_its_steps_free(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny_run / "prepare", run / "prepare")
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(tiny_run / name, run)
+    arguments = ["--config", str(run / "config.yaml"), "image_tokenizer.training.steps=6", NO_TRACKING]
+    assert _told("_tell_faults_after_a_training()", *arguments) < 100

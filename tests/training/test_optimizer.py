@@ -15,7 +15,13 @@ from pipeline.image_tokenizer.architecture import use_channels_last
 from pipeline.image_tokenizer.base import build
 from pipeline.reranker.model import ContrastiveObjective, TwoTowers
 from pipeline.training.ema import Ema
-from pipeline.training.optimizer import build_adamw, build_optimizer, muon_matrices, skip_unless
+from pipeline.training.optimizer import (
+    build_adamw,
+    build_optimizer,
+    muon_matrices,
+    skip_unless,
+    spare_muons_compilation,
+)
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -134,7 +140,7 @@ def test_muon_takes_kernels_as_the_matrices_that_torchs_muon_would_get(channels_
         expected.zero_grad()
     for name, weight in expected.named_parameters():
         difference = (found.get_parameter(name) - weight).norm() / weight.norm()
-        assert difference < 0.01, name  # both orthogonalise in bfloat16
+        assert difference < 0.01, name  # torch's orthogonalises in bfloat16
 
 
 def test_a_step_of_replicated_muon_that_is_not_applied_changes_no_bit_of_weights_or_states() -> None:
@@ -151,6 +157,23 @@ def test_a_step_of_replicated_muon_that_is_not_applied_changes_no_bit_of_weights
     _steps(all_applied, build_optimizer(all_applied, WITH_MUON, replicated=True), range(4))
     for name, weight in all_applied.named_parameters():
         assert torch.equal(some.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_on_a_cpu_wide_matrices_get_the_singular_values_that_newton_schulz_leads_to(rank: int) -> None:
+    spare_muons_compilation()
+    from pipeline.training.muon import WIDE, gram_in_float32
+
+    torch.manual_seed(rank)
+    falling = torch.logspace(0, -2, rank)
+    updates_BNM = (torch.randn(2, 8, rank) * falling) @ torch.randn(2, rank, 8 * WIDE)
+    left, values, right = torch.linalg.svd(updates_BNM.double(), full_matrices=False)
+    values[:, rank:] = 0
+    values /= values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = left @ values.diag_embed() @ right
+    assert (gram_in_float32(updates_BNM, steps=5) - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_muon_leaves_what_is_frozen_alone() -> None:
