@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Config, added, operational
 from pipeline.config.image_losses import AdversarialConfig, PerceptualConfig
@@ -320,10 +320,16 @@ class ImageTokenizerConfig(Config):
         0.1, ge=0, le=1, description="a warning says what to try when fewer of the codes occur on the validation split"
     )
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_that_is_taken_out(cls, model: object) -> object:
+        """`image_tokenizer.model=null` on a command line: what a file would leave out."""
+        return DVAEConfig() if model is None else model
+
     @model_validator(mode="after")
     def _check_pretrained(self) -> ImageTokenizerConfig:
         if self.pretrained and self.model != DVAEConfig():  # the config of a run names defaults, too
-            raise ValueError("pretrained brings its own model: leave `model` out, or `pretrained`")
+            raise ValueError("pretrained brings its own model: leave `model` out (or null), or `pretrained`")
         if self.pretrained and self.init_from:
             raise ValueError("pretrained brings its own weights: leave `init_from` out, or `pretrained`")
         return self
