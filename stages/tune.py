@@ -30,13 +30,14 @@ from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.text_tokenizer.bpe import TextTokenizer
 from pipeline.training.consolidate import finish_model
+from pipeline.training.precision import precision_here
 from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import resumes, train
 from pipeline.transformer.build import build_transformer, load_transformer
 from pipeline.transformer.start import OtherWeights
 from pipeline.tuning.objective import GroupRelativeObjective
 from pipeline.tuning.rewards import reward_of
-from pipeline.tuning.rollouts import Rollouts, precision_of
+from pipeline.tuning.rollouts import Rollouts
 
 _IMAGES = 16
 _DTYPES = {"bf16-weights": torch.bfloat16, "fp16": torch.float16}  # of the weights; others: float32
@@ -52,8 +53,8 @@ class Workload:
         self.order = GlobalOrder(len(self.train), run.training_seed)
         self.validation_batches = evaluation_batches(self.config.training, len(self.validation))
         folder, device = run.input("transformer") / "model", distributed.device()
-        dtype = _DTYPES.get(precision_of(self.config, device))
-        self.start = load_transformer(folder, dtype, device)
+        precision = precision_here(self.config.training.precision, "deepspeed")
+        self.start = load_transformer(folder, _DTYPES.get(precision), device)
         with initial_values(run.training_seed) as self.initial:
             transformer = build_transformer(self.start.layout, self.start.shape)
             self.objective = GroupRelativeObjective(transformer, self.config.kl_weight, self.config.temperature)
@@ -65,7 +66,7 @@ class Workload:
         reranker = run.input("reranker") / "model" if run.config.reranker.enabled else None
         reward = reward_of(self.config, self.text_tokenizer, reranker)
         self.rollouts = Rollouts(
-            transformer, self.start, self._pipelines[0].decode, reward, self.config, run.training_seed
+            transformer, self.start, self._pipelines[0].decode, reward, self.config, precision, run.training_seed
         )
 
     @property

@@ -19,15 +19,18 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 Precision = Literal["fp32", "bf16", "bf16-autocast", "bf16-weights", "fp16"]
 
 
-def resolved_precision(configured: Precision, on_gpu: bool, engine: str) -> Precision:
+def resolved_precision(configured: Precision, on_gpu: bool, engine: str, cpu_has_bf16: bool = True) -> Precision:
     """What `precision` means on a device: bf16 is the best form of it that device and engine have.
 
     On GPUs DeepSpeed's engine keeps weights and gradients in bf16 and float32 master weights in its optimizer. On CPUs,
-    and on accelerate's engine, whose models are small and have codebooks, bf16 is autocast over float32 weights.
+    and on accelerate's engine, whose models are small and have codebooks, bf16 is autocast over float32 weights. CPUs
+    without products in bf16 would take many times as long for it as for fp32, which it is there.
     """
-    if configured == "bf16":
-        return "bf16-weights" if on_gpu and engine == "deepspeed" else "bf16-autocast"
-    return configured
+    if configured != "bf16":
+        return configured
+    if not on_gpu and not cpu_has_bf16:
+        return "fp32"
+    return "bf16-weights" if on_gpu and engine == "deepspeed" else "bf16-autocast"
 
 
 class ProfileConfig(Config):
@@ -62,7 +65,8 @@ class TrainingConfig(Config):
     )
     precision: Precision = Field(
         "bf16",
-        description="bf16: on GPUs bf16-weights (transformer) or bf16-autocast (the others), on CPUs bf16-autocast."
+        description="bf16: on GPUs bf16-weights (transformer) or bf16-autocast (the others), on CPUs bf16-autocast,"
+        " or fp32 where they have no products in bf16 (x86 before AVX-512)."
         " bf16-weights: weights and gradients in bf16, the optimizer's weights in float32; bf16-autocast: float32"
         " weights, cast for each product; fp16: on GPUs only",
     )

@@ -1,4 +1,4 @@
-"""How a GPU computes: TensorFloat-32, and the same bits at each run. CPUs do neither otherwise."""
+"""How a GPU computes: TensorFloat-32, and the same bits at each run; CPUs know one way. Whether a CPU has bf16."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from pipeline.core.errors import UserError
 log = logging.getLogger(__name__)
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # NVIDIA, cuBLAS, "Results reproducibility"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether products in bf16 are as fast as in float32 or faster on this machine's CPU: on x86 it takes AVX-512."""
+    of_onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # some builds are without oneDNN
+    return of_onednn is not None and bool(of_onednn())
 
 
 def prepare_determinism() -> None:

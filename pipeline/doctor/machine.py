@@ -60,7 +60,10 @@ def _no_gpus(cuda: str | None) -> Iterator[Finding]:
             f" ('{os.environ.get('CUDA_VISIBLE_DEVICES', '')}'), and is the driver new enough for it?",
         )
     else:
-        yield note("gpus", "none on this machine: everything runs on its processors")
+        from pipeline.core.arithmetic import cpu_has_bf16
+
+        without = "" if cpu_has_bf16() else ", which have no products in bf16: training.precision bf16 is fp32 here"
+        yield note("gpus", f"none on this machine: everything runs on its processors{without}")
 
 
 def _nvidia_smi() -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.core.arithmetic import cpu_has_bf16
+
 
 def can_pack(weight: Tensor) -> bool:
     """Whether this machine has the layout for a matrix of such a device and precision."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return cpu_has_bf16()
     return weight.dtype == torch.float32
 
 

@@ -101,6 +101,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from pipeline.core.arithmetic import cpu_has_bf16
     from pipeline.image_tokenizer.base import build
     from pipeline.image_tokenizer.pretrained import model_of
     from pipeline.training.flops import measure
@@ -109,7 +110,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
 
     section, text = config.transformer, config.text_tokenizer
     training = section.training
-    precision = resolved_precision(training.precision, device == "cuda", "deepspeed")
+    precision = resolved_precision(training.precision, device == "cuda", "deepspeed", cpu_has_bf16())
     micro = training.batch_size // gpus // accumulation_steps(training, gpus)
     # Bytes are the same in either layout, and fake tensors cannot always be converted.
     kind = model_of(config.image_tokenizer).model_copy(update={"channels_last": False})

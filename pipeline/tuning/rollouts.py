@@ -1,6 +1,6 @@
 """What tuning learns from: images that the model draws as it is, group by group, with their rewards.
 
-    rollouts = Rollouts(policy, start, decode, reward, config, seed)
+    rollouts = Rollouts(policy, start, decode, reward, config, precision, seed)
     batch = rollouts.draw(text_ids, captions, first=1024)      # group_size images of each of these prompts
 
 Image j of the prompt at position p of the training is drawn from (seed, p, j), with the weights of that step: so a
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.config.training import Precision, resolved_precision
+from pipeline.config.training import Precision
 from pipeline.config.tune import TuneConfig
 from pipeline.core import watchdog
 from pipeline.core.seeds import hash64
@@ -39,6 +39,7 @@ class Rollouts:
         decode: Callable[[Tensor], list[Image.Image]],
         reward: Reward,
         config: TuneConfig,
+        precision: Precision,
         seed: int,
     ) -> None:
         """
@@ -46,9 +47,10 @@ class Rollouts:
             policy: the model in training, whose weights change between calls.
             start: what tuning began with, on the same device.
             decode: codes [B, N] to images.
+            precision: that the training computes in.
         """
         self.policy, self.start, self.decode, self.reward, self.config = policy, start, decode, reward, config
-        self._seed = hash64("tune", seed)
+        self._precision, self._seed = precision, hash64("tune", seed)
 
     @torch.no_grad()
     def draw(self, text_PT: Tensor, captions: Sequence[str], first: int) -> dict[str, Tensor]:
@@ -101,10 +103,5 @@ class Rollouts:
 
     def _arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
         """As the training computes, so that rounding is no divergence."""
-        autocast = precision_of(self.config, device) == "bf16-autocast"
+        autocast = self._precision == "bf16-autocast"
         return torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
-
-
-def precision_of(config: TuneConfig, device: torch.device) -> Precision:
-    """The precision that tuning computes in on a device."""
-    return resolved_precision(config.training.precision, device.type == "cuda", "deepspeed")

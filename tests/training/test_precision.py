@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from pipeline.core.errors import UserError
 from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.deepspeed import clips_itself, deepspeed_settings
-from tests.training.engine_worker import BATCH, SmallObjective
+from tests.launch import launch
+from tests.training.engine_worker import BATCH, SmallObjective, global_batch
 
 CONFIG = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH)
 
@@ -31,6 +33,35 @@ def test_bf16_is_bf16_weights_where_a_gpu_and_zero_are_and_autocast_elsewhere() 
     assert resolved_precision("bf16", on_gpu=False, engine="deepspeed") == "bf16-autocast"
     assert resolved_precision("bf16-autocast", on_gpu=True, engine="deepspeed") == "bf16-autocast"
     assert resolved_precision("fp32", on_gpu=True, engine="deepspeed") == "fp32"
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("engine", ["accelerate", "deepspeed"])
+def test_bf16_is_float32_on_a_cpu_without_it(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    seen: set[torch.dtype] = set()
+    objective = SmallObjective()
+    objective.head.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    with caplog.at_level(logging.INFO):
+        built = build_engine(engine, objective, _with(precision="bf16"), None, tmp_path)  # type: ignore[arg-type]
+    built.accumulate(global_batch(0), 0, 1.0, True)
+    assert seen == {torch.float32}
+    assert caplog.text.count("precision bf16 is fp32 here: a CPU has no products in bf16") == 1
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_autocast_that_is_asked_for_on_a_cpu_without_bf16_says_what_it_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    build_engine("accelerate", SmallObjective(), _with(precision="bf16-autocast"), None, tmp_path)
+    assert caplog.text.count("set training.precision=bf16, which is float32 there") == 1
+
+
+def test_processes_on_unlike_cpus_compute_in_one_precision() -> None:
+    assert launch("tests.training.precision_worker", processes=2).count("computes in fp32") == 2
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_an_advantage_is_the_reward_over_its_groups_mean_in_deviations() -> None
 @pytest.mark.parametrize("shape", [{}, {"order": "scale"}, {"code_groups": 2}])
 def test_log_probabilities_are_those_that_codes_are_drawn_by(shape: dict[str, Any]) -> None:
     policy = model(**shape)
-    rollouts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(temperature=0.7), seed=0)
+    rollouts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(temperature=0.7), "fp32", seed=0)
     text = torch.tensor([[3, 1]]).repeat(1500, 1)
     with torch.no_grad():
         codes = rollouts.codes(text, [(0, j) for j in range(len(text))])
@@ -118,7 +118,7 @@ def test_rewards_rise_and_the_leash_holds(shape: dict[str, Any]) -> None:
     for kl_weight in (0.0, 5.0):
         policy, start = model(**shape), model(**shape)
         config = TuneConfig(group_size=16, kl_weight=kl_weight)
-        rollouts = Rollouts(policy, start, as_gray, brightness, config, seed=0)
+        rollouts = Rollouts(policy, start, as_gray, brightness, config, "fp32", seed=0)
         objective = GroupRelativeObjective(policy, kl_weight, 1.0).train()
         optimizer, rewards, text = torch.optim.Adam(policy.parameters(), 0.02), [], torch.tensor([[3, 1], [2, 0]])
         for step in range(12):
@@ -135,12 +135,12 @@ def test_rewards_rise_and_the_leash_holds(shape: dict[str, Any]) -> None:
 
 def test_an_image_is_a_function_of_its_prompts_position_and_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, text = model(), torch.tensor([[3, 1], [2, 0]])
-    rollouts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(group_size=4), seed=5)
+    rollouts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(group_size=4), "fp32", seed=5)
     both = rollouts.draw(text, ["a", "b"], first=7)
     second = rollouts.draw(text[1:], ["b"], first=8)
     assert both["codes"][4:].tolist() == second["codes"].tolist()
     assert both["codes"][:4].tolist() != rollouts.draw(text[:1], ["a"], first=8)["codes"].tolist()
-    in_parts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(group_size=4, draw_at_once=3), seed=5)
+    in_parts = Rollouts(policy, policy, as_gray, brightness, TuneConfig(group_size=4, draw_at_once=3), "fp32", seed=5)
     assert in_parts.draw(text, ["a", "b"], first=7)["codes"].tolist() == both["codes"].tolist()
     assert {name: value.shape for name, value in rollouts.blank(2).items()} == {n: v.shape for n, v in both.items()}
 

@@ -11,15 +11,9 @@ from typing import Literal
 
 import torch
 
-from pipeline.config.training import (
-    DeepSpeedConfig,
-    Precision,
-    TrainingConfig,
-    resolved_precision,
-    samples_per_process,
-)
+from pipeline.config.training import DeepSpeedConfig, Precision, TrainingConfig, samples_per_process
 from pipeline.core import distributed
-from pipeline.core.arithmetic import set_arithmetic, without_deterministic_form
+from pipeline.core.arithmetic import cpu_has_bf16, set_arithmetic, without_deterministic_form
 from pipeline.core.environment import refuse_what_decides_results
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
@@ -27,11 +21,13 @@ from pipeline.training.activation_checkpointing import checkpoint_activations
 from pipeline.training.compilation import compile_blocks
 from pipeline.training.engines.accelerate import AccelerateEngine
 from pipeline.training.engines.base import Engine, Start
+from pipeline.training.precision import precision_here
 
 log = logging.getLogger(__name__)
 _MEANING = {
     "bf16-weights": "weights and gradients in bf16, the optimizer's weights in float32",
     "bf16-autocast": "float32 weights, products in bf16",
+    "fp32": "a CPU has no products in bf16 (x86: AVX-512), and would take many times as long",
 }
 
 
@@ -79,7 +75,7 @@ def _precision(kind: Literal["accelerate", "deepspeed"], training: TrainingConfi
         UserError: the device or the engine has no such precision.
     """
     on_gpu = torch.cuda.is_available()
-    precision = resolved_precision(training.precision, on_gpu, kind)
+    precision = precision_here(training.precision, kind)
     if precision == "fp16" and not on_gpu:
         raise UserError("expected training.precision bf16 or fp32 on CPU, found fp16: set training.precision=bf16")
     if precision.startswith("bf16") and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -94,6 +90,12 @@ def _precision(kind: Literal["accelerate", "deepspeed"], training: TrainingConfi
         )
     if training.precision == "bf16":
         log.info("precision bf16 is %s here: %s", precision, _MEANING[precision])
+    elif precision.startswith("bf16") and not on_gpu and not cpu_has_bf16():
+        log.warning(
+            "precision %s on a CPU without products in bf16: a step takes many times as long as in float32; set"
+            " training.precision=bf16, which is float32 there",
+            precision,
+        )
     return precision
 
 
