@@ -23,6 +23,7 @@ from benchmarks.contestants import Ours
 from benchmarks.tokenizers import BINARY, splits, vqvae
 from pipeline.config.training import TrainingConfig
 from pipeline.config.transformer import TransformerConfig
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.objective import Objective
 from pipeline.training.optimizer import build_adamw, set_learning_rates
 from pipeline.training.schedule import learning_rate_factor
@@ -46,7 +47,7 @@ def updates(objective: Objective, training: TrainingConfig) -> Callable[[dict[st
     optimizer = build_adamw(objective.parameter_groups(), training)
 
     def update(batch: dict[str, Tensor], step: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             loss, _ = objective(batch, step)
         loss.backward()
         set_learning_rates(optimizer, learning_rate_factor(training, step))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.training import TrainingConfig
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.data.stream import ImageStream
 from pipeline.image_tokenizer.base import build
 from pipeline.image_tokenizer.evaluation import evaluate
@@ -77,7 +78,7 @@ def measured(prepare: Path, model: dict[str, Any], steps: int, batch_size: int) 
         seed_step(0, step, 0)
         set_learning_rates(optimizer, learning_rate_factor(training, step))
         memory = Kept(objective)
-        with memory, torch.autocast("cpu", torch.bfloat16):
+        with memory, torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             loss, _ = objective(next(batches), step)
         kept = max(kept, memory.bytes)
         optimizer.zero_grad()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.config.transformer import TransformerConfig
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.image_io import to_pil
 from pipeline.core.malloc import keep_freed
 from pipeline.data.sampler import TokenSampler
@@ -149,7 +150,7 @@ def trained(
         rate = learning_rate * min(part / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * part))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):  # as trainings are by default
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):  # as trainings are by default
             loss, _ = objective(batch, step)
         optimizer.zero_grad()
         loss.backward()

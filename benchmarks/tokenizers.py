@@ -10,7 +10,8 @@
 DIR holds train/ and val/, folders of WebDataset tars or of images; without it, OpenMoji, every 16th image for
 validation. Each (kind, seed) is a process of its own whose line is appended to `--results`: a broken run resumes there.
 Schedules (learning rate, temperature, weights) run on the clock: a faster kind takes more steps in the same time.
-32×32 images to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16, metrics on the validation split.
+32×32 images, half of them mirrored, to 8×8 codes (VQ-VAE-2: and 16×16) of 1,024, bfloat16 (float32 on a CPU without
+it), metrics on the validation split.
 docs/tokenizers.md says what they mean. What is trained: `OURS` here and the peers in benchmarks/contestants.py.
 """
 
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import NOMINAL_STEPS, PEERS, SIZE, Contestant, K, Ours
 from pipeline.config.training import TrainingConfig
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.malloc import keep_freed
 from pipeline.evaluation.image_sets import named_images
 from pipeline.image_tokenizer.base import ImageTokenizer, build
@@ -91,7 +93,7 @@ OURS: dict[str, dict[str, Any]] = {
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }
-TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.0, "warmup_steps": 300}
+TRAINING: dict[str, Any] = {"batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.05, "warmup_steps": 300}
 TRAINING |= {"muon_learning_rate": 0.014}
 PEER_TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 300}
 
@@ -176,15 +178,15 @@ def fit(
             break
         if used + config.batch_size > len(order):
             order, used = torch.randperm(len(images), generator=generator), 0
-        batch = images[order[used : used + config.batch_size]]
+        batch = mirrored(images[order[used : used + config.batch_size]], generator)
         used += config.batch_size
         optimizer.zero_grad(set_to_none=True)
         parts = batch.chunk(micro_batches)
         if len(parts) > 1:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 made.look_ahead(parts, spent)
         for micro in parts:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 loss = made.loss(micro, spent) / micro_batches
             loss.backward()
         norm = nn.utils.clip_grad_norm_(made.module.parameters(), 1.0 if config.optimizer == "adamw" else math.inf)
@@ -202,6 +204,12 @@ def fit(
         ema.swap()
     rate = step * config.batch_size / seconds
     return {"steps": step, "seconds": round(seconds, 1), "images_per_s": rate, "skipped": skipped}
+
+
+def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of images [b,3,H,W] or its mirror image, as chance has it."""
+    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(chosen, images.flip(3), images)
 
 
 @torch.no_grad()

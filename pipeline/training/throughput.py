@@ -17,6 +17,7 @@ import torch
 from pipeline.config.training import TrainingConfig
 from pipeline.core import distributed
 from pipeline.training.flops import flops_of, matmul_flops_per_s
+from pipeline.training.precision import precision_here
 
 if TYPE_CHECKING:
     from pipeline.training.workload import Workload
@@ -28,17 +29,17 @@ class Speedometer:
     Build it before the engine, which changes the model; start it with the first step.
     """
 
-    def __init__(self, training: TrainingConfig, workload: Workload) -> None:
+    def __init__(self, training: TrainingConfig, workload: Workload, engine: str) -> None:
         self._batch_size = training.batch_size
         self._tokens_per_sample = workload.tokens_per_sample
         with closing(workload.batches(0)) as batches:
             batch = {name: tensor.cpu() for name, tensor in next(batches).items()}  # like the weights, until now
         # The first process reports for all; the others save themselves torch's compiler, which counting loads.
-        flops = flops_of(workload.objective, batch, training.precision) if distributed.is_main() else None
+        self._precision = precision_here(training.precision, engine)
+        flops = flops_of(workload.objective, batch, self._precision) if distributed.is_main() else None
         samples = next(iter(batch.values())).shape[0]
         self._flops_per_sample = 3 * flops / samples if flops else None
         self._peak_tflops = training.peak_tflops
-        self._precision = training.precision
         self._peak = 0.0
         self._since = (0.0, 0)  # when, step
 

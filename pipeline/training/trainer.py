@@ -70,7 +70,7 @@ def train(
     """
     own_log = watchdog.rank_log(run.directory.parent / "logs", run.name, distributed.rank())
     with device_errors_in_a_line(training), watchdog.watching(training.hang_timeout_s, own_log):
-        speed = Speedometer(training, workload)
+        speed = Speedometer(training, workload, engine)
         start = Start(initial, drawn=not resumes(run)) if initial else None
         built = build_engine(engine, workload.objective, training, deepspeed, run.directory, start)
         if distributed.device().type == "cpu":

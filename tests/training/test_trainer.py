@@ -157,12 +157,27 @@ def _train(
     stage = SimpleNamespace(
         name="small", config=SimpleNamespace(seed=0), training_seed=0, directory=folder, tracker=Tracker(folder, None)
     )
-    speed = Speedometer(config, workload)
+    speed = Speedometer(config, workload, "accelerate")
     try:
         Trainer(cast(StageRun, stage), config, workload, PlainEngine(workload.objective, nonfinite), speed).run()
     finally:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines
+
+
+def test_utilisation_is_of_products_in_the_precision_that_the_cpu_trains_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def rate(precision: str, device: torch.device) -> float:
+        measured.append(precision)
+        return 1e9
+
+    monkeypatch.setattr("pipeline.training.throughput.matmul_flops_per_s", rate)
+    for supported in (False, True):
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        config = TrainingConfig(steps=2, batch_size=BATCH, warmup_steps=0)
+        Speedometer(config, SmallWorkload(), "accelerate").start(0)
+    assert measured == ["fp32", "bf16-autocast"]
 
 
 def _repeatable(lines: list[dict[str, float]]) -> list[dict[str, float]]:
