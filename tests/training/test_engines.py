@@ -69,9 +69,7 @@ WAITS_FOR_NOTHING = [
     *(Case(zero=zero, average=True, precision="bf16-weights", accumulation=2, may_wait=False) for zero in (1, 2)),
 ]
 WAITS = Case(zero=3, precision="bf16-weights", may_wait=False)
-BF16 = [
-    Case(zero=zero, precision="bf16-autocast", poisoned_step=POISONED) for zero in ZERO
-]  # last: global in DeepSpeed
+BF16 = [Case(zero=zero, precision="bf16-autocast", poisoned_step=POISONED) for zero in ZERO]  # last: it is global
 
 
 def _first_half(case: Case, processes: int) -> Case:

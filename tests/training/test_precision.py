@@ -17,8 +17,10 @@ from pipeline.core.errors import UserError
 from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.deepspeed import clips_itself, deepspeed_settings
+from pipeline.training.throughput import Speedometer
 from tests.launch import launch
 from tests.training.engine_worker import BATCH, SmallObjective, global_batch
+from tests.training.test_trainer import SmallWorkload
 
 CONFIG = TrainingConfig(steps=10, warmup_steps=0, batch_size=BATCH)
 
@@ -58,6 +60,20 @@ def test_autocast_that_is_asked_for_on_a_cpu_without_bf16_says_what_it_costs(
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
     build_engine("accelerate", SmallObjective(), _with(precision="bf16-autocast"), None, tmp_path)
     assert caplog.text.count("set training.precision=bf16, which is float32 there") == 1
+
+
+def test_utilisation_is_of_products_in_the_precision_that_the_cpu_trains_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def rate(precision: str, device: torch.device) -> float:
+        measured.append(precision)
+        return 1e9
+
+    monkeypatch.setattr("pipeline.training.throughput.matmul_flops_per_s", rate)
+    for supported in (False, True):
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        Speedometer(CONFIG, SmallWorkload(), "accelerate").start(0)
+    assert measured == ["fp32", "bf16-autocast"]
 
 
 def test_processes_on_unlike_cpus_compute_in_one_precision() -> None:

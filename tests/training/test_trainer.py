@@ -165,21 +165,6 @@ def _train(
     return lines
 
 
-def test_utilisation_is_of_products_in_the_precision_that_the_cpu_trains_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[str] = []
-
-    def rate(precision: str, device: torch.device) -> float:
-        measured.append(precision)
-        return 1e9
-
-    monkeypatch.setattr("pipeline.training.throughput.matmul_flops_per_s", rate)
-    for supported in (False, True):
-        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda supported=supported: supported)
-        config = TrainingConfig(steps=2, batch_size=BATCH, warmup_steps=0)
-        Speedometer(config, SmallWorkload(), "accelerate").start(0)
-    assert measured == ["fp32", "bf16-autocast"]
-
-
 def _repeatable(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     clock = ("time", "system/", *CLOCK_METRICS)
     return [{name: value for name, value in line.items() if not name.startswith(clock)} for line in lines]
