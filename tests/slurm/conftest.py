@@ -195,10 +195,11 @@ class Training:
     def wait_for_steps(self, restarts: int) -> list[int]:
         """Wait until the job has trained a little after so many restarts; its processes, all asleep."""
         self.wait_until(f"restart {restarts}", lambda: self.notes().count("started") > restarts)
-        before = self.step()
+        before = self.step()  # maybe of what the life before it did after its last checkpoint, and is cut off again
 
         def all_beyond() -> list[int]:
-            ranks = self.ranks() if self.step() not in (before, 100) else []
+            step = self.step()
+            ranks = self.ranks() if step not in (before, 100) and step > self.lives()[-1]["progress_before"] else []
             return ranks if len(ranks) == self.processes else []
 
         ranks = self.wait_until("a step", all_beyond)
