@@ -4,8 +4,8 @@
     python -m benchmarks.transformer --no-peers  # ours alone
 
 Peers: `dalle-pytorch` 1.6.6 (full attention), `transformers`' LlamaForCausalLM of the same shape. Every system takes a
-whole step (forward, backward, AdamW) on the same numbers of tokens, in float32 and under bf16 autocast, and its better
-one counts. They take turns; medians. Sparse attention on a CPU: `python -m benchmarks.transformer --patterns`.
+whole step (forward, backward, AdamW) on the same numbers of tokens, in float32 and, where the CPU has it, under bf16
+autocast, and its better one counts. They take turns; medians. `--patterns`: sparse attention on a CPU.
 See benchmarks/peers.py.
 """
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.data import hollow_arrays
 from benchmarks.peers import dalle_pytorch
 from pipeline.config.transformer import TransformerConfig, TransformerShape
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.data.sampler import TokenSampler
 from pipeline.training.engines import build_engine
 from pipeline.training.flops import measure
@@ -181,37 +182,39 @@ def table(codes: int, rounds: int, steps: int, peers: bool) -> None:
         "smalti modern, 2 kv heads": {"style": "modern", "kv_heads": 2},
         "smalti classic": {"style": "classic"},
     }
-    work = {f"{name}, bf16": ours(codes, True, **shape) for name, shape in styles.items()}
+    kinds = {"bf16": True, "fp32": False} if cpu_has_bf16() else {"fp32": False}
+    own = next(iter(kinds))  # as trainings are by default
+    work = {f"{name}, {own}": ours(codes, kinds[own], **shape) for name, shape in styles.items()}
     work["smalti, fp32"] = ours(codes, False)
     flops = 3 * measure(objective_of(codes), batch_of(codes), "bf16")
-    work["products, bf16"], product_flops = products(codes, torch.bfloat16)
+    work["products"], product_flops = products(codes, torch.bfloat16 if kinds[own] else torch.float32)
     if peers:
-        for bf16, kind in ((True, "bf16"), (False, "fp32")):
+        for kind, bf16 in kinds.items():
             if step := dalle(codes, bf16):
                 work[f"dalle-pytorch, {kind}"] = step
             for attention in ("sdpa", "eager"):
                 work[f"transformers {attention}, {kind}"] = llama(codes, bf16, attention)
     with tempfile.TemporaryDirectory() as folder:
-        work["engine, bf16"] = engine_step(codes, Path(folder))
+        work["engine"] = engine_step(codes, Path(folder))
         seconds = medians(work, rounds, steps)
     print(
         f"{torch.get_num_threads()} threads; {LAYERS} layers, width {WIDTH}, {HEADS} heads, {TEXT}+{IMAGE} tokens, ",
         end="",
     )
     print(f"batch {BATCH}, {TEXT_CODES} + {codes} ids; {rounds} rounds of {steps} steps")
-    for name, own in seconds.items():
-        if not name.startswith("products"):
-            row(name, f"{TOKENS / own:,.0f} tokens/s")
-    bare, modern = seconds["smalti, bf16"], seconds["smalti modern, bf16"]
+    for name, taken in seconds.items():
+        if name != "products":
+            row(name, f"{TOKENS / taken:,.0f} tokens/s")
+    bare, modern = seconds[f"smalti, {own}"], seconds[f"smalti modern, {own}"]
     for peer, bar in (("dalle-pytorch", 1.5), ("transformers", 1.2)):
-        best = min((own for name, own in seconds.items() if name.startswith(peer)), default=None)
+        best = min((taken for name, taken in seconds.items() if name.startswith(peer)), default=None)
         if best is not None:
             row(f"over the better of {peer}", f"{best / bare:.2f} x", f"bar {bar}", best >= bar * bare)
             row("    modern", f"{best / modern:.2f} x", f"bar {bar}", best >= bar * modern)
-    rate, reached = product_flops / seconds["products, bf16"], flops / bare
+    rate, reached = product_flops / seconds["products"], flops / bare
     row("matrix products at these shapes", f"{rate / 1e9:,.0f} GFLOP/s")
     row("the step's", f"{reached / 1e9:,.0f} GFLOP/s", f"{reached / rate:.0%} of it (bar 60 %)", reached >= 0.6 * rate)
-    cost = seconds["engine, bf16"] / bare - 1
+    cost = seconds["engine"] / bare - 1
     row("DeepSpeed's engine over the bare step", f"{cost:+.1%}", "bar 10 %", cost <= 0.1)
 
 

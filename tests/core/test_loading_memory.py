@@ -38,7 +38,7 @@ def _export(folder: Path, **shape: int) -> int:
 @pytest.mark.parametrize("how", ["AutoModel", "ours"])
 @pytest.mark.slow
 def test_weights_in_several_files_are_loaded_in_bf16_with_no_copy_in_float32(how: str, tmp_path: Path) -> None:
-    _export(tmp_path / "small", layers=1, width=64)
+    before_it = _export(tmp_path / "small", layers=1, width=64)
     parameters = _export(tmp_path / "large", layers=6, width=1024)
     assert len(weight_files(tmp_path / "large")) > 3
     arguments = [how, str(tmp_path / "small"), str(tmp_path / "large")]
@@ -63,9 +63,11 @@ def test_weights_in_several_files_are_loaded_in_bf16_with_no_copy_in_float32(how
             peak = max(peak, _own_memory(process.pid))
             time.sleep(0.001)
         assert told.result() == "loaded\n"
+        peak = max(peak, _own_memory(process.pid))  # it waits; since the last look it may have loaded more
         print(file=process.stdin, flush=True)
     rise = peak - before
-    assert 2 * parameters <= rise <= 2.5 * parameters  # bytes; in float32 there are 4 of each, beside these
+    # Bytes; in float32 there are 4 of each, beside these. What the small one took may be taken again.
+    assert 2 * (parameters - before_it) <= rise <= 2.5 * parameters
 
 
 def _own_memory(process: int) -> int:
