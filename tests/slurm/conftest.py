@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -174,13 +174,20 @@ class Training:
     """The transformer of a run, on its way through Slurm."""
 
     def __init__(
-        self, slurm: Slurm, run: Path, processes: int = 4, partition: str = "normal", only: bool = True, **more: str
+        self,
+        slurm: Slurm,
+        run: Path,
+        processes: int = 4,
+        partition: str = "normal",
+        only: bool = True,
+        changes: Sequence[str] = (),
+        **more: str,
     ) -> None:
+        """`changes`: of the config; `more`: of the cluster file."""
         self.slurm, self.run, self.processes = slurm, run, processes
         cluster = str(cluster_file(run.parent, partition, **more))
-        slurm.smalti(
-            "submit", str(run / "config.yaml"), "--cluster", cluster, *(["--only", "transformer"] if only else [])
-        )
+        alone = ["--only", "transformer"] if only else []
+        slurm.smalti("submit", str(run / "config.yaml"), *changes, "--cluster", cluster, *alone)
         self.jobs = {entry["script"]: entry["id"] for entry in json.loads((run / "slurm" / "jobs.json").read_text())}
         self.id = self.jobs["transformer"]
 

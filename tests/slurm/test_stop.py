@@ -143,7 +143,8 @@ def test_a_preemption_with_grace_and_a_time_limit_with_progress_spend_no_budget(
 
 
 def test_a_crash_ends_its_dependents_and_status_says_which_rank_said_what(slurm: Slurm, run_copy: Path) -> None:
-    training = Training(slurm, run_copy, only=False, max_crashes="0", preflight="never")
+    late = ["transformer.training.checkpoint_every=100"]  # a life with a checkpoint has got on, and may crash
+    training = Training(slurm, run_copy, only=False, changes=late, max_crashes="0", preflight="never")
     ranks = training.wait_for_steps(0)
     watcher = slurm.follow("status", str(run_copy), "--watch")
     assert watcher.stdout
