@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.doctor.machine import gpus
 from pipeline.slurm.cluster import seconds
 from tests.conftest import TINY
 from tests.launch import environment
@@ -95,6 +96,15 @@ def test_where_all_is_well_nothing_fails_and_nothing_is_left_behind(tmp_path: Pa
     assert {"python", "versions", "network", "disk", "locks", "clock", "run directory", "mlflow"} <= {*lines}
     assert code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_processors_that_train_in_float32_for_bf16_are_said(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pipeline.doctor.machine._nvidia_smi", str)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: has_bf16)
+    [found] = gpus()
+    assert ("training.precision bf16 is fp32 here" in found.text) is not has_bf16
 
 
 @pytest.mark.parametrize(
