@@ -34,8 +34,8 @@ class Speedometer:
         self._tokens_per_sample = workload.tokens_per_sample
         with closing(workload.batches(0)) as batches:
             batch = {name: tensor.cpu() for name, tensor in next(batches).items()}  # like the weights, until now
-        # The first process reports for all; the others save themselves torch's compiler, which counting loads.
         self._precision = precision_here(training.precision, engine)
+        # The first process reports for all; the others save themselves torch's compiler, which counting loads.
         flops = flops_of(workload.objective, batch, self._precision) if distributed.is_main() else None
         samples = next(iter(batch.values())).shape[0]
         self._flops_per_sample = 3 * flops / samples if flops else None
