@@ -66,10 +66,12 @@ class ReplicatedMuon(MuonWithAuxAdam):
         applied = parameters[0].new_ones(()) if self.found_inf is None else 1 - self.found_inf
         updates = torch.stack([self._update(parameter, applied, group["momentum"]) for parameter in parameters])
         rows, columns = updates.shape[1:]
-        if group["ns_method"] == "gram":
+        if updates.device.type == "cpu" and columns >= WIDE * rows:
+            orthogonalise = gram_in_float32
+        elif group["ns_method"] == "gram":
             orthogonalise = zeropower_via_gram_newtonschulz
         else:
-            orthogonalise = gram_in_float32 if columns >= WIDE * rows else zeropower_via_newtonschulz5
+            orthogonalise = zeropower_via_newtonschulz5
         moves = orthogonalise(updates, steps=5).float() * (group["lr"] * max(1, rows / columns) ** 0.5 * applied)
         for parameter, move in zip(parameters, moves, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"] * applied)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective, ParameterGroup
+from pipeline.training.precision import cpus_have_bf16
 
 _Settings = dict[str, object]  # a parameter group as torch's optimizers take it
 
@@ -101,7 +102,8 @@ def build_muon(objective: Objective, config: TrainingConfig, replicated: bool) -
         "initial_lr": config.muon_learning_rate,
         "momentum": 0.95,
         "weight_decay": config.weight_decay,
-        "ns_method": "standard" if on_cpu else "gram",
+        # "standard" is in bf16; "gram" in fp16, which CPUs without bf16 have neither, and there in float32.
+        "ns_method": "standard" if on_cpu and cpus_have_bf16() else "gram",
     }
     rest = [
         _adamw(group, [p for p in group.parameters if id(p) not in trained_by_muon], config)

@@ -26,6 +26,7 @@ from pipeline.training.schedule import learning_rate_factor
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
+from tests.training.engine_worker import SmallObjective
 
 
 class TwoBlocks(Objective):
@@ -265,3 +266,13 @@ def test_weight_decay_leaves_codebooks_and_tables_of_positions_alone(name: str) 
     assert {found[parameter]["weight_decay"] for parameter in tables} == {0.0}
     matrices = {parameter for parameter, p in objective.named_parameters() if p.ndim >= 2} - {*tables}
     assert {found[parameter]["weight_decay"] for parameter in matrices} == {0.2}
+
+
+def test_muon_orthogonalises_in_float32_on_a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+
+    for name in ("bf16", "fp16"):  # no x86 has the second without the first
+        monkeypatch.setattr(f"torch.ops.mkldnn._is_mkldnn_{name}_supported", lambda: False)
+    muon, *_ = build_optimizer(SmallObjective(), WITH_MUON).param_groups
+    assert muon["use_muon"]
+    assert ns_compute_dtype(muon["ns_method"]) == torch.float32
