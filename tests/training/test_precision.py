@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -40,14 +41,17 @@ def test_bf16_is_bf16_weights_where_a_gpu_and_zero_are_and_autocast_elsewhere() 
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("engine", ["accelerate", "deepspeed"])
 def test_bf16_is_float32_on_a_cpu_without_it(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Literal["accelerate", "deepspeed"],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
     seen: set[torch.dtype] = set()
     objective = SmallObjective()
     objective.head.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
     with caplog.at_level(logging.INFO):
-        built = build_engine(engine, objective, _with(precision="bf16"), None, tmp_path)  # type: ignore[arg-type]
+        built = build_engine(engine, objective, _with(precision="bf16"), None, tmp_path)
     built.accumulate(global_batch(0), 0, 1.0, True)
     assert seen == {torch.float32}
     assert caplog.text.count("precision bf16 is fp32 here: a CPU has no products in bf16") == 1
