@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil
 from pipeline.core.pretrained import cast
@@ -37,6 +39,7 @@ from pipeline.transformer.build import load_transformer
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
+log = logging.getLogger(__name__)
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PIXELS_AT_ONCE = 2**20  # that the image tokenizer decodes: 16 images of 256 × 256
 Candidate = tuple[int, int]  # index of the prompt in the call, and of the candidate
@@ -318,7 +321,14 @@ def sampling_dtype(name: str, device: torch.device) -> torch.dtype:
             f"sampling.dtype: expected fp32 or auto, since {torch.cuda.get_device_name(device)} does not compute in"
             " bf16, found bf16"
         )
+    if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        _tell_of_slow_bf16()
     return DTYPES[name]
+
+
+@cache  # once a process
+def _tell_of_slow_bf16() -> None:
+    log.warning("sampling.dtype bf16 on a CPU without products in bf16: drawing takes longer than with dtype=fp32")
 
 
 def keep_best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:

@@ -19,6 +19,7 @@ from pipeline.training.checkpoint_files import write_files
 from pipeline.training.engines import build_engine, device_errors_in_a_line
 from pipeline.training.engines.deepspeed import clips_itself, deepspeed_settings
 from pipeline.training.throughput import Speedometer
+from tests.dtypes import Dtypes
 from tests.launch import launch
 from tests.training.engine_worker import BATCH, SmallObjective, global_batch
 from tests.training.test_trainer import SmallWorkload
@@ -78,6 +79,26 @@ def test_utilisation_is_of_products_in_the_precision_that_the_cpu_trains_in(monk
         monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda supported=supported: supported)
         Speedometer(CONFIG, SmallWorkload(), "accelerate").start(0)
     assert measured == ["fp32", "bf16-autocast"]
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("kind", ["accelerate", "deepspeed"])
+def test_muon_resumed_on_a_cpu_without_bf16_computes_in_float32_there(
+    kind: Literal["accelerate", "deepspeed"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for supported in (True, False):
+        for name in ("bf16", "fp16"):  # no x86 has the second without the first
+            monkeypatch.setattr(f"torch.ops.mkldnn._is_mkldnn_{name}_supported", lambda supported=supported: supported)
+        engine = build_engine(kind, SmallObjective(), _with(optimizer="muon", precision="fp32"), None, tmp_path)
+        if not supported:
+            engine.load(tmp_path)
+        with Dtypes("cpu") as dtypes:
+            engine.accumulate(global_batch(0), 0, 1.0, True)
+            engine.update(1.0)
+        seen.append(any(torch.bfloat16 in of_one for of_one in dtypes.found.values()))
+        write_files(tmp_path, engine.checkpoint_files())
+    assert seen == [True, False]
 
 
 def test_processes_on_unlike_cpus_compute_in_one_precision() -> None:

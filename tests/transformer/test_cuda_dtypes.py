@@ -22,6 +22,7 @@ from pipeline.transformer.model import Transformer
 from pipeline.transformer.norms import LayerNorm, RMSNorm
 from pipeline.transformer.objective import JointObjective
 from pipeline.transformer.tables import Tables
+from tests.dtypes import Dtypes
 from tests.launches import Launches
 from tests.no_sync import no_sync
 
@@ -71,23 +72,6 @@ def on_fake_gpu(objective: JointObjective, precision: str, monkeypatch: pytest.M
         yield
 
 
-class Dtypes(TorchDispatchMode):
-    """The floating-point dtypes of results on the GPU, by operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, set[torch.dtype]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[object, ...] = (), kwargs: dict | None = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        on_gpu = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.device.type == "cuda"]
-        dtypes = {x.dtype for x in on_gpu if x.is_floating_point()}
-        self.found.setdefault(func.overloadpacket.__name__, set()).update(dtypes)
-        return result
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_bf16_step_is_in_bf16_but_for_the_sums_of_the_loss(
@@ -108,7 +92,7 @@ def test_a_bf16_step_is_in_bf16_but_for_the_sums_of_the_loss(
     own_attend = attention.attend
     monkeypatch.setattr(attention, "attend", attend)
     with on_fake_gpu(objective, precision, monkeypatch):
-        with Dtypes() as step:
+        with Dtypes("cuda") as step:
             with autocast(precision):
                 factors = objective.transformer.hidden_and_head_weights(*batch().values())
                 seen["head"].update(x.dtype for own in factors for x in own)
