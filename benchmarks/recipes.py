@@ -27,19 +27,20 @@ from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.metrics.frechet import frechet_distance
 
 PERCEPTUAL = "image_tokenizer.perceptual={weight: %s, backbone: efficientnet-lite0, resize: 64}"
-ADVERSARIAL = "image_tokenizer.adversarial={start_step: %d, ramp_steps: %d, weight: %s}"
+ADVERSARIAL = "image_tokenizer.adversarial={start_step: %d, ramp_steps: %d, weight: %s, learning_rate_ratio: %s}"
 
 
 def recipes(steps: int) -> dict[str, list[str]]:
     """Changes of the config by recipe."""
 
-    def adversary(start: float) -> str:
-        return ADVERSARIAL % (steps * start, steps / 10, 0.5)
+    def adversary(start: float, weight: float = 0.5, rate: float = 1.0) -> str:
+        return ADVERSARIAL % (steps * start, steps / 10, weight, rate)
 
     found: dict[str, list[str]] = {"as it is": []}
     found |= {f"perceptual {weight}": [PERCEPTUAL % weight] for weight in (0.1, 0.3)}
     for start in (0.1, 0.5):
         found[f"perceptual 0.1, adversary from {start:.0%}"] = [PERCEPTUAL % 0.1, adversary(start)]
+    found["perceptual 0.1, weak and slow adversary from 50%"] = [PERCEPTUAL % 0.1, adversary(0.5, 0.1, 0.1)]
     found["adversary from 50%"] = [adversary(0.5)]
     found |= {
         f"{codes} codes": [f"image_tokenizer.model.quantizer.codebook_size={codes}"] for codes in (128, 2048, 8192)
