@@ -248,6 +248,9 @@ class Pipeline:
 
     def fastest(self, model: Transformer) -> Transformer:
         """`model` as it draws fastest here, which is made once, and anew when its weights have changed."""
+        weight = model.head.weight
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_has_bf16():
+            _tell_of_slow_bf16()
         versions = [id(model), *(0 if p.is_inference() else p._version for p in model.parameters())]
         if self._fast is None or self._fast[0] != versions:
             self._fast = versions, packed(model)
@@ -321,14 +324,12 @@ def sampling_dtype(name: str, device: torch.device) -> torch.dtype:
             f"sampling.dtype: expected fp32 or auto, since {torch.cuda.get_device_name(device)} does not compute in"
             " bf16, found bf16"
         )
-    if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-        _tell_of_slow_bf16()
     return DTYPES[name]
 
 
 @cache  # once a process
 def _tell_of_slow_bf16() -> None:
-    log.warning("sampling.dtype bf16 on a CPU without products in bf16: drawing takes longer than with dtype=fp32")
+    log.warning("sampling in bf16 on a CPU without products in bf16: drawing takes longer than with dtype=fp32")
 
 
 def keep_best(generated: Sequence[GeneratedImage], keep: int) -> list[GeneratedImage]:

@@ -308,12 +308,20 @@ def test_bf16_is_the_default_where_the_device_computes_in_it(monkeypatch: pytest
 
 
 def test_bf16_on_a_cpu_without_it_says_once_what_is_quicker(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    two_levels: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
-    generation._tell_of_slow_bf16.cache_clear()
-    assert [sampling_dtype(name, torch.device("cpu")) for name in ("bf16", "auto", "bf16")].count(torch.bfloat16) == 2
-    assert caplog.text.count("drawing takes longer than with dtype=fp32") == 1
+    loaded = Pipeline(
+        two_levels.text_tokenizer, cast(two_levels.transformer, torch.bfloat16), two_levels.image_tokenizer
+    )
+    two_levels.generate(["red joker"])
+    assert not caplog.text
+    for each, sampling in ((loaded, SamplingConfig()), (two_levels, SamplingConfig(dtype="bf16"))):
+        generation._tell_of_slow_bf16.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            each.generate(["red joker"], sampling=sampling)
+        assert caplog.text.count("drawing takes longer than with dtype=fp32") == 1
 
 
 def test_compile_without_a_compiler_is_one_line(two_levels: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
