@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.codecs import memory_mb, random_crops
 from benchmarks.contestants import NOMINAL_STEPS, Ours
-from benchmarks.tokenizers import CODEBOOK, DVAE, TRAINING, WIDE, fit, metrics, read
+from benchmarks.tokenizers import CODEBOOK, DVAE, GRADIENT, TRAINING, WIDE, fit, metrics, read
 from pipeline.config.training import TrainingConfig
 from pipeline.core.malloc import gives_back
 from pipeline.evaluation.image_sets import named_images
@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vqvae2": {"kind": "vqvae2", **SHAPE, "quantizers": [CODEBOOK, CODEBOOK]},
     "multiscale": {"kind": "vqvae", **SHAPE, "quantizer": {"kind": "multiscale", "scales": SCALES, "codebook": WIDE}},
     "dvae": {"kind": "dvae", **SHAPE, **DVAE},
+    "vit": {"kind": "vit", "patch_size": 16, "width": 256, "layers": 2, "heads": 4, "quantizer": GRADIENT},
     "vqgan": {"kind": "vqgan", "channels": 32, "multipliers": [1, 1, 2, 2, 4], "attention": [4], "quantizer": CODEBOOK},
     "openai-dvae": {"kind": "openai-dvae", "widths": [32, 64, 128, 256], "blocks": 1}
     | {name: value for name, value in DVAE.items() if name != "logits"},

@@ -54,6 +54,7 @@ ARCHITECTURE |= {"stem_kernel": 1, "reconstruction": "l2"}
 LARGER: dict[str, Any] = {"patch_size": 1, "widths": [64, 128, 256]}  # with the blocks that are the default
 TWO_RESOLUTIONS = ARCHITECTURE | {"patch_size": 2, "widths": [64, 128]}
 CODEBOOK = {"kind": "ema", "codebook_size": K, "code_width": 8, "commitment_weight": 0.1}
+GRADIENT = CODEBOOK | {"kind": "gradient"}
 WIDE = CODEBOOK | {"code_width": 32, "commitment_weight": 0.25}
 BINARY = {"kind": "lfq", "bits": 10, "commitment_weight": 0.01, "entropy_weight": 0.02}
 
@@ -75,9 +76,9 @@ OURS: dict[str, dict[str, Any]] = {
     "dvae": {"kind": "dvae", **ARCHITECTURE, **DVAE},
     "gumbel": vqvae(kind="gumbel", **RELAXED),
     "ema": vqvae(**CODEBOOK),
-    "gradient": vqvae(**CODEBOOK | {"kind": "gradient"}),
+    "gradient": vqvae(**GRADIENT),
     "rotation": vqvae(**CODEBOOK, gradient="rotation"),
-    "l2-normalized": vqvae(**CODEBOOK | {"kind": "gradient", "commitment_weight": 0.25}, normalize=True),
+    "l2-normalized": vqvae(**GRADIENT | {"commitment_weight": 0.25}, normalize=True),
     "fsq": vqvae(kind="fsq", channels=[8, 5, 5, 5]),
     "lfq": vqvae(**BINARY),
     "bsq": vqvae(**BINARY | {"entropy_weight": 0.005}, spherical=True),
@@ -90,6 +91,7 @@ OURS: dict[str, dict[str, Any]] = {
         codebook=WIDE | {"codebook_size": 256},
         codebook_per_scale=True,
     ),
+    "vit": {"kind": "vit", "patch_size": 4, "width": 128, "layers": 2, "heads": 4, "quantizer": GRADIENT},
     "vqvae-two-resolutions": {"kind": "vqvae", **TWO_RESOLUTIONS, "quantizer": CODEBOOK},
     "vqvae2": {"kind": "vqvae2", **TWO_RESOLUTIONS, "quantizers": [CODEBOOK, CODEBOOK]},
 }
@@ -248,7 +250,7 @@ def encode_speed() -> None:
     models = {kind: _with_8192_codes(model) for kind, model in OURS.items() if kind != "multiscale-books"}
     _encode_table(models, images)
     print(f"\nAround an encoder that begins at full resolution, widths {LARGER['widths']}:\n")
-    large = {kind: model for kind, model in models.items() if kind != "vqvae-two-resolutions"}
+    large = {kind: model for kind, model in models.items() if kind not in ("vqvae-two-resolutions", "vit")}
     small = ARCHITECTURE.keys() - {"reconstruction"}
     larger = {kind: {n: v for n, v in model.items() if n not in small} | LARGER for kind, model in large.items()}
     _encode_table(larger, images[:16])

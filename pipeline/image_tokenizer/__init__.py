@@ -1,7 +1,7 @@
 """Images to grids of discrete codes and back.
 
 base            ImageTokenizer, the interface, and the kinds; vqvae: VQ-VAE and VQ-VAE-2; dvae: the discrete VAE
-vqgan           the VQGAN's halves; pretrained: weights of other libraries in them
+vqgan           the VQGAN's halves; vit: a vision transformer's; pretrained: weights of other libraries in them
 architecture    the encoder and decoder that they share; ode: continuous depth in place of residual blocks
 quantizers/     features to codes: ema, gradient, multiscale, fsq, lfq, gumbel
 losses          pixels; image_losses: with the optional perceptual and discriminator (adversarial) terms

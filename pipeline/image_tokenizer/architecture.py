@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.image_tokenizer import ArchitectureConfig
+from pipeline.config.image_tokenizer_model import ArchitectureConfig
 from pipeline.image_tokenizer.losses import output_channels
 
 

@@ -4,8 +4,8 @@
     codes = tokenizer.encode(images)      # [B,3,H,W] in [0,1] -> a tensor [B, h*w] per level, coarse to fine
     images = tokenizer.decode(codes)
 
-To add one: a config class with its `kind` in pipeline/config/image_tokenizer.py, in the union `ModelConfig` there; a
-subclass of `ImageTokenizer` in a file here; a line in `KINDS`.
+To add one: a config class with its `kind` in pipeline/config/image_tokenizer_model.py, in the union `ModelConfig`
+there; a subclass of `ImageTokenizer` in a file here; a line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_tokenizer import ModelConfig
+from pipeline.config.image_tokenizer_model import ModelConfig
 from pipeline.core.errors import UserError
 from pipeline.core.image_size import ImageSize, height_width, told
 from pipeline.core.image_size import image_size as one_form
@@ -39,6 +39,7 @@ KINDS = {
     "vqvae2": "pipeline.image_tokenizer.vqvae:VQVAE2",
     "color-form": "pipeline.image_tokenizer.color_form:ColorForm",
     "vqgan": "pipeline.image_tokenizer.vqgan:VQGAN",
+    "vit": "pipeline.image_tokenizer.vit:ViT",
     "openai-dvae": "pipeline.image_tokenizer.openai_dvae:OpenAIDVAE",
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.image_tokenizer import ColorFormConfig, ModelConfig
+from pipeline.config.image_tokenizer_model import ColorFormConfig, ModelConfig
 from pipeline.core.image_size import ImageSize
 from pipeline.image_tokenizer.architecture import DecoderHalf, Encoder, EncoderHalf, conv, use_channels_last
 from pipeline.image_tokenizer.vqvae import VQVAE, VectorsOf

@@ -17,7 +17,7 @@ the receptive field around the relaxation small), max-pooling down, nearest neig
 
 from __future__ import annotations
 
-from pipeline.config.image_tokenizer import DVAEConfig
+from pipeline.config.image_tokenizer_model import DVAEConfig
 from pipeline.image_tokenizer.vqvae import VQVAE
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.config.image_tokenizer import DVAEConfig, VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer_model import DVAEConfig, VQVAE2Config, VQVAEConfig
 from pipeline.config.quantizers import CodebookConfig
 
 OldConfig = DVAEConfig | VQVAEConfig | VQVAE2Config

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.image_tokenizer import OpenAIDVAEConfig
+from pipeline.config.image_tokenizer_model import OpenAIDVAEConfig
 from pipeline.image_tokenizer.architecture import DecoderHalf, EncoderHalf, conv
 from pipeline.image_tokenizer.losses import map_pixels
 from pipeline.image_tokenizer.vqvae import OneGrid

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.image_tokenizer import VQGANConfig
+from pipeline.config.image_tokenizer_model import VQGANConfig
 from pipeline.image_tokenizer.architecture import DecoderHalf, EncoderHalf
 from pipeline.image_tokenizer.still_image import FirstFrame, StillImage
 from pipeline.image_tokenizer.vqvae import OneGrid

@@ -23,7 +23,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.image_tokenizer import ArchitectureConfig, ModelConfig, VQGANConfig, VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer_model import (
+    ArchitectureConfig,
+    ModelConfig,
+    ViTConfig,
+    VQGANConfig,
+    VQVAE2Config,
+    VQVAEConfig,
+)
 from pipeline.core.image_size import ImageSize
 from pipeline.core.level import Level
 from pipeline.core.objective import Exported
@@ -201,7 +208,7 @@ class VQVAE(ImageTokenizer):
     def _pyramid(self, images_B3HW: Tensor) -> list[Tensor]:
         """The encoder's features, coarse to fine; in tiles, of the resolutions that have codes."""
         config = self.config
-        if self._tile is None or isinstance(config, VQGANConfig):
+        if self._tile is None or isinstance(config, VQGANConfig | ViTConfig):
             return self._encoded(images_B3HW)
         margin = reach([config.block_reach] * len(config.widths), config.stem_reach)
         grids = len(self.quantizers)
@@ -211,7 +218,7 @@ class VQVAE(ImageTokenizer):
     def _pixels(self, decode: Callable[[Tensor], Tensor], x_BChw: Tensor, begin: int) -> Tensor:
         """What `decode` makes of the input of the decoder's resolution `begin`."""
         config = self.config
-        if self._tile is None or isinstance(config, VQGANConfig):
+        if self._tile is None or isinstance(config, VQGANConfig | ViTConfig):
             return decode(x_BChw)
         margin = reach([config.block_reach] * (len(config.widths) - begin))
         tile = self._tile * x_BChw.shape[-1] // self.width

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.base import identity, parse_config
-from pipeline.config.image_tokenizer import DVAEConfig
+from pipeline.config.image_tokenizer_model import DVAEConfig
 from pipeline.config.quantizers import GumbelConfig
 from pipeline.config.schedules import CosineRamp
 from pipeline.config.training import TrainingConfig

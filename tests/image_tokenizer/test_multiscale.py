@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_tokenizer import VQVAEConfig
+from pipeline.config.image_tokenizer_model import VQVAEConfig
 from pipeline.core.errors import UserError
 from pipeline.core.resize import resize_matrix
 from pipeline.image_tokenizer.base import build

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_tokenizer import ImageTokenizerConfig, PretrainedTokenizerConfig, VQGANConfig
+from pipeline.config.image_tokenizer import ImageTokenizerConfig, PretrainedTokenizerConfig
+from pipeline.config.image_tokenizer_model import VQGANConfig
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.image_tokenizer.base import build

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.base import parse_config
-from pipeline.config.image_tokenizer import VQVAE2Config, VQVAEConfig
+from pipeline.config.image_tokenizer_model import VQVAE2Config, VQVAEConfig
 from pipeline.config.quantizers import CodebookConfig, QuantizerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.fake_cuda import fake_cuda

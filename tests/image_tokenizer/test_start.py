@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline.config.image_tokenizer import ModelConfig
+from pipeline.config.image_tokenizer_model import ModelConfig
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.start import start_from
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.config.image_tokenizer import VQVAEConfig
+from pipeline.config.image_tokenizer_model import VQVAEConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.base import build

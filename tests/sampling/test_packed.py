@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.generate import SamplingConfig
-from pipeline.config.image_tokenizer import VQVAEConfig
+from pipeline.config.image_tokenizer_model import VQVAEConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.image_tokenizer.base import build

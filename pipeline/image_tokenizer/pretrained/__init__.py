@@ -17,7 +17,8 @@ import logging
 
 import torch
 
-from pipeline.config.image_tokenizer import ImageTokenizerConfig, ModelConfig, PretrainedTokenizerConfig
+from pipeline.config.image_tokenizer import ImageTokenizerConfig, PretrainedTokenizerConfig
+from pipeline.config.image_tokenizer_model import ModelConfig
 from pipeline.core.image_size import ImageSize
 from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.image_tokenizer.pretrained import openai, vqgan

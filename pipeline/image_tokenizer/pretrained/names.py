@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.image_tokenizer import VQGANConfig
+from pipeline.config.image_tokenizer_model import VQGANConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.config.image_tokenizer import OpenAIDVAEConfig
+from pipeline.config.image_tokenizer_model import OpenAIDVAEConfig
 from pipeline.config.schedules import CosineRamp
 from pipeline.image_tokenizer.pretrained.weights import Weights
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.config.image_tokenizer import VQGANConfig
+from pipeline.config.image_tokenizer_model import VQGANConfig
 from pipeline.config.quantizers import CodebookConfig
 from pipeline.image_tokenizer.pretrained.weights import Weights
 

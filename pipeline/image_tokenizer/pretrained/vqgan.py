@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipeline.config.image_tokenizer import ModelConfig, VQGANConfig
+from pipeline.config.image_tokenizer_model import ModelConfig, VQGANConfig
 from pipeline.config.quantizers import CodebookConfig, GumbelConfig, QuantizerConfig
 from pipeline.config.schedules import CosineRamp
 from pipeline.image_tokenizer.pretrained import names, still_frame
