@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pipeline.core.start_weights import Fit
 from pipeline.image_tokenizer.base import ImageTokenizer
@@ -15,13 +16,18 @@ from pipeline.image_tokenizer.base import ImageTokenizer
 def start_from(tokenizer: ImageTokenizer, folder: Path) -> Fit:
     """Copy what the tokenizer in `folder` has of each tensor of the same name and shape.
 
-    A module with buffers (a quantizer, whose codebook and statistics belong together) is taken whole or not at all.
+    Positions of a grid of another size are interpolated (Dosovitskiy et al. 2021, section 3.2). A module with buffers
+    (a quantizer, whose codebook and statistics belong together) is taken whole or not at all.
 
     Raises:
         UserError: files are missing or damaged.
     """
     theirs, fit = ImageTokenizer.from_pretrained(folder).state_dict(), Fit()
     ours = tokenizer.state_dict()
+    for name in [name for name in ours if name in theirs]:
+        if name.endswith(".positions") and _other_grid(theirs[name], ours[name]):
+            fit.changed.append(f"{name}: a grid of {_told(theirs[name])} to {_told(ours[name])}, interpolated")
+            theirs[name] = _resized(theirs[name], ours[name])
     reasons = {
         name: f"expected {list(value.shape)}, found {list(theirs[name].shape) if name in theirs else 'none'}"
         for name, value in ours.items()
@@ -37,6 +43,19 @@ def start_from(tokenizer: ImageTokenizer, folder: Path) -> Fit:
             value.copy_(theirs[name])
             fit.taken += 1
     return fit
+
+
+def _other_grid(theirs_Dhw: Tensor, ours_Dhw: Tensor) -> bool:
+    return theirs_Dhw.shape[0] == ours_Dhw.shape[0] and theirs_Dhw.shape != ours_Dhw.shape
+
+
+def _resized(theirs_Dhw: Tensor, ours_Dhw: Tensor) -> Tensor:
+    size = (ours_Dhw.shape[1], ours_Dhw.shape[2])
+    return F.interpolate(theirs_Dhw[None], size, mode="bicubic", align_corners=False)[0]
+
+
+def _told(grid_Dhw: Tensor) -> str:
+    return "×".join(map(str, grid_Dhw.shape[1:]))
 
 
 def _has_buffers(module: nn.Module) -> bool:

@@ -52,15 +52,15 @@ class Block(nn.Module):
 class Resolution(nn.Module):
     """`blocks` over a grid of positions, each of which has a vector of its own, then a norm: [B,D,h,w] -> [B,D,h,w]."""
 
-    def __init__(self, config: ViTConfig, positions: int) -> None:
+    def __init__(self, config: ViTConfig, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.empty(positions, config.width))
+        self.positions = nn.Parameter(torch.empty(config.width, *grid))
         nn.init.normal_(self.positions, std=_POSITION_STD)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        x_BND = x_BDhw.flatten(2).transpose(1, 2) + self.positions
+        x_BND = (x_BDhw + self.positions).flatten(2).transpose(1, 2)
         for block in self.blocks:
             x_BND = block(x_BND)
         out: Tensor = self.norm(x_BND).transpose(1, 2).unflatten(2, x_BDhw.shape[2:])
@@ -70,11 +70,11 @@ class Resolution(nn.Module):
 class Encoder(EncoderHalf):
     """Images [B,3,H,W] in [0,1] -> a list of one: features [B,D,h,w]."""
 
-    def __init__(self, config: ViTConfig, positions: int) -> None:
+    def __init__(self, config: ViTConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         self.stem = conv(3 * config.patch_size**2, config.width, 1)
-        self.resolutions = nn.ModuleList([Resolution(config, positions)])
+        self.resolutions = nn.ModuleList([Resolution(config, grid)])
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         return [self.resolutions[0](self.stem(F.pixel_unshuffle(2 * images_B3HW - 1, self.patch_size)))]
@@ -83,11 +83,11 @@ class Encoder(EncoderHalf):
 class Decoder(DecoderHalf):
     """Vectors [B,d,h,w] -> parameters of the pixels' distribution, float32 [B,6,H,W] (μ, ln b) or [B,3,H,W]."""
 
-    def __init__(self, config: ViTConfig, code_width: int, positions: int) -> None:
+    def __init__(self, config: ViTConfig, code_width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         self.stem = conv(code_width, config.width, 1)
-        self.resolutions = nn.ModuleList([Resolution(config, positions)])
+        self.resolutions = nn.ModuleList([Resolution(config, grid)])
         self.head = conv(config.width, output_channels(config.reconstruction) * config.patch_size**2, 1)
 
     def forward(self, z_Bdhw: Tensor) -> Tensor:
@@ -102,13 +102,8 @@ class ViT(OneGrid):
 
     def _new_encoder(self) -> EncoderHalf:
         assert isinstance(self.config, ViTConfig)
-        return Encoder(self.config, self._positions)
+        return Encoder(self.config, self._grid_shape(0))
 
     def _new_decoder(self, code_width: int) -> DecoderHalf:
         assert isinstance(self.config, ViTConfig)
-        return Decoder(self.config, code_width, self._positions)
-
-    @property
-    def _positions(self) -> int:
-        height, width = self._grid_shape(0)
-        return height * width
+        return Decoder(self.config, code_width, self._grid_shape(0))

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "dvae": SHAPE | {"kind": "dvae", "codebook_size": 32, "code_width": 8},
     "dvae straight through": SHAPE | {"kind": "dvae", "codebook_size": 32, "code_width": 8, "straight_through": True},
+    "vit": {"kind": "vit", "patch_size": 4, "width": 16, "layers": 2, "heads": 2, "quantizer": KINDS["ema"]},
     "vqvae2": TWO | {"kind": "vqvae2", "quantizers": [KINDS["ema"], KINDS["gradient"]]},
     **{
         f"ode {solver}, adjoint {adjoint}": SHAPE

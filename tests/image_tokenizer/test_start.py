@@ -43,6 +43,25 @@ def test_at_another_image_size_every_tensor_is_the_others(other: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in tokenizer.state_dict().items())
 
 
+def test_positions_of_a_vision_transformer_are_interpolated_to_another_grid(tmp_path: Path) -> None:
+    vit = {"kind": "vit", "patch_size": 4, "width": 8, "layers": 1, "heads": 1, "quantizer": {"kind": "fsq"}}
+    small, large = build(vit, 16), build(vit, (32, 64))
+    with torch.no_grad():
+        small.get_parameter("encoder.resolutions.0.positions").zero_()[3] += torch.arange(4.0)[:, None]
+    small.save_pretrained(tmp_path)
+    fit = start_from(large, tmp_path)
+    assert fit.fresh == []
+    assert sorted(fit.changed) == [
+        f"{half}.resolutions.0.positions: a grid of 4×4 to 8×16, interpolated" for half in ("decoder", "encoder")
+    ]
+    found = large.get_parameter("encoder.resolutions.0.positions")
+    assert torch.equal(found[:3], torch.zeros(3, 8, 16))
+    assert (found[3].diff(dim=0) > 0).all()  # from top to bottom
+    assert found[3].diff(dim=1).abs().max() < 1e-6
+    wider = start_from(build(vit | {"width": 16}, 16), tmp_path)
+    assert "encoder.resolutions.0.positions: expected [16, 4, 4], found [8, 4, 4]" in wider.fresh
+
+
 def test_a_codebook_of_another_size_begins_fresh_with_all_its_statistics(other: Path) -> None:
     tokenizer, fresh = _tokenizer(2, codebook_size=32), _tokenizer(2, codebook_size=32).state_dict()
     fit = start_from(tokenizer, other)
