@@ -124,13 +124,13 @@ class TokenizerObjective(Objective):
         adversaries = self.reconstruction.adversaries()
         apart = {id(p) for group in adversaries for p in group.parameters}
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
-        return [ParameterGroup(own, undecayed=self.codebooks()), *adversaries]
+        return [ParameterGroup(own, undecayed=self.tables()), *adversaries]
 
     def report(self, step: int) -> None:
         self.reconstruction.report(step)
 
-    def codebooks(self) -> list[nn.Parameter]:
-        """Its codes' vectors that learn by gradient."""
+    def tables(self) -> list[nn.Parameter]:
+        """What learns by gradient and is no matrix or kernel: codes' vectors, and those of positions."""
         return []
 
 

@@ -107,3 +107,6 @@ class ViT(OneGrid):
     def _new_decoder(self, code_width: int) -> DecoderHalf:
         assert isinstance(self.config, ViTConfig)
         return Decoder(self.config, code_width, self._grid_shape(0))
+
+    def positions(self) -> list[nn.Parameter]:
+        return [half.resolutions[0].get_parameter("positions") for half in self.halves()]

@@ -81,6 +81,10 @@ class VQVAE(ImageTokenizer):
         """Its stacks of resolutions."""
         return [self.encoder, self.decoder]
 
+    def positions(self) -> list[nn.Parameter]:
+        """What its halves learn about where a position lies."""
+        return []
+
     def _resolution(self, grid: int) -> int:
         """Where a grid's vectors come in, counted from the coarsest."""
         return grid
@@ -295,8 +299,9 @@ class VQVAEObjective(TokenizerObjective):
         stacks = [resolution.get_submodule("blocks") for half in halves for resolution in half.resolutions]
         return [block for stack in stacks for block in stack.children()]
 
-    def codebooks(self) -> list[nn.Parameter]:
-        return [codebook for quantizer in self.tokenizer._quantizers() for codebook in quantizer.learned_codebooks()]
+    def tables(self) -> list[nn.Parameter]:
+        codebooks = [book for quantizer in self.tokenizer._quantizers() for book in quantizer.learned_codebooks()]
+        return codebooks + self.tokenizer.positions()
 
     def averaged_buffers(self) -> dict[str, Tensor]:
         learned = {id(book) for quantizer in self.tokenizer._quantizers() for book in quantizer.averaged_codebooks()}

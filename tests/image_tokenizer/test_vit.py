@@ -101,6 +101,13 @@ def test_muon_trains_the_matrices_of_the_blocks_and_checkpointing_recomputes_the
     assert len(ran) == 2
 
 
+def test_weight_decay_takes_no_positions() -> None:
+    objective = built().objective()
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    undecayed = {names[id(table)] for group in objective.parameter_groups() for table in group.undecayed}
+    assert undecayed == {f"tokenizer.{half}.resolutions.0.positions" for half in ("encoder", "decoder")}
+
+
 def test_a_plan_counts_what_it_takes_with_and_without_checkpointing() -> None:
     training = {"steps": 10, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1}
     taken = []
