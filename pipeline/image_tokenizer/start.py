@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config.image_tokenizer_model import ViTConfig
 from pipeline.core.start_weights import Fit
 from pipeline.image_tokenizer.base import ImageTokenizer
 
@@ -22,8 +23,12 @@ def start_from(tokenizer: ImageTokenizer, folder: Path) -> Fit:
     Raises:
         UserError: files are missing or damaged.
     """
-    theirs, fit = ImageTokenizer.from_pretrained(folder).state_dict(), Fit()
-    ours = tokenizer.state_dict()
+    other, fit = ImageTokenizer.from_pretrained(folder), Fit()
+    theirs, ours = other.state_dict(), tokenizer.state_dict()
+    if isinstance(tokenizer.config, ViTConfig) and isinstance(other.config, ViTConfig):
+        before, now = other.config.heads, tokenizer.config.heads
+        if before != now:  # weights fit, and mean something else
+            fit.changed.append(f"heads: {before} -> {now}")
     for name in [name for name in ours if name in theirs]:
         if name.endswith(".positions") and _other_grid(theirs[name], ours[name]):
             fit.changed.append(f"{name}: a grid of {_told(theirs[name])} to {_told(ours[name])}, interpolated")

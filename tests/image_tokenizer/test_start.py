@@ -60,6 +60,7 @@ def test_positions_of_a_vision_transformer_are_interpolated_to_another_grid(tmp_
     assert found[3].diff(dim=1).abs().max() < 1e-6
     wider = start_from(build(vit | {"width": 16}, 16), tmp_path)
     assert "encoder.resolutions.0.positions: expected [16, 4, 4], found [8, 4, 4]" in wider.fresh
+    assert start_from(build(vit | {"heads": 2}, 16), tmp_path).changed == ["heads: 1 -> 2"]
 
 
 def test_a_codebook_of_another_size_begins_fresh_with_all_its_statistics(other: Path) -> None:
