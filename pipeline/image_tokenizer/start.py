@@ -40,13 +40,14 @@ def start_from(tokenizer: ImageTokenizer, folder: Path) -> Fit:
     }
     whole = {prefix for prefix, module in tokenizer.named_modules() if _has_buffers(module)}
     broken = {prefix for prefix in whole if any(name.startswith(f"{prefix}.") for name in reasons)}
-    for name, value in ours.items():
+    for name in list(ours):
         within = next((prefix for prefix in broken if name.startswith(f"{prefix}.")), None)
         if name in reasons or within:
             fit.fresh.append(f"{name}: {reasons.get(name, f'the rest of {within} does not fit')}")
         else:
-            value.copy_(theirs[name])
+            ours[name] = theirs[name]
             fit.taken += 1
+    tokenizer.load_state_dict(ours)  # not copied tensor by tensor: a codebook learns here that it has started
     return fit
 
 

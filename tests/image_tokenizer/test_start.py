@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from pipeline.config.image_tokenizer_model import ModelConfig
 from pipeline.image_tokenizer.base import ImageTokenizer, build
@@ -18,7 +19,8 @@ MODEL: dict[str, Any] = {"kind": "vqvae", "widths": [8, 8], "blocks": 1, "block_
 
 def _tokenizer(seed: int, size: int = 16, **quantizer: Any) -> ImageTokenizer:
     torch.manual_seed(seed)
-    of_kind = {"kind": "ema", "codebook_size": 16, "code_width": 4} | quantizer
+    book = {} if "codebook" in quantizer else {"kind": "ema", "codebook_size": 16, "code_width": 4}
+    of_kind = book | quantizer
     config: ModelConfig = TypeAdapter(ModelConfig).validate_python(MODEL | {"quantizer": of_kind})
     return build(config, size)
 
@@ -41,6 +43,36 @@ def test_at_another_image_size_every_tensor_is_the_others(other: Path) -> None:
     theirs = ImageTokenizer.from_pretrained(other).state_dict()
     assert fit.taken == len(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"kind": "ema"},
+        {"kind": "gradient"},
+        {"kind": "ema", "depth": 2},
+        {"kind": "multiscale", "scales": [1, 2, 8], "codebook": {"kind": "ema", "codebook_size": 16, "code_width": 4}},
+    ],
+    ids=["ema", "gradient", "residual", "multiscale"],
+)
+def test_a_codebook_that_has_learned_goes_on_from_what_it_is(quantizer: dict[str, Any], tmp_path: Path) -> None:
+    """Its next step is the one that the other tokenizer's codebook makes, not a start from that step's k-means."""
+    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+
+    def step(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        objective = tokenizer.train().objective()
+        loss, _ = objective({"images": images}, 0)
+        loss.backward()
+        objective.after_update(True)
+        return tokenizer.state_dict()
+
+    other, tokenizer = _tokenizer(1, **quantizer), _tokenizer(2, **quantizer)
+    step(other)
+    other.save_pretrained(tmp_path)
+    start_from(tokenizer, tmp_path)
+    expected, found = step(other), step(tokenizer)
+    assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []
 
 
 def test_positions_of_a_vision_transformer_are_interpolated_to_another_grid(tmp_path: Path) -> None:
