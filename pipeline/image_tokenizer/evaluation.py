@@ -122,9 +122,12 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
 @torch.no_grad()
 def reconstruction_grid(tokenizer: ImageTokenizer, images: Tensor, columns: int = 16) -> Image.Image:
     """Originals, and under each row of them their reconstructions. `images`: uint8 [n,3,H,W], n ≥ 1."""
-    originals = _to_device(images, tokenizer)
-    with precision_of_codes(originals.device):
-        both = torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu()  # [2,n,3,H,W]
+    parts = []
+    for part in images.split(tokenizer.images_at_once):
+        originals = _to_device(part, tokenizer)
+        with precision_of_codes(originals.device):
+            parts.append(torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu())
+    both = torch.cat(parts, dim=1)  # [2,n,3,H,W]
     rows = [torch.cat(list(half), dim=-1) for chunk in both.split(columns, dim=1) for half in chunk]  # [3,H,w·W]
     canvas = torch.ones(3, len(rows) * rows[0].shape[1], rows[0].shape[2])
     for i, row in enumerate(rows):

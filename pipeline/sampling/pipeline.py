@@ -41,7 +41,6 @@ from pipeline.transformer.model import Transformer
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PIXELS_AT_ONCE = 2**20  # that the image tokenizer decodes: 16 images of 256 × 256
 Candidate = tuple[int, int]  # index of the prompt in the call, and of the candidate
 
 
@@ -183,10 +182,9 @@ class Pipeline:
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
         """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images, a few at a time."""
         sizes = [level.positions for level in self.transformer.layout.levels]
-        at_once = max(_PIXELS_AT_ONCE // (self.image_tokenizer.height * self.image_tokenizer.width), 1)
         images: list[Image.Image] = []
         with torch.inference_mode():
-            for part_bN in codes_BN.split(at_once):
+            for part_bN in codes_BN.split(self.image_tokenizer.images_at_once):
                 images += to_pil(self.image_tokenizer.decode(list(part_bN.split(sizes, dim=1))))
         return images
 

@@ -149,7 +149,8 @@ def decoding_bytes(image_tokenizer: ImageTokenizer) -> int:
     from pipeline.training.live_memory import LiveBytes
 
     live, image_tokenizer = LiveBytes(), image_tokenizer.eval()
-    codes = [torch.zeros(SAMPLE_IMAGES, level.positions, dtype=torch.long) for level in image_tokenizer.levels]
+    together = min(SAMPLE_IMAGES, image_tokenizer.images_at_once)
+    codes = [torch.zeros(together, level.positions, dtype=torch.long) for level in image_tokenizer.levels]
     for tensor in (*image_tokenizer.parameters(), *image_tokenizer.buffers()):
         live.know(tensor)
     with live, torch.no_grad():

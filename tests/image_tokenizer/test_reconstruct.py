@@ -17,6 +17,7 @@ from pipeline.core.image_io import to_tensor
 from pipeline.data.shards import Sample, write_shard
 from pipeline.evaluation.reconstruction import reconstruct as through
 from pipeline.image_tokenizer.base import build
+from pipeline.image_tokenizer.evaluation import reconstruction_grid
 from pipeline.metrics.psnr_ssim import psnr
 from tests.launch import launch
 
@@ -90,6 +91,19 @@ def test_metrics_are_those_of_the_images_on_the_sheet(model: Path, images: Path,
     for i, image in enumerate(shown):
         cell = sheet.crop((left + i * 162, 38, left + i * 162 + 128, 166))
         assert np.array_equal(np.asarray(cell), image)
+
+
+def test_images_go_through_as_many_at_once_as_have_a_million_pixels() -> None:
+    torch.manual_seed(0)
+    narrow = {"kind": "vqvae", "patch_size": 8, "widths": [8], "blocks": 1, "quantizer": {"kind": "fsq"}}
+    tokenizer = build(narrow, 640).eval()
+    taken: list[int] = []
+    tokenizer.get_submodule("encoder").register_forward_pre_hook(lambda _, inputs: taken.append(len(inputs[0])))
+    grid = reconstruction_grid(tokenizer, torch.zeros(3, 3, 640, 640).byte())
+    assert grid.size == (3 * 640, 2 * 640)
+    rebuilt = through(tokenizer, [Image.new("RGB", (640, 640))] * 3)
+    assert [image.size for image in rebuilt] == [(640, 640)] * 3
+    assert taken == 2 * [2, 1]
 
 
 def test_a_tar_gives_the_same_metrics_as_its_images_in_a_folder(model: Path, images: Path, tmp_path: Path) -> None:
