@@ -16,12 +16,10 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.draw_next import UNKNOWN
-from pipeline.sampling.logits import draw, guided
+from pipeline.sampling.logits import draw, logits_in_parts
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.transformer.attention_patterns import length_of
 from pipeline.transformer.next_scale import NextScaleTransformer
-
-_LOGITS_AT_ONCE = 2**22  # of one part of a level's codes: 16 MB in float32, which a draw copies some times
 
 
 def levels_drawn(
@@ -64,11 +62,10 @@ def _draw(
     scale: float | None,
 ) -> Tensor:
     """Codes of a level, [B, n]; `scale`: of guidance. A part of them at a time, for the sake of memory."""
-    at_once = max(_LOGITS_AT_ONCE // (len(hidden_RnD) * model.layout.levels[level].codebook_size), 1)
     if uniforms_Bn.device.type != "cpu":
         uniforms_Bn = uniforms_Bn.float()  # as `draw` takes them there
     drawn: list[Tensor] = []
-    for hidden_RmD, uniforms_Bm in zip(hidden_RnD.split(at_once, 1), uniforms_Bn.split(at_once, 1), strict=True):
-        logits = guided(model.level_logits(hidden_RmD, level).float(), scale)
-        drawn.append(draw(logits.flatten(0, 1), uniforms_Bm.flatten(), sampling).view_as(uniforms_Bm))
+    for part, logits in logits_in_parts(model, hidden_RnD, level, scale):
+        uniforms_Bm = uniforms_Bn[:, part]
+        drawn.append(draw(logits.flatten(0, 1), uniforms_Bm.flatten(), sampling).view(uniforms_Bm.shape))
     return torch.cat(drawn, dim=1)

@@ -1,17 +1,20 @@
 """From logits to a drawn code: guidance, temperature, top-k, top-p, min-p, and the draw itself.
 
-Shapes: B rows, V codes of the level.
+Shapes: B rows (R with the unprompted ones of guidance), n codes that are drawn together, V codes of the level.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.transformer.model import Transformer
 
+_LOGITS_AT_ONCE = 2**22  # of many codes that are drawn together: 16 MB in float32, which a draw copies some times
 _NEVER = float("-inf")  # logit of a code that is left out
 _BELOW_1 = 1 - 2**-24  # the largest float32 below 1
 
@@ -33,6 +36,16 @@ def guided(logits_RV: Tensor, scale: float | Tensor | None) -> Tensor:
         return logits_RV
     prompted, unprompted = logits_RV.chunk(2)
     return guide(prompted, unprompted, scale)
+
+
+def logits_in_parts(
+    model: Transformer, hidden_RnD: Tensor, level: int, scale: float | Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits float32 [B, m, V] to draw codes of a level from, for so many of the n at a time as memory allows."""
+    at_once = max(_LOGITS_AT_ONCE // (len(hidden_RnD) * model.layout.levels[level].codebook_size), 1)
+    for start in range(0, hidden_RnD.shape[1], at_once):
+        part = slice(start, start + at_once)
+        yield part, guided(model.level_logits(hidden_RnD[:, part], level).float(), scale)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.config.generate import SamplingConfig
 from pipeline.sampling.draw_next import UNKNOWN, guidance_scales
-from pipeline.sampling.logits import draw, guided
+from pipeline.sampling.logits import draw, logits_in_parts
 from pipeline.sampling.prompt_cache import read_prompts
 from pipeline.transformer.any_order import AnyOrderTransformer
 from pipeline.transformer.layout import Layout
@@ -95,10 +95,14 @@ class _Drawing:
         """One pass: draw `count` codes of what is left of the level."""
         surest = sampling.pass_order == "confidence"
         asked = self._left if surest else self._left[:, :count]
-        logits = self._logits(asked)  # [B, n, V]
-        codes = draw(logits.flatten(0, 1), self._uniforms.gather(1, asked).flatten(), sampling).view_as(asked)
+        uniforms, codes = self._uniforms.gather(1, asked), torch.empty_like(asked)
+        sure = torch.empty(asked.shape, device=asked.device)
+        for part, logits in self._logits(asked):
+            drawn = draw(logits.flatten(0, 1), uniforms[:, part].flatten(), sampling)
+            codes[:, part] = drawn.view(len(codes), -1)
+            if surest:
+                sure[:, part] = logits.log_softmax(dim=-1).gather(-1, codes[:, part, None])[..., 0]
         if surest:
-            sure = logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
             ranks = sure.argsort(dim=1, descending=True, stable=True)
             asked, codes = asked.gather(1, ranks), codes.gather(1, ranks)
         taken, self._left = (asked if surest else self._left).tensor_split([count], dim=1)
@@ -106,17 +110,17 @@ class _Drawing:
         self._unread = taken
         self.there += count
 
-    def _logits(self, asked_Bn: Tensor) -> Tensor:
-        """What predicts the codes at `asked`, from all that are there: float32 [B, n, V]. Reads the unread ones."""
+    def _logits(self, asked_Bn: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """What predicts the codes at `asked`, from all that are there, a part at a time. Reads the unread ones."""
         once = self._scales is None
         codes, read, asked = (
             x if once else x.repeat(2, 1) for x in (self._codes.gather(1, self._unread), self._unread, asked_Bn)
         )  # [R, …]
         hidden = self._model.read_and_ask(codes, read, asked, self._cache, self._read)
         self._read += read.shape[1]
-        logits = self._model.level_logits(hidden, self._level).float()
         there = self._model.layout.level_starts[self._level] + self.there
-        return guided(logits, None if self._scales is None else self._scales[there])
+        scale = None if self._scales is None else self._scales[there]
+        return logits_in_parts(self._model, hidden, self._level, scale)
 
 
 def codes_per_pass(layout: Layout, left: Sequence[int], sampling: SamplingConfig) -> list[list[int]]:

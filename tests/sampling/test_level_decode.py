@@ -10,7 +10,6 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.config.pipeline import load_pipeline
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.errors import UserError
-from pipeline.sampling import level_decode
 from pipeline.sampling.checks import check_compiler, check_sampling
 from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood
 from pipeline.sampling.draw_next import UNKNOWN
@@ -52,7 +51,7 @@ def test_an_image_is_the_same_whoever_shares_its_batch(
     assert together[:, :5].max() < 8 <= together[:, 5:].max()
     for row, pair in enumerate(PAIRS):
         assert torch.equal(drawn(model, [pair], sampling)[0], together[row])
-    monkeypatch.setattr(level_decode, "_LOGITS_AT_ONCE", 5 * 9 * 32)  # a level in parts
+    monkeypatch.setattr("pipeline.sampling.logits._LOGITS_AT_ONCE", 5 * 9 * 32)  # a level in parts
     assert torch.equal(drawn(model, PAIRS, sampling), together)
 
 

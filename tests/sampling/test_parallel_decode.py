@@ -46,6 +46,29 @@ def drawn(
     return draw_codes(model, TEXT, torch.tensor([i for i, _ in pairs]), numbers, sampling, known_PN, on_code)
 
 
+@pytest.mark.parametrize("pass_order", ["random", "confidence"])
+def test_a_pass_over_many_codes_of_a_large_codebook_makes_a_few_logits_at_a_time(
+    pass_order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout.of(4, 40, [(8, 8, 2**13)])
+    model = build_transformer(layout, TransformerShape(layers=2, width=8, heads=1, order="any")).eval()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+    made: list[int] = []
+    whole = model.level_logits
+
+    def counted(hidden: Tensor, level: int) -> Tensor:
+        logits = whole(hidden, level)
+        made.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(model, "level_logits", counted)
+    sampling = SamplingConfig.model_validate({"passes": 1, "pass_order": pass_order})
+    together = drawn(model, PAIRS, sampling)
+    assert sum(made) == len(PAIRS) * 64 * 2**13
+    assert max(made) <= 2**22
+    assert torch.equal(drawn(model, PAIRS[4:5], sampling)[0], together[4])
+
+
 @pytest.mark.parametrize("pass_order", ["random", "halton", "confidence"])
 @pytest.mark.parametrize("others", [{"passes": 6}, {"passes": 7, "guidance": 3.0, "top_k": 6, "schedule": "linear"}])
 def test_an_image_is_the_same_whoever_shares_its_batch(pass_order: str, others: dict[str, object]) -> None:
