@@ -14,6 +14,7 @@ Shapes: B batch, n codes of a level, D width, G digits, d_i values of digit i.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -85,6 +86,8 @@ class GroupedTransformer(Transformer):
         self.given_in, self.given_out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         for module in (self.given, self.given_in):
             nn.init.normal_(module.weight, std=INIT_STD)
+        with torch.no_grad():
+            self.given_in.weight.mul_(shape.width_ratio**0.5)  # as the blocks' matrices
         nn.init.zeros_(self.given_out.weight)
 
     def _ids_of(self, layout: Layout) -> Layout:
@@ -94,6 +97,9 @@ class GroupedTransformer(Transformer):
         [first, *rest] = super().parameter_groups()
         undecayed = [*first.undecayed, self.given.get_parameter("weight")]
         return [ParameterGroup(first.parameters, first.learning_rate_scale, undecayed=undecayed), *rest]
+
+    def _scaled_parameters(self) -> Iterable[nn.Parameter]:
+        return (*super()._scaled_parameters(), self.given_in.weight, self.given_out.weight)
 
     def digits(self, codes_Bn: Tensor, level: int) -> list[Tensor]:
         """Each digit [B, n] of a level's codes, the highest first."""

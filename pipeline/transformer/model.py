@@ -12,6 +12,7 @@ the softmax over the one vocabulary with the impossible ids masked, at a fractio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -99,11 +100,15 @@ class Transformer(nn.Module):
         """
         if self.shape.width_ratio == 1:
             return [ParameterGroup(list(self.parameters()), undecayed=self._position_tables())]
-        scaled = {id(p) for p in (*self.blocks.parameters(), self.head.weight) if p.ndim == 2}
+        scaled = {id(p) for p in self._scaled_parameters() if p.ndim == 2}
         return [
             ParameterGroup([p for p in self.parameters() if id(p) not in scaled], undecayed=self._position_tables()),
             ParameterGroup([p for p in self.parameters() if id(p) in scaled], self.shape.width_ratio),
         ]
+
+    def _scaled_parameters(self) -> Iterable[nn.Parameter]:
+        """Those whose matrices learn at `width_ratio` times the config's rate."""
+        return (*self.blocks.parameters(), self.head.weight)
 
     def _position_tables(self) -> list[nn.Parameter]:
         text = [self.text_position.weight] if self.text_position else []

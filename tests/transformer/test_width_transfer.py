@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.config.transformer import TransformerConfig
 from pipeline.training.optimizer import build_adamw
+from pipeline.transformer.build import build_transformer
 from pipeline.transformer.model import Transformer
 from pipeline.transformer.objective import JointObjective
 from tests.transformer.test_model import LAYOUTS, batch
 
 
-def step_sizes(width: int, base_width: int | None) -> float:
-    """How far four Adam steps move the residual stream of a model that predicts nothing yet (rms over positions)."""
+def logits(model: Transformer, values: dict[str, Tensor]) -> list[Tensor]:
+    """Of images: for each level, or each digit of its codes."""
+    factors = model.hidden_and_head_weights(values["text"], values["codes"])[1:]
+    return [(hidden @ weight.T).detach() for hidden, weight in factors]
+
+
+def step_sizes(width: int, base_width: int | None, code_groups: int = 1) -> list[float]:
+    """How far four Adam steps move the logits of a model that predicts nothing yet (rms over positions)."""
     layout = LAYOUTS[0]
-    shape = {"layers": 2, "width": width, "heads": width // 16, "base_width": base_width}
+    shape = {"layers": 2, "width": width, "heads": width // 16, "base_width": base_width, "code_groups": code_groups}
     training = {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}
     config = TransformerConfig.model_validate({**shape, "training": training})
     torch.manual_seed(0)
-    model = Transformer(layout, config)
+    model = build_transformer(layout, config)
     objective = JointObjective(model, config).train()
     optimizer = build_adamw(objective.parameter_groups(), config.training)
     values = dict(zip(("text", "codes"), batch(layout, 8), strict=True))
-    before = model(values["text"], values["codes"])[1][0].detach()
+    before = logits(model, values)
     for step in range(4):
         objective(values, step)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    return float((model(values["text"], values["codes"])[1][0].detach() - before).square().mean().sqrt())
+    after = logits(model, values)
+    return [float((one - other).square().mean().sqrt()) for one, other in zip(after, before, strict=True)]
 
 
-def test_with_base_width_a_learning_rate_moves_every_width_as_far() -> None:
-    small, large = step_sizes(32, 32), step_sizes(512, 32)
-    assert 0.6 < large / small < 1.6
-    assert step_sizes(512, None) / small > 2.5  # without it the same rate grows with the width
+@pytest.mark.parametrize("code_groups", [1, 2])
+def test_with_base_width_a_learning_rate_moves_every_width_as_far(code_groups: int) -> None:
+    small, large = step_sizes(32, 32, code_groups), step_sizes(512, 32, code_groups)
+    assert all(0.6 < wide / narrow < 1.6 for wide, narrow in zip(large, small, strict=True))
+    assert step_sizes(512, None, code_groups)[0] / small[0] > 2.5  # without it the same rate grows with the width
 
 
 def test_base_width_changes_no_number_at_the_base_itself() -> None:
