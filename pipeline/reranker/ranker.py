@@ -7,13 +7,15 @@ ranker.scores(images, prompts)      # 100 cos(image, prompt), one per image
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.core.atomic_io import read_json
+from pipeline.config.base import digest
+from pipeline.core.atomic_io import read_json, sha256_file
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_uint8_tensor
 from pipeline.core.image_size import height_width
@@ -35,8 +37,16 @@ class Ranker:
         text_tokenizer: that of the run; a CLIP has its own.
     """
 
-    def __init__(self, model: TwoTowers | ClipScorer, text_tokenizer: TextTokenizer) -> None:
-        self.model, self.text_tokenizer = model, text_tokenizer
+    def __init__(
+        self, model: TwoTowers | ClipScorer, text_tokenizer: TextTokenizer, folder: Path | None = None
+    ) -> None:
+        self.model, self.text_tokenizer, self._folder = model, text_tokenizer, folder
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Of the files in the folder that it was loaded from; empty, where it comes from none."""
+        files = sorted(path for path in self._folder.iterdir() if path.is_file()) if self._folder else []
+        return digest({path.name: sha256_file(path) for path in files}) if files else ""
 
     @classmethod
     def from_pretrained(cls, directory: Path, text_tokenizer: TextTokenizer, device: torch.device) -> Ranker:
@@ -50,9 +60,9 @@ class Ranker:
             raise UserError(f"no reranker at {directory}: expected a folder with config.json, of a run or of a CLIP")
         values = read_json(config)
         if values.get("kind") == "clip":  # the stage's note that a pretrained one is to be used
-            return cls(ClipScorer(values["path"], device), text_tokenizer)
+            return cls(ClipScorer(values["path"], device), text_tokenizer, Path(values["path"]))
         if values.get("kind") != "towers":
-            return cls(ClipScorer(str(directory), device), text_tokenizer)
+            return cls(ClipScorer(str(directory), device), text_tokenizer, directory)
         towers = TwoTowers.from_pretrained(directory)
         found = (text_tokenizer.text_length, text_tokenizer.vocab_size)
         if (towers.text_length, towers.text_vocab_size) != found:
@@ -61,7 +71,7 @@ class Ranker:
                 f"{directory}: expected a text tokenizer of length and vocabulary {expected}, found {found}:"
                 " run the stage reranker again"
             )
-        return cls(towers.to(device), text_tokenizer)
+        return cls(towers.to(device), text_tokenizer, directory)
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:

@@ -12,8 +12,10 @@ below it and right of it within its level. `docs/sampling.md` says what helps.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,6 +47,12 @@ class ImagePrompt:
     keep_rows: int | None = None
     keep_levels: int | None = None
     mask: Image.Image | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the pixels of image and mask: file names say nothing of what is in them."""
+        pixels = (part.mode.encode() + part.tobytes() for part in (self.image, self.mask) if part)
+        return hashlib.sha256(b"".join(pixels)).hexdigest()
 
     def __post_init__(self) -> None:
         rules = [name for name in ("keep_rows", "keep_levels", "mask") if getattr(self, name) is not None]

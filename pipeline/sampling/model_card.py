@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,14 @@ from pipeline.sampling.model_source import ModelSource
 _LOSSES = {
     "image-tokenizer": ("val/psnr", "val/codebook_usage", "val/codebook_perplexity"),
     "transformer": ("val/loss/image", "val/loss/text", "val/accuracy/image"),
+    "tune": ("val/reward",),
+}
+_LIMITS = {
+    "raster": "Codes are drawn in raster order: a filled region does not know what stays below it and right of it.",
+    "any": "Codes are drawn in any order, a filled region's last; those of one pass do not know of each other, so fewer"
+    " passes are faster and fit together less.",
+    "scale": "Codes are drawn grid by grid, coarse to fine; those of one grid do not know of each other, and a filled"
+    " region sees what stays on coarser grids alone.",
 }
 
 
@@ -55,8 +64,8 @@ def model_card(run_directory: Path, source: ModelSource, has_grid: bool) -> str:
         _metrics(run_directory),
         "## Limits",
         "Each metric carries its extractor and sample counts, and compares with nothing else. The model knows the words"
-        " and the things of its captions only, and a small data set comes back mostly as it went in. Codes are drawn in"
-        " raster order: a filled region does not know what stays below it and right of it.",
+        " and the things of its captions only, and a small data set comes back mostly as it went in."
+        f" {_LIMITS[config.transformer.order]}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -125,9 +134,10 @@ def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
         path = run_directory / stage / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         logged = [found for line in lines if (found := metrics_of(line))]  # a killed process may have left half a line
-        for name in names:
-            last = next(((step, values) for step, _, values in reversed(logged) if name in values), None)
-            if last:
+        best = next((values["best/step"] for _, _, values in reversed(logged) if "best/step" in values), math.inf)
+        for name in names:  # at the step whose weights are the model
+            found = ((step, values) for step, _, values in reversed(logged) if name in values and step <= best)
+            if last := next(found, None):
                 yield stage, last[0], name, f"{last[1][name]:.4g}"
     retrieval = run_directory / "reranker" / "retrieval.json"
     if retrieval.is_file():

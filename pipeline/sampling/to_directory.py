@@ -52,8 +52,12 @@ class GenerateJob:
         common |= {"candidates": self.candidates, "sampling": identity(pipeline.told(self.sampling))}
         if self.keep:
             common["keep"] = self.keep
+            if pipeline.ranker:
+                common["reranker"] = pipeline.ranker.model_hash
         if self.image_prompt_options:
             common["image_prompt"] = self.image_prompt_options
+        if self.image_prompt:
+            common["image_prompt_sha256"] = self.image_prompt.sha256
         return common | {"model": pipeline.source.model_hash, "smalti": VERSION}
 
 

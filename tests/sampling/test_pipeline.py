@@ -16,11 +16,13 @@ from PIL import Image
 
 from pipeline.config.base import identity
 from pipeline.config.generate import SamplingConfig
+from pipeline.config.reranker import TowerConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.transformer import TransformerShape
 from pipeline.core.errors import UserError
 from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.reranker.model import TwoTowers
 from pipeline.sampling import pipeline as generation
 from pipeline.sampling.batch_memory import bytes_per_image
 from pipeline.sampling.decode import draw_codes
@@ -136,6 +138,30 @@ def test_a_stopped_job_resumes_and_other_settings_are_refused(pipeline: Pipeline
     assert images[0].stat().st_mtime_ns == kept
     with pytest.raises(UserError, match="was generated with another seed"):
         generate_folder(pipeline, GenerateJob(PROMPTS, candidates=2, seed=5), tmp_path)
+
+
+def test_a_folder_of_another_image_prompt_of_the_same_name_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    def job(color: str) -> GenerateJob:
+        image = ImagePrompt(Image.new("RGB", (16, 16), color), keep_rows=1)
+        return GenerateJob(["joker"], image_prompt=image, image_prompt_options={"image": "start.png"})
+
+    assert generate_folder(pipeline, job("red"), tmp_path) == generate_folder(pipeline, job("red"), tmp_path)
+    with pytest.raises(UserError, match="was generated with another image_prompt_sha256"):
+        generate_folder(pipeline, job("blue"), tmp_path)
+
+
+def test_a_folder_whose_images_another_reranker_chose_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    rankers = []
+    for name in ("one", "other"):
+        text = TextTokenizer.from_pretrained(tiny_run / "text-tokenizer")
+        towers = TwoTowers(TowerConfig(width=8, layers=1, heads=1, patch_size=4), 16, text.text_length, text.vocab_size)
+        towers.save_pretrained(tmp_path / name)
+        rankers.append(Pipeline.from_pretrained(tiny_run, reranker=tmp_path / name))
+    job = GenerateJob(["joker"], candidates=2, keep=1)
+    for _ in range(2):
+        assert generate_folder(rankers[0], job, tmp_path / "images") == 1
+    with pytest.raises(UserError, match="was generated with another reranker"):
+        generate_folder(rankers[1], job, tmp_path / "images")
 
 
 @pytest.mark.parametrize(
