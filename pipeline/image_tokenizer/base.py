@@ -95,14 +95,12 @@ class ImageTokenizer(nn.Module, ABC):
         return {"image_size": self.image_size, "model": self.config.model_dump(mode="json")}
 
     @staticmethod
-    def from_pretrained(
-        directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> ImageTokenizer:
-        """Load what `save_pretrained` wrote, in evaluation mode; in float32 unless `dtype` says otherwise.
+    def from_pretrained(directory: Path | str, device: torch.device | str = "cpu") -> ImageTokenizer:
+        """Load what `save_pretrained` wrote, in evaluation mode and in float32, in which codes are made.
 
         Raises UserError when a file is missing or damaged, or weights and config do not belong together.
         """
-        return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load, dtype, device)
+        return load_model(directory, "image-tokenizer", ("image_size", "model"), _build_to_load, device=device)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (3, self.height, self.width)
