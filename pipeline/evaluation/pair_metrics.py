@@ -83,9 +83,7 @@ def pair_row(metric: PairMetric, values: Tensor | UserError, compares: str, n: i
     if isinstance(values, UserError):
         warning = str(values)
     else:
-        mean = values.mean().item()
-        if torch.isfinite(values).all():  # the PSNR of equal images is infinite
-            interval = bootstrap_interval(values, seed)
+        mean, interval = values.mean().item(), bootstrap_interval(values, seed)
     return Row(
         metric=metric.name,
         compares=compares,

@@ -31,7 +31,6 @@ from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.sampling.grid import Group, Tile, grid
 
 _PAIRS = 64  # per sheet
-_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 @torch.inference_mode()
@@ -125,7 +124,7 @@ def _reconstruct_batch(
     names, originals = [name for name, _ in batch], [image for _, image in batch]
     rebuilt = reconstruct(tokenizer, originals)
     pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
-    decibels = psnr(pixels, rebuilt_pixels).clamp(max=_IDENTICAL_DB).tolist()
+    decibels = psnr(pixels, rebuilt_pixels).tolist()
     metrics = [{"psnr": value} for value in decibels]
     if min(tokenizer.height, tokenizer.width) >= WINDOW:
         similarities = ssim(pixels, rebuilt_pixels).tolist()

@@ -17,8 +17,6 @@ from pipeline.core.image_io import to_pil
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
 
-_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
-
 
 class Evaluation(NamedTuple):
     """What `evaluate` found."""
@@ -62,7 +60,7 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
             reconstructions = tokenizer.decode(codes)
         for level_counts, level_codes in zip(counts, codes, strict=True):
             level_counts += torch.bincount(level_codes.flatten().cpu(), minlength=len(level_counts))
-        sums["psnr"] += psnr(images, reconstructions).clamp(max=_IDENTICAL_DB).sum().item()
+        sums["psnr"] += psnr(images, reconstructions).sum().item()
         if "ssim" in sums:
             sums["ssim"] += ssim(images, reconstructions).sum().item()
         images_seen += len(images)

@@ -10,16 +10,17 @@ from pipeline.core.errors import UserError
 
 WINDOW = 11  # pixels; SSIM needs images of at least so many
 _SIGMA = 1.5
+_IDENTICAL_DB = 100.0  # stands for infinity, which no mean and no JSON can have
 _C1, _C2 = 0.01**2, 0.03**2
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, 10 log₁₀ (1 / mean squared error), in dB, of each pair: `[n]`.
+    """Peak signal-to-noise ratio, 10 log₁₀ (1 / mean squared error), in dB, of each pair: `[n]`, at most 100.
 
-    Equal images give infinity; where that cannot be averaged or shown, clamp it (100 dB by custom).
+    Equal images have 100, by custom.
     """
     x, y = _checked(images, reconstructions)
-    return -10 * (x - y).square().mean(dim=(1, 2, 3)).log10()
+    return (-10 * (x - y).square().mean(dim=(1, 2, 3)).log10()).clamp(max=_IDENTICAL_DB)
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pipeline.config.base import parse_config
 from pipeline.config.evaluate import EvaluateConfig
@@ -17,24 +16,13 @@ from pipeline.core.image_io import png_bytes
 from pipeline.evaluation.image_sets import StoredImage, images_at
 from pipeline.evaluation.perturbed import code_vectors, perturbed, perturbed_features
 from pipeline.evaluation.reconstruction import reconstruct
-from pipeline.extractors.base import Extractor, ExtractorInfo
 from pipeline.image_tokenizer.base import build
 from tests.conftest import TINY
 from tests.data.sample_images import image
 from tests.data.small_run import MODEL
+from tests.evaluation.pixels import pixels
 
 CODEBOOK = {"kind": "ema", "codebook_size": 24, "code_width": 5}
-
-
-class Pixels(nn.Module):
-    """An image's pixels as its features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (images * self.gain).flatten(1), None
 
 
 def vqvae(quantizer: dict[str, object]) -> dict[str, object]:
@@ -62,7 +50,7 @@ def test_a_share_of_codes_becomes_one_of_the_nearest_each_as_numpy_finds_them() 
 def test_without_replaced_codes_it_is_the_reconstructions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer, images = build(MODEL, 16), stored(tmp_path, 6)
-    extractor = Extractor(ExtractorInfo("pixels", "pixels", "", "not resized"), Pixels(), 16, (0.0,), (255.0,))
+    extractor = pixels()
     rebuilt = extractor(reconstruct(tokenizer, [one.image for one in images]), 6, "").features
     same = perturbed_features(tokenizer, images, (0.0, 5), extractor, 4, 0).features
     wrong = perturbed_features(tokenizer, images, (1.0, 32), extractor, 4, 0).features

@@ -1,0 +1,58 @@
+"""The metrics of a run: which of its images are compared, and what its reconstructions measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.core.atomic_io import write_json
+from pipeline.evaluation.examples import save_reconstructions
+from pipeline.evaluation.feature_store import FeatureStore
+from pipeline.evaluation.run_evaluation import ImageSets, RealImages, tokenizer_rows
+from pipeline.image_tokenizer.base import ImageTokenizer
+from tests.data.sample_images import encoded, folder_config, write_folder
+from tests.data.small_run import make_small_run
+from tests.evaluation.pixels import pixels
+
+CONFIG = EvaluateConfig(bootstraps=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 60 images of noise and a white one, with an image tokenizer that makes white images of all."""
+    directory = tmp_path_factory.mktemp("run")
+    folder = write_folder(directory / "in", 60)
+    (folder / "white.png").write_bytes(encoded(Image.new("RGB", (16, 16), "white")))
+    (folder / "white.txt").write_text("a white image")
+    config = folder_config(folder, shard_size=16, image_size=16, validation_fraction=0.3)
+    make_small_run(directory, 61, None, prepare_config=config)
+    model = directory / "image-tokenizer" / "model"
+    tokenizer = ImageTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        next(reversed(list(tokenizer.decoder.parameters()))).fill_(1e6)  # the bias of its last layer
+    tokenizer.save_pretrained(model)
+    return directory
+
+
+def real_images(run: Path, config: EvaluateConfig, cache: Path) -> tuple[RealImages, FeatureStore]:
+    store = FeatureStore(cache, pixels())
+    return RealImages(ImageSets(run / "prepare", run / "generate", config, samples=0), store), store
+
+
+def test_an_image_that_comes_back_exactly_counts_as_100_db(run: Path, tmp_path: Path) -> None:
+    real, store = real_images(run, CONFIG, tmp_path / "cache")
+    tokenizer = ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model")
+    rows = [row for row in tokenizer_rows(tokenizer, real, store, CONFIG, seed=0) if row.metric == "PSNR (dB)"]
+    assert [row.compares.split()[0] for row in rows] == ["validation", "training"]
+    assert all(row.value is not None and 0 < row.value < 100 for row in rows)
+    assert all(row.interval for row in rows)
+    every = CONFIG.model_copy(update={"reconstructions_shown": 61})
+    entries = save_reconstructions(tokenizer, real, tmp_path, every)
+    assert {entry["psnr"] for entry in entries if entry["key"] == "white"} == {100.0}
+    write_json(tmp_path / "metrics.json", {"rows": [row.as_json() for row in rows], "reconstructions": entries})
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # Infinity is no JSON
