@@ -13,14 +13,16 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil, to_tensor
+from pipeline.core.image_size import images_at_once
+from pipeline.core.iteration import batched
 from pipeline.evaluation.image_sets import StoredImage
+from pipeline.evaluation.reconstruction import images_in_memory
 from pipeline.extractors.base import Extractor, FeatureSet
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.image_tokenizer.quantizers.base import Quantizer
 from pipeline.image_tokenizer.quantizers.multiscale import MultiscaleQuantizer
 from pipeline.image_tokenizer.vqvae import VQVAE
 
-_BATCHES = 8  # of images in memory at once
 _DISTANCES = 1 << 24  # between codes, at a time
 
 
@@ -42,11 +44,11 @@ def perturbed_features(
     books, device = code_vectors(tokenizer), next(tokenizer.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     features: list[Tensor] = []
-    for start in range(0, len(images), _BATCHES * batch_size):
+    at_once = min(batch_size, images_at_once(tokenizer.height, tokenizer.width))
+    for some in batched(images, images_in_memory(tokenizer, batch_size)):
         rebuilt = []
-        originals = to_tensor([image.image for image in images[start : start + _BATCHES * batch_size]])
-        for batch in originals.split(batch_size):
-            codes = tokenizer.encode(batch.to(device))
+        for batch in batched(some, at_once):
+            codes = tokenizer.encode(to_tensor([image.image for image in batch]).to(device))
             wrong = [
                 perturbed(level, book, share, nearest, generator) for level, book in zip(codes, books, strict=True)
             ]

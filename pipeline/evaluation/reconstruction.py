@@ -19,7 +19,7 @@ from pipeline.config.prepare import FilterConfig
 from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes, to_pil, to_tensor
-from pipeline.core.image_size import ImageSize
+from pipeline.core.image_size import ImageSize, images_at_once
 from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 from pipeline.data.images import BadSample, cropped, decode
@@ -35,12 +35,20 @@ _PAIRS = 64  # per sheet
 
 @torch.inference_mode()
 def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size: int = 64) -> list[Image.Image]:
-    """Images of the tokenizer's size through its codes and back, rounded to 8 bits as they would be saved."""
+    """Images of the tokenizer's size through its codes and back, rounded to 8 bits as they would be saved.
+
+    `batch_size`: at most so many pass the tokenizer at a time, and of large images fewer.
+    """
     device = next(tokenizer.parameters()).device
     results: list[Image.Image] = []
-    for batch in to_tensor(images).split(batch_size):
-        results += to_pil(tokenizer.decode(tokenizer.encode(batch.to(device))))
+    for batch in batched(images, min(batch_size, images_at_once(tokenizer.height, tokenizer.width))):
+        results += to_pil(tokenizer.decode(tokenizer.encode(to_tensor(batch).to(device))))
     return results
+
+
+def images_in_memory(tokenizer: ImageTokenizer, batch_size: int) -> int:
+    """How many images to rebuild and look at before the next ones: whole batches, of large images a single one."""
+    return max(images_at_once(tokenizer.height, tokenizer.width) // batch_size, 1) * batch_size
 
 
 def tokenizer_at(path: Path) -> ImageTokenizer:

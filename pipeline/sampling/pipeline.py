@@ -25,6 +25,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil
+from pipeline.core.image_size import images_at_once
 from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
@@ -41,7 +42,6 @@ from pipeline.transformer.model import Transformer
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PIXELS_AT_ONCE = 2**20  # that the image tokenizer decodes: 16 images of 256 × 256
 Candidate = tuple[int, int]  # index of the prompt in the call, and of the candidate
 
 
@@ -183,7 +183,7 @@ class Pipeline:
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
         """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images, a few at a time."""
         sizes = [level.positions for level in self.transformer.layout.levels]
-        at_once = max(_PIXELS_AT_ONCE // (self.image_tokenizer.height * self.image_tokenizer.width), 1)
+        at_once = images_at_once(self.image_tokenizer.height, self.image_tokenizer.width)
         images: list[Image.Image] = []
         with torch.inference_mode():
             for part_bN in codes_BN.split(at_once):

@@ -11,13 +11,19 @@ from PIL import Image
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.atomic_io import write_json
+from pipeline.core.image_size import PIXELS_AT_ONCE
 from pipeline.evaluation.examples import save_reconstructions
 from pipeline.evaluation.feature_store import FeatureStore
+from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.pair_metrics import measure_pairs, pair_metrics
+from pipeline.evaluation.perturbed import perturbed_features
 from pipeline.evaluation.run_evaluation import ImageSets, RealImages, tokenizer_rows
-from pipeline.image_tokenizer.base import ImageTokenizer
-from tests.data.sample_images import encoded, folder_config, write_folder
-from tests.data.small_run import make_small_run
+from pipeline.image_tokenizer.base import ImageTokenizer, build
+from pipeline.metrics.psnr_ssim import psnr, ssim
+from tests.data.sample_images import encoded, folder_config, image, write_folder
+from tests.data.small_run import MODEL, make_small_run
 from tests.evaluation.pixels import pixels
+from tests.largest_tensor import LargestTensor
 
 CONFIG = EvaluateConfig(bootstraps=0)
 
@@ -56,3 +62,23 @@ def test_an_image_that_comes_back_exactly_counts_as_100_db(run: Path, tmp_path: 
     assert {entry["psnr"] for entry in entries if entry["key"] == "white"} == {100.0}
     write_json(tmp_path / "metrics.json", {"rows": [row.as_json() for row in rows], "reconstructions": entries})
     json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # Infinity is no JSON
+
+
+def test_large_images_are_rebuilt_and_measured_a_few_at_a_time(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(encoded(image(number, (256, 256))))
+    images, tokenizer = images_at(tmp_path), build(MODEL, 256)
+    with LargestTensor() as largest:
+        measured, _ = measure_pairs(tokenizer, images, pair_metrics(CONFIG, torch.device("cpu")), pixels(), 4)
+        perturbed_features(tokenizer, images, (0.5, 4), pixels(), 4, seed=0)
+    assert largest.elements <= 3 * PIXELS_AT_ONCE < 20 * 3 * 256**2
+    assert [len(values) for values in measured if isinstance(values, torch.Tensor)] == [20, 20]
+
+
+def test_many_large_pairs_measure_what_each_does_alone() -> None:
+    x, y = torch.rand(20, 3, 256, 256), torch.rand(20, 3, 256, 256)
+    with LargestTensor() as largest:
+        together = psnr(x, y), ssim(x, y)
+    assert largest.elements <= 3 * PIXELS_AT_ONCE
+    alone = [torch.cat([measure(x[i : i + 1], y[i : i + 1]) for i in range(20)]) for measure in (psnr, ssim)]
+    assert all(torch.equal(many, each) for many, each in zip(together, alone, strict=True))
