@@ -38,7 +38,7 @@ def stored(folder: Path, count: int) -> list[StoredImage]:
 
 def test_a_share_of_codes_becomes_one_of_the_nearest_each_as_numpy_finds_them() -> None:
     vectors, codes = torch.randn(40, 6), torch.randint(0, 40, (200, 16))
-    found = perturbed(codes, vectors, 0.5, 5, torch.Generator().manual_seed(0)).numpy()
+    found = perturbed(codes, vectors, 0.5, 5, [torch.Generator().manual_seed(i) for i in range(200)]).numpy()
     distances = ((vectors.numpy()[:, None] - vectors.numpy()[None]) ** 2).sum(axis=2)
     near = np.argsort(distances, axis=1)[:, :5]
     assert (found[..., None] == near[codes.numpy()]).any(axis=2).all()
@@ -57,6 +57,16 @@ def test_without_replaced_codes_it_is_the_reconstructions(tmp_path: Path) -> Non
     assert torch.equal(same, rebuilt)
     assert not torch.equal(wrong, rebuilt)
     assert torch.equal(wrong, perturbed_features(tokenizer, images, (1.0, 32), extractor, 4, 0).features)
+
+
+@pytest.mark.parametrize("quantizer", [CODEBOOK, {**CODEBOOK, "depth": 2}], ids=str)
+def test_which_codes_become_wrong_is_the_same_at_any_batch_size(tmp_path: Path, quantizer: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    tokenizer, images = build(vqvae(quantizer), 16), stored(tmp_path, 7)
+    found = [perturbed_features(tokenizer, images, (0.5, 8), pixels(), size, 0).features for size in (1, 3, 7)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[2], perturbed_features(tokenizer, images, (0.5, 8), pixels(), 7, 1).features)
 
 
 @pytest.mark.parametrize("quantizer", [CODEBOOK, {**CODEBOOK, "depth": 2}, {"kind": "lfq", "bits": 6}], ids=str)
