@@ -67,7 +67,7 @@ def _pieces(images: Tensor, reconstructions: Tensor) -> Iterator[tuple[Tensor, T
             f"found {tuple(images.shape)} and {tuple(reconstructions.shape)}"
         )
     at_once = images_at_once(*images.shape[-2:])
-    for x, y in zip(images.split(at_once), reconstructions.split(at_once), strict=True):
+    for x, y in zip(torch.split(images, at_once), torch.split(reconstructions, at_once), strict=True):
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise UserError("images and reconstructions: expected numbers in [0, 1], found NaN or infinity")
         yield x.double(), y.double()
