@@ -226,7 +226,7 @@ def metrics(made: Contestant, validation: Tensor) -> dict[str, Any]:
         for count, level in zip(counts, codes, strict=True):
             count += torch.bincount(level.flatten(), minlength=len(count))
         reconstructions = made.decode(codes)
-        decibels.append(psnr(images, reconstructions).clamp(max=100))
+        decibels.append(psnr(images, reconstructions))
         similarity.append(ssim(images, reconstructions))
     perplexity = []
     for count in counts:

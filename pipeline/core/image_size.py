@@ -7,6 +7,14 @@ from collections.abc import Sequence
 ImageSize = int | tuple[int, int]  # pixels of each side, or height and width, which differ
 
 
+PIXELS_AT_ONCE = 2**20  # where many images pass a network or a metric: 16 of 256 × 256
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images of that size make `PIXELS_AT_ONCE`, at least one."""
+    return max(PIXELS_AT_ONCE // (height * width), 1)
+
+
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width in pixels."""
     if isinstance(size, int):

@@ -15,16 +15,15 @@ from torch import Tensor
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_tensor
+from pipeline.core.iteration import batched
 from pipeline.evaluation.image_sets import StoredImage
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_interval
-from pipeline.evaluation.reconstruction import reconstruct
+from pipeline.evaluation.reconstruction import images_in_memory, reconstruct
 from pipeline.evaluation.rows import Better, Row
 from pipeline.extractors.base import Extractor, FeatureSet
 from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import psnr, ssim
-
-_BATCHES = 8  # of images and their reconstructions in memory at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def measure_pairs(
     batch_size: int = 64,
 ) -> tuple[list[Tensor | UserError], FeatureSet]:
     """Of each metric its value for each image and its reconstruction, `[n]`, or why it cannot be measured; and the
-    reconstructions' features. A few batches of images are in memory at a time, whatever n.
+    reconstructions' features. A few images are in memory at a time, the larger the fewer, whatever n: see
+    `images_in_memory`.
 
     Raises:
         UserError: images of different sizes.
@@ -62,8 +62,8 @@ def measure_pairs(
     values: list[list[Tensor]] = [[] for _ in metrics]
     refused: dict[int, UserError] = {}
     features: list[Tensor] = []
-    for start in range(0, len(images), _BATCHES * batch_size):
-        originals = [image.image for image in images[start : start + _BATCHES * batch_size]]
+    for some in batched(images, images_in_memory(tokenizer, batch_size)):
+        originals = [image.image for image in some]
         rebuilt = reconstruct(tokenizer, originals, batch_size)
         pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
         for i, metric in enumerate(metrics):
@@ -83,9 +83,7 @@ def pair_row(metric: PairMetric, values: Tensor | UserError, compares: str, n: i
     if isinstance(values, UserError):
         warning = str(values)
     else:
-        mean = values.mean().item()
-        if torch.isfinite(values).all():  # the PSNR of equal images is infinite
-            interval = bootstrap_interval(values, seed)
+        mean, interval = values.mean().item(), bootstrap_interval(values, seed)
     return Row(
         metric=metric.name,
         compares=compares,

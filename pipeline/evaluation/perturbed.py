@@ -7,20 +7,24 @@ its own, itself among them, each as likely. Reconstruction alone does not tell h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil, to_tensor
+from pipeline.core.image_size import images_at_once
+from pipeline.core.iteration import batched
+from pipeline.core.seeds import hash63
 from pipeline.evaluation.image_sets import StoredImage
+from pipeline.evaluation.reconstruction import images_in_memory
 from pipeline.extractors.base import Extractor, FeatureSet
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.image_tokenizer.quantizers.base import Quantizer
 from pipeline.image_tokenizer.quantizers.multiscale import MultiscaleQuantizer
 from pipeline.image_tokenizer.vqvae import VQVAE
 
-_BATCHES = 8  # of images in memory at once
 _DISTANCES = 1 << 24  # between codes, at a time
 
 
@@ -40,31 +44,38 @@ def perturbed_features(
     """
     share, nearest = perturbation
     books, device = code_vectors(tokenizer), next(tokenizer.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
     features: list[Tensor] = []
-    for start in range(0, len(images), _BATCHES * batch_size):
+    at_once = min(batch_size, images_at_once(tokenizer.height, tokenizer.width))
+    # One for each image, so that it does not matter where batches are cut.
+    generators = (torch.Generator().manual_seed(hash63("perturbed codes", seed, i)) for i in range(len(images)))
+    for some in batched(images, images_in_memory(tokenizer, batch_size)):
         rebuilt = []
-        originals = to_tensor([image.image for image in images[start : start + _BATCHES * batch_size]])
-        for batch in originals.split(batch_size):
-            codes = tokenizer.encode(batch.to(device))
-            wrong = [
-                perturbed(level, book, share, nearest, generator) for level, book in zip(codes, books, strict=True)
-            ]
+        for batch in batched(some, at_once):
+            codes = tokenizer.encode(to_tensor([image.image for image in batch]).to(device))
+            drawn_by = list(islice(generators, len(batch)))
+            wrong = [perturbed(level, book, share, nearest, drawn_by) for level, book in zip(codes, books, strict=True)]
             rebuilt += to_pil(tokenizer.decode(wrong))
         features.append(extractor(rebuilt, len(rebuilt), "features of perturbed reconstructions").features)
     return FeatureSet(torch.cat(features), None, extractor.info)
 
 
-def perturbed(codes_Bn: Tensor, vectors_KD: Tensor, share: float, nearest: int, generator: torch.Generator) -> Tensor:
-    """`codes_Bn` with about `share` of them replaced by one of the `nearest` codes of each; a generator on the CPU."""
+def perturbed(
+    codes_Bn: Tensor, vectors_KD: Tensor, share: float, nearest: int, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """`codes_Bn` with about `share` of them replaced by one of the `nearest` codes of each.
+
+    `generators`: one for each of the B images, on the CPU.
+    """
     nearest = min(nearest, len(vectors_KD))
     used_U, where_Bn = codes_Bn.unique(return_inverse=True)
     near = [
         torch.cdist(some, vectors_KD).topk(nearest, largest=False).indices
         for some in vectors_KD[used_U].split(max(1, _DISTANCES // len(vectors_KD)))
     ]
-    drawn_Bn = torch.randint(nearest, codes_Bn.shape, generator=generator).to(codes_Bn.device)
-    replaced_Bn = (torch.rand(codes_Bn.shape, generator=generator) < share).to(codes_Bn.device)
+    n = codes_Bn.shape[1:]
+    drawn_Bn = torch.stack([torch.randint(nearest, n, generator=one) for one in generators]).to(codes_Bn.device)
+    chances_Bn = torch.stack([torch.rand(n, generator=one) for one in generators]).to(codes_Bn.device)
+    replaced_Bn = chances_Bn < share
     return torch.where(replaced_Bn, torch.cat(near)[where_Bn, drawn_Bn], codes_Bn)
 
 

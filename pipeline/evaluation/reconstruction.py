@@ -19,7 +19,7 @@ from pipeline.config.prepare import FilterConfig
 from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import png_bytes, to_pil, to_tensor
-from pipeline.core.image_size import ImageSize
+from pipeline.core.image_size import ImageSize, images_at_once
 from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
 from pipeline.data.images import BadSample, cropped, decode
@@ -31,22 +31,24 @@ from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.sampling.grid import Group, Tile, grid
 
 _PAIRS = 64  # per sheet
-_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 @torch.inference_mode()
-def reconstruct(
-    tokenizer: ImageTokenizer, images: list[Image.Image], batch_size: int | None = None
-) -> list[Image.Image]:
+def reconstruct(tokenizer: ImageTokenizer, images: list[Image.Image], batch_size: int = 64) -> list[Image.Image]:
     """Images of the tokenizer's size through its codes and back, rounded to 8 bits as they would be saved.
 
-    `batch_size` go through together; None: the tokenizer's `images_at_once`.
+    `batch_size`: at most so many pass the tokenizer at a time, and of large images fewer.
     """
     device = next(tokenizer.parameters()).device
     results: list[Image.Image] = []
-    for batch in batched(images, batch_size or tokenizer.images_at_once):
+    for batch in batched(images, min(batch_size, images_at_once(tokenizer.height, tokenizer.width))):
         results += to_pil(tokenizer.decode(tokenizer.encode(to_tensor(batch).to(device))))
     return results
+
+
+def images_in_memory(tokenizer: ImageTokenizer, batch_size: int) -> int:
+    """How many images to rebuild and look at before the next ones: whole batches, of large images a single one."""
+    return max(images_at_once(tokenizer.height, tokenizer.width) // batch_size, 1) * batch_size
 
 
 def tokenizer_at(path: Path) -> ImageTokenizer:
@@ -129,15 +131,14 @@ def _reconstruct_batch(
     """Each image's metrics, and the batch on one sheet: an image, and beside it what its codes decode to."""
     names, originals = [name for name, _ in batch], [image for _, image in batch]
     rebuilt = reconstruct(tokenizer, originals)
-    metrics, tiles = [], []
-    for name, original, after in zip(names, originals, rebuilt, strict=True):
-        metrics.append(_metrics(original, after))
-        tiles += [Tile(original, name), Tile(after, f"{metrics[-1]['psnr']:.1f} dB")]
+    pixels, rebuilt_pixels = to_tensor(originals), to_tensor(rebuilt)
+    decibels = psnr(pixels, rebuilt_pixels).tolist()
+    metrics = [{"psnr": value} for value in decibels]
+    if min(tokenizer.height, tokenizer.width) >= WINDOW:
+        similarities = ssim(pixels, rebuilt_pixels).tolist()
+        metrics = [one | {"ssim": value} for one, value in zip(metrics, similarities, strict=True)]
+    tiles = []
+    for name, original, after, value in zip(names, originals, rebuilt, decibels, strict=True):
+        tiles += [Tile(original, name), Tile(after, f"{value:.1f} dB")]
     write_atomic(sheet, png_bytes(grid([Group("", tiles)])))
     return dict(zip(names, metrics, strict=True))
-
-
-def _metrics(original: Image.Image, rebuilt: Image.Image) -> dict[str, float]:
-    pixels, rebuilt_pixels = to_tensor([original]), to_tensor([rebuilt])
-    metrics = {"psnr": psnr(pixels, rebuilt_pixels).clamp(max=_IDENTICAL_DB).item()}
-    return metrics | ({"ssim": ssim(pixels, rebuilt_pixels).item()} if min(original.size) >= WINDOW else {})

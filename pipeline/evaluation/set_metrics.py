@@ -112,6 +112,11 @@ class CaptionedSet(OneSet):
 
     captions: Tensor
 
+    @cached_property
+    def ranks(self) -> Tensor:
+        """How many captions are nearer to each image than its own, `[n]`."""
+        return own_caption_ranks(self.images.features, self.captions)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -251,7 +256,7 @@ def _retrieval(k: int) -> Callable[[CaptionedSet], Measured | None]:
     def measure(one: CaptionedSet) -> Measured | None:
         if k >= len(one.captions):  # every caption is among the first k
             return None
-        return mean_of((own_caption_ranks(one.images.features, one.captions) < k).double(), one.seed)
+        return mean_of((one.ranks < k).double(), one.seed)
 
     return measure
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.core.atomic_io import sha256_file
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import images_at_once
 from pipeline.metrics.lpips import lpips_distance, unit_length
 
 BACKBONE, HEADS = "vgg16-397923af.pth", "vgg.pth"
@@ -111,8 +112,8 @@ class Lpips(nn.Module):
 
     @torch.inference_mode()
     def batched(self, images: Tensor, others: Tensor, batch_size: int = 16) -> Tensor:
-        """As `forward`, for any number of pairs on any device: float64 `[n]` on the CPU."""
-        device = self.heads[0].device
+        """As `forward`, for any number of pairs on any device, large ones fewer at a time: float64 `[n]` on the CPU."""
+        device, batch_size = self.heads[0].device, min(batch_size, images_at_once(*images.shape[-2:]))
         pairs = zip(images.split(batch_size), others.split(batch_size), strict=True)
         return torch.cat([self(x.float().to(device), y.float().to(device)).cpu() for x, y in pairs])
 

@@ -31,7 +31,6 @@ from pipeline.image_tokenizer import legacy
 from pipeline.image_tokenizer.losses import ReconstructionLoss
 
 log = logging.getLogger(__name__)
-_PIXELS_AT_ONCE = 2**20  # 16 images of 256 × 256
 
 # kind -> module:class, imported on first use
 KINDS = {
@@ -60,11 +59,6 @@ class ImageTokenizer(nn.Module, ABC):
         self.config = config
         self.image_size = one_form(image_size)
         self.height, self.width = height_width(image_size)
-
-    @property
-    def images_at_once(self) -> int:
-        """How many to encode or decode together where nobody says: memory grows with their pixels."""
-        return max(_PIXELS_AT_ONCE // (self.height * self.width), 1)
 
     @property
     @abstractmethod

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pipeline.core import distributed
 from pipeline.core.image_io import to_pil
+from pipeline.core.image_size import images_at_once
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
-
-_IDENTICAL_DB = 100.0  # stands for infinity, the PSNR of equal images
 
 
 class Evaluation(NamedTuple):
@@ -62,7 +61,7 @@ def evaluate(tokenizer: ImageTokenizer, batches: Iterable[dict[str, Tensor]]) ->
             reconstructions = tokenizer.decode(codes)
         for level_counts, level_codes in zip(counts, codes, strict=True):
             level_counts += torch.bincount(level_codes.flatten().cpu(), minlength=len(level_counts))
-        sums["psnr"] += psnr(images, reconstructions).clamp(max=_IDENTICAL_DB).sum().item()
+        sums["psnr"] += psnr(images, reconstructions).sum().item()
         if "ssim" in sums:
             sums["ssim"] += ssim(images, reconstructions).sum().item()
         images_seen += len(images)
@@ -123,7 +122,7 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
 def reconstruction_grid(tokenizer: ImageTokenizer, images: Tensor, columns: int = 16) -> Image.Image:
     """Originals, and under each row of them their reconstructions. `images`: uint8 [n,3,H,W], n ≥ 1."""
     parts = []
-    for part in images.split(tokenizer.images_at_once):
+    for part in images.split(images_at_once(tokenizer.height, tokenizer.width)):
         originals = _to_device(part, tokenizer)
         with precision_of_codes(originals.device):
             parts.append(torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu())

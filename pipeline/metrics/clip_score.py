@@ -5,9 +5,11 @@ Both are taken from embeddings in one space, which `extractors/clip_scorer.py` o
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError
+from pipeline.metrics.neighbours import blocks
 
 
 def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
@@ -18,9 +20,12 @@ def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
 def own_caption_ranks(images: Tensor, captions: Tensor) -> Tensor:
     """How many captions are nearer to each image than its own: int64 `[n]`. Equal captions do not count."""
     images, captions = (nn.functional.normalize(values.double(), dim=1) for values in (images, captions))
-    similarity = images @ captions.T
     own = (images * captions).sum(dim=1, keepdim=True)
-    return (similarity > own + 1e-9).sum(dim=1)
+    ranks = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for rows in blocks(len(images)):
+        for columns in blocks(len(captions)):
+            ranks[rows] += (images[rows] @ captions[columns].T > own[rows] + 1e-9).sum(dim=1)
+    return ranks
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.core.arithmetic import cpu_has_bf16
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_pil
+from pipeline.core.image_size import images_at_once
 from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
@@ -182,9 +183,10 @@ class Pipeline:
     def decode(self, codes_BN: Tensor) -> list[Image.Image]:
         """Codes of all levels (no offsets), int64 [B, N], to B 8-bit RGB images, a few at a time."""
         sizes = [level.positions for level in self.transformer.layout.levels]
+        at_once = images_at_once(self.image_tokenizer.height, self.image_tokenizer.width)
         images: list[Image.Image] = []
         with torch.inference_mode():
-            for part_bN in codes_BN.split(self.image_tokenizer.images_at_once):
+            for part_bN in codes_BN.split(at_once):
                 images += to_pil(self.image_tokenizer.decode(list(part_bN.split(sizes, dim=1))))
         return images
 

@@ -21,6 +21,7 @@ from pipeline.config.training import (
     resolved_precision,
 )
 from pipeline.core.errors import UserError
+from pipeline.core.image_size import images_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +150,7 @@ def decoding_bytes(image_tokenizer: ImageTokenizer) -> int:
     from pipeline.training.live_memory import LiveBytes
 
     live, image_tokenizer = LiveBytes(), image_tokenizer.eval()
-    together = min(SAMPLE_IMAGES, image_tokenizer.images_at_once)
+    together = min(SAMPLE_IMAGES, images_at_once(image_tokenizer.height, image_tokenizer.width))
     codes = [torch.zeros(together, level.positions, dtype=torch.long) for level in image_tokenizer.levels]
     for tensor in (*image_tokenizer.parameters(), *image_tokenizer.buffers()):
         live.know(tensor)

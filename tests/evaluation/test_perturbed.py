@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pipeline.config.base import parse_config
 from pipeline.config.evaluate import EvaluateConfig
@@ -17,24 +16,13 @@ from pipeline.core.image_io import png_bytes
 from pipeline.evaluation.image_sets import StoredImage, images_at
 from pipeline.evaluation.perturbed import code_vectors, perturbed, perturbed_features
 from pipeline.evaluation.reconstruction import reconstruct
-from pipeline.extractors.base import Extractor, ExtractorInfo
 from pipeline.image_tokenizer.base import build
 from tests.conftest import TINY
 from tests.data.sample_images import image
 from tests.data.small_run import MODEL
+from tests.evaluation.pixels import pixels
 
 CODEBOOK = {"kind": "ema", "codebook_size": 24, "code_width": 5}
-
-
-class Pixels(nn.Module):
-    """An image's pixels as its features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (images * self.gain).flatten(1), None
 
 
 def vqvae(quantizer: dict[str, object]) -> dict[str, object]:
@@ -50,7 +38,7 @@ def stored(folder: Path, count: int) -> list[StoredImage]:
 
 def test_a_share_of_codes_becomes_one_of_the_nearest_each_as_numpy_finds_them() -> None:
     vectors, codes = torch.randn(40, 6), torch.randint(0, 40, (200, 16))
-    found = perturbed(codes, vectors, 0.5, 5, torch.Generator().manual_seed(0)).numpy()
+    found = perturbed(codes, vectors, 0.5, 5, [torch.Generator().manual_seed(i) for i in range(200)]).numpy()
     distances = ((vectors.numpy()[:, None] - vectors.numpy()[None]) ** 2).sum(axis=2)
     near = np.argsort(distances, axis=1)[:, :5]
     assert (found[..., None] == near[codes.numpy()]).any(axis=2).all()
@@ -62,13 +50,23 @@ def test_a_share_of_codes_becomes_one_of_the_nearest_each_as_numpy_finds_them() 
 def test_without_replaced_codes_it_is_the_reconstructions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer, images = build(MODEL, 16), stored(tmp_path, 6)
-    extractor = Extractor(ExtractorInfo("pixels", "pixels", "", "not resized"), Pixels(), 16, (0.0,), (255.0,))
+    extractor = pixels()
     rebuilt = extractor(reconstruct(tokenizer, [one.image for one in images]), 6, "").features
     same = perturbed_features(tokenizer, images, (0.0, 5), extractor, 4, 0).features
     wrong = perturbed_features(tokenizer, images, (1.0, 32), extractor, 4, 0).features
     assert torch.equal(same, rebuilt)
     assert not torch.equal(wrong, rebuilt)
     assert torch.equal(wrong, perturbed_features(tokenizer, images, (1.0, 32), extractor, 4, 0).features)
+
+
+@pytest.mark.parametrize("quantizer", [CODEBOOK, {**CODEBOOK, "depth": 2}], ids=str)
+def test_which_codes_become_wrong_is_the_same_at_any_batch_size(tmp_path: Path, quantizer: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    tokenizer, images = build(vqvae(quantizer), 16), stored(tmp_path, 7)
+    found = [perturbed_features(tokenizer, images, (0.5, 8), pixels(), size, 0).features for size in (1, 3, 7)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[2], perturbed_features(tokenizer, images, (0.5, 8), pixels(), 7, 1).features)
 
 
 @pytest.mark.parametrize("quantizer", [CODEBOOK, {**CODEBOOK, "depth": 2}, {"kind": "lfq", "bits": 6}], ids=str)

@@ -19,6 +19,7 @@ from pipeline.config.generate import SamplingConfig
 from pipeline.config.reranker import TowerConfig
 from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.transformer import TransformerShape
+from pipeline.core import image_size
 from pipeline.core.errors import UserError
 from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer.base import ImageTokenizer, build
@@ -295,7 +296,7 @@ def test_the_same_images_whatever_fits_into_memory(two_levels: Pipeline, monkeyp
     model = two_levels.transformer
     image_bytes = bytes_per_image(model.layout, model.shape, 4, guided=False)
     monkeypatch.setattr(generation, "free_bytes", lambda _: 3 * image_bytes)  # for two of the six
-    monkeypatch.setattr(generation, "_PIXELS_AT_ONCE", 16 * 16)
+    monkeypatch.setattr(image_size, "PIXELS_AT_ONCE", 16 * 16)
     with (
         mock.patch.object(two_levels.image_tokenizer, "decode", wraps=two_levels.image_tokenizer.decode) as decode,
         mock.patch.object(generation, "draw_codes", wraps=draw_codes) as draw,
