@@ -68,11 +68,19 @@ def remove_leftovers(directory: Path) -> None:
 def is_full(directory: Path, error: BaseException) -> bool:
     """Whether `error` is that of a full disk. Libraries in C++ hide the reason, so the disk is asked, too."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in full:
-        return True
+    if (refusal := os_error(error)) is not None:
+        return refusal.errno in full or shutil.disk_usage(directory).free < 1 << 20
     if any(f"(os error {number})" in str(error) for number in full):  # as Rust says it, safetensors for one
         return True
-    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(directory).free < 1 << 20
+    return isinstance(error, RuntimeError) and shutil.disk_usage(directory).free < 1 << 20
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The refusal of the system that is behind `error`, which libraries hide behind one of their own; None: none is."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def no_space(path: Path) -> UserError:

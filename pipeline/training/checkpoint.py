@@ -50,7 +50,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.core import distributed
-from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
+from pipeline.core.atomic_io import fsync_directory, is_full, no_space, os_error, read_json, write_json
 from pipeline.core.checkpoint_names import REPLACED, complete_checkpoints
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, first_fault
@@ -261,8 +261,8 @@ def _write_own(temporary: Path, files: Files, final: Path) -> Records | UserErro
     except Exception as error:
         if is_full(temporary, error):
             return no_space(final)
-        if isinstance(error, OSError):
-            return _not_written(final, error)
+        if (refusal := os_error(error)) is not None:
+            return _not_written(final, refusal)
         raise
     return records
 
