@@ -132,13 +132,17 @@ def find_checkpoint(stage: Path, step: int) -> Path:
     """The complete checkpoint of a stage after `step` steps, whose files are as they were written.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or it cannot be read.
     """
     checkpoint = stage / "checkpoints" / f"step-{step:08d}"
     if not (checkpoint / "manifest.json").is_file():
         found = [str(int(p.name.removeprefix("step-"))) for p in sorted((stage / "checkpoints").glob("step-????????"))]
         raise UserError(f"no checkpoint at {checkpoint}: the steps that have one are {', '.join(found) or 'none'}")
-    if fault := first_fault(checkpoint, read_json(checkpoint / "manifest.json")["files"]):
+    try:
+        fault = first_fault(checkpoint, read_json(checkpoint / "manifest.json")["files"])
+    except OSError as error:
+        raise UserError(f"{checkpoint}: the checkpoint cannot be read ({error}); export another one") from error
+    if fault:
         raise UserError(f"{fault}: the checkpoint is damaged; export another one")
     return checkpoint
 

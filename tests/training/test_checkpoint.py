@@ -388,6 +388,26 @@ def test_a_refusal_in_the_middle_of_a_file_is_one_line_of_either_kind_of_file(tm
         assert "step-00000007: expected to write this checkpoint, found that the file system refuses ([Errno 27" in line
 
 
+@pytest.mark.parametrize("unreadable", ["training.json", "manifest.json"])
+def test_a_checkpoint_that_cannot_be_read_stays_as_it_is_and_the_one_before_is_loaded(
+    unreadable: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint, "_READ_AGAIN_S", 0.0)
+    for step in (1, 2):
+        checkpoints.save(step, {WEIGHTS: [step], "training.json": [step]})
+        checkpoints.finish()
+    newest = checkpoints.path(2)
+    content = (newest / unreadable).read_bytes()
+    (newest / unreadable).unlink()
+    (newest / unreadable).symlink_to(unreadable)  # to itself: the system refuses whoever asks for it
+    assert _restore(checkpoints) == (1, 1)
+    assert "step-00000002 is not usable" in caplog.text
+    assert "cannot be read ([Errno 40]" in caplog.text
+    (newest / unreadable).unlink()
+    (newest / unreadable).write_bytes(content)
+    assert _restore(checkpoints) == (2, 2)
+
+
 def test_the_first_checkpoint_of_each_so_many_steps_stays(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1, keep_every=100)
     for step in (40, 80, 110, 150, 190, 200, 240, 330):
