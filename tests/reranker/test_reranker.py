@@ -71,6 +71,15 @@ def test_it_learns_which_caption_belongs_to_which_image(trained: Ranker) -> None
     assert own > other + 20
 
 
+def test_a_pass_of_one_sample_has_nothing_to_tell_it_from_and_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    alone = ["reranker.enabled=true", "reranker.training.micro_batch_size=1", "reranker.training.steps=1", NO_TRACKING]
+    alone += ["reranker.training.batch_size=2", "reranker.training.warmup_steps=0"]
+    output = launch("stages.reranker", "--config", str(run / "config.yaml"), *alone, check=False)
+    assert "reranker.training: expected at least 2 samples per process and pass" in output
+    assert "Traceback" not in output
+
+
 def test_saved_and_loaded_it_scores_the_same(trained: Ranker, tmp_path: Path) -> None:
     assert isinstance(trained.model, TwoTowers)
     trained.model.save_pretrained(tmp_path)
