@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.cli.stage import run_stage
+from pipeline.config.reranker import refuse_single_samples
 from pipeline.core import distributed
 from pipeline.core.atomic_io import write_json
 from pipeline.data.catalog import Catalog
@@ -43,6 +44,7 @@ class Workload:
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.reranker
+        refuse_single_samples(self.config.training, distributed.world_size())
         self.text_tokenizer = TextTokenizer.from_pretrained(run.input("text-tokenizer"))
         directory, shares = run.input("prepare"), run.source_shares
         self.stream = ImageStream(directory, "train", run.training_seed, shares=shares, beside=self._captions)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Config
 from pipeline.config.training import TrainingConfig
+from pipeline.core.errors import UserError
 
 
 class TowerConfig(Config):
@@ -36,3 +37,13 @@ class RerankerConfig(Config):
     training: TrainingConfig = TrainingConfig(
         steps=2000, batch_size=256, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, ema_decay=0.99
     )
+
+
+def refuse_single_samples(training: TrainingConfig, processes: int) -> None:
+    """Raises UserError when a process has one sample a pass: it is told from nothing, and the loss is 0 at once."""
+    samples = training.micro_batch_size or training.batch_size // processes
+    if samples < 2:
+        raise UserError(
+            "reranker.training: expected at least 2 samples per process and pass, since an image learns its caption"
+            f" from the other ones there, found {samples}: raise batch_size or micro_batch_size, or use fewer processes"
+        )

@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,19 @@ def remove_leftovers(directory: Path) -> None:
 def is_full(directory: Path, error: BaseException) -> bool:
     """Whether `error` is that of a full disk. Libraries in C++ hide the reason, so the disk is asked, too."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in full:
-        return True
+    if (refusal := os_error(error)) is not None:
+        return refusal.errno in full or shutil.disk_usage(directory).free < 1 << 20
     if any(f"(os error {number})" in str(error) for number in full):  # as Rust says it, safetensors for one
         return True
-    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(directory).free < 1 << 20
+    return isinstance(error, RuntimeError) and shutil.disk_usage(directory).free < 1 << 20
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The refusal of the system that is behind `error`, which libraries hide behind one of their own; None: none is."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def no_space(path: Path) -> UserError:
@@ -121,6 +130,14 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fill(file: FileIO, memory: memoryview) -> int:
+    """Read up to the end of the memory or of the file, since one read may give less; how many bytes."""
+    done = 0
+    while done < len(memory) and (count := file.readinto(memory[done:])):
+        done += count
+    return done
 
 
 def sha256_file(path: Path) -> str:

@@ -30,6 +30,7 @@ _control: dist.ProcessGroup | None = None  # gloo, for verdicts, objects and bar
 # What gloo and NCCL say when another process has ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
 _TELL_S = 2.0  # seconds that a process waits to hear whether another one tells the same error
+_local_rank: int | None = None  # None: what the environment says
 _store: dist.Store | None = None  # of the launched processes; it outlives the group
 
 
@@ -49,8 +50,8 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number among those of its node, from 0."""
-    return gpus.local_rank(os.environ)
+    """This process's number among those of its node, from 0, as its launcher said."""
+    return gpus.local_rank(os.environ) if _local_rank is None else _local_rank
 
 
 def device() -> torch.device:
@@ -58,6 +59,17 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", gpus.own_index(os.environ, torch.cuda.device_count()))
+
+
+def let_local_rank_be_the_device() -> None:
+    """From here on LOCAL_RANK is the index of this process's GPU, which may be the only one that it sees.
+
+    DeepSpeed and accelerate take the one for the other: when they start, and ZeRO-3 in steps of the training, too.
+    """
+    global _local_rank
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        _local_rank = local_rank()
+        os.environ["LOCAL_RANK"] = str(device().index)
 
 
 def forget_leftovers(environment: MutableMapping[str, str], joins: bool) -> None:

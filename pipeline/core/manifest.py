@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from pipeline.core import elsewhere
-from pipeline.core.atomic_io import sha256_file
+from pipeline.core.atomic_io import fill, sha256_file
 
 BLOCK_BYTES = 1 << 22  # 200 GB have 48,000 of them, 4 MB of manifest
 _SIZED_FILES = 4_096  # of a folder; who reads one of more compares its size
@@ -152,10 +152,11 @@ def _size(path: Path) -> int | None:
 
 
 def _fault_of_blocks(path: Path, blocks: list[tuple[int, str]], block_bytes: int) -> Fault | None:
+    memory = memoryview(bytearray(block_bytes))
     with open(path, "rb", buffering=0) as file:
         for start, expected in blocks:
             file.seek(start)
-            if (sha256 := hashlib.sha256(file.read(block_bytes)).hexdigest()) != expected:
+            if (sha256 := hashlib.sha256(memory[: fill(file, memory)]).hexdigest()) != expected:
                 return Fault(path, f"{_sha256(expected)} from byte {start} on", _sha256(sha256))
     return None
 

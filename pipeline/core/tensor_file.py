@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.core.atomic_io import set_mode_by_umask
+from pipeline.core.atomic_io import fill, set_mode_by_umask
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import BLOCK_BYTES, FileRecord, Hashed
 
@@ -128,7 +128,7 @@ class TensorFile:
         self._open = self._open or FileIO(self.path)
         self._open.seek(self._starts[name] + start * dtype.itemsize)
         memory = _memory(values)
-        if _fill(self._open, memory) < len(memory):
+        if fill(self._open, memory) < len(memory):
             raise UserError(f"{self.path} is damaged: expected all of {name}, found the end; restore it")
         if not direct:
             with torch.no_grad():
@@ -147,15 +147,7 @@ class TensorFile:
 def _read(file: FileIO, size: int) -> bytes:
     """As many of the next bytes as there are."""
     data = bytearray(size)
-    return bytes(memoryview(data)[: _fill(file, memoryview(data))])
-
-
-def _fill(file: FileIO, memory: memoryview) -> int:
-    """Read up to the end of the memory or of the file; how many bytes."""
-    done = 0
-    while done < len(memory) and (count := file.readinto(memory[done:])):
-        done += count
-    return done
+    return bytes(memoryview(data)[: fill(file, memoryview(data))])
 
 
 def _in_order(layouts: Mapping[str, TensorLayout]) -> list[str]:

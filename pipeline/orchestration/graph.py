@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.config.base import identity
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.reranker import refuse_single_samples
 from pipeline.config.training import accumulation_steps
 from pipeline.core.errors import UserError
 
@@ -94,8 +95,9 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
     """Check what a pipeline of all stages needs and its config alone decides: better now than hours later.
 
     Raises:
-        UserError: a stage's processes do not divide its batch (`where`: what decides their number), there is no
-            validation split, which every training measures itself on, or guidance that no training prepares.
+        UserError: a stage's processes do not divide its batch (`where`: what decides their number) or leave a reranker
+            single samples, there is no validation split, which every training measures itself on, or guidance that no
+            training prepares.
     """
     if config.prepare.validation_fraction == 0:
         raise UserError(
@@ -103,6 +105,8 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
             " split, found 0: set it to 0.02, say"
         )
     _check_guidance(config)
+    if config.reranker.enabled and config.reranker.clip is None:
+        refuse_single_samples(config.reranker.training, processes_of(stage_named("reranker")))
     for stage in stages_of(config):
         training = config.training(stage.section)
         if training is not None:

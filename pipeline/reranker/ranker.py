@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -115,15 +116,18 @@ def retrieval(ranker: Ranker, samples: Iterable[Sample], limit: int) -> dict[str
     Raises:
         UserError: no samples.
     """
-    chosen = [sample for sample, _ in zip(samples, range(limit), strict=False)]
-    if not chosen:
+    texts: list[str] = []
+    embedded: list[Tensor] = []
+    for batch in batched(islice(samples, limit), _BATCH):  # thousands of decoded images are gigabytes
+        embedded.append(ranker.embed_images([sample.image for sample in batch]))
+        texts += [sample.caption for sample in batch]
+    if not texts:
         raise UserError("reranker: the validation split is empty: raise prepare.validation_fraction")
-    images = ranker.embed_images([sample.image for sample in chosen])
-    captions = ranker.embed_captions([sample.caption for sample in chosen])
+    images, captions = torch.cat(embedded), ranker.embed_captions(texts)
     metrics: dict[str, float] = {}
     for direction, ranks in (
         ("image to text", own_caption_ranks(images, captions)),
         ("text to image", own_caption_ranks(captions, images)),
     ):
         metrics |= {f"{direction} R@{k}": float((ranks < k).double().mean()) for k in (1, 5)}
-    return metrics | {"samples": float(len(chosen))}
+    return metrics | {"samples": float(len(texts))}

@@ -20,7 +20,7 @@ from pipeline.core.weights import model_files
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.training.checkpoint import step_of
-from pipeline.training.consolidate import export_step
+from pipeline.training.consolidate import exported_step
 
 log = logging.getLogger(__name__)
 EXPORT_RECORD = "pipeline.json"
@@ -74,8 +74,7 @@ def newest_step(directory: Path) -> int | None:
     complete = {step_of(path.parent) for path in stage.glob("checkpoints/step-????????/manifest.json")}
     for step in sorted(exported | complete, reverse=True):
         try:
-            if step not in exported:
-                export_step(directory, "transformer", step)
+            exported_step(directory, "transformer", step)
         except UserError as error:
             log.warning("%s; an older one is taken", error)
         else:
@@ -101,11 +100,10 @@ def _in_run(directory: Path, step: int | None) -> ModelSource:
     runs = RunDirectory(directory)
     hashes = {}
     generator = "tune" if config.tune.enabled and step is None else "transformer"
-    transformer = directory / generator / ("model" if step is None else f"exported/step-{step:08d}")
+    transformer = directory / generator / "model"
     for stage, prefix in _STAGES.items():
         if stage == "transformer" and step is not None:
-            if not transformer.is_dir():
-                export_step(directory, stage, step)
+            transformer = exported_step(directory, stage, step)
             hashes[stage] = {name: record_of(transformer / name)["sha256"] for name in model_files(transformer)}
         else:
             made_by = generator if stage == "transformer" else stage

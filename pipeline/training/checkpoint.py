@@ -29,8 +29,9 @@ step is `step-00001000.replaced` until the new one is complete, and gets its nam
 never came to be.
 
 On restore rank 0 picks the newest complete checkpoint for all ranks, who share the work of hashing it. A damaged one is
-skipped with a warning, and moved aside to `step-00001000.damaged` once an older one is loaded; if there are checkpoints
-but none is usable, that is an error, never a silent restart. What is to be deleted is renamed to `….trash` first; what
+skipped with a warning, and moved aside to `step-00001000.damaged` once an older one is loaded; one that the system
+refuses to read, which may pass, is skipped and stays. If there are checkpoints but none is usable, that is an error,
+never a silent restart. What is to be deleted is renamed to `….trash` first; what
 a process left of that, or of a save, is deleted at the next start.
 
 With `keep_best` each of the newest checkpoints names the best one until then, and what one of them names stays:
@@ -48,9 +49,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.core import distributed
-from pipeline.core.atomic_io import fsync_directory, is_full, no_space, read_json, write_json
+from pipeline.core.atomic_io import fsync_directory, is_full, no_space, os_error, read_json, write_json
 from pipeline.core.checkpoint_names import REPLACED, complete_checkpoints
 from pipeline.core.errors import UserError
 from pipeline.core.manifest import FileRecord, first_fault
@@ -60,7 +62,21 @@ log = logging.getLogger(__name__)
 
 _LISTING_TIMEOUT_S = 90.0  # a client of a network file system may show a listing of up to a minute ago
 _LOOKS_APART_S = 10.0  # while all wait for a save: the ranks meet more often than a collective times out
+_READS = 3  # of a file that the system refuses
+_READ_AGAIN_S = 2.0
 Records = dict[str, FileRecord]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Why a checkpoint is not usable."""
+
+    what: str
+    may_pass: bool = False  # the system refuses to read it: no reason to move it aside
+
+    def __str__(self) -> str:
+        return self.what
 
 
 @dataclass
@@ -86,7 +102,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._host = HostCopy()
         self._under_way: _Save | None = None
-        self._damaged: set[Path] = set()  # those that could not be moved aside
+        self._damaged: set[Path] = set()  # those that are still there
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -168,6 +184,7 @@ class Checkpoints:
             write_json(temporary / "manifest.json", {"step": save.step, **best, "files": files})
             replaced = _set_aside(final)
             temporary.rename(final)
+            self._damaged.discard(final)
             fsync_directory(self.directory)
         except UserError as error:
             return error
@@ -199,34 +216,36 @@ class Checkpoints:
             for leftover in sorted([*self.directory.glob("step-*.trash"), *self.directory.glob("step-*.tmp")]):
                 _delete(leftover)
         found = distributed.broadcast_object(self._found() if distributed.is_main() else [])
-        problems: dict[Path, str] = {}
+        problems: dict[Path, Damage] = {}
         for path in found:
             damage = self.damage(step_of(path))
             if not damage:
                 read(path)
                 if distributed.is_main() and problems:
-                    self._damaged = _move_aside(list(problems))
+                    self._damaged = _move_aside([of for of, damage in problems.items() if not damage.may_pass])
+                    self._damaged |= {of for of, damage in problems.items() if damage.may_pass}
                 return step_of(path)
             problems[path] = damage
             if distributed.is_main():
                 log.warning("checkpoint %s is not usable (%s): trying the one before", path, damage)
         if problems:
             listed = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
+            first = "see to the file system and try again, " if any(of.may_pass for of in problems.values()) else ""
             raise UserError(
                 f"expected a usable checkpoint in {self.directory}, found {len(problems)} damaged ones"
-                f" ({listed}): restore one from a backup, or remove the folder to start over"
+                f" ({listed}): {first}restore one from a backup, or remove the folder to start over"
             )
         return None
 
-    def damage(self, step: int) -> str | None:
+    def damage(self, step: int) -> Damage | None:
         """What is wrong with the checkpoint after `step` steps, or None. Each rank looks at its share of the files."""
         path = self.path(step)
-        dealt = distributed.broadcast_object(_dealt(path) if distributed.is_main() else [])
-        if isinstance(dealt, str):
+        dealt = distributed.broadcast_object(_read(lambda: _dealt(path)) if distributed.is_main() else [])
+        if isinstance(dealt, Damage):
             return dealt
-        fault = first_fault(path, dealt[distributed.rank()])
-        told = f"{fault.path.name}: expected {fault.expected}, found {fault.found}" if fault else None
-        return next((found for found in distributed.all_gather_objects(told) if found), None)
+        own = _read(lambda: _fault(path, dealt[distributed.rank()]))
+        found = [damage for damage in distributed.all_gather_objects(own) if damage]
+        return min(found, key=lambda damage: damage.may_pass, default=None)
 
     def _found(self) -> list[Path]:
         """The folders of complete checkpoints, newest first; what a dead process was writing is none."""
@@ -261,8 +280,8 @@ def _write_own(temporary: Path, files: Files, final: Path) -> Records | UserErro
     except Exception as error:
         if is_full(temporary, error):
             return no_space(final)
-        if isinstance(error, OSError):
-            return _not_written(final, error)
+        if (refusal := os_error(error)) is not None:
+            return _not_written(final, refusal)
         raise
     return records
 
@@ -287,15 +306,31 @@ def _expect_on_disk(temporary: Path, written: list[str]) -> None:
         time.sleep(0.5)
 
 
-def _dealt(directory: Path) -> list[Records] | str:
+def _read(look: Callable[[], T]) -> T | Damage:
+    """What `look` finds in a checkpoint, or that the system refuses to read it, several times."""
+    refused: OSError | None = None
+    for attempt in range(_READS):
+        time.sleep(_READ_AGAIN_S if attempt else 0)
+        try:
+            return look()
+        except OSError as error:
+            refused = error
+    return Damage(f"cannot be read ({refused})", may_pass=True)
+
+
+def _dealt(directory: Path) -> list[Records] | Damage:
     """The files of a checkpoint as its manifest has them, each process's share, or what is wrong with the manifest."""
-    manifest = directory / "manifest.json"
-    if not manifest.exists():
-        return "manifest.json is missing"
     try:
-        return shares(read_json(manifest)["files"], distributed.world_size())
+        return shares(read_json(directory / "manifest.json")["files"], distributed.world_size())
+    except FileNotFoundError:
+        return Damage("manifest.json is missing")
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        return "manifest.json is damaged"
+        return Damage("manifest.json is damaged")
+
+
+def _fault(directory: Path, files: Records) -> Damage | None:
+    fault = first_fault(directory, files)
+    return Damage(f"{fault.path.name}: expected {fault.expected}, found {fault.found}") if fault else None
 
 
 def _set_aside(final: Path) -> Path | None:
@@ -329,8 +364,7 @@ def _move_aside(damaged: Sequence[Path]) -> set[Path]:
         except OSError as error:
             left.add(path)
             log.warning("checkpoint %s could not be moved aside (%s): remove it", path, error)
-    names = ", ".join(f"{path.name}.damaged" for path in damaged if path not in left)
-    if names:
+    if names := ", ".join(f"{path.name}.damaged" for path in damaged if path not in left):
         log.warning("%s: moved aside %s; remove what nobody wants to look at", damaged[0].parent, names)
     return left
 

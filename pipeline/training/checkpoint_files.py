@@ -34,7 +34,8 @@ def _write(path: Path, content: object) -> FileRecord:
     if path.suffix == ".json":
         write_json(path, content)
     else:
-        torch.save(content, path)
+        with open(path, "wb") as written:  # given a path, torch writes in C++, which hides why the disk refuses
+            torch.save(content, written)
     hashed = Hashed()
     with open(path, "rb", buffering=0) as file:
         while data := file.read(_CHUNK):

@@ -20,7 +20,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.manifest import first_fault
 from pipeline.core.tensor_file import TensorLayout
 from pipeline.core.weights import SHARD_BYTES, model_files, write_weights
-from pipeline.core.writable import new_folder
+from pipeline.core.writable import Taken, new_folder
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.training.checkpoint import step_of
 from pipeline.training.sharded_state import ShardedState
@@ -92,7 +92,8 @@ def export_step(
         averaged: the averaged weights; None: where the training has them.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, one without averaged weights, or `target` holds something.
+        Taken: `target` holds something.
+        UserError: no such checkpoint, a damaged one, or one without averaged weights.
     """
     checkpoint = find_checkpoint(run_directory / stage, step)
     name = f"step-{step:08d}" + {None: "", True: "-averaged", False: "-not-averaged"}[averaged]
@@ -100,6 +101,22 @@ def export_step(
     with new_folder(target) as draft:
         averaged = consolidate(checkpoint, draft, averaged, shard_bytes)
     return target, averaged
+
+
+def exported_step(run_directory: Path, stage: str, step: int) -> Path:
+    """The folder of `export_step`: what is there, or what this process or another one at the same time makes.
+
+    Raises:
+        UserError: as `export_step`.
+    """
+    target = run_directory / stage / "exported" / f"step-{step:08d}"
+    if not (target / "config.json").is_file():
+        try:
+            export_step(run_directory, stage, step)
+        except Taken:
+            if not (target / "config.json").is_file():
+                raise
+    return target
 
 
 def finish_model(run: StageRun, checkpoint: Path) -> None:
@@ -115,13 +132,17 @@ def find_checkpoint(stage: Path, step: int) -> Path:
     """The complete checkpoint of a stage after `step` steps, whose files are as they were written.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or it cannot be read.
     """
     checkpoint = stage / "checkpoints" / f"step-{step:08d}"
     if not (checkpoint / "manifest.json").is_file():
         found = [str(int(p.name.removeprefix("step-"))) for p in sorted((stage / "checkpoints").glob("step-????????"))]
         raise UserError(f"no checkpoint at {checkpoint}: the steps that have one are {', '.join(found) or 'none'}")
-    if fault := first_fault(checkpoint, read_json(checkpoint / "manifest.json")["files"]):
+    try:
+        fault = first_fault(checkpoint, read_json(checkpoint / "manifest.json")["files"])
+    except OSError as error:
+        raise UserError(f"{checkpoint}: the checkpoint cannot be read ({error}); export another one") from error
+    if fault:
         raise UserError(f"{fault}: the checkpoint is damaged; export another one")
     return checkpoint
 

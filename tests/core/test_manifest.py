@@ -1,5 +1,6 @@
 """Finished work is what its record says, or the first file that is not is named."""
 
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,20 @@ def test_a_changed_byte_is_found_by_whoever_looks_at_its_block(tmp_path: Path, s
             fault = first_fault(tmp_path, {"file": {**recorded, "blocks": [block]}})
             assert (fault is not None) == (block[0] == at - at % 4)
             assert fault is None or f"from byte {block[0]} on" in fault.expected
+
+
+def test_reads_that_give_less_than_was_asked_for_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FileIO):
+        """As a network file system may answer a read that a signal interrupts."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(size or 7, 7))
+
+        def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+            return super().readinto(buffer[:7])
+
+    hashed = Hashed(block_bytes=100)
+    hashed.update(memoryview(bytes(range(250))))
+    (tmp_path / "file").write_bytes(bytes(range(250)))
+    monkeypatch.setattr(manifest, "open", lambda path, *_, **__: Slow(path), raising=False)
+    assert first_fault(tmp_path, {"file": hashed.record()}) is None

@@ -8,7 +8,16 @@ import pytest
 
 from pipeline.config.base import Config
 from pipeline.config.pipeline import PipelineConfig, Trained, load_pipeline
-from pipeline.orchestration.graph import ARRAY_STAGES, STAGE_NAMES, STAGES, Stage, inputs_of, stages_of
+from pipeline.core.errors import UserError
+from pipeline.orchestration.graph import (
+    ARRAY_STAGES,
+    STAGE_NAMES,
+    STAGES,
+    Stage,
+    check_before_start,
+    inputs_of,
+    stages_of,
+)
 from tests.conftest import TINY
 from tests.launch import ROOT
 
@@ -52,3 +61,24 @@ def test_a_stage_that_is_switched_off_is_no_stage_and_no_input() -> None:
         names = [stage.name for stage in stages_of(config)]
         assert ("reranker" in names) == enabled
         assert all(("reranker" in inputs_of(config, s)) == enabled for s in STAGES if "reranker" in s.inputs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "refused"),
+    [
+        (["reranker.training.batch_size=8"], 4, False),
+        (["reranker.training.batch_size=8"], 8, True),
+        (["reranker.training.batch_size=8", "reranker.training.micro_batch_size=1"], 1, True),
+        (["reranker.training.batch_size=8", "reranker.clip=clip"], 8, False),  # it is not trained
+    ],
+)
+def test_a_reranker_that_would_see_single_samples_is_refused_before_anything_starts(
+    settings: list[str], processes: int, refused: bool
+) -> None:
+    training = ["reranker.training.steps=10", "reranker.training.warmup_steps=1"]
+    config = load_pipeline(TINY, ["reranker.enabled=true", *training, *settings])
+    if not refused:
+        check_before_start(config, lambda stage: processes)
+        return
+    with pytest.raises(UserError, match="at least 2 samples per process and pass, .* found 1: raise"):
+        check_before_start(config, lambda stage: processes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,36 @@ def test_it_learns_which_caption_belongs_to_which_image(trained: Ranker) -> None
     red = samples()[0].image
     own, other = trained.scores([red, red], ["red square on the left", "blue square on the right"])
     assert own > other + 20
+
+
+def test_retrieval_holds_two_batches_of_images_whatever_is_measured(
+    trained: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = retrieval(trained, samples(), 7)
+    monkeypatch.setattr("pipeline.reranker.ranker._BATCH", 2)
+    taken: list[weakref.ref[Sample]] = []
+    most = 0
+
+    def one_by_one() -> Iterator[Sample]:
+        nonlocal most
+        for number in range(8):
+            sample = samples()[number]
+            taken.append(weakref.ref(sample))
+            most = max(most, sum(one() is not None for one in taken))
+            yield sample
+            del sample
+
+    assert retrieval(trained, one_by_one(), 7) == whole
+    assert most <= 4
+
+
+def test_a_pass_of_one_sample_has_nothing_to_tell_it_from_and_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    alone = ["reranker.enabled=true", "reranker.training.micro_batch_size=1", "reranker.training.steps=1", NO_TRACKING]
+    alone += ["reranker.training.batch_size=2", "reranker.training.warmup_steps=0"]
+    output = launch("stages.reranker", "--config", str(run / "config.yaml"), *alone, check=False)
+    assert "reranker.training: expected at least 2 samples per process and pass" in output
+    assert "Traceback" not in output
 
 
 def test_saved_and_loaded_it_scores_the_same(trained: Ranker, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from pipeline import Pipeline
 from pipeline.cli.main import cli
 from pipeline.core.errors import UserError
 from pipeline.core.weights import count_parameters, weight_files
+from pipeline.sampling.model_source import find_models
+from pipeline.training import consolidate
 from pipeline.training.consolidate import export_step
 from pipeline.transformer.model import Transformer
 
@@ -73,6 +76,23 @@ def test_a_run_generates_with_the_transformer_of_a_checkpoint_while_it_is_in_tra
         assert at_step.source.model_hash != finished.source.model_hash
     assert images[30] == finished.generate(["joker"], seed=5)[0].image.tobytes()
     assert images[20] != images[30]
+
+
+def test_a_step_that_another_process_exports_meanwhile_is_taken_from_there(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny_run, run)
+    written: list[str] = []
+
+    def slower(checkpoint: Path, directory: Path, *rest: Any) -> bool:
+        monkeypatch.undo()
+        written.append(find_models(run, step=20).model_hash)  # the other one begins and ends in the middle of this one
+        return consolidate.consolidate(checkpoint, directory, *rest)
+
+    monkeypatch.setattr(consolidate, "consolidate", slower)
+    assert [find_models(run, step=20).model_hash] == written
+    assert [path.name for path in (run / "transformer/exported").iterdir()] == ["step-00000020"]
 
 
 @pytest.mark.parametrize("option", [["--no-averaged"], ["--shard-gb", "1"]], ids=" ".join)

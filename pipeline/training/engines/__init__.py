@@ -57,6 +57,7 @@ def build_engine(
         compile_blocks(objective, distributed.device())
     if training.activation_checkpointing != "none":
         checkpoint_activations(objective, training.activation_checkpointing)
+    distributed.let_local_rank_be_the_device()
     engine: Engine
     if kind == "accelerate":
         engine = AccelerateEngine(objective, training)
