@@ -222,7 +222,7 @@ def _write_contact_sheet(directory: Path, shards: Shards) -> None:
     samples, _ = order.locate(np.arange(min(_SHEET_SIDE**2, order.samples)))
     numbers = np.searchsorted(np.cumsum(counts), samples, side="right")
     rows = samples - (np.cumsum(counts) - counts)[numbers]
-    images = [_image(directory, shards[shard], row) for shard, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+    images = (_image(directory, shards[shard], row) for shard, row in zip(numbers.tolist(), rows.tolist(), strict=True))
     write_atomic(directory / "contact-sheet.png", png_bytes(grid(images, _SHEET_SIDE)))
 
 
