@@ -61,7 +61,8 @@ def join_parts(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]
     """
     shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     conversions: Counter[str] = Counter()
-    sources = [opened_source(source, config.image_size) for source in config.all_sources]
+    # As the tasks name them: those that they have listed know what they left out.
+    sources = [opened_source(alone.all_sources[0], config.image_size) for alone in config.of_each_source()]
     founds = [_Found() for _ in sources]
     names = config.source_names if len(sources) > 1 else ()
     with atomic_path(directory / "rejected.jsonl") as temporary, open(temporary, "w") as file:
