@@ -60,7 +60,8 @@ class CheckedWriter:
 
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, 0
-        self._file = io.BufferedWriter(io.FileIO(path, "wb"))
+        path.unlink(missing_ok=True)  # never changed: a run that branched off may share it
+        self._file = io.BufferedWriter(io.FileIO(path, "xb"))
         self._checksums: list[int] = []
         self._open = 0  # the checksum of the block that is not full yet
 

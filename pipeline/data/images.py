@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +31,7 @@ FORMATS = {
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 ANY_SHAPE = FilterConfig.model_validate({"max_aspect_ratio": 1e9})  # bounds the number of pixels, nothing else
 
+_WIDEST_SHEET = 4_096  # pixels, but for the gaps between its images
 _ORIENTATION = 0x0112  # EXIF's; from 5 on, width and height change places
 _HASH_SIDE = 32
 _FREQUENCIES = np.arange(6)[:, None] * (2 * np.arange(_HASH_SIDE) + 1)
@@ -215,12 +216,21 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(np.concatenate(bits)).tobytes(), "big")
 
 
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size beside and under each other, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
+def grid(images: Iterable[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Images of one size beside and under each other, on white; smaller where `columns` of them are a wide sheet."""
+    shown = [_at_most(image, _WIDEST_SHEET // columns) for image in images]
+    width, height = shown[0].size
+    rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, image in enumerate(images):
+    for index, image in enumerate(shown):
         row, column = divmod(index, columns)
         sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
     return sheet
+
+
+def _at_most(image: Image.Image, side: int) -> Image.Image:
+    """The image, made smaller where its longer side has more than `side` pixels."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BOX)

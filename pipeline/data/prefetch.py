@@ -55,7 +55,11 @@ def _by_side_stream(
             there = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
             return there, side.record_event()
 
-    with closing(ahead(_each(sent, batches), count)) as coming:
+    def all_sent() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
+        torch.cuda.set_device(side.device)  # a thread begins on GPU 0, and would take memory there for a context
+        yield from _each(sent, batches)
+
+    with closing(ahead(all_sent(), count)) as coming:
         for batch, arrived in coming:
             here = torch.cuda.current_stream(device)
             here.wait_event(arrived)

@@ -61,7 +61,8 @@ def join_parts(directory: Path, config: PrepareConfig, tasks: Sequence[PartTask]
     """
     shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     conversions: Counter[str] = Counter()
-    sources = [opened_source(source, config.image_size) for source in config.all_sources]
+    # As the tasks name them: those that they have listed know what they left out.
+    sources = [opened_source(alone.all_sources[0], config.image_size) for alone in config.of_each_source()]
     founds = [_Found() for _ in sources]
     names = config.source_names if len(sources) > 1 else ()
     with atomic_path(directory / "rejected.jsonl") as temporary, open(temporary, "w") as file:
@@ -222,7 +223,7 @@ def _write_contact_sheet(directory: Path, shards: Shards) -> None:
     samples, _ = order.locate(np.arange(min(_SHEET_SIDE**2, order.samples)))
     numbers = np.searchsorted(np.cumsum(counts), samples, side="right")
     rows = samples - (np.cumsum(counts) - counts)[numbers]
-    images = [_image(directory, shards[shard], row) for shard, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+    images = (_image(directory, shards[shard], row) for shard, row in zip(numbers.tolist(), rows.tolist(), strict=True))
     write_atomic(directory / "contact-sheet.png", png_bytes(grid(images, _SHEET_SIDE)))
 
 

@@ -10,13 +10,14 @@
 
 Which shards a part has is a function of their number alone, so the files are the same whatever tasks made them. A block
 is written at its place, then its record: one that is on its way when a task is killed has no record, and is written
-again. Two tasks that write one part write the same bytes to the same places.
+again. Two tasks that write one part write the same bytes to the same places. A file that runs share is copied first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.atomic_io import fsync_directory, is_full, no_space
+from pipeline.core.atomic_io import atomic_path, fsync_directory, is_full, no_space
 from pipeline.core.errors import UserError
 from pipeline.data.remote_file import RemoteFile
 from pipeline.data.shards import Shard, Shards, read_index
@@ -206,6 +207,7 @@ def _journal(path: Path) -> Path:
 def _write_at(path: Path, begin: int, content: bytes | bytearray, is_last: bool) -> None:
     """Write a range of a file and wait for the disk; behind the last one it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_a_copy(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         view = memoryview(content)
@@ -217,6 +219,13 @@ def _write_at(path: Path, begin: int, content: bytes | bytearray, is_last: bool)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _take_a_copy(path: Path) -> None:
+    """Where a run that branched off shares the file (as a hard link), what is written goes to a copy of it."""
+    if path.is_file() and path.stat().st_nlink > 1:
+        with atomic_path(path) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TypeVar
 
 from pipeline.core import signals
@@ -20,6 +21,16 @@ _LONGEST_TMPDIR = 70  # of the 107 bytes that a socket's path may have; multipro
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class _Worker(ForkServerProcess):
+    def terminate(self) -> None:
+        """From Python 3.12 on a pool of which a worker died calls this and waits; SIGTERM is what workers ignore."""
+        self.kill()
+
+
+class _Workers(ForkServerContext):
+    Process = _Worker
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
@@ -32,9 +43,8 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers:
         UserError: TMPDIR is too long for the sockets of multiprocessing, and /tmp cannot be written.
     """
     # forkserver: forking a process that runs threads (trackers, collectives) can deadlock its children.
-    context = multiprocessing.get_context("forkserver")
     _meet_in_a_short_folder()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=_Workers(), initializer=_start_worker) as pool:
         waiting = iter(items)
         running: set[Future[Result]] = set()
         try:

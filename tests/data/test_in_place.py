@@ -217,6 +217,20 @@ def test_killed_in_a_part_it_resumes_and_ends_with_the_same_bytes(tars: Path, pr
     assert tree_bytes(tmp_path / "out") == tree_bytes(prepared / "in-place")
 
 
+@pytest.mark.parametrize("size", [(64, 2_048), (2_048, 64)])
+def test_a_sheet_of_the_largest_images_is_small_enough_for_pillow_to_open(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    plain = encoded(Image.new("RGB", (8, 8)))
+    write_tar(tmp_path / "in/0.tar", [m for n in range(13) for m in ((f"{n}.png", plain), (f"{n}.txt", b"a cat"))])
+    prepare(tmp_path / "out", _config(tmp_path / "in", image_size=size, validation_fraction=0), seed=0)
+    list(inspect_directory(tmp_path / "out", tmp_path / "sheet.png", verify=False))
+    for sheet in (tmp_path / "out/contact-sheet.png", tmp_path / "sheet.png"):
+        with Image.open(sheet, formats=["PNG"]) as opened:  # of which 12 rows are not more than 178 million pixels
+            assert opened.width < 4_500
+            assert opened.height < 2 * 400
+
+
 def test_what_cannot_be_read_in_place_is_told_in_one_line(tars: Path, tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(gzip.compress((tars / "0.tar").read_bytes()))
     with pytest.raises(UserError, match=r"expects images that lie in their tar as they are, found others in .*0\.tar"):

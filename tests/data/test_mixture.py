@@ -151,6 +151,18 @@ def test_each_source_has_its_own_filters_and_is_told_by_name(tmp_path: Path, cap
     assert read_index(tmp_path / "out")["splits"]["train"]["sources"] == [12, 10]
 
 
+@pytest.mark.parametrize("own", [{}, {"weight": 0.3}, {"filters": {}}])
+def test_what_each_source_leaves_out_is_counted_whatever_it_sets_of_its_own(
+    tmp_path: Path, own: dict[str, Any]
+) -> None:
+    a, b = _folder(tmp_path / "a", 4), _folder(tmp_path / "b", 4, start=4, **own)
+    for path in (tmp_path / "a/.hidden.png", tmp_path / "b/.hidden.png"):
+        path.touch()
+    index = prepare(tmp_path / "out", _config(a, b, validation_fraction=0), seed=0)
+    assert index["left_out"] == {"hidden or system file": 2}
+    assert index["source_samples"] == 10
+
+
 def test_near_duplicates_are_found_across_the_sources_that_ask_alike(tmp_path: Path) -> None:
     folders = [_folder(tmp_path / name, 3) for name in "abc"]
 

@@ -90,3 +90,13 @@ def test_batches_on_a_gpu_are_what_was_sent() -> None:
     assert {(tensor.device.type, tensor.dtype) for tensor in found} == {("cuda", torch.int64)}
     assert torch.cat(found).tolist() == list(range(100))
     batches.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_thread_that_makes_batches_for_a_gpu_is_at_home_on_it_and_takes_no_memory_of_the_first() -> None:
+    at: list[int] = []
+    batches = load(_numbered([], lambda: at.append(torch.cuda.current_device())), torch.device("cuda", 1))
+    assert [next(batches)["text"].device.index for _ in range(10)] == [1] * 10
+    batches.close()
+    assert set(at) == {1}

@@ -21,7 +21,7 @@ from pipeline.data.source_stamp import source_stamp
 from pipeline.orchestration.graph import stage_named
 from pipeline.orchestration.run_directory import RunDirectory
 from tests.conftest import NO_TRACKING, TINY
-from tests.data.sample_images import encoded, image, write_folder, write_tar
+from tests.data.sample_images import encoded, image, tree_bytes, write_folder, write_tar
 from tests.launch import ROOT, launch
 
 PREPARE = stage_named("prepare")
@@ -37,7 +37,7 @@ def _made(config: PipelineConfig) -> bool:
     if not runs.begin(config, PREPARE):
         return False
     prepare(runs.stage("prepare"), config.prepare, config.seed)
-    runs.finish(PREPARE, {runs.stage("prepare") / "index.json": None})
+    runs.finish(PREPARE, {runs.stage("prepare") / name: None for name in ("index.json", "catalog")})
     return True
 
 
@@ -83,6 +83,21 @@ def test_what_was_added_to_a_source_is_prepared_and_what_was_not_touched_is_up_t
     assert _made(config)
     assert _samples(config) == 30
     assert not _made(config)
+
+
+def test_a_branch_that_prepares_what_was_added_leaves_the_run_that_it_came_from_as_it_was(tmp_path: Path) -> None:
+    config = _config(tmp_path, _folder(tmp_path, 0))
+    RunDirectory(config.run_directory).open(config, "tiny.yaml")
+    assert _made(config)
+    before = tree_bytes(config.run_directory / "prepare")
+    _folder(tmp_path, 3)
+    branch = load_pipeline(config.run_directory, ["name=branch"])
+    RunDirectory(branch.run_directory).open(branch, "tiny.yaml")
+    taken = branch.run_directory / "prepare/catalog/train.keys"
+    assert taken.samefile(config.run_directory / "prepare/catalog/train.keys")
+    assert _made(branch)
+    assert _samples(branch) == 23
+    assert tree_bytes(config.run_directory / "prepare") == before
 
 
 def test_a_source_that_is_frozen_or_gone_or_was_prepared_before_there_were_stamps_is_up_to_date(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +194,47 @@ def test_a_tar_that_disappears_or_is_replaced_while_it_is_read_stops_and_rejects
     (tmp_path / "in/0.tar").unlink()
     with pytest.raises(UserError, match=r"the source failed at .*0\.tar"):
         list(source.records(part))
+
+
+@pytest.mark.parametrize("urls", ["*.tar", "0.tar"])
+def test_tars_that_are_links_are_read_and_one_whose_target_is_replaced_is_told(tmp_path: Path, urls: str) -> None:
+    tar_config(tmp_path, 4)
+    os.utime(tmp_path / "in/0.tar", (1e9, 1e9))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/0.tar").symlink_to(tmp_path / "in/0.tar")
+    config = prepare_config({"kind": "webdataset", "urls": str(tmp_path / "links" / urls)}, validation_fraction=0)
+    assert prepare(tmp_path / "out", config, seed=0)["source_samples"] == 4
+    source, part = first_part(config)
+    tar_config(tmp_path, 9)
+    with pytest.raises(UserError, match=r"0\.tar changed while it was being read"):
+        list(source.records(part))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_tars_are_read_from_a_web_server_whether_it_lists_them_or_not(tmp_path: Path, listed: bool) -> None:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install aiohttp")
+    tar_config(tmp_path, 4)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def list_directory(self, path: Any) -> Any:
+            return super().list_directory(path) if listed else self.send_error(403)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "in"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/0.tar"
+        config = prepare_config({"kind": "webdataset", "urls": url}, validation_fraction=0)
+        assert prepare(tmp_path / "out", config, seed=0)["source_samples"] == 4
+        source, part = first_part(config)
+        os.utime(tmp_path / "in/0.tar", (1e9, 1e9))  # such a server says when, and no ETag
+        with pytest.raises(UserError, match=r"0\.tar changed while it was being read"):
+            list(source.records(part))
+        missing = prepare_config({"kind": "webdataset", "urls": url.replace("0.tar", "1.tar")})
+        with pytest.raises(UserError, match=r"expected tars at .*1\.tar, found none"):
+            prepare(tmp_path / "out", missing, seed=0)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import threading
 import time
 from collections import Counter
@@ -123,6 +124,18 @@ def test_finished_shards_are_never_computed_twice_and_damaged_ones_are(prepared:
         TokenArrays(tmp_path, "train").verify()
     assert sum(_tokenize(prepared, tmp_path, config)) == 1
     assert tree_bytes(tmp_path) == before
+
+
+def test_arrays_that_two_runs_share_stay_what_they_are_when_one_of_them_makes_its_own_again(
+    prepared: Path, tmp_path: Path
+) -> None:
+    _tokenize(prepared, tmp_path / "a", TokenizeConfig())
+    before = tree_bytes(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
+    other = replace(ENCODERS, encode_images=lambda images: _encode_images(1 - images), hashes=dict.fromkeys("ab", "c"))
+    assert all(_tokenize(prepared, tmp_path / "b", TokenizeConfig(), other))
+    assert tree_bytes(tmp_path / "a") == before
+    TokenArrays(tmp_path / "b", "train").verify()
 
 
 def test_another_tokenizer_makes_all_shards_again(prepared: Path, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ LARGEST_TEXT = 16 << 20  # bytes of a caption or its metadata
 # Names that systems and editors leave behind. Whatever begins with a dot is one, too.
 LEFTOVERS = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 
+# What the kinds of storage call that which changes with a file; the last is HTTP's, of servers without ETags.
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified")
 _OF_THIS_FILE_ALONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
 
@@ -215,7 +217,7 @@ def is_listed(files: AbstractFileSystem, path: str) -> bool:
 
 def stamp(info: Mapping[str, object]) -> Stamp:
     """The stamp of a file, from fsspec's `info` about it, listed or asked for alone."""
-    when = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified") if name in info), "")
+    when = next((info[name] for name in _VERSIONS if name in info), "")
     return [info.get("size"), str(when)]
 
 

@@ -212,11 +212,14 @@ def tars(config: WebDatasetSource) -> Iterator[tuple[str, Stamp]]:
             folder = posixpath.dirname(path)
             if folder not in listed:
                 listed[folder] = _entries(files, folder)
-            found = {path: listed[folder][path]} if path in listed[folder] else {}
-        if not found:
+            found = {path: listed[folder].get(path) or _asked_for(files, path)}
+        if not any(found.values()):
             raise UserError(f"prepare.source.urls: expected tars at {visible(mask(pattern))}, found none")
-        for name in sorted(found):
-            yield without_password(files.unstrip_protocol(name)), stamp(found[name])
+        for name, info in sorted(found.items()):
+            # As `records` asks: there a link has its target's time, and a listing may know neither size nor time.
+            if info.get("islink") or info.get("size") is None:
+                info = files.info(name)
+            yield without_password(files.unstrip_protocol(name)), stamp(info)
 
 
 def _largest(name: str) -> int:
@@ -231,5 +234,14 @@ def _entries(files: AbstractFileSystem, folder: str) -> dict[str, _Info]:
     """What fsspec knows of each file of a folder, by path; nothing where the folder cannot be listed."""
     try:
         return {entry["name"]: entry for entry in files.ls(folder, detail=True)}
-    except OSError:
+    except Exception:  # each kind of storage has its own; the tars themselves may be there all the same
+        return {}
+
+
+def _asked_for(files: AbstractFileSystem, path: str) -> _Info:
+    """What fsspec knows of a file that its folder does not list; nothing where it is not there."""
+    try:
+        info: _Info = files.info(path)
+        return info
+    except (FileNotFoundError, NotADirectoryError):
         return {}
