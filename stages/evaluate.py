@@ -14,6 +14,7 @@ import re
 from pipeline.cli.stage import run_stage
 from pipeline.config.prepare import ShapesSource
 from pipeline.core import distributed
+from pipeline.core.arithmetic import set_arithmetic
 from pipeline.core.atomic_io import write_json
 from pipeline.evaluation.examples import prompt_entries, save_reconstructions, save_samples
 from pipeline.evaluation.feature_store import FeatureStore, trim
@@ -37,6 +38,7 @@ from pipeline.orchestration.stage_run import StageRun
 
 def main(run: StageRun) -> None:
     config = run.config.evaluate
+    set_arithmetic(tf32=False, deterministic=False)  # as tokenize, whose codes are measured
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
     store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
     sets = ImageSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples, run.seed)

@@ -78,6 +78,7 @@ def evaluate(
 
     from pipeline.config.base import parse_config
     from pipeline.config.evaluate import EvaluateConfig
+    from pipeline.core.arithmetic import set_arithmetic
     from pipeline.core.atomic_io import write_json
     from pipeline.core.distributed import init, is_main
     from pipeline.core.writable import check_writable
@@ -91,6 +92,7 @@ def evaluate(
         if path:
             check_writable(path)
     init()
+    set_arithmetic(tf32=False, deterministic=False)  # published features are of float32
     given = {name: value for name, value in options.items() if value is not None}
     config = parse_config(EvaluateConfig, given, where="smalti evaluate")
     sets = read_sets(real, fake, config, cache)

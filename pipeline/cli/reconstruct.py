@@ -24,12 +24,14 @@ def reconstruct(tokenizer: Path, images: Path, output: Path, limit: int | None) 
     RUN is a run, or a folder with a tokenizer's config.json and model.safetensors. IMAGES is a folder of images, a
     tar, or a folder of tars; they are cropped and resized as `prepare` does it. Prints the mean PSNR and SSIM.
     """
+    from pipeline.core.arithmetic import set_arithmetic
     from pipeline.core.distributed import device
     from pipeline.core.writable import check_writable
     from pipeline.evaluation.image_sets import told_left_out
     from pipeline.evaluation.reconstruction import filters_of, reconstruct_folder, tokenizer_at
 
     check_writable(output / "metrics.json")
+    set_arithmetic(tf32=False, deterministic=False)  # as tokenize, so that the codes are those that it writes
     model = tokenizer_at(tokenizer).to(device())
     found = reconstruct_folder(model, images, filters_of(tokenizer), output, limit)
     for name, why in found.refused.items():

@@ -39,7 +39,7 @@ from pipeline.extractors.base import Extractor, ExtractorInfo, FeatureSet
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "smalti features 2"  # 1: images decoded in another way than by `prepare`
+_FORMAT = "smalti features 3"  # 1: images decoded in another way than by `prepare`; 2: on GPUs in TF32
 PART = 1024  # images
 _IDLE_S = 6 * 3600  # what was used since then is never trimmed: another process may be at it
 

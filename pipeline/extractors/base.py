@@ -11,8 +11,9 @@ kept for Inception's) and carries the hash of the weights and the rule by which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from pipeline.core import signals
 from pipeline.core.errors import UserError
-from pipeline.core.iteration import batched
 from pipeline.core.progress import progress
+
+_PIXELS_AT_ONCE = 2**22  # 64 images of 256 × 256; larger ones one at a time
+_CUDA_SCALES = 80  # of height and width together: from some 94 on torch's kernel is refused for its shared memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: Iterable[Image.Image], total: int | None = None, description: str = "") -> FeatureSet:
-        """Features and logits of RGB images, in their order.
+        """Features and logits of RGB images, in their order. Few of them are held at their own size at once.
 
         Raises:
             UserError: no images.
@@ -85,9 +88,10 @@ class Extractor:
         logits: list[Tensor] = []
         spatial: list[Tensor] = []
         with progress(total=total, description=description, unit="image") as bar:
-            for batch in batched(images, self.batch_size):
+            waiting = iter(images)
+            while len(batch := self.input(islice(waiting, self.batch_size))):
                 signals.check()
-                found, classes, *others = self.network(self.input(batch))
+                found, classes, *others = self.network(batch)
                 features.append(found.float().cpu())
                 if classes is not None:
                     logits.append(classes.float().cpu())
@@ -99,7 +103,7 @@ class Extractor:
         joined = (torch.cat(values) if values else None for values in (logits, spatial))
         return FeatureSet(torch.cat(features), next(joined), self.info, next(joined))
 
-    def input(self, images: list[Image.Image]) -> Tensor:
+    def input(self, images: Iterable[Image.Image]) -> Tensor:
         """The network's input of these images: float32 `[B, 3, side, side]` on its device."""
         device = next(self.network.parameters()).device
         x = resized(images, self.side, device)
@@ -108,25 +112,38 @@ class Extractor:
         return x.sub_(shift).div_(scale).contiguous(memory_format=torch.channels_last)
 
 
-def resized(images: list[Image.Image], side: int, device: torch.device | None = None) -> Tensor:
-    """RGB images as float32 `[n, 3, side, side]` in 0…255, resized on `device`.
+def resized(images: Iterable[Image.Image], side: int, device: torch.device | None = None) -> Tensor:
+    """RGB images as float32 `[n, 3, side, side]` in 0…255, resized on `device`, taken and held a few at a time.
 
     Bicubic with antialiasing, in float, both sides to `side` (no crop): rounding to 8 bits after resizing, or a
     filter without antialiasing, moves FID by more than methods differ (Parmar et al. 2022, section 3).
     """
-    rgb = (image if image.mode == "RGB" else image.convert("RGB") for image in images)
-    arrays = [torch.from_numpy(np.array(image)) for image in rgb]  # [H, W, 3]
-    alike = len({array.shape for array in arrays}) == 1
-    groups = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
-    found = [_resized(group.to(device).permute(0, 3, 1, 2).contiguous().float(), side) for group in groups]
-    return found[0] if alike else torch.cat(found)
+    found = [_resized(group, side, device) for group in _groups(images)]
+    return torch.cat(found) if found else torch.empty(0, 3, side, side, device=device)
 
 
-def _resized(pixels: Tensor, side: int) -> Tensor:
-    """`[n, 3, H, W]` in 0…255 to `[n, 3, side, side]`."""
-    if pixels.shape[-2:] == (side, side):
-        return pixels
-    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
+def _groups(images: Iterable[Image.Image]) -> Iterator[Tensor]:
+    """Neighbours of one size as uint8 `[n, H, W, 3]`, at most so many that their pixels are few."""
+    group: list[Tensor] = []
+    for image in images:
+        array = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))  # [H, W, 3]
+        height, width, _ = array.shape
+        if group and (array.shape != group[0].shape or (len(group) + 1) * height * width > _PIXELS_AT_ONCE):
+            yield torch.stack(group)
+            group = []
+        group.append(array)
+    if group:
+        yield torch.stack(group)
+
+
+def _resized(pixels: Tensor, side: int, device: torch.device | None) -> Tensor:
+    """uint8 `[n, H, W, 3]` to float32 `[n, 3, side, side]` on `device`."""
+    _, height, width, _ = pixels.shape
+    where = "cpu" if height + width > _CUDA_SCALES * side else device
+    x = pixels.to(where).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if (height, width) != (side, side):
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
+    return x.to(device)
 
 
 def resize_rule(side: int) -> str:

@@ -27,6 +27,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_tensor
 from pipeline.core.level import Level
 from pipeline.image_tokenizer.base import ImageTokenizer
+from pipeline.image_tokenizer.evaluation import precision_of_codes
 from pipeline.sampling.draw_next import UNKNOWN
 
 _OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
@@ -101,7 +102,8 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
         if image is not None and image.size != (width, height):
             found = f"{image.width}×{image.height}"
             raise UserError(f"image prompt: expected {name} of {width}×{height} pixels, found {found}: resize it")
-    codes = tokenizer.encode(to_tensor([prompt.image]).to(device))
+    with precision_of_codes(device):
+        codes = tokenizer.encode(to_tensor([prompt.image]).to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]
     return torch.cat(parts)

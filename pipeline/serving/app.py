@@ -63,7 +63,7 @@ def build_app(served: Served) -> FastAPI:
         redoc_url=None,
         responses={
             "4XX": {"description": "What was expected, and found, in one line", "model": ErrorBody},
-            "5XX": {"description": "It was too busy, or was asked to stop", "model": ErrorBody},
+            "5XX": {"description": "It was too busy, failed, or was asked to stop", "model": ErrorBody},
         },
     )
     _add_errors(app)

@@ -4,6 +4,7 @@
     engine.submit(order)            # joins at the next code, if its images fit; else it waits; else Refusal
     order.cancel()                  # its client is gone: its rows leave before the next code
     engine.stop()                   # what runs is finished, what waits is refused; then join()
+    engine.failed                   # it cannot draw any more, and has refused all: end the process
 
 One thread draws (`RowBatch`, or `PassBatch` for models of order any and scale), one makes files of codes
 (`Finisher`), so that neither waits for the other.
@@ -41,11 +42,11 @@ class Engine:
         self._queue: deque[Order] = deque()
         self._running: list[Order] = []
         self._batch = self._new_batch()
-        self._changed, self._stopping = threading.Condition(), False
+        self._changed, self._stopping, self.failed = threading.Condition(), False, False
         self._seconds = 1.0  # that the last order took
         self.finisher = Finisher(pipeline)
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
-        counts.watch(waiting=lambda: len(self._queue), drawn=lambda: len(self._batch.rows))
+        counts.watch(waiting=lambda: len(self._queue), drawn=self._drawn)
 
     def start(self) -> None:
         self._thread.start()
@@ -53,7 +54,7 @@ class Engine:
     def submit(self, order: Order) -> None:
         """Put it in line. Raises Refusal: the line is full, or the server ends."""
         with self._changed:
-            if self._stopping:
+            if self.stopping:
                 raise stopping()
             self._queue = deque(waits for waits in self._queue if not waits.cancelled)
             if len(self._queue) >= self._waiting:
@@ -63,7 +64,8 @@ class Engine:
 
     @property
     def stopping(self) -> bool:
-        return self._stopping
+        """It takes no orders: it was asked to stop, or nobody draws."""
+        return self._stopping or not self._thread.is_alive()
 
     def stop(self) -> None:
         """Finish what runs, refuse what waits."""
@@ -83,15 +85,35 @@ class Engine:
         model = self.pipeline.fastest(self.pipeline.transformer)
         return PassBatch(model, self.slots) if draws_in_passes(model) else RowBatch(model, self.slots)
 
+    def _drawn(self) -> int:
+        """Images that are being drawn; for other threads, which find no batch while one is made anew."""
+        return sum(not row.finished for order in self._running for row in order.rows)
+
     def _work(self) -> None:
-        while self._wait():
-            try:
-                self._turn()
-            except Exception:
-                log.exception("drawing failed; %d requests are answered with an error", len(self._running))
-                for order in self._running:
-                    order.emit(Failed(broken()))
-                self._running, self._batch = [], self._new_batch()
+        try:
+            while self._wait():
+                self._turn_or_begin_anew()
+        except Exception:
+            log.exception("drawing failed again while it was begun anew")
+            self.failed = True
+            self.stop()
+
+    def _turn_or_begin_anew(self) -> None:
+        """A turn; if it fails, those that run are answered, and a batch is made. Raises what that one raises."""
+        try:
+            self._turn()
+        except Exception:
+            log.exception("drawing failed; %d requests are answered with an error", len(self._running))
+        else:
+            return
+        # Only here, where no traceback holds the old batch: there may be no memory for two.
+        failed, self._running = self._running, []
+        for order in failed:
+            order.emit(Failed(broken()))
+        del self._batch
+        if self.pipeline.transformer.head.weight.is_cuda:
+            torch.cuda.empty_cache()
+        self._batch = self._new_batch()
 
     def _wait(self) -> bool:
         """Until there is something to draw; False: that was all."""

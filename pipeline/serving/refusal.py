@@ -51,7 +51,7 @@ def busy(retry_after_s: float) -> Refusal:
 
 def stopping() -> Refusal:
     """The server ends."""
-    message = "the server was asked to stop and takes nothing new: try another one, or later"
+    message = "the server ends and takes nothing new: try another one, or later"
     return Refusal(503, message, "stopping", retry_after_s=10)
 
 

@@ -1,13 +1,14 @@
 """`smalti serve`: loads the models, listens, and ends as it was asked to.
 
 SIGTERM or Ctrl-C: what runs is finished, what waits or comes is refused, and the process ends with 0. A second one ends
-it at once.
+it at once. If it cannot draw any more, all are refused, and it ends with 1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from pipeline.serving.nearest import NearestImages
 _SHORTEST_TOKEN = 16  # characters
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CONNECTIONS = 512
+_EXIT_FAILED = 1  # other than a user's mistake; systemd starts it again
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def serve(directory: Path, serving: Serving, step: int | None = None) -> None:
         ) from error
     engine.stop()
     engine.join(serving.timeout_s)
+    if engine.failed:
+        click.echo(f"{name}: drawing cannot go on, the log says why; start it again", err=True)
+        sys.exit(_EXIT_FAILED)
 
 
 class _Server(uvicorn.Server):
@@ -100,6 +105,10 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, which is asked ten times a second."""
+        return await super().on_tick(counter) or self._engine.failed
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

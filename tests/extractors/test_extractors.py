@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
@@ -15,12 +18,14 @@ from pipeline.config.base import parse_config
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
 from pipeline.evaluation.comparison import caption_rows, compare_images
+from pipeline.extractors.base import resized
 from pipeline.extractors.clip_scorer import ClipScorer
 from pipeline.extractors.inception_v3 import InceptionV3
 from pipeline.extractors.lpips_vgg16 import Lpips
 from pipeline.extractors.registry import load_extractor
 from pipeline.metrics.clip_score import clip_scores, own_caption_ranks
 from tests.extractors.tiny_clip import PROCESSOR, save_clip
+from tests.launch import environment
 from tests.metrics import seeded
 
 CPU = torch.device("cpu")
@@ -123,3 +128,38 @@ def test_missing_or_other_weights_say_where_to_put_them(
         Lpips.from_folder(tmp_path)
     with pytest.raises(UserError, match=r"clip needs evaluate.weights"):
         parse_config(EvaluateConfig, {"extractor": "clip"}, where="evaluate")
+
+
+def test_photos_are_held_one_at_a_time_whatever_the_batch() -> None:
+    program = """
+import resource, torch
+from PIL import Image
+from pipeline.extractors.registry import load_extractor
+
+extractor = load_extractor("efficientnet-lite0", torch.device("cpu"), batch_size=16)
+extractor(Image.new("RGB", (128, 128)) for _ in range(16))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(extractor(Image.new("RGB", (2000, 1500), (i, 3, 4)) for i in range(20))) == 20
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 16 * 2000 * 1500 * 3, "more than the pixels of a batch"
+
+
+def test_resizing_in_groups_has_the_bits_of_one_stack() -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (70, 256, 256, 3), dtype=np.uint8)  # more than are resized at once
+    pictures = [Image.fromarray(one) for one in pixels]
+    stack = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
+    expected = F.interpolate(stack, (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
+    assert resized(pictures, 128).equal(expected)
+    other = Image.fromarray(random.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    assert resized([*pictures[:2], other, *pictures[2:4]], 128)[[0, 1, 3, 4]].equal(expected[:4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_photo_that_is_too_large_for_a_gpus_resizing_is_resized() -> None:
+    photo = Image.effect_noise((8064, 6048), 50).convert("RGB")
+    assert resized([photo], 128, torch.device("cuda")).cpu().equal(resized([photo], 128))

@@ -39,3 +39,8 @@ def multipart(**fields: bytes) -> bytes:
         file = '; filename="x.png"' if name in ("image", "mask") else ""
         parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n")
     return b"".join(parts) + b"--b--\r\n"
+
+
+def metric(server: str, name: str) -> float:
+    lines = urllib.request.urlopen(server + "metrics").read().decode().splitlines()
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))

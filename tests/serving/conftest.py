@@ -21,10 +21,12 @@ from tests.launch import command, environment
 
 
 @contextmanager
-def serving(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Its address, and its process."""
-    started = command("pipeline", ["serve", str(run), "--port", "0", *options])
-    process = subprocess.Popen(started, env=environment(), stderr=subprocess.PIPE, text=True)
+def serving(
+    run: Path, *options: str, module: str = "pipeline", **extra: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Its address, and its process; `extra`: of its environment."""
+    started = command(module, ["serve", str(run), "--port", "0", *options])
+    process = subprocess.Popen(started, env=environment(**extra), stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         said = ""

@@ -28,7 +28,7 @@ from pipeline.sampling.model_source import newest_step
 from pipeline.serving.nearest import NearestImages
 from tests.conftest import NO_TRACKING
 from tests.launch import command, environment, launch
-from tests.serving.client import Answer, ask, multipart, pngs
+from tests.serving.client import Answer, ask, metric, multipart, pngs
 from tests.serving.conftest import serving
 
 
@@ -176,11 +176,6 @@ def test_a_stream_that_is_closed_in_the_middle_is_not_drawn_to_its_end(long_imag
             time.sleep(0.01)
         assert 0 < metric(server, "smalti_codes_total ") < 2 * 1024
         assert metric(server, "smalti_images_total ") == 0
-
-
-def metric(server: str, name: str) -> float:
-    lines = urllib.request.urlopen(server + "metrics").read().decode().splitlines()
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 def test_a_full_queue_says_when_to_come_back(tiny_run: Path) -> None:
