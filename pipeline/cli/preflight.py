@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from pipeline.core import gpus
+from pipeline.core.process_limits import raise_open_files
 from pipeline.slurm import preflight
-from pipeline.slurm.preflight import BAD_HOSTS, Verdict, check_host, follow, lead
+from pipeline.slurm.preflight import BAD_HOSTS, Verdict, check_host, follow, lead, too_few_files
 from pipeline.slurm.roll_call import Announced, RollCall
 
 
@@ -23,6 +24,7 @@ from pipeline.slurm.roll_call import Announced, RollCall
 @click.option("--timeout-s", default=120.0, help="for all ranks to come, from the first on, and for the all-reduce")
 @click.option("--bad-hosts", required=True, type=click.Path(path_type=Path), help="file for the names of bad hosts")
 def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeout_s: float, bad_hosts: Path) -> None:
+    raise_open_files()
     gpus.show_own_instance(os.environ)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     here, names = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), hosts.split(",")
@@ -33,7 +35,9 @@ def main(run_directory: Path, stage: str, hosts: str, min_free_gb: float, timeou
         problem, gpu = _looked_at(run_directory, stage, min_free_gb)
         follow(announced, rank, processes, problem, timeout_s, gpu)
         os._exit(0)  # gloo's destructors sometimes abort
-    if processes > 1:
+    if mistake := too_few_files(processes):
+        verdict = Verdict(mistake=mistake)
+    elif processes > 1:
         call = RollCall(int(os.environ["MASTER_PORT"]), processes)
         call.note(0, host=here)
         problem, gpu = _looked_at(run_directory, stage, min_free_gb)

@@ -6,8 +6,8 @@ Ranks announce themselves (`roll_call.py`) before they import torch. Each host c
 directory, the stage's inputs readable, its clock against the file system's (locks depend on it), its GPUs
 (`device_check.py`). Then all ranks all-reduce and multiply matrices. Rank 0 prints which host is bad and why, and
 appends the names to FILE; a host on which somebody was late, or that only waited for it, is never among them.
-Exit 0: passed; 2: two ranks have one GPU; 3: bad hosts; 4: the all-reduce failed on all hosts, so none can be singled
-out; 5: not all came.
+Exit 0: passed; 2: two ranks have one GPU, or rank 0 too few open files; 3: bad hosts; 4: the all-reduce failed on all
+hosts, so none can be singled out; 5: not all came.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.config.pipeline import load_pipeline
 from pipeline.core import gpus
 from pipeline.core.errors import UserError
 from pipeline.core.file_system import CLOCK_TOLERANCE_S, clock_skew_s
+from pipeline.core.process_limits import open_files
 from pipeline.orchestration.graph import inputs_of, stage_named
 from pipeline.orchestration.run_directory import RunDirectory, config_of
 from pipeline.slurm.roll_call import Announced, RollCall
@@ -30,6 +31,7 @@ from pipeline.slurm.roll_call import Announced, RollCall
 _FILES_PER_INPUT = 64
 # A rank that has announced itself lives, and may import from a cold disk for so many times the patience.
 _IMPORT_PATIENCE = 5
+_OWN_FILES = 100  # of Python and torch
 MISTAKE, BAD_HOSTS, NO_HOST_TO_BLAME, LATE = 2, 3, 4, 5
 
 
@@ -55,6 +57,17 @@ class Verdict:
         if self.mistake:
             return MISTAKE
         return LATE if self.late else 0
+
+
+def too_few_files(processes: int) -> str:
+    """Why rank 0 cannot hear all: each has a connection to the roll call and one to torch's store; empty: it can."""
+    needed = 2 * processes + _OWN_FILES
+    if open_files() >= needed:
+        return ""
+    return (
+        f"expected rank 0 of {processes} processes to be allowed {needed} open files, found {open_files()}: raise the"
+        " hard limit (`ulimit -Hn`; LimitNOFILE of slurmd, or limits.conf)"
+    )
 
 
 def check_host(run_directory: Path, stage: str, min_free_gb: float) -> str | None:
@@ -159,6 +172,7 @@ def _who_is_late(call: RollCall, missing: list[int], hosts: list[str]) -> str:
     return (
         f"{len(missing)} ranks did not come within {started_s:.0f} s of the first: {ranks}"
         + (f"; nothing was heard of {', '.join(silent)}" if silent else "")
+        + (f"; rank 0 could not take a connection ({call.refused})" if call.refused else "")
         + ". Slow is not bad: no host is left out (preflight_timeout_s is the patience)"
     )
 
@@ -184,6 +198,11 @@ def _compare(call: RollCall, hosts: list[str]) -> Verdict:
     return Verdict(notes=[*notes, *(f"{host} is slow: {text}" for host, text in slow.items())])
 
 
+def share(rank: int) -> int:
+    """What a rank adds in the all-reduce: another number than its neighbours', and so small that float32 is exact."""
+    return rank % 7 + 1
+
+
 def _measure(rank: int, processes: int, timeout_s: float, listener: int | None = None) -> dict[str, object]:
     """An all-reduce and a matrix product on this rank: `failure` (empty: none), and how fast they were."""
     import torch
@@ -202,14 +221,14 @@ def _measure(rank: int, processes: int, timeout_s: float, listener: int | None =
         )
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
-        numbers = torch.full((1 << (24 if on_gpu else 18),), float(rank + 1), device=distributed.device())
+        numbers = torch.full((1 << (24 if on_gpu else 18),), float(share(rank)), device=distributed.device())
         dist.all_reduce(numbers.clone())  # connects
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(numbers)
         total = float(numbers[:: 1 << 10].double().mean())  # waits for it
         reduced_s = time.perf_counter() - started
-        expected = processes * (processes + 1) / 2
+        expected = sum(map(share, range(processes)))
         if total != expected:
             return {"failure": f"rank {rank}: expected a sum of {expected:g}, found {total:g}"}
         speeds = {"gb_per_s": numbers.nbytes / reduced_s / 1e9, "tflops": matmul_tflops()}

@@ -27,6 +27,7 @@ class RollCall:
         self.died: set[int] = set()
         self.first_arrival: float | None = None  # time.monotonic()
         self.last_arrival: float | None = None
+        self.refused = ""  # why a connection could not be taken
         self._processes = processes
         self._listener: socket.socket | None = socket.create_server(("", port), backlog=processes)
         self._selector = selectors.DefaultSelector()
@@ -75,12 +76,19 @@ class RollCall:
         while True:
             for key, _ in self._selector.select(timeout=_POLL_S):
                 if key.fileobj is self._listener and self._listener is not None:
-                    with suppress(OSError):
-                        connection, _ = self._listener.accept()
-                        self._received[connection] = b""
-                        self._selector.register(connection, selectors.EVENT_READ, None)
+                    self._take(self._listener)
                 elif isinstance(key.fileobj, socket.socket):
                     self._read(key.fileobj)
+
+    def _take(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # without a file left the listener stays ready
+            self.refused = str(error)
+            time.sleep(_POLL_S)
+            return
+        self._received[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ, None)
 
     def _read(self, connection: socket.socket) -> None:
         chunk = b""

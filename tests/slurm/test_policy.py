@@ -115,13 +115,13 @@ def test_a_task_of_an_array_fails_for_a_bug_at_one_of_its_pieces_and_not_at_two(
     "error",
     [
         "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled system error",
-        "RuntimeError: [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)",
         "torch.distributed.DistNetworkError: The server socket has failed to bind: Address already in use",
         "OSError: [Errno 108] Cannot send after transport endpoint shutdown",
     ],
 )
 def test_an_error_of_a_link_or_a_file_system_is_no_bug(error: str) -> None:
-    lives = [_life(policy.CRASH, 50, 50, error=error, step=57)] * 4
+    assert policy.OF_HARDWARE.search(error)
+    lives = [replace(_life(policy.CRASH, 50, 50, error=error, step=57), of_hardware=True)] * 4
     assert [one.action for one in _decisions(lives)] == ["again"] * 3 + ["fail"]
 
 
@@ -147,7 +147,7 @@ def test_another_error_or_another_step_is_tried_again(error: str, step: int) -> 
 
 def test_an_error_of_the_hardware_is_no_bug_and_its_host_is_left_out_after_the_second() -> None:
     error = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"
-    lives = [_life(policy.CRASH, 50, 50, "node1", error, step=57)] * 2
+    lives = [replace(_life(policy.CRASH, 50, 50, "node1", error, step=57), of_hardware=True)] * 2
     assert [one.exclude for one in _decisions(lives, spare_hosts=3)] == [(), ("node1",)]
     decided = _decisions(lives, spare_hosts=0)[-1]
     assert decided.exclude == ()  # the job would wait for ever

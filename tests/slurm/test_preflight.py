@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,6 +158,43 @@ def test_a_slow_gpu_makes_its_host_bad_and_a_slow_processor_is_only_told(measure
     verdict = _hold(hosts)
     assert (verdict.exit_code, len(verdict.notes)) == (0, 1)
     assert verdict.notes[0].startswith("b is slow: a matrix product on rank 3")
+
+
+def _rank_0_of_120(folder: Path, open_files: tuple[int, int]) -> tuple[int, str]:
+    """The exit code and the words of the real rank 0, whose soft and hard limit these are; the last rank is broken."""
+    port, ranks = free_port(), 120
+    own = {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+    arguments = [str(folder), "--stage", "x", "--hosts", "a,b", "--bad-hosts", str(folder / "bad"), "--timeout-s", "10"]
+    rank_0 = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli.preflight", *arguments],
+        env=environment(**own, SLURMD_NODENAME="a"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, open_files),
+    )
+    others = [Announced(LOOPBACK, port, rank, "b", 60) for rank in range(1, ranks)]
+    for number, other in enumerate(others, 2):
+        threading.Thread(target=other.say, kwargs={"problem": "broken" * (number == ranks)}, daemon=True).start()
+    said = rank_0.communicate(timeout=300)[1]
+    return rank_0.returncode, said
+
+
+def test_more_ranks_than_the_soft_limit_of_open_files_all_come(tmp_path: Path) -> None:
+    code, said = _rank_0_of_120(tmp_path, (64, 4096))
+    assert (code, said) == (BAD_HOSTS, "preflight: bad host b: broken\n")
+
+
+def test_a_hard_limit_of_open_files_that_is_too_low_is_told_in_a_line(tmp_path: Path) -> None:
+    code, said = _rank_0_of_120(tmp_path, (64, 128))
+    assert (code, len(said.splitlines())) == (MISTAKE, 1), said
+    assert "rank 0 of 120 processes to be allowed" in said
+    assert "found 128" in said
+
+
+def test_the_sum_of_the_all_reduce_is_exact_for_any_number_of_ranks() -> None:
+    for processes in (1, 2, 6_001, 20_000):
+        added = np.cumsum([preflight.share(rank) for rank in range(processes)], dtype=np.float32)
+        assert added[-1] == sum(map(preflight.share, range(processes)))
 
 
 SLOW = """

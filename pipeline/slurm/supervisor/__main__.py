@@ -159,7 +159,7 @@ class Supervisor:
         life.ended, life.exit_code, life.progress = time.time(), first.code or code, self._progress()
         if life.outcome in (policy.CRASH, policy.MISTAKE, policy.LOCKED):
             life.error, life.rank, life.step = first.error, first.rank, last_step(self.directory)
-            life.blamed = [first.host] if first.host else []
+            life.blamed, life.of_hardware = [first.host] if first.host else [], bool(first.of_hardware)
         spare = self.job.spare_hosts() if life.outcome in (policy.CRASH, policy.BAD_HOST) else None
         decision = decide(self.record.chain(self.job.name), self.budgets, spare)
         write_record(self.record_path, self.record)

@@ -27,11 +27,11 @@ _STOPS_WITHOUT_PROGRESS = 1000  # preemptions and requests are nobody's fault, a
 _HOST_SUSPECT_AFTER = 2  # first deaths on one host
 _SAME_BUG_AFTER = 2  # crashes with one error at one step
 # An error that says that a machine, a link or a file system failed is no bug, however often it is seen.
-_OF_HARDWARE = re.compile(
+OF_HARDWARE = re.compile(
     r"uncorrectable|\bECC\b|\bXid\b|NVLink|fallen off the bus|Input/output error|Remote I/O|Stale file handle"
     r"|Connection (reset|refused|closed|timed out)|No route to host|Network is unreachable|transport endpoint"
     r"|Broken pipe|Address already in use|nccl(System|Remote)Error|unhandled system error|collective operation timeout"
-    r"|\[Errno (5|116|121)\]",
+    r"|\[Errno (5|116|121)\]|hangs: no sign of life for .*, in \w+, where it waits",  # the last one of core/watchdog.py
     re.IGNORECASE,
 )
 
@@ -52,6 +52,7 @@ class Life:
     rank: int | None = None  # the first that failed; of a crash None if Slurm killed the whole step
     step: int | None = None  # of a training, where it crashed
     error: str = ""  # the line that says why
+    of_hardware: bool = False  # its last lines say that a machine, a link or a file system failed
 
     @property
     def advanced(self) -> bool:
@@ -169,7 +170,7 @@ def count_without_progress(lives: Sequence[Life], budgets: Budgets) -> int:
 def _repeated_error(lives: Sequence[Life]) -> str | None:
     """The line for a crash that was here before, at the same step with the same error; None for any other end."""
     life = lives[-1]
-    if life.outcome != CRASH or life.rank is None or not life.error or _OF_HARDWARE.search(life.error):
+    if life.outcome != CRASH or life.rank is None or not life.error or life.of_hardware:
         return None
     same = [other for other in lives if other.outcome == CRASH and _place(other) == _place(life)]
     if sum(_shape(other.error) == _shape(life.error) for other in same) < _SAME_BUG_AFTER:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.slurm.supervisor.policy import OF_HARDWARE
+
 # Each rank ignores the signals until Python handles them (a signal kills a Python that is still importing);
 # the first to fail records its rank.
 _RANK = """trap "" USR2 TERM
@@ -21,6 +23,7 @@ exit $code"""
 _POLL_S = 0.2
 _LOG_BYTES = 1 << 22  # of the end of the log
 _LINES = 20
+_LINES_WITH_STACKS = 100  # below what NCCL's watchdog says are the stacks of its threads
 _ERROR = re.compile(r"^(error\b|[\w.]*(Error|Exception|Interrupt|Exit|Warning)\b|Traceback)", re.IGNORECASE)
 
 
@@ -35,15 +38,17 @@ class FirstFailure:
     host: str = ""
     code: int = 0
     lines: tuple[str, ...] = ()
+    of_hardware: str = ""  # the last line that says that a machine, a link or a file system failed
 
     @property
     def error(self) -> str:
         """The line that says why: of a traceback the last one, of a signal its name."""
-        texts = [re.sub(r"^\s*\d+: ", "", line).strip() for line in self.lines]
+        texts = [_without_label(line) for line in self.lines]
         said = [text for text in texts if _ERROR.match(text) and not text.startswith(("Traceback", "srun: error"))]
         if self.code > 128:
+            after = _without_label(self.of_hardware) or (said[-1] if said else "")
             with suppress(ValueError):
-                return f"killed by {signal.Signals(self.code - 128).name}" + (f", after: {said[-1]}" if said else "")
+                return f"killed by {signal.Signals(self.code - 128).name}" + (f", after: {after}" if after else "")
         return said[-1] if said else next((text for text in reversed(texts) if text), "")
 
 
@@ -91,7 +96,13 @@ def first_failure(record: Path, log: Path, from_byte: int, code: int) -> FirstFa
     lines = _log_lines(log, from_byte)
     label = re.compile(rf"^[ 0]*{rank or 0}: ")  # of srun --label
     its_lines = [line for line in lines if label.match(line) and line.partition(": ")[2].strip()]
-    return FirstFailure(rank, host, code, tuple((lines if rank is None else its_lines or lines)[-_LINES:]))
+    said = lines if rank is None else its_lines or lines
+    of_hardware = [line for line in said[-_LINES_WITH_STACKS:] if OF_HARDWARE.search(line)]
+    return FirstFailure(rank, host, code, tuple(said[-_LINES:]), of_hardware[-1] if of_hardware else "")
+
+
+def _without_label(line: str) -> str:
+    return re.sub(r"^\s*\d+: ", "", line).strip()
 
 
 def _log_lines(log: Path, from_byte: int) -> list[str]:
