@@ -39,7 +39,7 @@ def main(run: StageRun) -> None:
     config = run.config.evaluate
     extractor = load_extractor(config.extractor, distributed.device(), config.batch_size, config.weights)
     store = FeatureStore(config.feature_cache or run.config.runs / ".cache" / "features", extractor)
-    sets = ImageSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples)
+    sets = ImageSets(run.input("prepare"), run.input("generate"), config, run.config.generate.samples, run.seed)
     scorer = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
     which, of = run.array_task or (0, 1)
@@ -80,7 +80,7 @@ def _measure(
         "nearest": prompt_entries(run.input("generate"), real, store),
         "scored_by": scored_by if scores else None,
         "samples": save_samples(sets.generated, scores, real, store, run.directory, config, seed),
-        "reconstructions": save_reconstructions(tokenizer, real, run.directory, config),
+        "reconstructions": save_reconstructions(tokenizer, real, run.directory, config, seed),
     }
     if sweep:
         results["sweep"] = sweep.measure(real)

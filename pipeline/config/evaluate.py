@@ -45,9 +45,13 @@ class EvaluateConfig(Config):
     lpips: Path | None = Field(None, description="folder with vgg16-397923af.pth and LPIPS's vgg.pth")
     sweep: SweepConfig | None = Field(None, description="settings of sampling to try; the best one is written down")
     samples: int | None = Field(None, ge=2, description="images per set; None: all that `generate` made")
-    training_images: int = Field(20_000, ge=2, description="at most so many are searched for the nearest one")
-    reconstructions: int = Field(250, ge=2, description="images of each split that the tokenizer reconstructs, at most")
-    reconstructions_shown: int = Field(12, ge=0, description="of the validation images, for the report")
+    training_images: int = Field(
+        20_000, ge=2, description="at most so many, drawn from all, are searched for the nearest one"
+    )
+    reconstructions: int = Field(
+        250, ge=2, description="images of each split that the tokenizer reconstructs, at most, drawn from all"
+    )
+    reconstructions_shown: int = Field(12, ge=0, description="of the validation images, drawn from all, for the report")
     samples_shown: int = Field(18, ge=0, description="of the generated images, drawn at random, for the report")
     perturbations: list[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[int, Field(ge=1)]]] = added(
         [],

@@ -52,6 +52,13 @@ def permute(index: Ints, size: int | Ints, key: int | NDArray[np.uint64]) -> Int
     return value.astype(np.int64)
 
 
+def subset(count: int, size: int, key: int) -> Ints:
+    """`count` of range(size), or all if there are no more: a choice that `key` fixes, in ascending order."""
+    if count >= size:
+        return np.arange(size)
+    return np.sort(permute(np.arange(count), size, key))
+
+
 def _feistel(value: NDArray[np.uint64], half_bits: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask

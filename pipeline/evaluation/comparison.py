@@ -15,6 +15,8 @@ from torch import Tensor
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.distributed import device
 from pipeline.core.errors import UserError
+from pipeline.core.seeds import hash64
+from pipeline.data.order import subset
 from pipeline.evaluation.evaluator_npz import Statistics
 from pipeline.evaluation.rows import Row
 from pipeline.evaluation.set_metrics import AgainstStatistics, CaptionedSet, OneSet, TwoSets, rows_of
@@ -26,7 +28,7 @@ from pipeline.metrics.checks import checked_pair
 def compare_images(
     real: Iterable[Image.Image], generated: Iterable[Image.Image], config: EvaluateConfig, seed: int
 ) -> list[Row]:
-    """Every metric of two sets of images; the larger set is cut to the size of the smaller one."""
+    """Every metric of two sets of images; the larger set is cut as `compare_features` does it."""
     extractor = load_extractor(config.extractor, device(), config.batch_size, config.weights)
     real_set = extractor(real, description="real images")
     return compare_features(real_set, extractor(generated, description="generated images"), config, seed)
@@ -37,13 +39,21 @@ def compare_features(
 ) -> list[Row]:
     """Every metric of two sets; the larger one is cut to the size of the smaller one, and to `config.samples`.
 
+    What is left of a set is drawn from all of it by `seed`, in the order that it has there.
+
     Raises:
         UserError: a set is empty, or has features that are NaN or of other dimensions.
     """
     checked_pair(real.features, generated.features, at_least=2, reason="a covariance")  # before an empty set cuts both
-    n = slice(min(len(real), len(generated), config.samples or len(real)))
-    rows = compare_sets(real.take(n), generated.take(n), "generated, real", config, seed, cache)
-    return rows + classified_rows(generated.take(n), "generated", config, seed)
+    n = min(len(real), len(generated), config.samples or len(real))
+    real, generated = _drawn(real, n, seed), _drawn(generated, n, seed)
+    rows = compare_sets(real, generated, "generated, real", config, seed, cache)
+    return rows + classified_rows(generated, "generated", config, seed)
+
+
+def _drawn(images: FeatureSet, n: int, seed: int) -> FeatureSet:
+    """n of the images: their order may be that of classes, of which the first n would be a few."""
+    return images if n >= len(images) else images.take(subset(n, len(images), hash64("compared", seed)).tolist())
 
 
 def compare_sets(

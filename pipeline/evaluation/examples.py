@@ -9,6 +9,8 @@ from typing import TypedDict
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.atomic_io import read_json, write_atomic
 from pipeline.core.image_io import png_bytes, to_tensor
+from pipeline.core.seeds import hash64
+from pipeline.data.order import subset
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, decoded
 from pipeline.evaluation.reconstruction import reconstruct
@@ -83,10 +85,13 @@ def _chosen_samples(n: int, scores: list[float] | None, shown: int, seed: int) -
 
 
 def save_reconstructions(
-    tokenizer: ImageTokenizer, real: RealImages, directory: Path, config: EvaluateConfig
+    tokenizer: ImageTokenizer, real: RealImages, directory: Path, config: EvaluateConfig, seed: int
 ) -> list[ReconstructionEntry]:
-    """Some reconstructions as files under `directory`/reconstructions, validation images first."""
-    samples = [*real.validation, *real.samples][: config.reconstructions_shown]
+    """Some reconstructions as files under `directory`/reconstructions, drawn at random, validation images first."""
+    samples: list[StoredImage] = []
+    for known in (real.validation, real.samples):
+        few = subset(config.reconstructions_shown - len(samples), len(known), hash64("shown", seed))
+        samples += [known[i] for i in few]
     if not samples:
         return []
     images = [sample.image for sample in samples]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
+from pipeline.core.seeds import hash64
 from pipeline.data.catalog import Catalog
+from pipeline.data.order import subset
 from pipeline.evaluation.comparison import caption_rows, classified_rows, compare_sets
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import StoredImage, images_at, prepared_images
@@ -40,13 +42,13 @@ FLOOR = "real images, other real images (floor)"
 class ImageSets:
     """The sets that are compared: known before any is measured, so that array tasks can share their features."""
 
-    def __init__(self, prepare: Path, generate: Path, config: EvaluateConfig, samples: int) -> None:
+    def __init__(self, prepare: Path, generate: Path, config: EvaluateConfig, samples: int, seed: int) -> None:
         self.generated: list[StoredImage] = []
         if samples:
             self.generated = images_at(generate / "samples")[: config.samples]
         wanted = {image.key for image in self.generated}
-        self.training = _split(prepare, "train", wanted, config.training_images)
-        self.validation = _split(prepare, "val", wanted, config.reconstructions)
+        self.training = _split(prepare, "train", wanted, config.training_images, seed)
+        self.validation = _split(prepare, "val", wanted, config.reconstructions, seed)
         real = {image.key: image for image in (*self.validation, *self.training)}
         if strangers := [image.key for image in self.generated if image.key not in real]:
             raise UserError(
@@ -137,7 +139,8 @@ def tokenizer_rows(
     metrics = pair_metrics(config, next(tokenizer.parameters()).device)
     rows: list[Row | None] = []
     for split, samples in (("validation", real.validation), ("training", real.samples)):
-        samples = samples[: config.reconstructions]
+        few = subset(config.reconstructions, len(samples), hash64("reconstructions", seed))
+        samples = [samples[i] for i in few]
         if not samples:
             continue
         compares = f"{split} images, their reconstructions"
@@ -153,8 +156,10 @@ def tokenizer_rows(
     return [row for row in rows if row is not None]
 
 
-def _split(prepare: Path, split: str, wanted: set[str], limit: int) -> list[StoredImage]:
-    """The first `limit` images of a split, and those whose key is `wanted`."""
+def _split(prepare: Path, split: str, wanted: set[str], limit: int, seed: int) -> list[StoredImage]:
+    """`limit` images of a split, drawn from all of it by `seed`, and those whose key is `wanted`, in its order."""
     catalog = Catalog(prepare, split)
-    rows = {*range(min(limit, len(catalog))), *catalog.rows_of(wanted).values()}
+    # Other ones than `generate` draws its captions by, or no other real images would be left beside theirs.
+    drawn = subset(limit, len(catalog), hash64("evaluate", seed)).tolist()
+    rows = {*drawn, *catalog.rows_of(wanted).values()}
     return prepared_images(catalog, sorted(rows))

@@ -99,6 +99,8 @@ class Sweep:
 
     def _generated(self, setting: SamplingConfig) -> list[StoredImage]:
         path = self._path(setting)
+        if path.is_file() and [image.key for image in images_at(path)] != [image.key for image in self._chosen]:
+            path.unlink()  # of captions that an earlier version chose
         if not path.is_file():
             captions = [image.caption or "" for image in self._chosen]
             batch_size = self._run.config.generate.batch_size

@@ -75,11 +75,13 @@ class NearestImages:
         config = self._config.evaluate
         extractor = load_extractor(config.extractor, self._device, config.batch_size, config.weights)
         cache = config.feature_cache or self._directory.parent / ".cache" / "features"
-        sets = ImageSets(
-            self._directory / "prepare", self._directory / "generate", config, self._config.generate.samples
-        )
+        samples, seed = self._config.generate.samples, self._config.seed
+        sets = ImageSets(self._directory / "prepare", self._directory / "generate", config, samples, seed)
         folder = FeatureStore(cache, extractor).directory(sets.training)
         if not (folder / "about.json").is_file():
-            message = "expected the features of the training images in the cache, found none: evaluate the run again"
+            message = (  # trimmed, or of training images that an earlier version chose
+                "expected the features of the training images in the cache, found none: remove the run's folder"
+                " evaluate, and give the run to `smalti run` again"
+            )
             raise Refusal(404, message, "not_found")
         return extractor, read_features(folder), sets.training

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.atomic_io import write_json
 from pipeline.core.image_size import PIXELS_AT_ONCE
+from pipeline.data.catalog import Catalog
 from pipeline.evaluation.examples import save_reconstructions
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.image_sets import images_at
@@ -47,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def real_images(run: Path, config: EvaluateConfig, cache: Path) -> tuple[RealImages, FeatureStore]:
     store = FeatureStore(cache, pixels())
-    return RealImages(ImageSets(run / "prepare", run / "generate", config, samples=0), store), store
+    return RealImages(ImageSets(run / "prepare", run / "generate", config, samples=0, seed=0), store), store
 
 
 def test_an_image_that_comes_back_exactly_counts_as_100_db(run: Path, tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_an_image_that_comes_back_exactly_counts_as_100_db(run: Path, tmp_path: 
     assert all(row.value is not None and 0 < row.value < 100 for row in rows)
     assert all(row.interval for row in rows)
     every = CONFIG.model_copy(update={"reconstructions_shown": 61})
-    entries = save_reconstructions(tokenizer, real, tmp_path, every)
+    entries = save_reconstructions(tokenizer, real, tmp_path, every, seed=0)
     assert {entry["psnr"] for entry in entries if entry["key"] == "white"} == {100.0}
     write_json(tmp_path / "metrics.json", {"rows": [row.as_json() for row in rows], "reconstructions": entries})
     json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # Infinity is no JSON
@@ -82,3 +83,25 @@ def test_many_large_pairs_measure_what_each_does_alone() -> None:
     assert largest.elements <= 3 * PIXELS_AT_ONCE
     alone = [torch.cat([measure(x[i : i + 1], y[i : i + 1]) for i in range(20)]) for measure in (psnr, ssim)]
     assert all(torch.equal(many, each) for many, each in zip(together, alone, strict=True))
+
+
+def test_fewer_images_than_a_run_has_are_drawn_from_all_of_them(run: Path, tmp_path: Path) -> None:
+    whole, _ = real_images(run, CONFIG, tmp_path / "whole")
+    train, held_out = ([image.key for image in images] for images in (whole.samples, whole.validation))
+    assert (len(train), len(held_out)) == (42, 19)
+    assert train == Catalog(run / "prepare", "train").keys(range(42))  # all of them, in their order
+
+    few = CONFIG.model_copy(update={"training_images": 12, "reconstructions": 6})
+    real, store = real_images(run, few, tmp_path / "few")
+    tokenizer_rows(ImageTokenizer.from_pretrained(run / "image-tokenizer" / "model"), real, store, few, seed=0)
+    sets = {tuple(path.read_text().split()) for path in (tmp_path / "few").glob("*/keys.txt")}
+    of_train, of_held_out = ({keys for keys in sets if set(keys) <= set(split)} for split in (train, held_out))
+    assert sorted(map(len, of_train)) == [6, 12]
+    assert sorted(map(len, of_held_out)) == [6]
+    for keys, split in [(keys, train) for keys in of_train] + [(keys, held_out) for keys in of_held_out]:
+        rows = [split.index(key) for key in keys]
+        assert rows == sorted(rows)
+        assert max(rows) >= len(split) // 2  # no first rows
+
+    other = ImageSets(run / "prepare", run / "generate", few, samples=0, seed=1)
+    assert {image.key for image in other.training} != {image.key for image in real.samples}

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.errors import UserError
 from pipeline.evaluation import set_metrics
-from pipeline.evaluation.comparison import caption_rows, compare_features
+from pipeline.evaluation.comparison import caption_rows, compare_features, compare_sets
 from pipeline.evaluation.rows import Row, warnings
 from pipeline.evaluation.set_metrics import METRICS, Measured, Metric, TwoSets, mean_of
 from pipeline.extractors.base import ExtractorInfo, FeatureSet
@@ -70,6 +70,23 @@ def test_retrieval_of_many_captions_goes_in_blocks_and_ranks_as_the_whole_matrix
     ranks = (similarity > similarity.diagonal()[:, None] + 1e-9).sum(dim=1)
     found = {row.metric: row.value for row in rows}
     assert [found[f"R@{k} (Mine)"] for k in (1, 5, 10)] == [(ranks < k).double().mean().item() for k in (1, 5, 10)]
+
+
+def test_a_larger_set_in_the_order_of_its_classes_is_compared_on_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(20, 8, generator=generator)
+
+    def drawn(classes: torch.Tensor) -> FeatureSet:
+        noise = torch.randn(len(classes), 8, generator=generator)
+        return FeatureSet(centres[classes] + noise, None, INFO)
+
+    classes = torch.randint(20, (1500,), generator=generator)
+    real, fake = drawn(classes.sort().values), drawn(classes[:300])
+    mixed = real.take(torch.randperm(1500, generator=generator).tolist())
+    ordered, shuffled = (compare_features(one, fake, CONFIG, 0)[0].value for one in (real, mixed))
+    assert ordered == pytest.approx(shuffled, abs=30)  # of the first 300, that is 4 of 20 classes, it is hundreds
+    both = real.take(slice(300)), fake  # nothing to cut
+    assert compare_features(*both, CONFIG, 0) == compare_sets(*both, "generated, real", CONFIG, 0)
 
 
 def test_a_row_survives_its_file() -> None:

@@ -363,6 +363,10 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     assert len(tars) == 4
     evaluate.main(run)
     assert {path: path.stat().st_mtime_ns for path in tars} == tars  # generated once
+    content = (first := min(tars)).read_bytes()
+    write_shard(first, list(read_samples(tiny_run / "prepare", "val"))[:16])  # as of other captions
+    evaluate.main(run)
+    assert first.read_bytes() == content
     report = build_report(inputs_of_report(tiny_run, swept) | {"evaluate": run.directory}, swept)
     assert "Sampling settings" in report.page
     assert [name for name in report.files if name.startswith("plots/sweep-fd-against-is")]
