@@ -89,9 +89,9 @@ def save_reconstructions(
 ) -> list[ReconstructionEntry]:
     """Some reconstructions as files under `directory`/reconstructions, drawn at random, validation images first."""
     samples: list[StoredImage] = []
-    for images in (real.validation, real.samples):
-        few = subset(config.reconstructions_shown - len(samples), len(images), hash64("shown", seed))
-        samples += [images[i] for i in few]
+    for known in (real.validation, real.samples):
+        few = subset(config.reconstructions_shown - len(samples), len(known), hash64("shown", seed))
+        samples += [known[i] for i in few]
     if not samples:
         return []
     images = [sample.image for sample in samples]
