@@ -28,7 +28,8 @@ HUNG = 70  # exit code: neither stopped on request nor a user's mistake, so a cr
 _PATIENCE = 10
 _LOOKS = 20  # for each timeout
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
-_GIL_HELD = 1.5  # of the timeout: by then C code that never gives Python back has kept the watchdog from looking
+_GIL_HELD = 1.5  # of the timeout: by then C code that never gives Python back has kept the watchdog from looking, or
+# the whole process was stopped for so long, which that timer cannot tell apart: docs/training.md
 
 
 class _Watchdog:
@@ -42,7 +43,7 @@ class _Watchdog:
         looked = time.monotonic()
         while not self.ended.wait(self.timeout_s / _LOOKS):
             before, looked = looked, time.monotonic()
-            if looked - before > self.timeout_s / 2:  # the whole process was stopped, and continued
+            if looked - before > self.timeout_s / 2:  # the whole process was stopped, and continued in time
                 self.latest = looked
             faulthandler.dump_traceback_later(_GIL_HELD * self.timeout_s, exit=True, file=self.file)
             allowed = self.timeout_s * (_PATIENCE if self.patient else 1)

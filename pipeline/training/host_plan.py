@@ -6,6 +6,7 @@ the model at the start, of which stage 3 has one parameter at a time, and the co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
@@ -38,9 +39,21 @@ def host_memory(
         average = model.parameters if training.ema_decay else 0
         offloaded = FLOAT32 * (2 * model.parameters + optimizer_elements(model, training) + average) / gpus
     copy = checkpoint_bytes(model, training) / gpus if training.async_checkpoints else largest / gpus
+    if training.async_checkpoints and model.on_gpu:
+        copy *= _pinned_share(model, gpus if stage == 3 else 1)
     return HostMemory(
         start=per_node * (built + offloaded),
         step=per_node * offloaded,
         checkpoint=per_node * (offloaded + copy),
         end=per_node * (offloaded + (copy if training.async_checkpoints else 0)) + largest,
     )
+
+
+def _pinned_share(model: Model, slices: int) -> float:
+    """Bytes that torch takes for the pinned copy of a checkpoint, by those that are in it: a power of two per tensor.
+
+    Args:
+        slices: of each parameter. At stages 1 and 2 a process has whole parameters, but for the first and the last one.
+    """
+    exact = [FLOAT32 * size / slices for size in model.parameter_sizes]
+    return sum(2.0 ** math.ceil(math.log2(size)) for size in exact) / sum(exact)

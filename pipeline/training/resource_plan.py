@@ -72,6 +72,7 @@ class Model:
     on_gpu: bool
     precision: Precision  # on that device: never bf16
     parameters: int
+    parameter_sizes: tuple[int, ...]  # elements of each
     muon_parameters: int  # those of them that Muon would train
     largest_parameter: int
     largest_block: int  # parameters
@@ -130,6 +131,7 @@ def count(config: PipelineConfig, gpus: int, device: Literal["cuda", "cpu"] = "c
         on_gpu=device == "cuda",
         precision=precision,
         parameters=sum(p.numel() for p in objective.parameters()),
+        parameter_sizes=tuple(p.numel() for p in objective.parameters()),
         muon_parameters=sum(p.numel() for p in muon_matrices(objective)),
         largest_parameter=max(p.numel() for p in objective.parameters()),
         largest_block=max(blocks),
