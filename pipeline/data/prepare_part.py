@@ -119,7 +119,10 @@ class PartTask:
 
     def _hash(self, no_longer_decides: dict[str, object]) -> str:
         config = identity(self.config) | no_longer_decides
-        of_source = [self.source] if self.source else []  # which is in its keys
+        of_source: list[object] = [self.source] if self.source else []  # which is in its keys
+        source = self.config.all_sources[0]
+        if getattr(source, "group_column", None) or getattr(source, "group_field", None):
+            of_source.append("a blank group is none")  # it was one, of all such samples
         return digest([_FORMAT, self.part.fingerprint, config, self.seed, *of_source])
 
     def opened(self) -> Source:
