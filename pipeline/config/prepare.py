@@ -13,6 +13,9 @@ from pipeline.config.base import Config, added, operational
 from pipeline.core.credentials import take_password_out
 from pipeline.core.image_size import ImageSize, image_size
 
+# It was part of identities and fingerprints. There it stays, as it was by default, so that those of before still hold.
+NO_LONGER_DECIDES: dict[str, object] = {"max_rejected_fraction": 0.1}
+
 Storage = Literal["png", "webp", "jpeg", "in-place"]
 
 # What is written down of it has no name and password; this process and its children remember them.
@@ -241,7 +244,9 @@ class PrepareConfig(Config):
     shard_size: int = Field(1_000, ge=1, description="source samples per shard; an input tar always becomes one shard")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="chosen by a hash of the key or group")
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
-    max_rejected_fraction: float = Field(0.1, ge=0, le=1, description="the stage fails when more samples are rejected")
+    max_rejected_fraction: float = operational(
+        0.1, ge=0, le=1, description="the stage fails when more samples are rejected; nothing is made again for another"
+    )
     workers: int | None = operational(None, ge=1, description="processes; None: one per core")
     verify: bool = operational(
         False,

@@ -173,7 +173,7 @@ def _check_source(directory: Path, config: PrepareConfig, found: _Found, name: s
         raise UserError(
             f"prepare: {count} of {kept + count} samples{f' of {name}' if name else ''} rejected ({counted}), at most "
             f"{config.max_rejected_fraction:.0%} allowed: see {directory / 'rejected.jsonl'}, mend the source or raise "
-            "prepare.max_rejected_fraction"
+            "prepare.max_rejected_fraction, for which nothing is prepared again"
         )
 
 

@@ -16,7 +16,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from pipeline.config.base import digest, identity
-from pipeline.config.prepare import PrepareConfig
+from pipeline.config.prepare import NO_LONGER_DECIDES, PrepareConfig
 from pipeline.core.atomic_io import atomic_path, read_json, sha256_file, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.manifest import Fault, FileRecord, first_fault
@@ -110,8 +110,20 @@ class PartTask:
     @property
     def fingerprint(self) -> str:
         """The hash of all that decides the part's files, but for `without`."""
-        of_source = [self.source] if self.source else []  # which is in its keys
-        return digest([_FORMAT, self.part.fingerprint, identity(self.config), self.seed, *of_source])
+        return self._hash(NO_LONGER_DECIDES)
+
+    @property
+    def earlier_fingerprint(self) -> str:
+        """What an earlier version called `fingerprint`."""
+        return self._hash({name: getattr(self.config, name) for name in NO_LONGER_DECIDES})
+
+    def _hash(self, no_longer_decides: dict[str, object]) -> str:
+        config = identity(self.config) | no_longer_decides
+        of_source: list[object] = [self.source] if self.source else []  # which is in its keys
+        source = self.config.all_sources[0]
+        if getattr(source, "group_column", None) or getattr(source, "group_field", None):
+            of_source.append("a blank group is none")  # it was one, of all such samples
+        return digest([_FORMAT, self.part.fingerprint, config, self.seed, *of_source])
 
     def opened(self) -> Source:
         """The part's source; this process opens it once."""
@@ -163,7 +175,7 @@ def _finished_record(task: PartTask) -> PartRecord | None:
     if not task.record_path.is_file():
         return None
     record = task.record()
-    if record["fingerprint"] != task.fingerprint:
+    if record["fingerprint"] not in (task.fingerprint, task.earlier_fingerprint):
         return None
     files: dict[str, FileRecord] = {f"parts/{task.hashes_path.name}": {"sha256": record["hashes"]["sha256"]}}
     for split, entry in record["shards"].items():

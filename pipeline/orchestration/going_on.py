@@ -13,11 +13,10 @@ from typing import TypedDict, cast
 
 from pipeline.config.base import flatten
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json
 from pipeline.core.checkpoint_names import saved_steps
 from pipeline.core.errors import UserError
-from pipeline.orchestration.graph import SHARES, Stage
+from pipeline.orchestration.graph import SHARES, Stage, as_of_today
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,9 @@ def recorded_identity(directory: Path) -> object:
     path = directory / "identity.json"
     if not path.exists():
         return None
-    found: dict[str, object] = with_current_names(read_json(path))
+    found: dict[str, object] = read_json(path)
     found.pop("amendments", None)
-    return found
+    return found | {"config": as_of_today(cast(dict[str, object], found["config"]))}
 
 
 def amendments_of(directory: Path) -> list[Amendment]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from pipeline.config.base import identity
 from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.prepare import NO_LONGER_DECIDES
+from pipeline.config.renamed import with_current_names
 from pipeline.config.reranker import refuse_single_samples
 from pipeline.config.training import accumulation_steps
 from pipeline.core.errors import UserError
@@ -136,6 +138,16 @@ def stage_identity(config: PipelineConfig, stage: str) -> dict[str, object]:
     own: dict[str, object] = {"seed": config.seed, section: identity(config.section(section))}
     if stage_named(stage).trains and config.prepare.source_shares:
         own[SHARES] = list(config.prepare.source_shares)
+    if stage == "prepare":
+        own[section] = identity(config.prepare) | NO_LONGER_DECIDES
     if stage == "text-tokenizer" and config.transformer.condition == "class":
         own["condition"] = "class"
     return own
+
+
+def as_of_today(recorded: dict[str, object]) -> dict[str, object]:
+    """A `stage_identity` that an earlier version recorded, as this one would have."""
+    current: dict[str, object] = with_current_names(recorded)
+    if isinstance(section := current.get("prepare"), dict):
+        current["prepare"] = section | NO_LONGER_DECIDES
+    return current

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from pipeline.config.renamed import with_current_names
 from pipeline.core.atomic_io import read_json, sha256_file, write_atomic, write_json
 from pipeline.core.manifest import FileRecord
 from pipeline.orchestration.going_on import Amendment, stays_finished
+from pipeline.orchestration.graph import as_of_today
 
 _Version = tuple[int, int, int]  # inode, time and size: files are replaced whole, never changed
 
@@ -46,7 +46,7 @@ class Manifests:
         if success.read_text(errors="replace").strip() != sha256_file(path):
             return None
         manifest: Manifest = read_json(path)
-        self._read[name] = versions, {**manifest, "config": with_current_names(manifest["config"])}
+        self._read[name] = versions, {**manifest, "config": as_of_today(manifest["config"])}
         return self._read[name][1]
 
     def amend(self, name: str) -> None:

@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.base import digest, identity
+from pipeline.config.pipeline import load_pipeline
 from pipeline.config.prepare import PrepareConfig
+from pipeline.core.atomic_io import sha256_file
 from pipeline.core.errors import UserError
 from pipeline.data.catalog import Catalog
 from pipeline.data.inspect import inspect_directory
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import _tasks, prepare
+from pipeline.data.prepare_part import _FORMAT
 from pipeline.data.shards import read_samples
 from pipeline.data.stream import ImageStream
+from pipeline.orchestration.graph import stage_named
+from pipeline.orchestration.run_directory import RunDirectory
+from tests.conftest import TINY
 from tests.data.sample_images import folder_config, tree_bytes
 
 # What commit d1b9d5e, before there were several sources and sizes, made of `_photos`.
@@ -26,6 +33,10 @@ ORDER = [16, 18, 13, 9, 8, 15, 10, 12, 1, 4, 3, 7, 6, 2, 0, 5, 0, 1, 4, 3, 6, 5,
 # Of index.json and of a part's record in commit 858fdb5, which knew no catalog and counted no sources.
 OLD_INDEX = ("image_size", "splits", "rejected", "conversions", "credit")
 OLD_RECORD = ("fingerprint", "without", "hashes", "conversions", "rejected", "shards", "indexes", "left_out")
+
+
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @pytest.fixture
@@ -103,3 +114,38 @@ def test_an_old_folder_of_which_less_is_left_says_to_run_prepare_again(config: P
         _order(Path("old"))
     prepare(Path("old"), config, seed=0)
     assert _order(Path("old")) == ORDER
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_when_the_bound_of_rejected_samples_decided_stays_and_takes_another(
+    config: PrepareConfig, tmp_path: Path, finished: bool
+) -> None:
+    of_run = load_pipeline(TINY, [f"runs={tmp_path}", "seed=0", "prepare.max_rejected_fraction=0.5"])
+    of_run = of_run.model_copy(update={"prepare": config.model_copy(update={"max_rejected_fraction": 0.5})})
+    runs, stage = RunDirectory(of_run.run_directory), stage_named("prepare")
+    assert runs.begin(of_run, stage)
+    directory = runs.stage("prepare")
+    prepare(directory, of_run.prepare, seed=0)
+    runs.finish(stage, {directory / "index.json": None})
+    # As it was recorded then: the bound as it was set, in the identity, the manifest and the parts.
+    for path in (directory / "identity.json", directory / "manifest.json"):
+        values = json.loads(path.read_text())
+        values["config"]["prepare"]["max_rejected_fraction"] = 0.5
+        _write_json(path, values)
+    for path in (directory / "parts").glob("*.json"):
+        task = next(t for t in _tasks(directory, of_run.prepare, 0) if t.record_path == path)
+        as_set = identity(task.config) | {"max_rejected_fraction": 0.5}
+        _write_json(path, {**task.record(), "fingerprint": digest([_FORMAT, task.part.fingerprint, as_set, 0])})
+    if finished:
+        (directory / "_SUCCESS").write_text(sha256_file(directory / "manifest.json") + "\n")
+    else:
+        (directory / "_SUCCESS").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (directory / "train").iterdir()}
+    again = RunDirectory(of_run.run_directory)
+    if finished:
+        higher = of_run.prepare.model_copy(update={"max_rejected_fraction": 0.7})
+        assert not again.begin(of_run.model_copy(update={"prepare": higher}), stage)
+    assert again.begin(of_run, stage) == (not finished)
+    prepare(directory, of_run.prepare, seed=0)
+    assert {path: path.stat().st_mtime_ns for path in (directory / "train").iterdir()} == before
+    assert not (runs.path / "superseded").exists()

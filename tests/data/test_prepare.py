@@ -149,12 +149,18 @@ def test_the_docs_list_every_reason_to_reject_a_sample() -> None:
     assert "missing image" in made
 
 
-def test_too_many_bad_samples_fail_the_stage_and_say_why(tmp_path: Path) -> None:
+def test_too_many_bad_samples_fail_the_stage_and_say_why_and_a_higher_bound_finishes_it(tmp_path: Path) -> None:
     _bad_folder(tmp_path / "in")
     with pytest.raises(UserError, match=r"of 22 samples rejected \(.*1 animated image.*max_rejected_fraction"):
         prepare(tmp_path / "out", folder_config(tmp_path / "in", max_rejected_fraction=0.2), seed=0)
     assert not (tmp_path / "out/index.json").exists()
     assert (tmp_path / "out/rejected.jsonl").exists()
+    made = {
+        path: path.stat().st_mtime_ns for folder in ("parts", "train") for path in (tmp_path / "out" / folder).iterdir()
+    }
+    index = prepare(tmp_path / "out", folder_config(tmp_path / "in", max_rejected_fraction=0.9), seed=0)
+    assert index["rejected"]["samples"] > 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made  # a remedy that makes nothing again
 
 
 def test_every_still_image_mode_becomes_rgb_on_white(tmp_path: Path) -> None:

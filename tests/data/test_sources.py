@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.base import digest, identity
 from pipeline.core.errors import UserError
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import _tasks, prepare
 from pipeline.data.shards import read_samples
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import Part, Record
@@ -87,6 +88,27 @@ def test_a_group_is_never_divided_between_the_splits(tmp_path: Path, kind: str) 
     assert found[0]
     assert found[1]
     assert found[0].isdisjoint(found[1])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_sample_with_a_blank_group_is_a_group_of_its_own(tmp_path: Path, kind: str) -> None:
+    write_folder(tmp_path / "images", 36)
+    rows = [{"key": f"k{n}", "file": f"images/{n:05d}.png", "caption": f"{n}", "artist": ""} for n in range(36)]
+    lines = [json.dumps(row) if kind == "jsonl" else ",".join(row.values()) for row in rows]
+    (tmp_path / f"t.{kind}").write_text("\n".join(lines if kind == "jsonl" else [",".join(rows[0]), *lines]))
+    columns = {"path_column": "file", "key_column": "key", "group_column": "artist"}
+    source = {"kind": "table", "path": str(tmp_path / f"t.{kind}"), **columns}
+    config = prepare_config(source, validation_fraction=0.5)
+    index = prepare(tmp_path / "out", config, seed=0)
+    assert index["splits"]["train"]["samples"] + index["splits"]["val"]["samples"] == 36
+    assert index["splits"]["val"]["samples"] > 9
+    before = tree_bytes(tmp_path / "out")
+    # A part whose blank groups are one, as they were, is made again, and not mixed with those of today.
+    (task,) = _tasks(tmp_path / "out", config, 0)
+    earlier = digest([3, task.part.fingerprint, identity(config) | {"max_rejected_fraction": 0.1}, 0])
+    task.record_path.write_text(json.dumps({**task.record(), "fingerprint": earlier, "shards": {}}))
+    prepare(tmp_path / "out", config, seed=0)
+    assert tree_bytes(tmp_path / "out") == before
 
 
 def _smooth_folder(folder: Path) -> Path:

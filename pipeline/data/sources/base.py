@@ -239,5 +239,5 @@ def changed(path: str) -> UserError:
 
 
 def group_of(value: object) -> str | None:
-    """The group of a sample as text; a missing one leaves the sample alone in its own."""
-    return None if value is None else str(value)
+    """The group of a sample as text; a missing or blank one, as a CSV has it, leaves the sample alone in its own."""
+    return None if value is None or value == "" else str(value)
