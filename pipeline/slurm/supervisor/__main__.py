@@ -22,6 +22,7 @@ from pipeline.slurm.supervisor.ranks import FirstFailure, Interrupt, first_failu
 from pipeline.slurm.supervisor.record import last_step, progress, read_record, record_path, write_record
 
 _MISTAKE, _BAD_HOSTS, _LATE_HOSTS = 2, 3, 5  # exit codes of the preflight
+_PREFLIGHT_ENDS = 5  # times its patience after a rank has ended; rank 0 needs three to say who is at fault
 _UNTIL_REQUEUED_S = 60.0
 # After these Slurm may still be ending a step, by its number.
 _LEAVE_STEPS = ("", policy.TAKEN_AWAY, policy.DEAD_HOST, policy.CRASH)
@@ -104,7 +105,11 @@ class Supervisor:
         self.bad_hosts_path.unlink(missing_ok=True)
         arguments = [str(self.options.run), "--stage", self.options.stage, "--hosts", ",".join(self.job.hosts)]
         arguments += ["--bad-hosts", str(self.bad_hosts_path), *shlex.split(self.options.preflight)]
-        return self._run_ranks(["--kill-on-bad-exit=0", "--wait=0"], "pipeline.cli.preflight", arguments)
+        # A rank that dies must not end rank 0, which says so; one that is stopped must not keep the job.
+        limit = argparse.ArgumentParser()
+        limit.add_argument("--timeout-s", type=float, default=120)
+        wait_s = _PREFLIGHT_ENDS * limit.parse_known_args(shlex.split(self.options.preflight))[0].timeout_s
+        return self._run_ranks(["--kill-on-bad-exit=0", f"--wait={wait_s:.0f}"], "pipeline.cli.preflight", arguments)
 
     def _end_of_preflight(self, code: int) -> int:
         first = self._first_failure(code)
