@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.rendezvous import Launched, did_not_meet
 from tests.launch import ROOT
 
 NODES = "printf '%s\\n' node1 node2"
@@ -113,3 +114,27 @@ def test_the_same_error_twice_fails_a_job_at_once(job: Job) -> None:
     job.says("rank", "echo 'RuntimeError: hangs'; exit 1")
     assert [job.live() for _ in range(2)] == [75, 1]
     assert "the same error in the same place is no accident" in job.log.read_text()
+
+
+def test_a_mistake_of_one_rank_fails_a_job_at_once_though_srun_has_killed_the_others(job: Job) -> None:
+    job.says("rank", "echo 'error: expected a folder'; exit 2")
+    (job.folder / "srun-code").write_text("137")
+    assert job.live() == 2
+    assert job.outcomes() == ["mistake"]
+    assert "error: expected a folder" in job.log.read_text()
+
+
+def test_a_crash_is_none_of_the_users_though_others_end_as_after_a_mistake(job: Job) -> None:
+    job.says("rank", "echo 'ValueError: x'; exit 1")
+    (job.folder / "srun-code").write_text("2")
+    assert (job.live(), job.outcomes()) == (75, ["crash"])
+
+
+@pytest.mark.parametrize(
+    "cause", ["NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.27", "Timed out after 301 s"]
+)
+def test_ranks_that_do_not_reach_each_other_are_started_again(cause: str, job: Job) -> None:
+    error = did_not_meet(Launched(1, 16, "node1", 12345, all_local=False), RuntimeError(cause))
+    job.says("rank", f"cat <<'EOF'\nerror (rank 1): {error}\nEOF\nexit 2")
+    assert [job.live() for _ in range(3)] == [75] * 3
+    assert job.outcomes() == ["crash"] * 3

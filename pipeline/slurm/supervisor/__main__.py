@@ -99,7 +99,10 @@ class Supervisor:
         # Ranks whose peer died would hang: --kill-on-bad-exit.
         if self.exit_code is None:
             code = self._run_ranks(["--kill-on-bad-exit=1", "--wait=60"], self.options.module, arguments)
-        return self._end(self._ending(code), self._first_failure(code)) if self.exit_code is None else self.exit_code
+        if self.exit_code is not None:
+            return self.exit_code
+        first = self._first_failure(code)
+        return self._end(self._ending(first), first)
 
     def _preflight(self) -> int:
         self.bad_hosts_path.unlink(missing_ok=True)
@@ -135,12 +138,12 @@ class Supervisor:
         if self.job.at_time_limit():
             self.exit_code = self._end(Ending(finished=False, code=0, at_time_limit=True), FirstFailure())
 
-    def _ending(self, code: int) -> Ending:
+    def _ending(self, first: FirstFailure) -> Ending:
         # An old one counts if the stage itself has found it up to date: then it has touched it. Exit 0 is not enough, a
         # stage that is asked to stop while it waits for a lock ends so, too.
         finished = _stamp(self.finished_path) not in (None, self.success_before)
         state = self.job.field("JobState") or "RUNNING"
-        running = state == "RUNNING" and not finished
+        running, code = state == "RUNNING" and not finished, first.code
         return Ending(
             finished=finished,
             code=code,
@@ -149,7 +152,8 @@ class Supervisor:
             near_time_limit=running and code == 0 and self.job.near_time_limit(self.options.stop_ahead_s),
             preempted=running and code == 0 and self.job.preempted(),
             dead_hosts=self.job.dead_hosts() if running and code else (),
-            said="\n".join(self._first_failure(code).lines) if code else "",
+            said="\n".join(first.lines) if code else "",
+            error=first.error if code else "",
         )
 
     def _end(self, ending: Ending, first: FirstFailure) -> int:
