@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.slurm.scheduler import record_job
@@ -24,6 +25,8 @@ from pipeline.slurm.supervisor.record import last_step, progress, read_record, r
 _MISTAKE, _BAD_HOSTS, _LATE_HOSTS = 2, 3, 5  # exit codes of the preflight
 _PREFLIGHT_ENDS = 5  # times its patience after a rank has ended; rank 0 needs three to say who is at fault
 _UNTIL_REQUEUED_S = 60.0
+_CONTROLLER_PATIENCE_S = 900.0  # that a controller may be away; the hosts of the job do nothing meanwhile
+_ASK_CONTROLLER_S = 5.0
 # After these Slurm may still be ending a step, by its number.
 _LEAVE_STEPS = ("", policy.TAKEN_AWAY, policy.DEAD_HOST, policy.CRASH)
 _EMPTY_STEPS_PER_DEAD_LIFE, _DEAD_LIVES_AT_MOST = 3, 8
@@ -193,25 +196,51 @@ class Supervisor:
     def _again(self, decision: Decision) -> int:
         print(f"smalti: {decision.line}: {self.what} resumes when this job starts again", flush=True)
         self.interrupt.received = False
-        if self.job.requeue(decision.exclude):
+        if self._with_patience(lambda: self.job.requeue(decision.exclude)):
             self.interrupt.wait(_UNTIL_REQUEUED_S)  # who stays beyond it is killed after KillWait, half a minute lost
+            return 75
+        if self.interrupt.received and self.job.field("JobState") == "CANCELLED":
             return 75
         script = f"{self.options.stage}{'' if self.job.task is None else '.tasks'}"
         successor = self.job.submit_successor(self.options.run / "slurm" / f"{script}.sbatch", decision.exclude)
         if successor is None:
-            line = f"Slurm refused to requeue job {self.job.name}, and another one: smalti resubmit {self.options.run}"
+            why = f"Slurm refused to requeue job {self.job.name}, and another one"
+            if not self.job.controller_answers():
+                why = f"Slurm's controller does not answer, so job {self.job.name} could not be requeued"
+            line = f"{why}: smalti resubmit {self.options.run}"
             return self._fail(Decision("fail", line, exit_code=75), ())
         self.record.jobs[successor] = self.record.jobs.get(self.job.name, self.job.name)
         write_record(self.record_path, self.record)
         number = successor.split("_")[0]
-        with one_at_a_time(self.options.run / "slurm" / ".succession"):  # all tasks of an array have one time limit
-            self.job.move_dependents(number)
+        with self._succession():
             record_job(self.options.run, script, int(number))
-        print(
-            f"smalti: requeue is not allowed here: job {successor} resumes, and what waited waits for it",
-            flush=True,
-        )
+        if not self._with_patience(lambda: self._moved_dependents(number)):
+            # They must not start: this job has not made what they wait for.
+            line = f"job {successor} resumes, but what waits for this job could not all be moved to that one, and ends"
+            print(f"smalti: {line}: then smalti resubmit {self.options.run}", file=sys.stderr, flush=True)
+            return 75
+        line = f"requeue is not allowed here: job {successor} resumes, and what waited waits for it"
+        print(f"smalti: {line}", flush=True)
         return 0
+
+    def _succession(self) -> AbstractContextManager[None]:
+        """All tasks of an array have one time limit."""
+        return one_at_a_time(self.options.run / "slurm" / ".succession")
+
+    def _moved_dependents(self, successor: str) -> bool:
+        with self._succession():
+            return self.job.move_dependents(successor)
+
+    def _with_patience(self, done: Callable[[], bool]) -> bool:
+        """Whether it is done; tried again for some minutes while no controller answers, unless Slurm ends this job."""
+        deadline = time.monotonic() + _CONTROLLER_PATIENCE_S
+        while True:
+            answered = self.job.controller_answers()  # before, for it may be back just after
+            if done():
+                return True
+            if answered or self.interrupt.received or time.monotonic() > deadline:
+                return False
+            self.interrupt.wait(_ASK_CONTROLLER_S)
 
     def _first_failure(self, code: int) -> FirstFailure:
         return first_failure(self.first_failure_path, self.log, self.log_start_byte, code)
