@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +32,7 @@ from pipeline.slurm.roll_call import Announced, RollCall
 _FILES_PER_INPUT = 64
 # A rank that has announced itself lives, and may import from a cold disk for so many times the patience.
 _IMPORT_PATIENCE = 5
+_ALL_REDUCE_PATIENCE = 2  # likewise, for all that the all-reduce takes; each call of it may take the patience once
 _OWN_FILES = 100  # of Python and torch
 MISTAKE, BAD_HOSTS, NO_HOST_TO_BLAME, LATE = 2, 3, 4, 5
 
@@ -124,12 +126,11 @@ def lead(
     # First: who hears "go" connects to the store at once.
     listener = call.hand_over_listener()
     call.tell("go")
-    call.note(0, **_measure(0, processes, timeout_s, listener))
-    # Others may need as long again to end as rank 0 did.
-    deadline = time.monotonic() + timeout_s
-    missing = call.wait_for("failure", lambda: deadline)
-    for rank in missing:
-        call.note(rank, failure=f"rank {rank} did not end the all-reduce within {timeout_s:.0f} s")
+    deadline = time.monotonic() + (_ALL_REDUCE_PATIENCE + 1) * timeout_s
+    call.note(0, **_measured(0, processes, timeout_s, listener))
+    for rank in call.wait_for("failure", lambda: deadline, despite_deaths=True):
+        how = "died in the all-reduce" if rank in call.died else "did not end the all-reduce, and says nothing"
+        call.note(rank, silent=f"rank {rank} {how}")
     return _compare(call, hosts)
 
 
@@ -139,7 +140,7 @@ def follow(
     """The part of every other rank. `gpu`: the `gpus.identity` of its GPU; empty: it has none."""
     # Rank 0 says nothing before it has heard all.
     if announced.say(problem=problem or "", gpu=gpu) and announced.hear((2 + _IMPORT_PATIENCE) * timeout_s) == "go":
-        announced.say(**_measure(rank, processes, timeout_s))
+        announced.say(**_measured(rank, processes, timeout_s))
 
 
 def _by_host(call: RollCall, fact: str) -> dict[str, str]:
@@ -181,7 +182,10 @@ def _compare(call: RollCall, hosts: list[str]) -> Verdict:
     """What the measurements of all ranks say."""
     from pipeline.slurm.device_check import hardware_xids, kernel_log, slow_hosts
 
-    failures = _by_host(call, "failure")
+    silent = _by_host(call, "silent")
+    if 0 < len(silent) < len(hosts):  # others failed since they waited for these
+        return Verdict(silent)
+    failures = silent | _by_host(call, "failure")
     if len(failures) == len(hosts) > 1:  # one of them makes the others fail, and nothing shows which
         return Verdict(nobody=f"the all-reduce failed everywhere: {next(iter(failures.values()))}")
     if failures:
@@ -203,6 +207,18 @@ def share(rank: int) -> int:
     return rank % 7 + 1
 
 
+def _measured(rank: int, processes: int, timeout_s: float, listener: int | None = None) -> dict[str, object]:
+    """`_measure`, given up in time: NCCL waits without a limit for a rank that dies while they connect."""
+    measured: dict[str, object] = {}
+    measuring = threading.Thread(
+        target=lambda: measured.update(_measure(rank, processes, timeout_s, listener)), name="all-reduce", daemon=True
+    )
+    measuring.start()
+    waited_s = _ALL_REDUCE_PATIENCE * timeout_s
+    measuring.join(waited_s)
+    return dict(measured) or {"failure": f"rank {rank} did not end the all-reduce within {waited_s:.0f} s"}
+
+
 def _measure(rank: int, processes: int, timeout_s: float, listener: int | None = None) -> dict[str, object]:
     """An all-reduce and a matrix product on this rank: `failure` (empty: none), and how fast they were."""
     import torch
@@ -213,6 +229,7 @@ def _measure(rank: int, processes: int, timeout_s: float, listener: int | None =
 
     address, port, on_gpu = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), torch.cuda.is_available()
     timeout = timedelta(seconds=timeout_s)
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # without it NCCL's watchdog ends the process at a timeout
     try:
         if on_gpu:
             torch.cuda.set_device(distributed.device())

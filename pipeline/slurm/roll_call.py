@@ -47,11 +47,17 @@ class RollCall:
                 self.last_arrival = time.monotonic()
                 self.first_arrival = self.first_arrival or self.last_arrival
 
-    def wait_for(self, fact: str, deadline: Callable[[], float]) -> list[int]:
-        """Wait until each rank has said `fact`; the ranks that have not until the deadline, or died before."""
+    def wait_for(self, fact: str, deadline: Callable[[], float], despite_deaths: bool = False) -> list[int]:
+        """Wait until each rank has said `fact`, or one has died; the ranks that have not until then or the deadline.
+
+        Args:
+            despite_deaths: wait on for those that live.
+        """
         while True:
             missing = [rank for rank in range(self._processes) if fact not in self.said.get(rank, {})]
-            if not missing or self.died.intersection(missing) or time.monotonic() > deadline():
+            dead = self.died.intersection(missing)
+            ended = len(dead) == len(missing) if despite_deaths else not missing or dead
+            if ended or time.monotonic() > deadline():
                 return missing
             time.sleep(_POLL_S)
 

@@ -205,26 +205,83 @@ torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.5), product(a, b))[1]
 """
 
 
+def _three_ranks(run: Path, folder: Path, changes: dict[int, str], timeout_s: int = 120) -> list[subprocess.Popen[str]]:
+    """Real ranks, of which the last is on host b and the others on a; `changes`: of a rank's Python, by rank."""
+    arguments = [str(run), "--stage", "transformer", "--hosts", "a,b", "--bad-hosts", str(folder / "bad")]
+    meeting = {"WORLD_SIZE": "3", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank, node in ((0, "a"), (1, "a"), (2, "b")):
+        paths = [environment()["PYTHONPATH"]]
+        if rank in changes:
+            (folder / str(rank)).mkdir()
+            (folder / str(rank) / "sitecustomize.py").write_text(changes[rank])
+            paths.insert(0, str(folder / str(rank)))
+        # Only who is the first of its host looks at the inputs.
+        local_rank = "01"[rank == 1 or not (run / "config.yaml").exists()]
+        own = {"RANK": str(rank), "LOCAL_RANK": local_rank, "SLURMD_NODENAME": node}
+        variables = environment(**meeting, **own, PYTHONPATH=os.pathsep.join(paths))
+        command = [sys.executable, "-m", "pipeline.cli.preflight", *arguments, "--timeout-s", str(timeout_s)]
+        ranks.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    return ranks
+
+
 @pytest.mark.slow
 def test_three_real_ranks_multiply_and_all_reduce_and_a_slow_one_is_named_by_its_nodes_name(
     tiny_run: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-    arguments = [str(tiny_run), "--stage", "transformer", "--hosts", "a,b", "--bad-hosts", str(tmp_path / "bad")]
-    meeting = {"WORLD_SIZE": "3", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank, node in ((2, "b"), (1, "a"), (0, "a")):
-        own = meeting | {"RANK": str(rank), "LOCAL_RANK": "01"[rank == 1], "SLURMD_NODENAME": node}
-        paths = [str(tmp_path)] * (rank == 2) + [environment()["PYTHONPATH"]]
-        variables = environment(**own, PYTHONPATH=os.pathsep.join(paths))
-        command = [sys.executable, "-m", "pipeline.cli.preflight", *arguments]
-        ranks.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    ranks = _three_ranks(tiny_run, tmp_path, {2: SLOW})
     said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], said
-    assert "preflight passed: 3 processes on a, b (hosts and all-reduce, " in said[2]
-    assert "preflight: b is slow: a matrix product on rank 2 ran at " in said[2]
-    assert "a is slow: a matrix product" not in said[2]
+    assert "preflight passed: 3 processes on a, b (hosts and all-reduce, " in said[0]
+    assert "preflight: b is slow: a matrix product on rank 2 ran at " in said[0]
+    assert "a is slow: a matrix product" not in said[0]
     assert not (tmp_path / "bad").exists()  # a processor may be shared, and slow for a moment
+
+
+AT_THE_ALL_REDUCE = """
+import os, signal, time
+from pipeline.slurm import preflight
+preflight._measure = lambda *_: {}
+"""
+STOPS = AT_THE_ALL_REDUCE.format("os.kill(os.getpid(), signal.SIGSTOP)")
+DIES = AT_THE_ALL_REDUCE.format("os.kill(os.getpid(), signal.SIGKILL)")
+WAITS_FOR_EVER = AT_THE_ALL_REDUCE.format("time.sleep(10_000)")  # as NCCL does while it connects
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({2: STOPS}, "rank 2 did not end the all-reduce"),
+        ({2: DIES}, "rank 2 died in the all-reduce"),
+        ({0: WAITS_FOR_EVER, 1: WAITS_FOR_EVER, 2: DIES}, "rank 2 died in the all-reduce"),
+    ],
+)
+def test_a_rank_that_hangs_or_dies_in_the_all_reduce_makes_its_host_bad_and_no_other(
+    changes: dict[int, str], why: str, tmp_path: Path
+) -> None:
+    ranks = _three_ranks(tmp_path, tmp_path, changes, timeout_s=5)
+    try:
+        said = ranks[0].communicate(timeout=60)[1]
+        assert ranks[0].returncode == BAD_HOSTS, said
+        assert f"preflight: bad host b: {why}" in said
+        assert (tmp_path / "bad").read_text() == "b\n"
+        assert ranks[1].wait(60) == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+@pytest.mark.slow
+def test_ranks_that_all_wait_for_ever_in_the_all_reduce_leave_no_host_to_blame(tmp_path: Path) -> None:
+    ranks = _three_ranks(tmp_path, tmp_path, dict.fromkeys(range(3), WAITS_FOR_EVER), timeout_s=5)
+    try:
+        assert [rank.wait(60) for rank in ranks] == [NO_HOST_TO_BLAME, 0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_half_of_the_median_is_the_limit() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.rendezvous import Launched, did_not_meet
 from tests.launch import ROOT
 
 NODES = "printf '%s\\n' node1 node2"
@@ -29,7 +30,7 @@ case "$*" in
   "show hostnames"*) {NODES} ;;
   "show job"*) echo "JobState=RUNNING Partition=normal EndTime=2099-01-01T00:00:00" ;;
   ping) cat ping 2>/dev/null || echo 'Slurmctld(primary) at node1 is UP' ;;
-  requeue*) [[ ! -e requeue-fails ]] && kill -TERM $PPID ;;
+  requeue*) if [[ -e requeue-fails ]]; then . ./requeue-fails; exit 1; fi; kill -TERM $PPID ;;
   update*) [[ ! -e update-fails ]] ;;
 esac
 """
@@ -113,3 +114,67 @@ def test_the_same_error_twice_fails_a_job_at_once(job: Job) -> None:
     job.says("rank", "echo 'RuntimeError: hangs'; exit 1")
     assert [job.live() for _ in range(2)] == [75, 1]
     assert "the same error in the same place is no accident" in job.log.read_text()
+
+
+def test_a_mistake_of_one_rank_fails_a_job_at_once_though_srun_has_killed_the_others(job: Job) -> None:
+    job.says("rank", "echo 'error: expected a folder'; exit 2")
+    (job.folder / "srun-code").write_text("137")
+    assert job.live() == 2
+    assert job.outcomes() == ["mistake"]
+    assert "error: expected a folder" in job.log.read_text()
+
+
+def test_a_crash_is_none_of_the_users_though_others_end_as_after_a_mistake(job: Job) -> None:
+    job.says("rank", "echo 'ValueError: x'; exit 1")
+    (job.folder / "srun-code").write_text("2")
+    assert (job.live(), job.outcomes()) == (75, ["crash"])
+
+
+@pytest.mark.parametrize(
+    "cause", ["NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.27", "Timed out after 301 s"]
+)
+def test_ranks_that_do_not_reach_each_other_are_started_again(cause: str, job: Job) -> None:
+    error = did_not_meet(Launched(1, 16, "node1", 12345, all_local=False), RuntimeError(cause))
+    job.says("rank", f"cat <<'EOF'\nerror (rank 1): {error}\nEOF\nexit 2")
+    assert [job.live() for _ in range(3)] == [75] * 3
+    assert job.outcomes() == ["crash"] * 3
+
+
+def test_a_job_that_crashes_while_the_controller_is_away_waits_for_it(job: Job) -> None:
+    job.says("rank", "echo 'OSError: flaky'; exit 1")
+    (job.folder / "requeue-fails").write_text("rm requeue-fails")  # it is back then
+    (job.folder / "ping").write_text("Slurmctld(primary) at node1 is DOWN\n")
+    assert job.live() == 75
+    assert len(job.calls("scontrol requeue")) == 2
+    assert job.calls("sbatch") == []
+    assert "smalti resubmit" not in job.log.read_text()
+
+
+def test_a_job_that_waits_for_the_controller_ends_when_slurm_ends_it_and_says_why(job: Job) -> None:
+    job.says("rank", "echo 'OSError: flaky'; exit 1")
+    (job.folder / "requeue-fails").write_text("[[ -e once ]] || kill -TERM $PPID; touch once")
+    (job.folder / "ping").write_text("Slurmctld(primary) at node1 is DOWN\n")
+    assert job.live() == 75
+    assert "Slurm's controller does not answer, so job 12 could not be requeued: smalti resubmit" in job.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("squeue", "update", "code"),
+    [
+        ("echo '30|afterok:12(unfulfilled)|smalti:generate:/x'", True, 0),
+        ("echo '30|afterok:12(unfulfilled)|smalti:generate:/x'", False, 75),
+        ("exit 1", True, 75),
+    ],
+)
+def test_what_waits_for_a_job_never_starts_where_it_cannot_be_made_to_wait_for_the_successor(
+    squeue: str, update: bool, code: int, job: Job
+) -> None:
+    job.says("rank", "echo 'OSError: flaky'; exit 1")
+    job.says("sbatch", "echo 15")
+    job.says("squeue", squeue)
+    (job.folder / "requeue-fails").touch()  # refused, by a controller that is there
+    if not update:
+        (job.folder / "update-fails").touch()
+    assert job.live() == code
+    assert ("smalti resubmit" in job.log.read_text()) == bool(code)
+    assert json.loads((job.run / "slurm" / "jobs.json").read_text())[-1]["id"] == 15

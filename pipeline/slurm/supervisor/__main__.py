@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.slurm.scheduler import record_job
@@ -22,7 +23,10 @@ from pipeline.slurm.supervisor.ranks import FirstFailure, Interrupt, first_failu
 from pipeline.slurm.supervisor.record import last_step, progress, read_record, record_path, write_record
 
 _MISTAKE, _BAD_HOSTS, _LATE_HOSTS = 2, 3, 5  # exit codes of the preflight
+_PREFLIGHT_ENDS = 5  # times its patience after a rank has ended; rank 0 needs three to say who is at fault
 _UNTIL_REQUEUED_S = 60.0
+_CONTROLLER_PATIENCE_S = 900.0  # that a controller may be away; the hosts of the job do nothing meanwhile
+_ASK_CONTROLLER_S = 5.0
 # After these Slurm may still be ending a step, by its number.
 _LEAVE_STEPS = ("", policy.TAKEN_AWAY, policy.DEAD_HOST, policy.CRASH)
 _EMPTY_STEPS_PER_DEAD_LIFE, _DEAD_LIVES_AT_MOST = 3, 8
@@ -98,13 +102,20 @@ class Supervisor:
         # Ranks whose peer died would hang: --kill-on-bad-exit.
         if self.exit_code is None:
             code = self._run_ranks(["--kill-on-bad-exit=1", "--wait=60"], self.options.module, arguments)
-        return self._end(self._ending(code), self._first_failure(code)) if self.exit_code is None else self.exit_code
+        if self.exit_code is not None:
+            return self.exit_code
+        first = self._first_failure(code)
+        return self._end(self._ending(first), first)
 
     def _preflight(self) -> int:
         self.bad_hosts_path.unlink(missing_ok=True)
         arguments = [str(self.options.run), "--stage", self.options.stage, "--hosts", ",".join(self.job.hosts)]
         arguments += ["--bad-hosts", str(self.bad_hosts_path), *shlex.split(self.options.preflight)]
-        return self._run_ranks(["--kill-on-bad-exit=0", "--wait=0"], "pipeline.cli.preflight", arguments)
+        # A rank that dies must not end rank 0, which says so; one that is stopped must not keep the job.
+        limit = argparse.ArgumentParser()
+        limit.add_argument("--timeout-s", type=float, default=120)
+        wait_s = _PREFLIGHT_ENDS * limit.parse_known_args(shlex.split(self.options.preflight))[0].timeout_s
+        return self._run_ranks(["--kill-on-bad-exit=0", f"--wait={wait_s:.0f}"], "pipeline.cli.preflight", arguments)
 
     def _end_of_preflight(self, code: int) -> int:
         first = self._first_failure(code)
@@ -130,12 +141,12 @@ class Supervisor:
         if self.job.at_time_limit():
             self.exit_code = self._end(Ending(finished=False, code=0, at_time_limit=True), FirstFailure())
 
-    def _ending(self, code: int) -> Ending:
+    def _ending(self, first: FirstFailure) -> Ending:
         # An old one counts if the stage itself has found it up to date: then it has touched it. Exit 0 is not enough, a
         # stage that is asked to stop while it waits for a lock ends so, too.
         finished = _stamp(self.finished_path) not in (None, self.success_before)
         state = self.job.field("JobState") or "RUNNING"
-        running = state == "RUNNING" and not finished
+        running, code = state == "RUNNING" and not finished, first.code
         return Ending(
             finished=finished,
             code=code,
@@ -144,7 +155,8 @@ class Supervisor:
             near_time_limit=running and code == 0 and self.job.near_time_limit(self.options.stop_ahead_s),
             preempted=running and code == 0 and self.job.preempted(),
             dead_hosts=self.job.dead_hosts() if running and code else (),
-            said="\n".join(self._first_failure(code).lines) if code else "",
+            said="\n".join(first.lines) if code else "",
+            error=first.error if code else "",
         )
 
     def _end(self, ending: Ending, first: FirstFailure) -> int:
@@ -184,25 +196,51 @@ class Supervisor:
     def _again(self, decision: Decision) -> int:
         print(f"smalti: {decision.line}: {self.what} resumes when this job starts again", flush=True)
         self.interrupt.received = False
-        if self.job.requeue(decision.exclude):
+        if self._with_patience(lambda: self.job.requeue(decision.exclude)):
             self.interrupt.wait(_UNTIL_REQUEUED_S)  # who stays beyond it is killed after KillWait, half a minute lost
+            return 75
+        if self.interrupt.received and self.job.field("JobState") == "CANCELLED":
             return 75
         script = f"{self.options.stage}{'' if self.job.task is None else '.tasks'}"
         successor = self.job.submit_successor(self.options.run / "slurm" / f"{script}.sbatch", decision.exclude)
         if successor is None:
-            line = f"Slurm refused to requeue job {self.job.name}, and another one: smalti resubmit {self.options.run}"
+            why = f"Slurm refused to requeue job {self.job.name}, and another one"
+            if not self.job.controller_answers():
+                why = f"Slurm's controller does not answer, so job {self.job.name} could not be requeued"
+            line = f"{why}: smalti resubmit {self.options.run}"
             return self._fail(Decision("fail", line, exit_code=75), ())
         self.record.jobs[successor] = self.record.jobs.get(self.job.name, self.job.name)
         write_record(self.record_path, self.record)
         number = successor.split("_")[0]
-        with one_at_a_time(self.options.run / "slurm" / ".succession"):  # all tasks of an array have one time limit
-            self.job.move_dependents(number)
+        with self._succession():
             record_job(self.options.run, script, int(number))
-        print(
-            f"smalti: requeue is not allowed here: job {successor} resumes, and what waited waits for it",
-            flush=True,
-        )
+        if not self._with_patience(lambda: self._moved_dependents(number)):
+            # They must not start: this job has not made what they wait for.
+            line = f"job {successor} resumes, but what waits for this job could not all be moved to that one, and ends"
+            print(f"smalti: {line}: then smalti resubmit {self.options.run}", file=sys.stderr, flush=True)
+            return 75
+        line = f"requeue is not allowed here: job {successor} resumes, and what waited waits for it"
+        print(f"smalti: {line}", flush=True)
         return 0
+
+    def _succession(self) -> AbstractContextManager[None]:
+        """All tasks of an array have one time limit."""
+        return one_at_a_time(self.options.run / "slurm" / ".succession")
+
+    def _moved_dependents(self, successor: str) -> bool:
+        with self._succession():
+            return self.job.move_dependents(successor)
+
+    def _with_patience(self, done: Callable[[], bool]) -> bool:
+        """Whether it is done; tried again for some minutes while no controller answers, unless Slurm ends this job."""
+        deadline = time.monotonic() + _CONTROLLER_PATIENCE_S
+        while True:
+            answered = self.job.controller_answers()  # before, for it may be back just after
+            if done():
+                return True
+            if answered or self.interrupt.received or time.monotonic() > deadline:
+                return False
+            self.interrupt.wait(_ASK_CONTROLLER_S)
 
     def _first_failure(self, code: int) -> FirstFailure:
         return first_failure(self.first_failure_path, self.log, self.log_start_byte, code)

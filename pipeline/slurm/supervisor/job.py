@@ -63,6 +63,9 @@ class ThisJob:
             return None
         return len(up - set(self._excluded())) - len(self.hosts)
 
+    def controller_answers(self) -> bool:
+        return re.search(r"\bUP\b", call(["scontrol", "ping"])) is not None
+
     def use_up_steps(self, count: int) -> None:
         """Start empty steps. When a node dies, Slurm keeps asking it to end its step (TERM, then KILL), even a minute
         later; if the node is back by then, the step of the same number after the requeue gets the signal."""
@@ -94,18 +97,21 @@ class ThisJob:
             return None
         return answer if self.task is None else f"{answer}_{self.task}"
 
-    def move_dependents(self, successor: str) -> None:
+    def move_dependents(self, successor: str) -> bool:
         """A job's dependents wait for its successor instead; those of an array for the successor of a task, too. One
-        process at a time: Slurm knows no change of a dependency, only another one in its place."""
+        process at a time: Slurm knows no change of a dependency, only another one in its place. False: not all do."""
         mine = self.name.split("_")[0]
-        for line in call(["squeue", "--me", "-h", "-o", "%A|%E|%k"]).splitlines():
+        listed = call(["squeue", "--me", "-h", "-o", "%A|%E|%k"]).splitlines()
+        all_moved = bool(listed)  # this job itself is among them, if squeue has an answer
+        for line in listed:
             job, dependency, comment = line.split("|", 2)
             if job == successor:
                 continue
             whose: Literal["ours", "theirs"] = "ours" if _OURS in comment else "theirs"
             moved = moved_dependency(dependency, mine, successor, None if self.task is None else whose)
             if moved != dependency:
-                _succeeds(["scontrol", "update", f"jobid={job}", f"dependency={moved}"])
+                all_moved &= _succeeds(["scontrol", "update", f"jobid={job}", f"dependency={moved}"])
+        return all_moved
 
     def _excluded(self) -> list[str]:
         listed = self.field("ExcNodeList")

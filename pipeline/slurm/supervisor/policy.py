@@ -31,7 +31,8 @@ OF_HARDWARE = re.compile(
     r"uncorrectable|\bECC\b|\bXid\b|NVLink|fallen off the bus|Input/output error|Remote I/O|Stale file handle"
     r"|Connection (reset|refused|closed|timed out)|No route to host|Network is unreachable|transport endpoint"
     r"|Broken pipe|Address already in use|nccl(System|Remote)Error|unhandled system error|collective operation timeout"
-    r"|\[Errno (5|116|121)\]|hangs: no sign of life for .*, in \w+, where it waits",  # the last one of core/watchdog.py
+    r"|\[Errno (5|116|121)\]"
+    r"|processes to meet at|hangs: no sign of life for .*, in \w+, where it waits",  # rendezvous.py, watchdog.py
     re.IGNORECASE,
 )
 
@@ -96,13 +97,14 @@ class Ending:
     """What is known when the ranks have ended, or were interrupted by the end of the job."""
 
     finished: bool  # there is a `_SUCCESS` that this life made or found up to date
-    code: int  # srun's exit code
+    code: int  # of the rank that failed first; else srun's, which is that of any rank
     job_state: str = "RUNNING"
     at_time_limit: bool = False  # Slurm says that this is why it ends the job
     near_time_limit: bool = False
     preempted: bool = False
     dead_hosts: tuple[str, ...] = ()
     said: str = ""  # what the first rank that failed wrote last
+    error: str = ""  # the line of that which says why
 
 
 def outcome_of(ending: Ending) -> str:
@@ -119,9 +121,9 @@ def outcome_of(ending: Ending) -> str:
         return TIME_LIMIT if ending.near_time_limit else ASKED_TO_STOP
     if ending.dead_hosts:
         return DEAD_HOST
-    if ending.code == 2:
-        return LOCKED if LOCK_REFUSED in ending.said else MISTAKE
-    return CRASH
+    if ending.code == 2 and LOCK_REFUSED in ending.said:
+        return LOCKED
+    return MISTAKE if ending.code == 2 and not OF_HARDWARE.search(ending.error) else CRASH
 
 
 def decide(lives: Sequence[Life], budgets: Budgets, spare_hosts: int | None = None) -> Decision:
