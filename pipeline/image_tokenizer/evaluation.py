@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from pipeline.core.image_io import to_pil
 from pipeline.core.image_size import images_at_once
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.metrics.psnr_ssim import WINDOW, psnr, ssim
+
+_SHOWN = 256  # pixels of a side on a grid of reconstructions, of which 16 are in a row
 
 
 class Evaluation(NamedTuple):
@@ -120,18 +123,28 @@ def usage_histogram(counts: list[Tensor]) -> Image.Image:
 
 @torch.no_grad()
 def reconstruction_grid(tokenizer: ImageTokenizer, images: Tensor, columns: int = 16) -> Image.Image:
-    """Originals, and under each row of them their reconstructions. `images`: uint8 [n,3,H,W], n ≥ 1."""
+    """Originals, and under each row of them their reconstructions. `images`: uint8 [n,3,H,W], n ≥ 1.
+
+    Sides above `_SHOWN` pixels are halved until they are not.
+    """
     parts = []
     for part in images.split(images_at_once(tokenizer.height, tokenizer.width)):
         originals = _to_device(part, tokenizer)
         with precision_of_codes(originals.device):
-            parts.append(torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))]).cpu())
+            both = torch.stack([originals, tokenizer.decode(tokenizer.encode(originals))])
+        parts.append(_small(both.flatten(0, 1)).unflatten(0, (2, -1)).cpu())
     both = torch.cat(parts, dim=1)  # [2,n,3,H,W]
     rows = [torch.cat(list(half), dim=-1) for chunk in both.split(columns, dim=1) for half in chunk]  # [3,H,w·W]
     canvas = torch.ones(3, len(rows) * rows[0].shape[1], rows[0].shape[2])
     for i, row in enumerate(rows):
         canvas[:, i * row.shape[1] : (i + 1) * row.shape[1], : row.shape[2]] = row
     return to_pil(canvas[None])[0]
+
+
+def _small(images: Tensor) -> Tensor:
+    while max(images.shape[-2:]) > _SHOWN:
+        images = F.avg_pool2d(images, 2)
+    return images
 
 
 def _to_device(images: Tensor, tokenizer: ImageTokenizer) -> Tensor:

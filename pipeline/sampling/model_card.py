@@ -136,8 +136,8 @@ def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
         logged = [found for line in lines if (found := metrics_of(line))]  # a killed process may have left half a line
         best = next((values["best/step"] for _, _, values in reversed(logged) if "best/step" in values), math.inf)
         for name in names:  # at the step whose weights are the model
-            found = ((step, values) for step, _, values in reversed(logged) if name in values and step <= best)
-            if last := next(found, None):
+            reached = ((step, values) for step, _, values in reversed(logged) if name in values and step <= best)
+            if last := next(reached, None):
                 yield stage, last[0], name, f"{last[1][name]:.4g}"
     retrieval = run_directory / "reranker" / "retrieval.json"
     if retrieval.is_file():

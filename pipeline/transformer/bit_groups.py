@@ -98,7 +98,7 @@ class GroupedTransformer(Transformer):
         undecayed = [*first.undecayed, self.given.get_parameter("weight")]
         return [ParameterGroup(first.parameters, first.learning_rate_scale, undecayed=undecayed), *rest]
 
-    def _scaled_parameters(self) -> Iterable[nn.Parameter]:
+    def _scaled_parameters(self) -> Iterable[Tensor]:
         return (*super()._scaled_parameters(), self.given_in.weight, self.given_out.weight)
 
     def digits(self, codes_Bn: Tensor, level: int) -> list[Tensor]:

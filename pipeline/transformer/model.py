@@ -106,7 +106,7 @@ class Transformer(nn.Module):
             ParameterGroup([p for p in self.parameters() if id(p) in scaled], self.shape.width_ratio),
         ]
 
-    def _scaled_parameters(self) -> Iterable[nn.Parameter]:
+    def _scaled_parameters(self) -> Iterable[Tensor]:
         """Those whose matrices learn at `width_ratio` times the config's rate."""
         return (*self.blocks.parameters(), self.head.weight)
 

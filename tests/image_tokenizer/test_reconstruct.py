@@ -100,7 +100,7 @@ def test_images_go_through_as_many_at_once_as_have_a_million_pixels() -> None:
     taken: list[int] = []
     tokenizer.get_submodule("encoder").register_forward_pre_hook(lambda _, inputs: taken.append(len(inputs[0])))
     grid = reconstruction_grid(tokenizer, torch.zeros(3, 3, 640, 640).byte())
-    assert grid.size == (3 * 640, 2 * 640)
+    assert grid.size == (3 * 160, 2 * 160)  # halved twice
     rebuilt = through(tokenizer, [Image.new("RGB", (640, 640))] * 3)
     assert [image.size for image in rebuilt] == [(640, 640)] * 3
     assert taken == 2 * [2, 1]
