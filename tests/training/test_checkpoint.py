@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import Files, HostCopy
 from pipeline.training.save_interval import SaveInterval
 from pipeline.training.trainer import resumes
-from tests.launch import ROOT, environment, launch
+from tests.launch import launch
 
 WEIGHTS = "weights.json"
 
@@ -359,53 +358,6 @@ def test_a_disk_that_refuses_is_one_line_at_the_next_poll_and_the_checkpoint_bef
     assert "\n" not in str(caught.value)
     checkpoints.finish()  # nothing is under way any more
     assert _restore(checkpoints) == (1, 1)
-
-
-REFUSES_LARGE_FILES = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from pipeline.core.errors import UserError
-from pipeline.training.checkpoint import Checkpoints
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-for name in ("training.pt", "training-00000.safetensors"):
-    try:
-        Checkpoints(Path(sys.argv[1]), keep=1).save(7, {name: {"weight": torch.zeros(1 << 20)}})
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_a_refusal_in_the_middle_of_a_file_is_one_line_of_either_kind_of_file(tmp_path: Path) -> None:
-    code = [sys.executable, "-c", REFUSES_LARGE_FILES, str(tmp_path)]
-    done = subprocess.run(code, env=environment(), cwd=ROOT, capture_output=True, text=True)
-    assert not done.stderr
-    told = done.stdout.splitlines()
-    assert len(told) == 2
-    for line in told:
-        assert "step-00000007: expected to write this checkpoint, found that the file system refuses ([Errno 27" in line
-
-
-@pytest.mark.parametrize("unreadable", ["training.json", "manifest.json"])
-def test_a_checkpoint_that_cannot_be_read_stays_as_it_is_and_the_one_before_is_loaded(
-    unreadable: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(checkpoint, "_READ_AGAIN_S", 0.0)
-    for step in (1, 2):
-        checkpoints.save(step, {WEIGHTS: [step], "training.json": [step]})
-        checkpoints.finish()
-    newest = checkpoints.path(2)
-    content = (newest / unreadable).read_bytes()
-    (newest / unreadable).unlink()
-    (newest / unreadable).symlink_to(unreadable)  # to itself: the system refuses whoever asks for it
-    assert _restore(checkpoints) == (1, 1)
-    assert "step-00000002 is not usable" in caplog.text
-    assert "cannot be read ([Errno 40]" in caplog.text
-    (newest / unreadable).unlink()
-    (newest / unreadable).write_bytes(content)
-    assert _restore(checkpoints) == (2, 2)
 
 
 def test_the_first_checkpoint_of_each_so_many_steps_stays(tmp_path: Path) -> None:
