@@ -73,11 +73,11 @@ def ended_states(ids: Sequence[int]) -> dict[str, str]:
     return {name: state.split()[0] for name, state in pairs if state}
 
 
-def submit(script: Path, after: Sequence[int], array: str | None = None) -> int:
-    """Submit a job file and return the job's id. `after`: jobs that must end with success first."""
+def submit(script: Path, after: Sequence[str], array: str | None = None) -> int:
+    """Submit a job file and return the job's id. `after`: jobs or tasks ("12_5") that must end with success first."""
     command = ["sbatch", "--parsable"]
     if after:
-        command.append("--dependency=afterok:" + ":".join(map(str, after)))
+        command.append("--dependency=afterok:" + ":".join(after))
     if array:
         command.append(f"--array={array}")
     return int(call([*command, str(script)]).strip().split(";")[0])

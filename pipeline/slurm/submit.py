@@ -54,7 +54,13 @@ class Planned:
     array: str | None = None
     after: list[Planned] = field(default_factory=list)
     id: int | None = None
+    tasks: tuple[str, ...] = ()  # of an active array: those that still come to their end, "12_5"
     why: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What Slurm waits for."""
+        return self.tasks or (() if self.id is None else (str(self.id),))
 
 
 def submit_pipeline(
@@ -152,19 +158,23 @@ def _jobs_of_stage(
     if not resources.array:
         return [join]
     active = [job for job in jobs if job.script == f"{stage.name}.tasks"]
-    tasks = Planned(stage, after=waits_for)
-    if active:
-        tasks.id, tasks.why = active[-1].id, active[-1].state.lower()
-    else:
-        missing = list(range(resources.array)) if waits_for else runs.missing_tasks(config, stage, resources.array)
-        if not missing:
-            return [join]
-        tasks.file = JobFile(stage, resources, resources.array)
+    missing = list(range(resources.array)) if waits_for else runs.missing_tasks(config, stage, resources.array)
+    missing = [task for task in missing if task not in {job.task for job in active}]
+    parts = [_active_tasks(stage, [job for job in active if job.id == id]) for id in sorted({job.id for job in active})]
+    if missing:
         every = missing == list(range(resources.array))
-        tasks.array = f"0-{resources.array - 1}" if every else ",".join(map(str, missing))
-        tasks.array += f"%{resources.array_limit}" if resources.array_limit else ""
-    join.after = [tasks]
-    return [tasks, join]
+        array = f"0-{resources.array - 1}" if every else ",".join(map(str, missing))
+        array += f"%{resources.array_limit}" if resources.array_limit else ""
+        parts.append(Planned(stage, JobFile(stage, resources, resources.array), array, after=waits_for))
+    join.after = parts or waits_for
+    return [*parts, join]
+
+
+def _active_tasks(stage: Stage, jobs: list[Job]) -> Planned:
+    """The tasks of one array that are queued or running; others may have failed, so nothing may wait for the whole."""
+    states = ", ".join(sorted({job.state.lower() for job in jobs}))
+    which = ",".join(str(job.task) for job in jobs)
+    return Planned(stage, array=which, id=jobs[0].id, tasks=tuple(job.name for job in jobs), why=states)
 
 
 def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, coming: set[str]) -> None:
@@ -177,19 +187,28 @@ def _check_inputs(config: PipelineConfig, runs: RunDirectory, stage: Stage, comi
 
 
 def _active_jobs(run_directory: Path, dry_run: bool) -> list[Job]:
-    """This run's active jobs. Waits for those that are just ending, e.g. after a cancel: none can depend on them."""
+    """This run's active jobs. Waits for those that are just ending, e.g. after a cancel: none can depend on them.
+
+    Raises:
+        UserError: some do not come to their end, or Slurm does not answer.
+    """
     deadline = time.monotonic() + _ENDING_PATIENCE_S
     try:
         jobs = scheduler.jobs_of(run_directory)
         while any(job.ending for job in jobs) and time.monotonic() < deadline:
             time.sleep(0.5)
             jobs = scheduler.jobs_of(run_directory)
-        return [job for job in jobs if job.active]
     except UserError as error:
         if not dry_run:
             raise
         click.echo(f"could not ask Slurm for active jobs: {error}", err=True)
         return []
+    if not dry_run and (ending := sorted({job.id for job in jobs if job.ending})):
+        raise UserError(
+            f"waited {_ENDING_PATIENCE_S:.0f} s for jobs {', '.join(map(str, ending))} of {run_directory} to end, and"
+            " they are still ending: what waits for a cancelled one never starts; resubmit once they have"
+        )
+    return [job for job in jobs if job.active]
 
 
 def _check_same_config(runs: RunDirectory, config: PipelineConfig, jobs: list[Job]) -> None:
@@ -224,7 +243,7 @@ def _submit(plan: list[Planned], runs: RunDirectory) -> None:
             if (record := read_record(path)).failure:
                 record.failure = ""
                 write_record(path, record)
-        after = [other.id for other in planned.after if other.id is not None]
+        after = [name for other in planned.after for name in other.names]
         planned.id = scheduler.submit(script_path(planned.file, runs.path), after, planned.array)
         planned.why = "submitted"
         # At once, so that nothing that Slurm has is forgotten when the next sbatch fails.

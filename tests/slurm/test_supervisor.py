@@ -41,6 +41,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, folder / "run"
+        self.environment = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-2]", "PYTHONPATH": str(ROOT)}
         (self.run / "logs" / "slurm").mkdir(parents=True)
         self.log = self.run / "logs" / "slurm" / "transformer-12.log"
         self.says("srun", SRUN)
@@ -57,11 +58,10 @@ class Job:
         words = ["--stage", "transformer", "--module=stages.transformer", "--trains", "--srun", "srun --label"]
         words += ["--python", f"bash {self.folder}/rank", "--stop-ahead-s", "60", *options]
         words += ["--max-time-limits", "3", "--max-crashes", "3", "--max-bad-hosts", "3"]
-        slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-2]", "PYTHONPATH": str(ROOT)}
         with open(self.log, "a") as log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "pipeline" / "slurm" / "supervisor"), str(self.run), *words],
-                env=os.environ | slurm | {"PATH": f"{self.folder}:{os.environ['PATH']}"},
+                env=os.environ | self.environment | {"PATH": f"{self.folder}:{os.environ['PATH']}"},
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -178,3 +178,13 @@ def test_what_waits_for_a_job_never_starts_where_it_cannot_be_made_to_wait_for_t
     assert job.live() == code
     assert ("smalti resubmit" in job.log.read_text()) == bool(code)
     assert json.loads((job.run / "slurm" / "jobs.json").read_text())[-1]["id"] == 15
+
+
+def test_what_waits_for_a_task_of_an_array_waits_for_its_successor_and_for_the_other_tasks(job: Job) -> None:
+    job.environment |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "5"}
+    job.says("rank", "exit 0")  # asked to stop
+    job.says("sbatch", "echo 15")
+    job.says("squeue", "echo '30|afterok:12_5(unfulfilled),afterok:12_6(unfulfilled)|smalti:tokenize:/x'")
+    (job.folder / "requeue-fails").touch()
+    assert job.live("--array-tasks", "8") == 0, job.log.read_text()
+    assert job.calls("scontrol update") == ["scontrol update jobid=30 dependency=afterok:12_6:15"]

@@ -109,6 +109,8 @@ class ThisJob:
                 continue
             whose: Literal["ours", "theirs"] = "ours" if _OURS in comment else "theirs"
             moved = moved_dependency(dependency, mine, successor, None if self.task is None else whose)
+            if self.task is not None:  # `resubmit` lets a join wait for single tasks
+                moved = moved_dependency(moved, self.name, successor)
             if moved != dependency:
                 all_moved &= _succeeds(["scontrol", "update", f"jobid={job}", f"dependency={moved}"])
         return all_moved
