@@ -10,6 +10,7 @@ extraction of features and the generating of the sweep; the stage itself measure
 from __future__ import annotations
 
 import re
+from itertools import count
 
 from pipeline.cli.stage import run_stage
 from pipeline.config.prepare import ShapesSource
@@ -45,14 +46,15 @@ def main(run: StageRun) -> None:
     scorer = ClipScorer(config.clip, distributed.device(), config.batch_size) if config.clip else None
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
     which, of = run.array_task or (0, 1)
-    for number, (name, images) in enumerate(sets.all(), start=1):
-        store.extract(images, which, of, f"features of {name} images")
-        run.pieces_done(number)
+    pieces = count(1)
+    done = lambda: run.pieces_done(next(pieces))  # noqa: E731
+    for name, images in sets.all():
+        store.extract(images, which, of, f"features of {name} images", done)
     if scorer and sets.generated:
         for images in (sets.generated, sets.own):
-            FeatureStore(store.folder, scorer.images).extract(images, which, of, "CLIP's features")
+            FeatureStore(store.folder, scorer.images).extract(images, which, of, "CLIP's features", done)
     if sweep:
-        sweep.generate(which, of)
+        sweep.generate(which, of, done)
     if run.array_task is None:
         _measure(run, sets, store, scorer, sweep)
         trim(store.folder, config.feature_cache_gb)

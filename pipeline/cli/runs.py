@@ -77,11 +77,17 @@ def compare(first: Path, second: Path, out: Path | None) -> None:
 
 
 def _line(run: Path) -> list[str]:
-    directory = RunDirectory(run.resolve())
     try:
-        stages, _ = run_status(directory, files=False)
+        return _readable_line(run, RunDirectory(run.resolve()))
     except UserError as error:  # of a later version, or damaged: the others are listed all the same
-        return [run.name, "UNREADABLE", "", "", str(error), size(size_of([run])), _changed(run)]
+        why = str(error)
+    except OSError as error:  # somebody else's
+        why = f"{error.strerror}: {error.filename}"
+    return [run.name, "UNREADABLE", "", "", why, size(size_of([run])), _changed(run)]
+
+
+def _readable_line(run: Path, directory: RunDirectory) -> list[str]:
+    stages, _ = run_status(directory, files=False)
     state, at = _state(run, stages)
     step = f"{at.step}/{at.steps}" if at and at.step is not None else ""
     total, estimated = size_of_run(directory)
@@ -123,14 +129,18 @@ def _metrics(run: Path) -> str:
 
 
 def _changed(run: Path) -> str:
-    newest = max((path.stat().st_mtime for path in run.glob("*/metrics.jsonl")), default=run.stat().st_mtime)
+    newest = run.stat().st_mtime
+    with suppress(OSError):
+        newest = max((path.stat().st_mtime for path in run.glob("*/metrics.jsonl")), default=newest)
     return datetime.fromtimestamp(newest).strftime("%Y-%m-%d %H:%M")
 
 
 def _disk(folder: Path, prune: bool, yes: bool) -> None:
-    found = sorted(deletable(folder), key=lambda entry: -entry.bytes)
-    if at_work := [run.name for run in runs_in(folder) if is_at_work(run)]:
-        click.echo(f"left alone, since a process is at work there: {', '.join(at_work)}", err=True)
+    found, left_alone = deletable(folder)
+    found = sorted(found, key=lambda entry: -entry.bytes)
+    for why in dict.fromkeys(left_alone.values()):
+        names = ", ".join(name for name, its in left_alone.items() if its == why)
+        click.echo(f"left alone, since {why}: {names}", err=True)
     for export in asked_for(folder):
         click.echo(f"kept, since somebody asked for it: {export} ({size(size_of([export]))})", err=True)
     if not found:

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,20 +94,32 @@ class FeatureStore:
         return self._seen[slices]
 
     def extract(
-        self, images: Sequence[StoredImage], which: int = 0, of: int = 1, description: str = "features"
+        self,
+        images: Sequence[StoredImage],
+        which: int = 0,
+        of: int = 1,
+        description: str = "features",
+        on_part: Callable[[], object] = lambda: None,
     ) -> Path:
-        """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's folder."""
+        """Features of the parts `which`, `which` + `of`, … that are not there yet. Returns the set's folder.
+
+        Args:
+            on_part: called after each of these parts, also of those that are there already.
+        """
         if not images:
             raise UserError(f"{description}: expected images, found none")
         directory = self.directory(images)
+        share = range(which, _parts(images), of)
+        missing = {part for part in share if not _part_path(directory, part).is_file()}
         if (directory / "about.json").is_file():
             os.utime(directory / "about.json")  # for trim
-            return directory
-        missing = [part for part in range(which, _parts(images), of) if not _part_path(directory, part).is_file()]
-        for part in missing:
-            chunk = images[part * PART : (part + 1) * PART]
-            found = self.extractor((image.image for image in chunk), len(chunk), description)
-            _write_npz(_part_path(directory, part), _arrays(found))
+            missing.clear()
+        for part in share:
+            if part in missing:
+                chunk = images[part * PART : (part + 1) * PART]
+                found = self.extractor((image.image for image in chunk), len(chunk), description)
+                _write_npz(_part_path(directory, part), _arrays(found))
+            on_part()
         return directory
 
     def features(self, images: Sequence[StoredImage], description: str = "features") -> FeatureSet:

@@ -8,6 +8,7 @@ Fréchet distance. Images stay in sweep/<setting>.tar, so a stopped sweep resume
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -65,11 +66,17 @@ class Sweep:
         self._settings = settings(config, run.config.generate.sampling)
         self._pipeline: Pipeline | None = None
 
-    def generate(self, which: int = 0, of: int = 1) -> None:
-        """Images and features of the settings `which`, `which` + `of`, … that are not there yet."""
+    def generate(self, which: int = 0, of: int = 1, on_piece: Callable[[], object] = lambda: None) -> None:
+        """Images and features of the settings `which`, `which` + `of`, … that are not there yet.
+
+        Args:
+            on_piece: called after the images of each of these settings and each part of their features.
+        """
         for setting in progress(self._settings[which::of], description="sweep", unit="setting"):
             signals.check()
-            self._store.extract(self._generated(setting), description="features of the sweep")
+            images = self._generated(setting)
+            on_piece()
+            self._store.extract(images, description="features of the sweep", on_part=on_piece)
 
     def measure(self, real: RealImages) -> SweepResult:
         """The metrics of every setting; `best.yaml` gets the best one, as a section of a pipeline's config."""

@@ -35,21 +35,34 @@ class Deletable:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run directories in `folder`, by name.
+    """The run directories in `folder`, by name, and folders that may be some, for this user may not look into them.
 
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"expected a folder of runs, found none at {folder}: give it with --in FOLDER")
-    return sorted(
-        path for path in folder.iterdir() if (path / "config.yaml").is_file() and (path / "run.json").is_file()
-    )
+    return sorted(path for path in folder.iterdir() if _may_be_a_run(path))
+
+
+def _may_be_a_run(path: Path) -> bool:
+    try:
+        return (path / "config.yaml").is_file() and (path / "run.json").is_file()
+    except PermissionError:
+        return not path.name.startswith(".")
 
 
 def is_at_work(run: Path) -> bool:
-    """Whether a process holds one of the run's locks."""
-    return any(owner_of(path) for path in (run / "locks").glob("*.json"))
+    """Whether a process holds one of the run's locks.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    try:
+        locks = os.listdir(run / "locks")  # Path.glob takes a folder that is closed for an empty one
+    except FileNotFoundError:
+        return False
+    return any(owner_of(run / "locks" / name) for name in locks if name.endswith(".json"))
 
 
 def size_of(paths: Iterable[Path]) -> int:
@@ -107,17 +120,27 @@ def _recorded_sizes(run: RunDirectory) -> dict[str, int]:
     return sizes
 
 
-def deletable(folder: Path) -> Iterator[Deletable]:
-    """What may go, of all runs in `folder` that nobody works on; what they share, only where nobody works at all."""
-    runs = runs_in(folder)
-    for run in runs:
-        if not is_at_work(run):
-            yield from _of_run(run)
+def deletable(folder: Path) -> tuple[list[Deletable], dict[str, str]]:
+    """What may go, of all runs in `folder` that nobody works on; and which runs are left alone, by name, and why.
+
+    What they share may go only where nobody works at all.
+    """
+    found: list[Deletable] = []
+    left_alone: dict[str, str] = {}
+    for run in runs_in(folder):
+        try:
+            if is_at_work(run):
+                left_alone[run.name] = "a process is at work there"
+            else:
+                found += list(_of_run(run))
+        except OSError as error:
+            left_alone[run.name] = f"it cannot be read ({error.strerror})"
     cache = folder / _CACHE / "features"
-    if not any(map(is_at_work, runs)):
+    if not left_alone:
         if cache.is_dir():
-            yield _entry(cache, "features of images, which evaluate computes again")
-        yield from _begun_to_delete(cache.parent)
+            found.append(_entry(cache, "features of images, which evaluate computes again"))
+        found += _begun_to_delete(cache.parent)
+    return found, left_alone
 
 
 def asked_for(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from pipeline.core.lock import Lock
 from pipeline.orchestration import disk_usage, run_directory
 from pipeline.orchestration.graph import stage_named
 from pipeline.report.numbers import size
-from tests.conftest import STAGE_NAMES
+from tests.conftest import STAGE_NAMES, TINY
 from tests.launch import command, environment, launch
 from tests.orchestration.recorded_run import recorded_run
 
@@ -205,6 +205,45 @@ def test_two_runs_are_compared_by_keys_metrics_and_images(folder: Path) -> None:
     assert "generate.sampling.temperature: 1.0 -&gt; 0.5" in page
     prompts = json.loads((folder / "tiny" / "generate" / "prompts.json").read_text())
     assert page.count("data:image/png") == 2 * len(prompts)
+
+
+@pytest.mark.parametrize("closed", [".", "config.yaml", "locks", "locks/transformer.json", "transformer"])
+def test_a_run_that_others_may_not_read_hides_no_other_and_nothing_of_it_is_deleted(
+    closed: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs"
+    for name in ("alice", "mine"):
+        (folder / name / "superseded" / "prepare-1").mkdir(parents=True)
+        (folder / name / "transformer" / "checkpoints").mkdir(parents=True)
+        (folder / name / "locks").mkdir()
+        shutil.copy(TINY, folder / name / "config.yaml")
+        (folder / name / "run.json").write_text('{"source": "tiny.yaml", "format": 1}')
+    (folder / "alice" / "locks" / "transformer.json").write_text("{}")
+    os.utime(folder / "alice" / "locks" / "transformer.json", (0, 0))
+    (folder / ".cache" / "features").mkdir(parents=True)
+    (folder / "alice" / closed).chmod(0)
+    # What root may do beside the modes of files, this process may not.
+    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(
+            [*drop, *command("pipeline", ["runs", *arguments])],
+            env=environment(), cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    try:
+        listed = {line.split()[0]: line.split()[1] for line in said().splitlines()[1:]}
+        assert listed["mine"] == "STOPPED"
+        assert listed["alice"] == "UNREADABLE"
+        pruned = said("--prune", "--yes")
+    finally:
+        (folder / "alice" / closed).chmod(0o755)
+    assert not list((folder / "mine" / "superseded").iterdir())
+    assert "left alone, since it cannot be read (Permission denied): alice" in pruned
+    assert list((folder / "alice" / "superseded").iterdir())
+    assert (folder / ".cache" / "features").is_dir()  # somebody may be at work in that run
 
 
 def test_a_folder_without_runs_is_told_in_one_line(tmp_path: Path) -> None:

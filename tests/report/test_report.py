@@ -28,6 +28,8 @@ from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.tracking import Tracker
 from pipeline.report.build import build_report
+from pipeline.sampling.pipeline import Pipeline
+from pipeline.slurm.supervisor.record import progress
 from stages import evaluate, report
 from tests.extractors.tiny_clip import save_clip
 from tests.launch import launch
@@ -370,6 +372,22 @@ def test_sweep_tries_every_setting_and_writes_the_best(tiny_run: Path, tmp_path:
     report = build_report(inputs_of_report(tiny_run, swept) | {"evaluate": run.directory}, swept)
     assert "Sampling settings" in report.page
     assert [name for name in report.files if name.startswith("plots/sweep-fd-against-is")]
+
+
+def test_a_task_whose_sweep_is_cut_off_in_every_life_gets_on_by_a_setting_each(
+    tiny_run: Path, tmp_path: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = SweepConfig(temperature=[0.7, 1.0, 1.3], samples=8)
+    swept = changed(config, sweep=wanted, feature_cache=tmp_path / "cache")
+    draw, seen = Pipeline.generate, []
+    for _ in range(2):
+        limit = iter([draw])  # the second setting meets the time limit
+        monkeypatch.setattr(Pipeline, "generate", lambda *given, **more: next(limit)(*given, **more))  # noqa: B023
+        run = again(tiny_run, tmp_path, swept, "evaluate", array_task=(0, 1))
+        with pytest.raises(StopIteration):
+            evaluate.main(run)
+        seen.append(progress(run.directory, False, (0, 1)))
+    assert seen == [3 + 2, 3 + 4]  # features of three sets; of each setting, its images and their features
 
 
 def test_sweep_of_guidance_needs_caption_dropout(tiny_run: Path, tmp_path: Path, config: PipelineConfig) -> None:
