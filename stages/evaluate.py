@@ -47,7 +47,10 @@ def main(run: StageRun) -> None:
     sweep = Sweep(run, config.sweep, sets.training, store) if config.sweep else None
     which, of = run.array_task or (0, 1)
     pieces = count(1)
-    done = lambda: run.pieces_done(next(pieces))  # noqa: E731
+
+    def done() -> None:
+        run.pieces_done(next(pieces))
+
     for name, images in sets.all():
         store.extract(images, which, of, f"features of {name} images", done)
     if scorer and sets.generated:
