@@ -15,7 +15,7 @@ from pipeline.core.image_size import told
 from pipeline.core.weights import count_parameters
 from pipeline.data.sources.openmoji import LICENSE as OPENMOJI
 from pipeline.orchestration.run_directory import RunDirectory, config_of
-from pipeline.orchestration.tracking import metrics_of
+from pipeline.orchestration.tracking import read_history
 from pipeline.sampling.model_source import ModelSource
 
 _LOSSES = {
@@ -131,14 +131,11 @@ def _parameters(folder: Path) -> str:
 
 def _losses(run_directory: Path) -> Iterable[tuple[object, ...]]:
     for stage, names in _LOSSES.items():
-        path = run_directory / stage / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        logged = [found for line in lines if (found := metrics_of(line))]  # a killed process may have left half a line
-        best = next((values["best/step"] for _, _, values in reversed(logged) if "best/step" in values), math.inf)
+        newest_first = read_history(run_directory / stage)[::-1]
+        best = next((line["best/step"] for line in newest_first if "best/step" in line), math.inf)
         for name in names:  # at the step whose weights are the model
-            reached = ((step, values) for step, _, values in reversed(logged) if name in values and step <= best)
-            if last := next(reached, None):
-                yield stage, last[0], name, f"{last[1][name]:.4g}"
+            if last := next((line for line in newest_first if name in line and line["step"] <= best), None):
+                yield stage, int(last["step"]), name, f"{last[name]:.4g}"
     retrieval = run_directory / "reranker" / "retrieval.json"
     if retrieval.is_file():
         for name, value in read_json(retrieval).items():

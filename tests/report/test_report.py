@@ -382,7 +382,7 @@ def test_a_task_whose_sweep_is_cut_off_in_every_life_gets_on_by_a_setting_each(
     draw, seen = Pipeline.generate, []
     for _ in range(2):
         limit = iter([draw])  # the second setting meets the time limit
-        monkeypatch.setattr(Pipeline, "generate", lambda *given, **more: next(limit)(*given, **more))  # noqa: B023
+        monkeypatch.setattr(Pipeline, "generate", lambda *given, limit=limit, **more: next(limit)(*given, **more))
         run = again(tiny_run, tmp_path, swept, "evaluate", array_task=(0, 1))
         with pytest.raises(StopIteration):
             evaluate.main(run)
