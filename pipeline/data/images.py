@@ -92,7 +92,7 @@ def decode(
         upright = ImageOps.exif_transpose(image)
         if image.getexif().get(_ORIENTATION, 1) >= 5:
             whole = whole[::-1]
-        rgb, conversion = _to_rgb(upright, background)
+        rgb, conversion = to_rgb(upright, background)
         if conversion:
             conversions.append(conversion)
         return Decoded(rgb, tuple(conversions), whole)
@@ -153,7 +153,12 @@ def _check_header(image: Image.Image, filters: FilterConfig) -> None:
         raise BadSample("aspect ratio", f"{width}x{height}, at most {filters.max_aspect_ratio} (max_aspect_ratio)")
 
 
-def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, str]:
+def to_rgb(image: Image.Image, background: str = "white") -> tuple[Image.Image, str]:
+    """An image of any mode as RGB, and what had to be changed for it, "" if nothing.
+
+    Raises:
+        BadSample: floating-point pixels.
+    """
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image, ""

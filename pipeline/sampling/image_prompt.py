@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.core.errors import UserError
 from pipeline.core.image_io import to_tensor
 from pipeline.core.level import Level
+from pipeline.data.images import to_rgb
 from pipeline.image_tokenizer.base import ImageTokenizer
 from pipeline.image_tokenizer.evaluation import precision_of_codes
 from pipeline.sampling.draw_next import UNKNOWN
@@ -38,10 +39,11 @@ class ImagePrompt:
     """An image and one rule that tells what stays of it.
 
     Args:
-        image: of the image tokenizer's size.
+        image: of the image tokenizer's size, in any mode; white shows through where it is transparent.
         keep_rows: rows of codes of the finest level that stay, from the top; of coarser levels those that these cover.
         keep_levels: coarse levels that stay whole.
-        mask: of the image's size; a code is generated where its square holds a pixel of 128 or more.
+        mask: of the image's size, in any mode; a code is generated where its square holds a pixel of 128 or more, which
+            a transparent one is not.
     """
 
     image: Image.Image
@@ -82,7 +84,7 @@ def extended(image: Image.Image, sides: Mapping[str, int]) -> ImagePrompt:
             raise UserError(f"extend: expected {side} of 1 to {room - 1} pixels, found {pixels}")
     across = sides.get("left", 0) - sides.get("right", 0)
     down = sides.get("top", 0) - sides.get("bottom", 0)
-    pixels_HWC = np.asarray(image)
+    pixels_HWC = np.asarray(to_rgb(image)[0])
     rows = np.clip(np.arange(image.height) - down, 0, image.height - 1)
     columns = np.clip(np.arange(image.width) - across, 0, image.width - 1)
     mask = Image.new("L", image.size, 255)
@@ -103,7 +105,7 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
             found = f"{image.width}×{image.height}"
             raise UserError(f"image prompt: expected {name} of {width}×{height} pixels, found {found}: resize it")
     with precision_of_codes(device):
-        codes = tokenizer.encode(to_tensor([prompt.image]).to(device))
+        codes = tokenizer.encode(to_tensor([to_rgb(prompt.image)[0]]).to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]
     return torch.cat(parts)
@@ -124,7 +126,7 @@ def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
         kept = [prompt.keep_rows * level.height // finest for level in levels]
         return [torch.arange(v.height * v.width) < rows * v.width for v, rows in zip(levels, kept, strict=True)]
     assert prompt.mask is not None
-    generated = np.asarray(prompt.mask.convert("L")) >= 128
+    generated = np.asarray(to_rgb(prompt.mask, background="black")[0].convert("L")) >= 128
     if not generated.any():
         raise UserError("mask: expected white pixels where the image is to be generated, found none")
     return [torch.from_numpy(~_any_within(generated, level)).flatten() for level in levels]

@@ -96,7 +96,9 @@ class TextTokenizer:
                 f"transformer.condition: expected 1 to {_MOST_CLASSES:,} classes, as different captions of the train"
                 f" split, found {len(names):,}: captions that say what an image shows need condition=text"
             )
-        in_order = sorted(names, key=int if all(_NUMBER.fullmatch(name) for name in names) else str)
+        in_order = sorted(names)  # "01" before "1", which are one number
+        if all(_NUMBER.fullmatch(name) for name in names):
+            in_order.sort(key=int)
         tokenizer.model = models.WordLevel({name: number for number, name in enumerate([_PAD, *in_order])})
         return cls(tokenizer, config.model_copy(update={"text_length": 1}))
 

@@ -27,6 +27,9 @@ def test_every_class_is_one_id_and_comes_back(tmp_path: Path) -> None:
 def test_classes_that_are_numbers_have_their_ids_in_the_order_of_numbers() -> None:
     tokenizer = TextTokenizer.of_classes([str(number) for number in (10, 2, 0, 1)], CONFIG)
     assert tokenizer.classes == ["0", "1", "2", "10"]
+    twice = [f"{'0' * zeros}{number}" for zeros in range(6) for number in (2, 10)]
+    classes = TextTokenizer.of_classes(twice, CONFIG).classes
+    assert classes == sorted(name for name in twice if int(name) == 2) + sorted(n for n in twice if int(n) == 10)
 
 
 def test_what_is_no_class_is_refused_with_the_nearest_one() -> None:
