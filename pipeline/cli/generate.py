@@ -51,7 +51,7 @@ _IMAGE_RULES = ("keep_rows", "keep_levels", "mask", "extend")
 @click.option("--pass-order", type=click.Choice(["random", "halton", "confidence"]), help="which codes come next")
 @click.option("--temperature-end", type=float, help="of the last pass of models of order any or scale")
 @click.option(
-    "--speculate", type=click.IntRange(2, 64), help="codes guessed at a time if one image is drawn; same image"
+    "--speculate", type=click.IntRange(2, 64), help="codes guessed at a time, of one image; in fp32 the same one"
 )
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--best", is_flag=True, help="with the best setting that a sweep of this run found (evaluate.sweep)")

@@ -62,7 +62,7 @@ class SamplingConfig(Config):
         ge=2,
         le=64,
         description="order raster, one image at a time: codes that a pass draws, of which the right ones stay; the same"
-        " codes in fewer passes; null: one by one",
+        " codes in fewer passes, in bf16 but for rounding; null: one by one",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of the transformer while it generates; auto: bf16 on GPUs, fp32 on CPUs"

@@ -153,7 +153,7 @@ def _check_header(image: Image.Image, filters: FilterConfig) -> None:
         raise BadSample("aspect ratio", f"{width}x{height}, at most {filters.max_aspect_ratio} (max_aspect_ratio)")
 
 
-def to_rgb(image: Image.Image, background: str = "white") -> tuple[Image.Image, str]:
+def to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, str]:
     """An image of any mode as RGB, and what had to be changed for it, "" if nothing.
 
     Raises:

@@ -84,7 +84,7 @@ def extended(image: Image.Image, sides: Mapping[str, int]) -> ImagePrompt:
             raise UserError(f"extend: expected {side} of 1 to {room - 1} pixels, found {pixels}")
     across = sides.get("left", 0) - sides.get("right", 0)
     down = sides.get("top", 0) - sides.get("bottom", 0)
-    pixels_HWC = np.asarray(to_rgb(image)[0])
+    pixels_HWC = np.asarray(_opaque(image, "white").convert("RGB"))
     rows = np.clip(np.arange(image.height) - down, 0, image.height - 1)
     columns = np.clip(np.arange(image.width) - across, 0, image.width - 1)
     mask = Image.new("L", image.size, 255)
@@ -105,10 +105,14 @@ def known_codes(tokenizer: ImageTokenizer, prompt: ImagePrompt, device: torch.de
             found = f"{image.width}×{image.height}"
             raise UserError(f"image prompt: expected {name} of {width}×{height} pixels, found {found}: resize it")
     with precision_of_codes(device):
-        codes = tokenizer.encode(to_tensor([to_rgb(prompt.image)[0]]).to(device))
+        codes = tokenizer.encode(to_tensor([_opaque(prompt.image, "white")]).to(device))
     stays = _stays(prompt, tokenizer.levels)
     parts = [c[0].masked_fill(~s.to(device), UNKNOWN) for c, s in zip(codes, stays, strict=True)]
     return torch.cat(parts)
+
+
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    return to_rgb(image, background)[0] if image.has_transparency_data else image
 
 
 def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
@@ -126,7 +130,7 @@ def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
         kept = [prompt.keep_rows * level.height // finest for level in levels]
         return [torch.arange(v.height * v.width) < rows * v.width for v, rows in zip(levels, kept, strict=True)]
     assert prompt.mask is not None
-    generated = np.asarray(to_rgb(prompt.mask, background="black")[0].convert("L")) >= 128
+    generated = np.asarray(_opaque(prompt.mask, "black").convert("L")) >= 128
     if not generated.any():
         raise UserError("mask: expected white pixels where the image is to be generated, found none")
     return [torch.from_numpy(~_any_within(generated, level)).flatten() for level in levels]

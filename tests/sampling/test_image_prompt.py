@@ -48,6 +48,8 @@ def test_an_image_prompt_takes_images_of_any_mode_and_leaves_what_is_transparent
 
     assert known(image, mask) == known(white, black_left)
     assert {UNKNOWN} < set(known(image, mask))
+    of_integers = Image.fromarray(np.asarray(black_left, dtype=np.int32))
+    assert known(white, of_integers) == known(white, black_left)
 
 
 @pytest.mark.parametrize(
