@@ -120,10 +120,15 @@ class GroupedTransformer(Transformer):
         levels = codes_BN.split([level.positions for level in self.layout.levels], dim=1)
         return [digit for level, codes_Bn in enumerate(levels) for digit in self.digits(codes_Bn, level)]
 
-    def hidden_and_head_weights(self, text_BT: Tensor, codes_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """As the raster model's, with one for each digit of each level, given the codes' digits before it."""
+    def hidden_and_head_weights(
+        self, text_BT: Tensor, codes_BN: Tensor, targets_BN: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As the raster model's, with one for each digit of each level, given the digits before it of the same code.
+
+        targets_BN: the codes to predict, where others are read in place of some of them (`code_noise`).
+        """
         text, *levels = super().hidden_and_head_weights(text_BT, codes_BN)
-        parts, digits = [text], self.targets(codes_BN)
+        parts, digits = [text], self.targets(codes_BN if targets_BN is None else targets_BN)
         for level, (hidden_BnD, weight) in enumerate(levels):
             own = digits[level * self.shape.code_groups :]
             for digit, rows in enumerate(weight.split(self.sizes[level])):

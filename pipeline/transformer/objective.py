@@ -22,7 +22,7 @@ from pipeline.config.transformer import TransformerConfig
 from pipeline.core.objective import Exported, Objective, ParameterGroup
 from pipeline.text_tokenizer.bpe import PAD_ID
 from pipeline.transformer.any_order import AnyOrderTransformer
-from pipeline.transformer.bit_groups import of_codes
+from pipeline.transformer.bit_groups import GroupedTransformer, of_codes
 from pipeline.transformer.cross_entropy import Part, cross_entropy
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
@@ -87,6 +87,8 @@ class JointObjective(TransformerObjective):
         """The factors of the logits, and the codes in the order in which these predict them."""
         model = self.transformer
         read_BN = replace_codes(codes_BN, model.layout, self.config.noise) if self.training else codes_BN
+        if isinstance(model, GroupedTransformer):
+            return model.hidden_and_head_weights(text_BT, read_BN, codes_BN), codes_BN
         if not isinstance(model, AnyOrderTransformer):
             return model.hidden_and_head_weights(text_BT, read_BN), codes_BN
         share = self._random_share(step) if self.training else 1.0
