@@ -92,11 +92,14 @@ def compiler() -> Iterator[Finding]:
     """What `--compile` and training.compile need on this machine's device."""
     import torch
 
-    from pipeline.training.compilation import missing_compiler
+    from pipeline.core.compiler import missing_compiler
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if missing := missing_compiler(device):
-        yield note("compiler", f"no {missing.removeprefix('a ')}: models cannot be compiled here")
+        yield note(
+            "compiler",
+            f"no {missing.removeprefix('a ')}: models cannot be compiled here, and on GPUs sparse attention and order scale are slower",
+        )
     else:
         yield ok("compiler", f"models can be compiled for {device.type}")
 

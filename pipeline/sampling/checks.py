@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 
 from pipeline.config.generate import SamplingConfig
+from pipeline.core.compiler import missing_compiler
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
-from pipeline.training.compilation import missing_compiler
 from pipeline.transformer.model import Transformer
 
 log = logging.getLogger(__name__)

@@ -7,16 +7,12 @@ and sampling call the same blocks with other shapes, each of which would be comp
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from pipeline.core.compiler import missing_compiler
 from pipeline.core.errors import UserError
 from pipeline.core.objective import Objective
 
@@ -39,23 +35,6 @@ def compile_blocks(objective: Objective, device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS_OF_BLOCKS)
     for block in blocks:
         block.forward = _compiled(block.forward)
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile needs for `device` and does not find; None: nothing."""
-    if device.type == "cuda" and find_spec("triton") is None:
-        return "triton, which compiles for GPUs"
-    if device.type == "cuda" and not _found("CC", "gcc", "clang", "cc"):
-        return "a C compiler (gcc, clang, or $CC), which triton calls"
-    if device.type == "cpu" and not _found("CXX", "g++", "clang++", "c++"):
-        return "a C++ compiler (g++, clang++, or $CXX)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"Python's headers for the compiler, {header} (python3-dev or python3-devel)"
-
-
-def _found(variable: str, *commands: str) -> bool:
-    named = os.environ.get(variable)
-    return any(shutil.which(command) for command in ([named.split()[0]] if named else commands))
 
 
 def _compiled(forward: Callable[_Arguments, _Output]) -> Callable[_Arguments, _Output]:

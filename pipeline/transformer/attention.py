@@ -96,7 +96,7 @@ class Attention(Heads):
         length = length_of(self.pattern, tables.layout)
         if self.rotary:
             tables.rotary(0, length, dtype)
-        backend = choose_backend(tables.device.type, self.pattern, length, True, training=True)
+        backend = _backend(tables, self.pattern, length, True, training=True)
         if backend == "math":
             tables.bias(self.pattern, dtype)
         elif backend == "flex":
@@ -119,12 +119,12 @@ def attend(
     Args:
         query: [B, H, S, K].
         key, value: [B, G, L, K], L >= S; H / G heads of queries share one of keys.
-        backend: how it is computed; None: what `choose_backend` says.
+        backend: how it is computed; None: what `choose_backend` says, and without a compiler `sdpa` in place of `flex`.
     """
     if backend is None:
         queries = query.shape[2]
         whole = queries == key.shape[2] == length_of(pattern, tables.layout)
-        backend = choose_backend(query.device.type, pattern, queries, whole, query.requires_grad)
+        backend = _backend(tables, pattern, queries, whole, query.requires_grad)
     if backend == "math":
         return _math(query, key, value, scale, pattern, tables)
     if backend == "flex":
@@ -145,6 +145,11 @@ def choose_backend(device: str, pattern: Pattern, queries: int, whole_sequence: 
     if device == "cuda" and pattern != "full" and whole_sequence:
         return "flex"
     return "sdpa"
+
+
+def _backend(tables: Tables, pattern: Pattern, queries: int, whole_sequence: bool, training: bool) -> Backend:
+    chosen = choose_backend(tables.device.type, pattern, queries, whole_sequence, training)
+    return "sdpa" if chosen == "flex" and not tables.compiles_flex else chosen
 
 
 def attend_last(query_BGRK: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.transformer import TransformerShape
-from pipeline.transformer.attention import Heads, LayerCache, Turn, attend
+from pipeline.transformer.attention import Heads, LayerCache, Turn, attend, choose_backend
 from pipeline.transformer.blocks import GELU, SwiGLU
 from pipeline.transformer.norms import build_norm
 from pipeline.transformer.rotary import rotate
@@ -76,7 +76,8 @@ class CrossAttention(Heads):
 
     def make_tables(self, tables: Tables, dtype: torch.dtype) -> None:
         """As `Attention.make_tables`."""
-        tables.bias("full", dtype)
+        if choose_backend(tables.device.type, "full", tables.layout.length, True, training=True) == "math":
+            tables.bias("full", dtype)
 
 
 class CrossBlock(nn.Module):

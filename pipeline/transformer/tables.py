@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config.transformer import TransformerShape
+from pipeline.core.compiler import missing_compiler
 from pipeline.core.resize import resize_matrix
 from pipeline.transformer.attention_patterns import (
     BLOCK,
@@ -20,6 +23,8 @@ from pipeline.transformer.attention_patterns import (
 )
 from pipeline.transformer.layout import Layout
 from pipeline.transformer.rotary import angles_of_all, cosine_sine
+
+log = logging.getLogger(__name__)
 
 
 class Tables:
@@ -40,6 +45,7 @@ class Tables:
         self._allowed: dict[Pattern, Tensor] = {}
         self._bias: dict[tuple[Pattern, torch.dtype], Tensor] = {}
         self._block_masks: dict[Pattern, BlockMask] = {}
+        self._compiles_flex: bool | None = None
         self._column_major: tuple[Tensor, Tensor] | None = None
         self._resizing: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
@@ -102,6 +108,21 @@ class Tables:
             matrices = resize_matrix(*rows, mode), resize_matrix(*columns, mode)
             self._resizing[level, mode] = matrices[0].to(self.device), matrices[1].to(self.device)
         return self._resizing[level, mode]
+
+    @property
+    def compiles_flex(self) -> bool:
+        """Whether FlexAttention can be compiled here; where it cannot, the log says what is missing, once."""
+        if self._compiles_flex is None:
+            on_gpu = self.device.type == "cuda" and torch.cuda.is_available()  # elsewhere fake tensors play a GPU
+            missing = missing_compiler(self.device) if on_gpu else None
+            self._compiles_flex = missing is None
+            if missing:
+                log.warning(
+                    "attention: expected %s, found none: attention that is sparse or of order scale takes dense masks,"
+                    " and is slower than FlexAttention; install it",
+                    missing,
+                )
+        return self._compiles_flex
 
     @torch.inference_mode(False)
     def block_mask(self, pattern: Pattern) -> BlockMask:

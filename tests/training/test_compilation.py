@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config.training import TrainingConfig
+from pipeline.core.compiler import missing_compiler
 from pipeline.core.errors import UserError
 from pipeline.image_tokenizer.base import build
 from pipeline.training.activation_checkpointing import checkpoint_activations
-from pipeline.training.compilation import compile_blocks, missing_compiler
+from pipeline.training.compilation import compile_blocks
 from pipeline.training.engines import build_engine
 from tests.launch import launch
 from tests.training.compile_worker import SAVED_AFTER, batch, built
@@ -95,9 +96,9 @@ def test_compilation_without_a_compiler_is_refused_before_training(
         with pytest.raises(UserError, match=r"expected a C\+\+ compiler .*found none: install it or set") as caught:
             build_engine("accelerate", SmallObjective(), training, None, tmp_path)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr("pipeline.training.compilation.find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.core.compiler.find_spec", lambda _: None)
     assert missing_compiler(GPU) == "triton, which compiles for GPUs"
-    monkeypatch.setattr("pipeline.training.compilation.find_spec", lambda name: name)
+    monkeypatch.setattr("pipeline.core.compiler.find_spec", lambda name: name)
     assert str(missing_compiler(GPU)).startswith("a C compiler")
     monkeypatch.setenv("CC", "/bin/sh -m64")
     assert missing_compiler(GPU) is None
