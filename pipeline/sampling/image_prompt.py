@@ -40,10 +40,13 @@ class ImagePrompt:
 
     Args:
         image: of the image tokenizer's size, in any mode; white shows through where it is transparent.
-        keep_rows: rows of codes of the finest level that stay, from the top; of coarser levels those that these cover.
+        keep_rows: rows of codes of the finest level that stay, from the top.
         keep_levels: coarse levels that stay whole.
-        mask: of the image's size, in any mode; a code is generated where its square holds a pixel of 128 or more, which
-            a transparent one is not.
+        mask: of the image's size, in any mode; a code of the finest level is generated where its square holds a pixel
+            of 128 or more, which a transparent one is not.
+
+    With rows and masks, a code of a coarser level is generated where no code of the finest level stays in its square: a
+    new one would change what stays.
     """
 
     image: Image.Image
@@ -116,32 +119,32 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
 
 
 def _stays(prompt: ImagePrompt, levels: Sequence[Level]) -> list[Tensor]:
-    """Which codes stay: bool [h*w] for each level."""
+    """Which codes stay: bool [h*w] for each level, of which the last is the finest."""
     if prompt.keep_levels is not None:
         if len(levels) == 1:
             raise UserError("keep_levels needs an image tokenizer of several levels, found one: use keep_rows")
         if not 1 <= prompt.keep_levels < len(levels):
             raise UserError(f"keep_levels: expected 1 to {len(levels) - 1} levels, found {prompt.keep_levels}")
         return [torch.full((v.height * v.width,), i < prompt.keep_levels) for i, v in enumerate(levels)]
+    finest = levels[-1]
     if prompt.keep_rows is not None:
-        finest = levels[-1].height
-        if not 1 <= prompt.keep_rows < finest:
-            raise UserError(f"keep_rows: expected 1 to {finest - 1} rows of codes, found {prompt.keep_rows}")
-        kept = [prompt.keep_rows * level.height // finest for level in levels]
-        return [torch.arange(v.height * v.width) < rows * v.width for v, rows in zip(levels, kept, strict=True)]
-    assert prompt.mask is not None
-    generated = np.asarray(_opaque(prompt.mask, "black").convert("L")) >= 128
-    if not generated.any():
-        raise UserError("mask: expected white pixels where the image is to be generated, found none")
-    return [torch.from_numpy(~_any_within(generated, level)).flatten() for level in levels]
+        if not 1 <= prompt.keep_rows < finest.height:
+            raise UserError(f"keep_rows: expected 1 to {finest.height - 1} rows of codes, found {prompt.keep_rows}")
+        stays = np.repeat(np.arange(finest.height)[:, None] < prompt.keep_rows, finest.width, axis=1)
+    else:
+        assert prompt.mask is not None
+        generated = np.asarray(_opaque(prompt.mask, "black").convert("L")) >= 128
+        if not generated.any():
+            raise UserError("mask: expected white pixels where the image is to be generated, found none")
+        stays = ~_any_within(generated, finest)
+    return [torch.from_numpy(_any_within(stays, level)).flatten() for level in levels]
 
 
-def _any_within(generated: NDArray[np.bool_], level: Level) -> NDArray[np.bool_]:
-    """Is any pixel of the code's square generated? bool [h, w]; `generated` is bool [H, W], in pixels."""
-    height, width = generated.shape
+def _any_within(fine: NDArray[np.bool_], level: Level) -> NDArray[np.bool_]:
+    """Is any of `fine` [H, W], pixels or codes of the finest level, true in a code's square? bool [h, w]."""
+    height, width = fine.shape
     rows = [
-        generated[_first(i, height, level.height) : _end(i, height, level.height)].any(axis=0)
-        for i in range(level.height)
+        fine[_first(i, height, level.height) : _end(i, height, level.height)].any(axis=0) for i in range(level.height)
     ]
     by_row = np.stack(rows)
     columns = [
@@ -150,10 +153,10 @@ def _any_within(generated: NDArray[np.bool_], level: Level) -> NDArray[np.bool_]
     return np.stack(columns, axis=1)
 
 
-def _first(code: int, pixels: int, codes: int) -> int:
-    """The first of the pixels, in a row or column, that this one of its codes covers; codes may share one."""
-    return code * pixels // codes
+def _first(code: int, fine: int, codes: int) -> int:
+    """The first of `fine`, in a row or column, that this one of its codes covers; codes may share one."""
+    return code * fine // codes
 
 
-def _end(code: int, pixels: int, codes: int) -> int:
-    return -(-(code + 1) * pixels // codes)
+def _end(code: int, fine: int, codes: int) -> int:
+    return -(-(code + 1) * fine // codes)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.core.errors import UserError
-from pipeline.image_tokenizer.base import build
+from pipeline.image_tokenizer.base import ImageTokenizer, build
 from pipeline.sampling.draw_next import UNKNOWN
 from pipeline.sampling.image_prompt import ImagePrompt, extended, known_codes
 
@@ -50,6 +50,32 @@ def test_an_image_prompt_takes_images_of_any_mode_and_leaves_what_is_transparent
     assert {UNKNOWN} < set(known(image, mask))
     of_integers = Image.fromarray(np.asarray(black_left, dtype=np.int32))
     assert known(white, of_integers) == known(white, black_left)
+
+
+def _drawn_anew(prompt: ImagePrompt, tokenizer: ImageTokenizer) -> list[list[int]]:
+    """The codes of each level that are generated."""
+    codes = known_codes(tokenizer, prompt, torch.device("cpu"))
+    parts = codes.split([level.positions for level in tokenizer.levels])
+    return [(part == UNKNOWN).nonzero().flatten().tolist() for part in parts]
+
+
+def test_a_coarse_code_is_drawn_anew_only_where_nothing_stays_in_its_square() -> None:
+    multiscale = {"kind": "multiscale", "scales": [1, 2, 3, 4], "codebook": {"kind": "ema", "codebook_size": 16}}
+    tokenizer = build({"kind": "vqvae", "quantizer": multiscale, "widths": [8, 8, 8]}, image_size=16).eval()
+    assert [level.positions for level in tokenizer.levels] == [1, 4, 9, 16]
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+
+    def hole(*box: int) -> list[list[int]]:
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, box)
+        return _drawn_anew(ImagePrompt(image, mask=mask), tokenizer)
+
+    assert hole(13, 13, 14, 14) == [[], [], [], [15]]
+    assert hole(7, 7, 16, 16) == [[], [3], [4, 5, 7, 8], [5, 6, 7, 9, 10, 11, 13, 14, 15]]
+    assert hole(8, 8, 16, 16) == [[], [3], [8], [10, 11, 14, 15]]
+    assert hole(0, 0, 16, 16) == [[*range(n)] for n in (1, 4, 9, 16)]
+    assert _drawn_anew(ImagePrompt(image, keep_rows=3), tokenizer) == [[], [], [], [*range(12, 16)]]
+    assert _drawn_anew(ImagePrompt(image, keep_rows=2), tokenizer) == [[], [2, 3], [6, 7, 8], [*range(8, 16)]]
 
 
 @pytest.mark.parametrize(
