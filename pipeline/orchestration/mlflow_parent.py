@@ -9,19 +9,22 @@ from pipeline.config.base import digest, identity
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.atomic_io import read_json, sha256_file, write_json
 from pipeline.core.errors import UserError
-from pipeline.orchestration.graph import stages_of
+from pipeline.orchestration.going_on import recorded_identity
+from pipeline.orchestration.graph import stage_named, stages_of
 from pipeline.orchestration.mlflow_sender import RECORD, known_run, new_record, send_parameters
 from pipeline.orchestration.mlflow_store import Store, legal_name
+from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import METRICS, metrics_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_ARTIFACTS = {"config.yaml": None, "report/index.html": "report"}  # file in the run directory -> folder in MLflow
+# File in the run directory -> folder in MLflow, which is its stage.
+_ARTIFACTS = {"config.yaml": None, "report/index.html": "report"}
 
 
 class Parent:
-    """The pipeline's run. Another config that makes other results is another run; finished stages move below it."""
+    """The pipeline's run. A config that makes other results is another one, to which the stages move that it keeps."""
 
     def __init__(self, client: MlflowClient, store: Store, config: PipelineConfig) -> None:
         self.directory = store.run_directory
@@ -64,17 +67,29 @@ class Parent:
                 self._client.set_terminated(self.run_id, status)
         self._save()
 
+    def holds(self, stage: str) -> bool:
+        """Whether what lies in the stage's directory is of this config and of today's inputs, finished or not."""
+        runs, named = RunDirectory(self.directory), stage_named(stage)
+        try:
+            wanted = runs.identity(self._config, named, files=False)
+            return recorded_identity(runs.stage(stage)) == wanted and not runs.stale_inputs(self._config, named, False)
+        except UserError:  # an input is not there
+            return False
+
+    def _held(self) -> list[str]:
+        return [stage.name for stage in stages_of(self._config) if self.holds(stage.name)]
+
     def _adopt(self, store: Store) -> None:
         """Put the stages that have a run below this one."""
-        for stage in stages_of(self._config):
-            if child := known_run(self._client, store, self.directory / stage.name):
+        for stage in self._held():
+            if child := known_run(self._client, store, self.directory / stage):
                 self._client.set_tag(child["run_id"], "mlflow.parentRunId", self.run_id)
 
     def _send_metrics(self) -> None:
         sent = self.record.setdefault("metrics", {})
-        for stage in stages_of(self._config):
-            for name, value in _best(self.directory / stage.name / METRICS).items():
-                key = legal_name(f"{stage.name}/{name}")
+        for stage in self._held():
+            for name, value in _best(self.directory / stage / METRICS).items():
+                key = legal_name(f"{stage}/{name}")
                 if sent.get(key) != value:
                     self._client.log_metric(self.run_id, key, value)
                     sent[key] = value
@@ -83,6 +98,8 @@ class Parent:
         sent = self.record.setdefault("files", {})
         for name, folder in _ARTIFACTS.items():
             path = self.directory / name
+            if folder and not self.holds(folder):
+                continue
             if path.is_file() and sent.get(name) != (sha256 := sha256_file(path)):
                 self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
                 sent[name] = sha256

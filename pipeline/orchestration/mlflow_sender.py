@@ -38,6 +38,9 @@ class ParentRun(Protocol):
     def experiment_id(self) -> str:
         """The id of the experiment that it belongs to."""
 
+    def holds(self, stage: str) -> bool:
+        """Whether the stage's directory is of its config."""
+
 
 class Sender:
     """Copies a stage directory's files to MLflow. `record` is its mlflow.json."""
@@ -54,7 +57,7 @@ class Sender:
             run = client.create_run(parent.experiment_id, run_name=stage, tags=tags)
             self.record = new_record(store, run.info.run_id) | {"artifacts": 0}
             self._save()
-        else:
+        elif parent.holds(stage):  # else it stays below the run of the config that made it
             client.set_tag(self.run_id, "mlflow.parentRunId", parent.run_id)
         client.update_run(self.run_id, status="RUNNING")
         self.record["status"] = "RUNNING"

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -25,12 +26,13 @@ from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.config.tracking import TrackingConfig
 from pipeline.core.atomic_io import write_atomic, write_json
 from pipeline.core.credentials import put_password_back
-from pipeline.orchestration.graph import stage_identity, stages_of
+from pipeline.orchestration.graph import stage_identity
 from pipeline.orchestration.mlflow_mirror import Mirror, catch_up
 from pipeline.orchestration.mlflow_store import default_uri, legal_name
 from pipeline.orchestration.tracking import Tracker
 from tests.conftest import TINY
 from tests.launch import ROOT, environment
+from tests.orchestration.recorded_run import recorded_run
 
 
 def _config(run: Path, **tracking: object) -> PipelineConfig:
@@ -43,7 +45,8 @@ def _tracker(run: Path, *, stage: str = "transformer", uri: str | None = None, f
     directory = run / stage
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(run / "config.yaml", to_yaml(config))
-    write_json(directory / "identity.json", {"config": stage_identity(config, stage), "inputs": {}})
+    if not (directory / "identity.json").exists():
+        write_json(directory / "identity.json", {"config": stage_identity(config, stage), "inputs": {}})
     tracker = Tracker(directory, Mirror(config, stage))
     tracker.start()
     return tracker
@@ -53,11 +56,13 @@ def _history(client: MlflowClient, run_id: str, metric: str) -> list[tuple[int, 
     return [(m.step, m.value) for m in client.get_metric_history(run_id, metric)]
 
 
+def _record(directory: Path) -> dict[str, Any]:
+    """Its mlflow.json."""
+    return dict(json.loads((directory / "mlflow.json").read_text()))
+
+
 def _run_ids(run: Path) -> tuple[str, str]:
-    return (
-        json.loads((run / "mlflow.json").read_text())["run_id"],
-        json.loads((run / "transformer" / "mlflow.json").read_text())["run_id"],
-    )
+    return _record(run)["run_id"], _record(run / "transformer")["run_id"]
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +165,23 @@ def _client(run: Path) -> MlflowClient:
 
 @pytest.mark.slow
 def test_the_parent_carries_config_commit_report_and_best_metrics(tmp_path: Path) -> None:
-    write_json(tmp_path / "code" / "version.json", {"version": "1.0", "commit": "abc123", "changed": True})
-    write_atomic(tmp_path / "report" / "index.html", "the report")
-    for stage in stages_of(_config(tmp_path)):
-        write_atomic(tmp_path / stage.name / "_SUCCESS", "")
-    tracker = _tracker(tmp_path)
+    run = recorded_run(tmp_path).path
+    write_json(run / "code" / "version.json", {"version": "1.0", "commit": "abc123", "changed": True})
+    write_atomic(run / "report" / "index.html", "the report")
+    tracker = _tracker(run)
     for step, loss in enumerate((3.0, 1.5, 2.0)):
         tracker.log({"loss": 9.0, "val/loss": loss}, step)
     tracker.close("FINISHED")
-    parent, _ = _run_ids(tmp_path)
-    client = _client(tmp_path)
-    run = client.get_run(parent)
-    assert run.data.params["transformer.layers"] == "2"
-    assert run.data.params["prepare.source.kind"] == "openmoji"
-    assert run.data.tags["mlflow.source.git.commit"] == "abc123"
-    assert run.data.metrics["transformer/val/loss"] == 1.5
+    parent, _ = _run_ids(run)
+    client = _client(run)
+    pipeline = client.get_run(parent)
+    assert pipeline.data.params["transformer.layers"] == "2"
+    assert pipeline.data.params["prepare.source.kind"] == "openmoji"
+    assert pipeline.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert pipeline.data.metrics["transformer/val/loss"] == 1.5
     assert {a.path for a in client.list_artifacts(parent)} == {"config.yaml", "report"}
     assert [a.path for a in client.list_artifacts(parent, "report")] == ["report/index.html"]
-    assert run.info.status == "FINISHED"
+    assert pipeline.info.status == "FINISHED"
 
 
 @pytest.mark.slow
@@ -304,17 +308,29 @@ def test_a_process_that_ends_while_the_database_is_made_leaves_none_that_is_half
 
 
 @pytest.mark.slow
-def test_another_config_is_another_run_and_finished_stages_move_below_it(tmp_path: Path) -> None:
-    _tracker(tmp_path, stage="text-tokenizer").close("FINISHED")
-    before = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
-    config = _config(tmp_path).model_copy(update={"seed": 7})
-    assert catch_up(config) == []
-    after = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
-    client = _client(tmp_path)
+def test_another_config_is_another_run_with_the_stages_that_it_keeps_and_nothing_of_the_others(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path).path
+    write_atomic(run / "report" / "index.html", "of the first config")
+    for stage, metrics in {"prepare": {"samples": 9.0}, "evaluate": {"FID": 12.0}}.items():
+        tracker = _tracker(run, stage=stage)
+        tracker.log(metrics, 0)
+        tracker.close("FINISHED")
+    before = json.loads((run / "mlflow.json").read_text())["run_id"]
+    with open(run / "evaluate" / "metrics.jsonl", "a") as file:  # what MLflow does not have yet
+        file.write(json.dumps({"step": 1, "time": 1.0, "FID": 11.0}) + "\n")
+    config = load_pipeline(run, ["transformer.layers=3"])
+    assert catch_up(config) == ["evaluate"]
+
+    after = json.loads((run / "mlflow.json").read_text())["run_id"]
+    client = _client(run)
     assert before != after
-    assert client.get_run(after).data.params["seed"] == "7"
-    child = json.loads((tmp_path / "text-tokenizer" / "mlflow.json").read_text())["run_id"]
-    assert client.get_run(child).data.tags["mlflow.parentRunId"] == after
+    assert client.get_run(after).data.params["transformer.layers"] == "3"
+    assert client.get_run(after).data.metrics == {}
+    assert [a.path for a in client.list_artifacts(after)] == ["config.yaml"]
+    children = {name: _record(run / name)["run_id"] for name in ("prepare", "evaluate")}
+    parents = {name: client.get_run(child).data.tags["mlflow.parentRunId"] for name, child in children.items()}
+    assert parents == {"prepare": after, "evaluate": before}
+    assert sorted(_history(client, children["evaluate"], "FID")) == [(0, 12.0), (1, 11.0)]
 
 
 def test_a_password_in_the_uri_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
