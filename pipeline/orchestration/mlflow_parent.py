@@ -11,7 +11,7 @@ from pipeline.core.atomic_io import read_json, sha256_file, write_json
 from pipeline.core.errors import UserError
 from pipeline.orchestration.going_on import recorded_identity
 from pipeline.orchestration.graph import stage_named, stages_of
-from pipeline.orchestration.mlflow_sender import RECORD, known_run, new_record, send_parameters
+from pipeline.orchestration.mlflow_sender import RECORD, is_active, known_run, new_record, send_parameters
 from pipeline.orchestration.mlflow_store import Store, legal_name
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import METRICS, metrics_of
@@ -37,15 +37,15 @@ class Parent:
         moved = bool(self.record) and runs.get(which) != self.run_id
         if moved and client.get_run(self.run_id).info.status in ("RUNNING", "SCHEDULED"):
             client.set_terminated(self.run_id, "KILLED")
-        if which not in runs:
+        if which not in runs or not is_active(client, runs[which]):
             runs[which] = client.create_run(store.experiment_id(client), run_name=config.name).info.run_id
-        if moved or not self.record:
+        if is_another := moved or not self.record:
             self.record = new_record(store, runs[which])
         self.record["runs"] = runs  # of the configs that this directory has had
         self.experiment_id = client.get_run(self.run_id).info.experiment_id
         self._save()
         send_parameters(client, self.run_id, parameters)
-        if moved:
+        if is_another:
             self._adopt(store)
 
     @property

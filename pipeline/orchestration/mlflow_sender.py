@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "mlflow.json"
 _BATCH = 500
+_FILE_REFUSALS = (400, 413, 414, 415, 422)  # of HTTP: a name or a size that is not taken
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 T = TypeVar("T")
 
@@ -79,9 +80,17 @@ class Sender:
         for event in artifacts[int(self.record.get("artifacts", 0)) :]:
             path = self.directory / str(event["artifact"])
             if path.exists():
-                self._client.log_artifact(self.run_id, str(path), artifact_path=event.get("folder"))
+                self._send_artifact(path, event.get("folder"))
             self.record["artifacts"] = int(self.record.get("artifacts", 0)) + 1
             self._save()
+
+    def _send_artifact(self, path: Path, folder: str | None) -> None:
+        try:
+            self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
+        except Exception as error:
+            if not _refuses_file(error) or not is_active(self._client, self.run_id):
+                raise
+            log.warning("MLflow refuses %s (%s): it is there alone", path, reason_of(error))
 
     def end(self, status: Status) -> None:
         """End the MLflow run."""
@@ -123,7 +132,13 @@ class Sender:
     def _log(self, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), _BATCH):
             batch = metrics[start : start + _BATCH]
-            _each_if_refused(batch, lambda part: self._client.log_batch(self.run_id, metrics=part), lambda m: m.key)
+            _each_if_refused(
+                self._client,
+                self.run_id,
+                batch,
+                lambda part: self._client.log_batch(self.run_id, metrics=part),
+                lambda metric: metric.key,
+            )
             for metric in batch:
                 self._last_steps[metric.key] = max(metric.step, self._last_steps.get(metric.key, -1))
 
@@ -185,13 +200,17 @@ def known_run(client: MlflowClient, store: Store, directory: Path) -> dict[str, 
         return {}
     if not own and _is_copied(record, directory, store):
         return {}
+    return dict(record) | new_record(store, run_id) if is_active(client, run_id) else {}
+
+
+def is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether MLflow has this run, and nobody has deleted it there."""
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return {}
-    return dict(record) | new_record(store, run_id)
+        return False
 
 
 def new_record(store: Store, run_id: str) -> dict[str, Any]:
@@ -219,9 +238,8 @@ def send_parameters(client: MlflowClient, run_id: str, parameters: object) -> No
     flat = {legal_name(key): str(value)[:6000] for key, value in flatten(mask_all(parameters)).items()}
     listed = [Param(key, value) for key, value in flat.items() if key not in known]
     for start in range(0, len(listed), 100):
-        _each_if_refused(
-            listed[start : start + 100], lambda part: client.log_batch(run_id, params=part), lambda p: p.key
-        )
+        part = listed[start : start + 100]
+        _each_if_refused(client, run_id, part, lambda some: client.log_batch(run_id, params=some), lambda p: p.key)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -229,25 +247,33 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _REFUSALS
 
 
+def _refuses_file(error: Exception) -> bool:
+    """Whether MLflow, or a proxy before it, takes this file never: not where it asks for a password, or is busy."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in _FILE_REFUSALS or getattr(error, "error_code", None) in _REFUSALS[:3]
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an error, with its kind."""
     return f"{type(error).__name__}: {mask((str(error).splitlines() or [''])[0])}"
 
 
-def _each_if_refused(items: Sequence[T], send: Callable[[list[T]], object], name: Callable[[T], str]) -> None:
+def _each_if_refused(
+    client: MlflowClient, run_id: str, items: Sequence[T], send: Callable[[list[T]], object], name: Callable[[T], str]
+) -> None:
     """Send a batch; if MLflow refuses it, one by one, and say which ones it does not take."""
     if not items:
         return
     try:
         send(list(items))
     except Exception as error:
-        if not is_refusal(error):
+        if not is_refusal(error) or not is_active(client, run_id):
             raise
         if len(items) == 1:
             log.warning("MLflow refuses %s (%s): it is in %s alone", name(items[0]), reason_of(error), METRICS)
             return
         for item in items:
-            _each_if_refused([item], send, name)
+            _each_if_refused(client, run_id, [item], send, name)
 
 
 def _events(directory: Path) -> list[dict[str, Any]]:
