@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # File in the run directory -> folder in MLflow, which is its stage.
 _ARTIFACTS = {"config.yaml": None, "report/index.html": "report"}
+# In the names of what trainings validate.
+_LOWER_IS_BETTER = ("loss", "bits/image_token")
+_HIGHER_IS_BETTER = ("psnr", "ssim", "accuracy", "reward", " R@")
 
 
 class Parent:
@@ -132,7 +135,7 @@ def _best(path: Path) -> dict[str, float]:
 
 
 def _better(name: str, new: float, old: float) -> float:
-    """The better one of two values; the new one where the name does not say which is."""
-    if "loss" in name:
+    """The better one of two values; the new one where the name does not say which is, as of how codes are used."""
+    if any(word in name for word in _LOWER_IS_BETTER):
         return min(new, old)
-    return max(new, old) if any(word in name for word in ("psnr", "ssim", "accuracy")) else new
+    return max(new, old) if any(word in name for word in _HIGHER_IS_BETTER) else new

@@ -137,8 +137,11 @@ def test_the_parent_carries_config_commit_report_and_best_metrics(tmp_path: Path
     write_json(run / "code" / "version.json", {"version": "1.0", "commit": "abc123", "changed": True})
     write_atomic(run / "report" / "index.html", "the report")
     tracker = start_tracker(run)
-    for step, loss in enumerate((3.0, 1.5, 2.0)):
-        tracker.log({"loss": 9.0, "val/loss": loss}, step)
+    lower = ("val/loss/image/0", "val/bits/image_token")
+    higher = ("val/psnr", "val/ssim", "val/accuracy/image", "val/reward", "val/text to image R@5")
+    last = ("val/codebook_usage", "val/code_entropy_bits", "val/bits_per_pixel")  # tell how codes are used
+    for step, value in enumerate((3.0, 1.5, 4.5, 2.0)):
+        tracker.log({"loss": 9.0} | dict.fromkeys((*lower, *higher, *last), value), step)
     tracker.close("FINISHED")
     parent, _ = _run_ids(run)
     client = client_of(run)
@@ -146,7 +149,8 @@ def test_the_parent_carries_config_commit_report_and_best_metrics(tmp_path: Path
     assert pipeline.data.params["transformer.layers"] == "2"
     assert pipeline.data.params["prepare.source.kind"] == "openmoji"
     assert pipeline.data.tags["mlflow.source.git.commit"] == "abc123"
-    assert pipeline.data.metrics["transformer/val/loss"] == 1.5
+    best = dict.fromkeys(lower, 1.5) | dict.fromkeys(higher, 4.5) | dict.fromkeys(last, 2.0)
+    assert pipeline.data.metrics == {legal_name(f"transformer/{name}"): value for name, value in best.items()}
     assert {a.path for a in client.list_artifacts(parent)} == {"config.yaml", "report"}
     assert [a.path for a in client.list_artifacts(parent, "report")] == ["report/index.html"]
     assert pipeline.info.status == "FINISHED"
