@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pipeline.config.base import flatten
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.core.urls import mask, mask_all
 from pipeline.orchestration.going_on import amendments_of
 from pipeline.orchestration.mlflow_store import Store, legal_name
@@ -51,7 +54,7 @@ class Sender:
         self._client = client
         self._store = store
         self._position = (0, 0)  # inode of metrics.jsonl, and the byte that is read next
-        self._last_steps: dict[str, int] = {}
+        self._sent: dict[str, dict[int, tuple[int, float]]] = {}  # metric -> step -> time in ms and value, the latest
         self.record = known_run(client, store, self.directory)
         if not self.record:
             tags = {"mlflow.parentRunId": parent.run_id}
@@ -65,7 +68,7 @@ class Sender:
         self._save()
         send_parameters(client, self.run_id, _parameters(self.directory))
         for metric in client.get_run(self.run_id).data.metrics:
-            self._last_steps[metric] = max(m.step for m in client.get_metric_history(self.run_id, metric))
+            self._note(client.get_metric_history(self.run_id, metric))
 
     @property
     def run_id(self) -> str:
@@ -139,8 +142,12 @@ class Sender:
                 lambda part: self._client.log_batch(self.run_id, metrics=part),
                 lambda metric: metric.key,
             )
-            for metric in batch:
-                self._last_steps[metric.key] = max(metric.step, self._last_steps.get(metric.key, -1))
+            self._note(batch)
+
+    def _note(self, metrics: Sequence[Metric]) -> None:
+        for metric in metrics:
+            steps = self._sent.setdefault(metric.key, {})
+            steps[metric.step] = max((metric.timestamp, metric.value), steps.get(metric.step, (-1, 0.0)))
 
     def _fresh(self, line: str) -> list[Metric]:
         """The metrics of a line that MLflow does not have yet."""
@@ -150,8 +157,13 @@ class Sender:
         if found is None:
             return []
         step, at, values = found
-        named = ((legal_name(name), value) for name, value in values.items())
-        return [Metric(n, v, int(at * 1000), step) for n, v in named if step > self._last_steps.get(n, -1)]
+        at_ms = int(at * 1000)
+        named = [(name, legal_name(name), value) for name, value in values.items()]
+        return [
+            Metric(legal, value, at_ms, step)
+            for name, legal, value in named
+            if _is_news(name, at_ms, value, self._sent.get(legal, {}).get(step))
+        ]
 
     @staticmethod
     def is_complete(directory: Path, store: Store, run_directory: Path) -> bool:
@@ -182,6 +194,20 @@ class Sender:
         """How the stage's last process said that it ended; None if it was killed before."""
         ended = next((e.get("ended") for e in reversed(_events(directory)) if "ended" in e or "started" in e), None)
         return ended if ended in ("FINISHED", "KILLED", "FAILED") else None
+
+
+def _is_news(name: str, at_ms: int, value: float, sent: tuple[int, float] | None) -> bool:
+    """Whether a point is one that MLflow lacks, given the latest that it has of this metric and step.
+
+    A stage that repeats a step may come to another value, which then holds: amended, or with other data.
+    """
+    if sent is None:
+        return True
+    if at_ms <= sent[0] or name in CLOCK_METRICS or name.startswith("system/"):
+        return False
+    # Databases have no infinity: MLflow takes the largest number for it.
+    old, new = (max(-sys.float_info.max, min(sys.float_info.max, number)) for number in (sent[1], value))
+    return not (math.isclose(old, new, rel_tol=1e-9) or (math.isnan(sent[1]) and math.isnan(value)))
 
 
 def known_run(client: MlflowClient, store: Store, directory: Path) -> dict[str, Any]:

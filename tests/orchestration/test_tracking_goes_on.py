@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,38 @@ def test_a_stage_that_cannot_be_sent_keeps_no_other_from_mlflow(
     assert catch_up(config_of(run)) == ["generate"]
     write_json(run / "prepare" / "mlflow.json", record)
     assert catch_up(config_of(run)) == ["prepare"]
+
+
+@pytest.mark.slow
+def test_what_a_repeated_step_comes_to_is_what_mlflow_shows_and_equal_points_are_there_once(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path).path
+    first = start_tracker(run)
+    for step in (10, 20, 30):
+        first.log({"loss": 9.0, "val/loss": 1 / step, "worst": math.inf, "none": math.nan, "mfu": step / 100}, step)
+    first.close("KILLED")
+    for again in range(2):
+        second = start_tracker(run)
+        second.truncate(10)
+        second.log({"loss": 9.0, "val/loss": 0.5, "worst": math.inf, "none": math.nan, "mfu": 0.7}, 20)  # amended
+        second.log({"loss": 9.0, "val/loss": 0.25, "worst": math.inf, "none": math.nan, "mfu": 0.7}, 30)
+        second.close("FINISHED" if again else "KILLED")
+
+    client, child = client_of(run), record_of(run / "transformer")["run_id"]
+    assert client.get_run(child).data.metrics["val/loss"] == 0.25
+    points = sorted(client.get_metric_history(child, "val/loss"), key=lambda metric: (metric.step, metric.timestamp))
+    assert [(m.step, m.value) for m in points] == [(10, 0.1), (20, 0.05), (20, 0.5), (30, 1 / 30), (30, 0.25)]
+    for name in ("loss", "worst", "none", "mfu"):
+        assert sorted(step for step, _ in history(client, child, name)) == [10, 20, 30]
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_done_again_in_place_shows_its_new_metrics(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path).path
+    for samples in (100.0, 200.0):  # its source grew
+        tracker = start_tracker(run, stage="prepare")
+        tracker.log({"samples": samples}, 0)
+        tracker.close("FINISHED")
+    start_tracker(run).close("FINISHED")  # looks at all of metrics.jsonl once more
+    client, child = client_of(run), record_of(run / "prepare")["run_id"]
+    assert client.get_run(child).data.metrics["samples"] == 200
+    assert sorted(history(client, child, "samples")) == [(0, 100), (0, 200)]
