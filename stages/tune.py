@@ -34,6 +34,7 @@ from pipeline.training.precision import precision_here
 from pipeline.training.stopping import evaluation_batches, stoppable
 from pipeline.training.trainer import resumes, train
 from pipeline.transformer.build import build_transformer, load_transformer
+from pipeline.transformer.model import Transformer
 from pipeline.transformer.start import OtherWeights
 from pipeline.tuning.objective import GroupRelativeObjective
 from pipeline.tuning.rewards import reward_of
@@ -61,13 +62,17 @@ class Workload:
         if not resumes(run):
             ids = self.text_tokenizer.ids
             self.initial.replace(OtherWeights(transformer, folder, ids, ids).values)
-        image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(device)
-        self._pipelines = [Pipeline(self.text_tokenizer, model, image_tokenizer) for model in (self.start, transformer)]
+        self._image_tokenizer = ImageTokenizer.from_pretrained(run.input("image-tokenizer") / "model").to(device)
+        self._decode = self._pipeline(self.start).decode
         reranker = run.input("reranker") / "model" if run.config.reranker.enabled else None
         reward = reward_of(self.config, self.text_tokenizer, reranker)
         self.rollouts = Rollouts(
-            transformer, self.start, self._pipelines[0].decode, reward, self.config, precision, run.training_seed
+            transformer, self.start, self._decode, reward, self.config, precision, run.training_seed
         )
+
+    def _pipeline(self, model: Transformer) -> Pipeline:
+        """Made anew for each drawing: a pipeline keeps a model's packed weights, and the training writes others."""
+        return Pipeline(self.text_tokenizer, model, self._image_tokenizer)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -108,14 +113,14 @@ class Workload:
             text_BT = self.text_tokenizer.encode(captions).to(distributed.device())
             numbers = [(-1 - int(row), 0) for row in some]  # which no prompt of the training has
             codes_BN = self.rollouts.codes(text_BT, numbers)
-            rewards += self.rollouts.reward(self._pipelines[1].decode(codes_BN), captions)
+            rewards += self.rollouts.reward(self._decode(codes_BN), captions)
         return distributed.mean({"val/reward": float(np.mean(rewards))})
 
     def sample_images(self, objective: nn.Module, in_step: bool) -> dict[str, Image.Image]:
         """Images of the start and of the model as it is, of the same validation captions and random numbers."""
         captions = self.validation.captions(range(min(_IMAGES, len(self.validation))))
         draw = partial(generate_on_all_ranks, groups=[captions], seed=self.run.config.seed, in_step=in_step)
-        drawn = [draw(pipeline)[0] for pipeline in self._pipelines]
+        drawn = [draw(self._pipeline(model))[0] for model in (self.start, self.objective.transformer)]
         if not distributed.is_main():
             return {}
         titles = ("Before tuning", "Tuned")

@@ -13,8 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.lock import Lock, owner_of
@@ -26,6 +28,9 @@ from pipeline.orchestration.mlflow_sender import Sender, is_refusal, reason_of
 from pipeline.orchestration.mlflow_store import Store, import_mlflow, sqlite_file
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.orchestration.tracking import EVENTS, Status
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +95,7 @@ class Mirror:
                     return
             except Exception as error:  # whatever a server does, the training continues
                 self._warn(reason_of(error), refused=is_refusal(error))
+                self._sender = None  # asks anew what MLflow has, also where its run was deleted there
                 if closing or self._wake.wait(_RETRY_S):
                     return
 
@@ -103,11 +109,12 @@ class Mirror:
             self._parent = Parent(client, self.store, self._pipeline)
             self._parent.update("RUNNING")
             sender = Sender(client, self.store, self._parent, self._stage)
-            for name in _left(self._pipeline, except_for=self._stage):
-                Sender(client, self.store, self._parent, name).finish(_how_it_ended(self._pipeline, name))
+            left = _left(self._pipeline, except_for=self._stage)
+            for name, error in _send_stages(client, self._parent, self._pipeline, left).items():
+                self._warn(reason_of(error), is_refusal(error), name)
         self._sender = sender
 
-    def _warn(self, problem: str, refused: bool = False) -> None:
+    def _warn(self, problem: str, refused: bool = False, stage: str = "") -> None:
         if not self._warned:
             log.warning(
                 "MLflow at %s %s (%s): continuing without it; everything is in %s,"
@@ -115,7 +122,7 @@ class Mirror:
                 mask(self.store.uri),
                 "answers, and refuses" if refused else "is not usable",
                 mask(problem),
-                self.store.run_directory / self._stage,
+                self.store.run_directory / (stage or self._stage),
                 self.store.run_directory,
             )
         self._warned = True
@@ -144,14 +151,18 @@ class Follower:
         self._senders = {name: sender for name, sender in self._senders.items() if name in at_work}
         if not self._config.tracking.enabled or not (at_work or _left(self._config)):
             return
-        _send_left(self._config)
+        _, failed = _send_left(self._config)
         with _lock(self._config):
             store = Store(self._config)
             client = store.connect()
             for name in at_work:
-                if name not in self._senders:
-                    self._senders[name] = Sender(client, store, Parent(client, store, self._config), name)
-                self._senders[name].send()
+                sender = self._senders.pop(name, None) or Sender(
+                    client, store, Parent(client, store, self._config), name
+                )
+                sender.send()
+                self._senders[name] = sender  # not where that failed: the next one asks anew what MLflow has
+        for error in failed.values():
+            raise error
 
 
 def catch_up(config: PipelineConfig) -> list[str]:
@@ -162,23 +173,39 @@ def catch_up(config: PipelineConfig) -> list[str]:
     if not config.tracking.enabled:
         return []
     try:
-        return _send_left(config)
+        sent, failed = _send_left(config)
     except Exception as error:  # MLflow's, SQLAlchemy's, of the network
         log.warning("MLflow at %s did not take what is missing: %s", mask(Store(config).uri), reason_of(error))
         return []
+    for name, why in failed.items():
+        log.warning("MLflow did not take what is missing of %s: %s", config.run_directory / name, reason_of(why))
+    return sent
 
 
-def _send_left(config: PipelineConfig) -> list[str]:
+def _send_left(config: PipelineConfig) -> tuple[list[str], dict[str, Exception]]:
+    """The stages that were sent, and why others were not."""
     names = _left(config)
     with _lock(config):
         store = Store(config)
         client = store.connect()
         parent = Parent(client, store, config)
-        for name in names:
-            Sender(client, store, parent, name).finish(_how_it_ended(config, name))
+        failed = _send_stages(client, parent, config, names)
         if not _at_work(config):
             parent.update(_parent_status(config))
-    return names
+    return [name for name in names if name not in failed], failed
+
+
+def _send_stages(
+    client: MlflowClient, parent: Parent, config: PipelineConfig, names: Sequence[str]
+) -> dict[str, Exception]:
+    """Send stages on which nobody works, each whatever became of the others; why some could not be sent."""
+    failed: dict[str, Exception] = {}
+    for name in names:
+        try:
+            Sender(client, Store(config), parent, name).finish(_how_it_ended(config, name))
+        except Exception as error:  # MLflow's, SQLAlchemy's, of the network, of the stage's own files
+            failed[name] = error
+    return failed
 
 
 def _lock(config: PipelineConfig) -> Lock:

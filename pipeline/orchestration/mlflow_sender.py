@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pipeline.config.base import flatten
 from pipeline.core.atomic_io import read_json, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.metric_names import CLOCK_METRICS
 from pipeline.core.urls import mask, mask_all
 from pipeline.orchestration.going_on import amendments_of
 from pipeline.orchestration.mlflow_store import Store, legal_name
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "mlflow.json"
 _BATCH = 500
+_FILE_REFUSALS = (400, 413, 414, 415, 422)  # of HTTP: a name or a size that is not taken
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 T = TypeVar("T")
 
@@ -38,6 +42,9 @@ class ParentRun(Protocol):
     def experiment_id(self) -> str:
         """The id of the experiment that it belongs to."""
 
+    def holds(self, stage: str) -> bool:
+        """Whether the stage's directory is of its config."""
+
 
 class Sender:
     """Copies a stage directory's files to MLflow. `record` is its mlflow.json."""
@@ -47,21 +54,21 @@ class Sender:
         self._client = client
         self._store = store
         self._position = (0, 0)  # inode of metrics.jsonl, and the byte that is read next
-        self._last_steps: dict[str, int] = {}
+        self._sent: dict[str, dict[int, tuple[int, float]]] = {}  # metric -> step -> time in ms and value, the latest
         self.record = known_run(client, store, self.directory)
         if not self.record:
             tags = {"mlflow.parentRunId": parent.run_id}
             run = client.create_run(parent.experiment_id, run_name=stage, tags=tags)
             self.record = new_record(store, run.info.run_id) | {"artifacts": 0}
             self._save()
-        else:
+        elif parent.holds(stage):  # else it stays below the run of the config that made it
             client.set_tag(self.run_id, "mlflow.parentRunId", parent.run_id)
         client.update_run(self.run_id, status="RUNNING")
         self.record["status"] = "RUNNING"
         self._save()
         send_parameters(client, self.run_id, _parameters(self.directory))
         for metric in client.get_run(self.run_id).data.metrics:
-            self._last_steps[metric] = max(m.step for m in client.get_metric_history(self.run_id, metric))
+            self._note(client.get_metric_history(self.run_id, metric))
 
     @property
     def run_id(self) -> str:
@@ -76,9 +83,17 @@ class Sender:
         for event in artifacts[int(self.record.get("artifacts", 0)) :]:
             path = self.directory / str(event["artifact"])
             if path.exists():
-                self._client.log_artifact(self.run_id, str(path), artifact_path=event.get("folder"))
+                self._send_artifact(path, event.get("folder"))
             self.record["artifacts"] = int(self.record.get("artifacts", 0)) + 1
             self._save()
+
+    def _send_artifact(self, path: Path, folder: str | None) -> None:
+        try:
+            self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
+        except Exception as error:
+            if not _refuses_file(error) or not is_active(self._client, self.run_id):
+                raise
+            log.warning("MLflow refuses %s (%s): it is there alone", path, reason_of(error))
 
     def end(self, status: Status) -> None:
         """End the MLflow run."""
@@ -120,9 +135,19 @@ class Sender:
     def _log(self, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), _BATCH):
             batch = metrics[start : start + _BATCH]
-            _each_if_refused(batch, lambda part: self._client.log_batch(self.run_id, metrics=part), lambda m: m.key)
-            for metric in batch:
-                self._last_steps[metric.key] = max(metric.step, self._last_steps.get(metric.key, -1))
+            _each_if_refused(
+                self._client,
+                self.run_id,
+                batch,
+                lambda part: self._client.log_batch(self.run_id, metrics=part),
+                lambda metric: metric.key,
+            )
+            self._note(batch)
+
+    def _note(self, metrics: Sequence[Metric]) -> None:
+        for metric in metrics:
+            steps = self._sent.setdefault(metric.key, {})
+            steps[metric.step] = max((metric.timestamp, metric.value), steps.get(metric.step, (-1, 0.0)))
 
     def _fresh(self, line: str) -> list[Metric]:
         """The metrics of a line that MLflow does not have yet."""
@@ -132,8 +157,13 @@ class Sender:
         if found is None:
             return []
         step, at, values = found
-        named = ((legal_name(name), value) for name, value in values.items())
-        return [Metric(n, v, int(at * 1000), step) for n, v in named if step > self._last_steps.get(n, -1)]
+        at_ms = int(at * 1000)
+        named = [(name, legal_name(name), value) for name, value in values.items()]
+        return [
+            Metric(legal, value, at_ms, step)
+            for name, legal, value in named
+            if _is_news(name, at_ms, value, self._sent.get(legal, {}).get(step))
+        ]
 
     @staticmethod
     def is_complete(directory: Path, store: Store, run_directory: Path) -> bool:
@@ -166,6 +196,20 @@ class Sender:
         return ended if ended in ("FINISHED", "KILLED", "FAILED") else None
 
 
+def _is_news(name: str, at_ms: int, value: float, sent: tuple[int, float] | None) -> bool:
+    """Whether a point is one that MLflow lacks, given the latest that it has of this metric and step.
+
+    A stage that repeats a step may come to another value, which then holds: amended, or with other data.
+    """
+    if sent is None:
+        return True
+    if at_ms <= sent[0] or name in CLOCK_METRICS or name.startswith("system/"):
+        return False
+    # Databases have no infinity: MLflow takes the largest number for it.
+    old, new = (max(-sys.float_info.max, min(sys.float_info.max, number)) for number in (sent[1], value))
+    return not (math.isclose(old, new, rel_tol=1e-9) or (math.isnan(sent[1]) and math.isnan(value)))
+
+
 def known_run(client: MlflowClient, store: Store, directory: Path) -> dict[str, Any]:
     """The record of the MLflow run that `directory` had; empty if it needs a new one.
 
@@ -182,13 +226,17 @@ def known_run(client: MlflowClient, store: Store, directory: Path) -> dict[str, 
         return {}
     if not own and _is_copied(record, directory, store):
         return {}
+    return dict(record) | new_record(store, run_id) if is_active(client, run_id) else {}
+
+
+def is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether MLflow has this run, and nobody has deleted it there."""
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return {}
-    return dict(record) | new_record(store, run_id)
+        return False
 
 
 def new_record(store: Store, run_id: str) -> dict[str, Any]:
@@ -216,9 +264,8 @@ def send_parameters(client: MlflowClient, run_id: str, parameters: object) -> No
     flat = {legal_name(key): str(value)[:6000] for key, value in flatten(mask_all(parameters)).items()}
     listed = [Param(key, value) for key, value in flat.items() if key not in known]
     for start in range(0, len(listed), 100):
-        _each_if_refused(
-            listed[start : start + 100], lambda part: client.log_batch(run_id, params=part), lambda p: p.key
-        )
+        part = listed[start : start + 100]
+        _each_if_refused(client, run_id, part, lambda some: client.log_batch(run_id, params=some), lambda p: p.key)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -226,25 +273,33 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _REFUSALS
 
 
+def _refuses_file(error: Exception) -> bool:
+    """Whether MLflow, or a proxy before it, takes this file never: not where it asks for a password, or is busy."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in _FILE_REFUSALS or getattr(error, "error_code", None) in _REFUSALS[:3]
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an error, with its kind."""
     return f"{type(error).__name__}: {mask((str(error).splitlines() or [''])[0])}"
 
 
-def _each_if_refused(items: Sequence[T], send: Callable[[list[T]], object], name: Callable[[T], str]) -> None:
+def _each_if_refused(
+    client: MlflowClient, run_id: str, items: Sequence[T], send: Callable[[list[T]], object], name: Callable[[T], str]
+) -> None:
     """Send a batch; if MLflow refuses it, one by one, and say which ones it does not take."""
     if not items:
         return
     try:
         send(list(items))
     except Exception as error:
-        if not is_refusal(error):
+        if not is_refusal(error) or not is_active(client, run_id):
             raise
         if len(items) == 1:
             log.warning("MLflow refuses %s (%s): it is in %s alone", name(items[0]), reason_of(error), METRICS)
             return
         for item in items:
-            _each_if_refused([item], send, name)
+            _each_if_refused(client, run_id, [item], send, name)
 
 
 def _events(directory: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,22 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
+from pipeline.config.transformer import TransformerShape
 from pipeline.core.metric_names import CLOCK_METRICS
+from pipeline.image_tokenizer.base import build
 from pipeline.orchestration.graph import inputs_of, stage_named
+from pipeline.orchestration.run_directory import RunDirectory
+from pipeline.orchestration.stage_run import StageRun
+from pipeline.orchestration.tracking import Tracker
 from pipeline.sampling.model_source import find_models
 from pipeline.sampling.pipeline import Pipeline
+from pipeline.transformer.build import build_transformer, load_transformer
+from pipeline.transformer.layout import Layout
+from stages.tune import Workload
 from tests.conftest import NO_TRACKING
 from tests.extractors.tiny_clip import save_clip
 from tests.launch import ROOT, command, environment, kill_all, launch
@@ -92,3 +102,38 @@ def test_what_comes_after_and_a_pipeline_of_the_run_use_the_tuned_model(tuned: P
         assert "tune" in inputs_of(load_pipeline(tuned), stage_named(name))
         assert "tune" not in inputs_of(load_pipeline(tiny_run), stage_named(name))
     assert find_models(tuned, step=30).transformer == tuned / "transformer" / "exported" / "step-00000030"
+
+
+def test_sample_images_are_those_of_the_weights_as_they_are(tmp_path: Path, tiny_run: Path) -> None:
+    run = RunDirectory(_begun(tiny_run, tmp_path))
+    _put_untrained_levels(run)
+    clip = save_clip(tmp_path / "clip", ["joker"])
+    config = load_pipeline(run.path, ["tune.enabled=true", "tune.reward=clip", f"tune.clip={clip}", TRAINING])
+    tune = Workload(StageRun(config, stage_named("tune"), run, Tracker(run.stage("tune"), None)))
+    for parameter, values in tune.initial.draw(tune.objective):
+        parameter.data = values
+    start, tuned = _halves(tune.sample_images(tune.objective, in_step=False)["samples"])
+    tune.objective.transformer.head.weight.data.mul_(-1)  # as ZeRO and averages write: torch counts no version
+    now = _halves(tune.sample_images(tune.objective, in_step=False)["samples"])
+    assert now[0] == start
+    assert now[1] != tuned
+
+
+def _put_untrained_levels(run: RunDirectory) -> None:
+    """In place of the run's models, a tokenizer of levels and a transformer of them, whose weights CPUs pack."""
+    quantizer = {"kind": "multiscale", "scales": [1, 2, 4], "codebook": {"kind": "ema", "codebook_size": 16}}
+    torch.manual_seed(0)
+    tokenizer = build({"kind": "vqvae", "patch_size": 4, "widths": [8], "blocks": 1, "quantizer": quantizer}, 16)
+    tokenizer.save_pretrained(run.stage("image-tokenizer") / "model")
+    folder = run.stage("transformer") / "model"
+    text = load_transformer(folder).layout
+    shape = TransformerShape.model_validate({"layers": 2, "width": 64, "heads": 2, "order": "scale"})
+    model = build_transformer(Layout.of(text.text_length, text.text_vocab_size, tokenizer.levels), shape)
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(folder)
+
+
+def _halves(page: Image.Image) -> list[bytes]:
+    """The pixels of the start's images, and those of the tuned model's."""
+    half = page.height // 2
+    return [page.crop((0, top, page.width, top + half)).tobytes() for top in (0, half)]
