@@ -111,10 +111,8 @@ def test_the_blocks_that_were_not_used_for_longest_make_room(tmp_path: Path) -> 
     os.utime(folder / "blocks/000000")  # used again
     assert read(cache, log, 10, 0.0)
     left = sorted(int(path.name) for path in (folder / "blocks").iterdir())
-    assert left == [0, 3, 4, 5, 6, 7, 8, 9, 10][-len(left) :] or left == [0, *range(12 - len(left), 11)]
-    assert len(left) <= 9
-    assert 0 in left
-    assert 10 in left
+    assert left == [0, *range(12 - len(left), 11)]
+    assert 8 <= len(left) <= 9  # no more than has to make room goes, but for the tenth that is freed ahead
 
 
 def test_what_others_removed_keeps_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
