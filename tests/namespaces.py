@@ -10,7 +10,7 @@ import pytest
 
 
 def namespaces(*options: str) -> list[str]:
-    """What starts a command with mounts of its own, and what `options` (of unshare) add. Skips where users may not."""
+    """What starts a command with mounts of its own, and what `options` of unshare add. Where users may not: a skip."""
     unshare = ["unshare", "--user", "--map-root-user", "--mount", *options]
     probe = [*unshare, "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:

@@ -197,7 +197,7 @@ def _read_statistics(folder: Path, bombs: np.ndarray) -> None:
 
 
 def _read_columns(folder: Path, bombs: np.ndarray) -> None:
-    np.savez(folder / "a.npz", **{"train/keys": bombs})
+    np.savez(folder / "a.npz", allow_pickle=True, **{"train/keys": bombs})
     for columns in saved_columns([folder / "a.npz"], "train"):
         dict(columns)
 

@@ -49,6 +49,7 @@ def _until(what: Callable[[], object]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_of_two_containers_one_writes_and_one_that_slept_too_long_writes_nothing_more(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
 

@@ -72,12 +72,14 @@ def _told(expression: str, *arguments: str, tunables: str = "") -> float:
     return float(run.stdout)
 
 
+@pytest.mark.machine
 @GLIBC
 def test_blocks_that_are_freed_in_front_of_one_that_stays_go_back_inside_and_do_not_outside() -> None:
     assert _told("_still_there(given_back=False)") > 100
     assert _told("_still_there(given_back=True)") < 10
 
 
+@pytest.mark.machine
 @GLIBC
 @pytest.mark.parametrize("tunables", ["", "glibc.malloc.hugetlb=1"], ids=["pages", "huge-pages"])
 def test_a_loop_that_keeps_what_it_freed_asks_the_system_for_nothing_more(tunables: str) -> None:
@@ -85,6 +87,7 @@ def test_a_loop_that_keeps_what_it_freed_asks_the_system_for_nothing_more(tunabl
     assert _told("_faults_of_a_step(kept=True)", tunables=tunables) < given_back / 10
 
 
+@pytest.mark.machine
 @GLIBC
 def test_a_training_on_a_cpu_keeps_what_its_steps_free(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"

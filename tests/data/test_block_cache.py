@@ -159,6 +159,7 @@ assert all([read(cache, Path(sys.argv[2]), number, 0.0) for number in range(40, 
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_on_a_full_disk_old_blocks_make_room_and_with_none_blocks_are_used_without_being_kept(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -136,6 +136,7 @@ def _on_small_disk(
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_full_disk_stops_prepare_with_one_line_and_nothing_is_lost(
     folder: Path, fresh: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_flipped_byte_stops_the_transformer_before_it_is_finished_or_begins_an
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, tmp_path: Path) -> None:
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()

@@ -86,6 +86,7 @@ def look(folder: Path, *around: str, **extra: str) -> Lines:
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_a_disk_without_links_and_locks_that_is_slow_with_large_and_small_files_is_told_in_four_lines(
     tmp_path: Path,
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_disk_without_links_and_locks_that_is_slow_with_large_and_small_files_
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("megabytes", "level", "told"),
     [
