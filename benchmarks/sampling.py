@@ -6,7 +6,9 @@
     python -m benchmarks.sampling --device cuda          # on a GPU: no bars, and without dalle-pytorch
 
 Peers: `dalle-pytorch` 1.6.6 `generate_images` with its cache on, and `transformers` `generate()` on a Llama of the same
-shape (its dynamic cache, multinomial sampling). All weights are random: the work is the same. See benchmarks/peers.py.
+shape (its dynamic cache, multinomial sampling), in float32 and bf16. All weights are random, and the work is the same:
+all codes of each image, each drawn from all logits, and no pixels. Each system draws once before it is measured, and
+has as many turns as the others; 8 images of dalle-pytorch take a minute and more. See benchmarks/peers.py.
 """
 
 from __future__ import annotations
@@ -41,15 +43,14 @@ BARS = {"dalle-pytorch": {1: 20, 8: 25}, "transformers": {1: 3, 8: 2}}
 @click.option("--threads", default=2, show_default=True)
 @click.option("--repeats", default=5, show_default=True, help="turns; the median counts")
 @click.option("--peers/--no-peers", default=True, show_default=True)
-@click.option("--dalle-tokens", default=IMAGE, show_default=True, help="fewer: the rest is given, for a shorter run")
 @click.option("--compile", "compiled", is_flag=True, help="at batch 1 also through torch.compile, which takes minutes")
 @click.option("--device", default="cpu", show_default=True)
-def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: bool, device: str) -> None:
+def main(threads: int, repeats: int, peers: bool, compiled: bool, device: str) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = _model().to(device)
     half = deepcopy(model).bfloat16()
-    others = _peers(dalle_tokens, device) if peers else {}
+    others = _peers(device) if peers else {}
     print(f"{threads} threads; {LAYERS} layers, width {WIDTH}, {HEADS} heads, {TEXT}+{IMAGE} tokens, {CODES} codes")
     for batch in (1, 8):
         work: dict[str, Work] = {
@@ -66,8 +67,6 @@ def main(threads: int, repeats: int, peers: bool, dalle_tokens: int, compiled: b
             work["smalti compiled"]()
             print(f"the first image through torch.compile: {time.perf_counter() - started:.1f} s")
         seconds = _medians(work, repeats)
-        if "dalle-pytorch" in seconds:
-            seconds["dalle-pytorch"] *= IMAGE / dalle_tokens
         _print_rates(seconds, batch)
         first, last = _quarters(model, batch, repeats)
         _row(f"smalti last quarter, batch {batch}", batch / last, _bar(last / first, 1.3), last <= 1.3 * first)
@@ -81,6 +80,8 @@ def _print_rates(seconds: dict[str, float], batch: int) -> None:
             against, holds = f"smalti {own / ours:.1f} x (bar {BARS[name][batch]})", own / ours >= BARS[name][batch]
         elif name == "smalti guided":
             against, holds = _bar(own / ours, 1.9), own <= 1.9 * ours
+        elif name == "transformers bf16":
+            against = f"smalti bf16 {own / seconds['smalti bf16']:.1f} x"
         elif name in ("smalti reference step", "smalti static step"):
             against = f"smalti {own / ours:.1f} x"
         _row(f"{name}, batch {batch}", batch * IMAGE / own, against, holds)
@@ -130,30 +131,32 @@ def _differences(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _peers(dalle_tokens: int, device: str) -> dict[str, Callable[[int], object]]:
-    """The other systems: each draws the images of a batch of the size that it is called with."""
-    found: dict[str, Callable[[int], object]] = {"transformers": _llama(device)}
+def _peers(device: str) -> dict[str, Callable[[int], object]]:
+    """The other systems: each draws the codes of a batch of the size that it is called with."""
+    llamas = {"transformers": torch.float32, "transformers bf16": torch.bfloat16}
+    found = {name: _llama(device, dtype) for name, dtype in llamas.items()}
     if device == "cpu" and (module := dalle_pytorch()) is not None:
-        found["dalle-pytorch"] = _dalle(module, dalle_tokens)
+        found["dalle-pytorch"] = _dalle(module)
     return found
 
 
-def _dalle(module: ModuleType, dalle_tokens: int) -> Callable[[int], object]:
+def _dalle(module: ModuleType) -> Callable[[int], object]:
+    """Without what the others do not do: it would sort half of the logits of each code, and make pixels at the end."""
+    module.dalle_pytorch.top_k = lambda logits, thres: logits
     vae = module.DiscreteVAE(image_size=4 * SIDE, num_layers=2, num_tokens=CODES, codebook_dim=16, hidden_dim=8)
     dalle = module.DALLE(
         dim=WIDTH, vae=vae, num_text_tokens=TEXT_CODES, text_seq_len=TEXT, depth=LAYERS, heads=HEADS,
         dim_head=WIDTH // HEADS, attn_types=("full",),
     ).eval()  # fmt: skip
+    vae.decode = lambda codes: codes
 
     def generate(batch: int) -> object:
-        text, given = torch.randint(1, TEXT_CODES, (batch, TEXT)), IMAGE - dalle_tokens
-        image = torch.rand(batch, 3, 4 * SIDE, 4 * SIDE) if given else None
-        return dalle.generate_images(text, img=image, num_init_img_tokens=given or None, use_cache=True)
+        return dalle.generate_images(torch.randint(1, TEXT_CODES, (batch, TEXT)), use_cache=True)
 
     return generate
 
 
-def _llama(device: str) -> Callable[[int], object]:
+def _llama(device: str, dtype: torch.dtype) -> Callable[[int], object]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = TransformerShape(layers=LAYERS, width=WIDTH, heads=HEADS).hidden
@@ -162,7 +165,7 @@ def _llama(device: str) -> Callable[[int], object]:
             vocab_size=TEXT_CODES + CODES, hidden_size=WIDTH, intermediate_size=hidden, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, max_position_embeddings=TEXT + IMAGE, bos_token_id=0, eos_token_id=None,
         )
-    ).eval().to(device)  # fmt: skip
+    ).eval().to(device, dtype)  # fmt: skip
 
     @torch.inference_mode()
     def generate(batch: int) -> object:
@@ -178,13 +181,13 @@ def _llama(device: str) -> Callable[[int], object]:
 def _medians(work: dict[str, Work], repeats: int) -> dict[str, float]:
     """Median seconds of each, in turns, so that a slow minute of the machine is everybody's.
 
-    In its turn each works for `_TURN_S` or longer, so that no median hangs on a few short runs.
+    Each works once unmeasured, and in its turns for `_TURN_S` or longer, so that no median hangs on a few short runs.
     """
+    for run in work.values():
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(repeats):
+    for _ in range(repeats):
         for name, run in work.items():
-            if name == "dalle-pytorch" and turn != repeats // 2:  # the longest by far
-                continue
             turn_started = time.perf_counter()
             while time.perf_counter() - turn_started < _TURN_S:
                 started = time.perf_counter()

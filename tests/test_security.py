@@ -6,18 +6,26 @@ import ast
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.pretrained import load_model
+from pipeline.data.catalog_columns import saved_columns
+from pipeline.data.duplicates import same_key
 from pipeline.data.prepare_part import safe_key
+from pipeline.evaluation.evaluator_npz import image_layout, read_statistics
+from pipeline.evaluation.feature_store import FeatureStore, read_features
+from pipeline.evaluation.image_sets import images_at
+from pipeline.evaluation.reference_stats import reference_gaussian
 from tests.conftest import TINY
+from tests.evaluation.pixels import pixels
 from tests.launch import ROOT
 
 HERE = "tests/test_security.py"
@@ -42,6 +50,7 @@ PROMISES = {
     "Tables and arrays.": (
         f"{HERE}::test_no_loader_may_run_code",
         f"{HERE}::test_an_array_that_is_a_pickle_is_refused",
+        f"{HERE}::test_kept_statistics_that_are_a_pickle_are_made_anew",
         "tests/extractors/test_weights_of_others.py::test_a_feature_file_runs_no_pickle",
     ),
     "Captions and prompts": (
@@ -73,12 +82,16 @@ def test_each_promise_names_its_tests_and_they_are_there() -> None:
 
 
 def _calls() -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Every call in the source: where, the called name with dots, and its keyword arguments that are constants."""
+    """Every call in the source: where, the called name with dots, its keyword arguments (no constant: text)."""
     for path in sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                constants = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), dict(constants)
+                given = {k.arg: _value(k.value) for k in node.keywords if k.arg}
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), given
+
+
+def _value(node: ast.expr) -> object:
+    return node.value if isinstance(node, ast.Constant) else ast.unparse(node)
 
 
 def test_no_loader_may_run_code() -> None:
@@ -155,11 +168,71 @@ def test_loading_a_model_runs_no_code_of_its_folder(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_an_array_that_is_a_pickle_is_refused(tmp_path: Path) -> None:
+def _read_feature_npz(folder: Path, bombs: np.ndarray) -> None:
+    np.savez(folder / "a.npz", features=bombs)
+    read_features(folder / "a.npz")
+
+
+def _read_feature_folder(folder: Path, bombs: np.ndarray) -> None:
+    (folder / "about.json").write_text("{}")
+    np.save(folder / "features.npy", bombs)
+    read_features(folder)
+
+
+def _read_parts_of_features(folder: Path, bombs: np.ndarray) -> None:
+    Image.new("L", (16, 16)).save(folder / "a.png")
+    images, store = images_at(folder), FeatureStore(folder / "store", pixels())
+    np.savez(store.extract(images) / "part-00000.npz", features=bombs)
+    store.features(images)
+
+
+def _read_images(folder: Path, bombs: np.ndarray) -> None:
+    np.savez(folder / "a.npz", arr_0=bombs)
+    image_layout(folder / "a.npz")
+
+
+def _read_statistics(folder: Path, bombs: np.ndarray) -> None:
+    np.savez(folder / "a.npz", mu=bombs[0], sigma=bombs)
+    read_statistics(folder / "a.npz")
+
+
+def _read_columns(folder: Path, bombs: np.ndarray) -> None:
+    np.savez(folder / "a.npz", allow_pickle=True, **{"train/keys": bombs})
+    for columns in saved_columns([folder / "a.npz"], "train"):
+        dict(columns)
+
+
+def _read_hashes(folder: Path, bombs: np.ndarray) -> None:
+    np.save(folder / "a.npy", bombs)
+    same_key([folder / "a.npy"], [1])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        _read_feature_npz,
+        _read_feature_folder,
+        _read_parts_of_features,
+        _read_images,
+        _read_statistics,
+        _read_columns,
+        _read_hashes,
+    ],
+)
+def test_an_array_that_is_a_pickle_is_refused(read: Callable[[Path, np.ndarray], None], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    np.save(tmp_path / "a.npy", np.array([_Bomb(mark)], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        np.load(tmp_path / "a.npy")
+    with pytest.raises((UserError, ValueError), match="pickle|object"):
+        read(tmp_path, np.array([[_Bomb(mark)]], dtype=object))
+    assert not mark.exists()
+
+
+def test_kept_statistics_that_are_a_pickle_are_made_anew(tmp_path: Path) -> None:
+    mark, features = tmp_path / "mark", torch.eye(3)[[0, 1, 2, 0, 1]]
+    made = reference_gaussian(features, tmp_path)
+    (kept,) = tmp_path.rglob("*.npz")
+    bombs = np.array([[_Bomb(mark)]], dtype=object)
+    np.savez(kept, mean=bombs, root=bombs, trace=bombs)
+    assert torch.equal(reference_gaussian(features, tmp_path).mean, made.mean)
     assert not mark.exists()
 
 

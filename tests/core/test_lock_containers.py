@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.launch import environment
+from tests.namespaces import namespaces
 
 # Each writer says its name in a journal as fast as it can for as long as it holds the lock.
 WRITER = """
@@ -35,9 +36,7 @@ with lock.Lock(folder / "lock", "the journal", wait_s=60), open(folder / "journa
 
 def _writer(name: str, folder: Path, skew_s: int) -> subprocess.Popen[bytes]:
     """A process of its own PID namespace, in which it is process 1. `skew_s`: how wrong its clock is."""
-    container = ["unshare", "--map-root-user", "--user", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if subprocess.run([*container, "true"], capture_output=True).returncode:
-        pytest.skip("this system lets users make no PID namespaces (unshare, of util-linux)")
+    container = namespaces("--pid", "--fork", "--kill-child", "--mount-proc")
     arguments = [name, str(folder), str(skew_s)]
     return subprocess.Popen([*container, sys.executable, "-c", WRITER, *arguments], env=environment())
 
@@ -50,6 +49,7 @@ def _until(what: Callable[[], object]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_of_two_containers_one_writes_and_one_that_slept_too_long_writes_nothing_more(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
 

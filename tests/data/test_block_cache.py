@@ -15,6 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.block_cache import BlockCache
 from tests.data.cache_worker import SIZE, content, read
 from tests.launch import environment
+from tests.namespaces import namespaces
 
 
 def _start(folder: Path, log: Path, blocks: int, fetch_s: float) -> subprocess.Popen[str]:
@@ -110,10 +111,8 @@ def test_the_blocks_that_were_not_used_for_longest_make_room(tmp_path: Path) -> 
     os.utime(folder / "blocks/000000")  # used again
     assert read(cache, log, 10, 0.0)
     left = sorted(int(path.name) for path in (folder / "blocks").iterdir())
-    assert left == [0, 3, 4, 5, 6, 7, 8, 9, 10][-len(left) :] or left == [0, *range(12 - len(left), 11)]
-    assert len(left) <= 9
-    assert 0 in left
-    assert 10 in left
+    assert left == [0, *range(12 - len(left), 11)]
+    assert 8 <= len(left) <= 9  # no more than has to make room goes, but for the tenth that is freed ahead
 
 
 def test_what_others_removed_keeps_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,15 +159,14 @@ assert all([read(cache, Path(sys.argv[2]), number, 0.0) for number in range(40, 
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_on_a_full_disk_old_blocks_make_room_and_with_none_blocks_are_used_without_being_kept(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = 'mount -t tmpfs -o size=1m none "$DISK" || exit 77; exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", _FULL]
+    script = 'mount -t tmpfs -o size=1m none "$DISK" && exec "$@"'
+    command = [*namespaces(), "sh", "-c", script, "sh", sys.executable, "-c", _FULL]
     arguments = [str(disk / "cache"), str(tmp_path / "log")]
     done = subprocess.run([*command, *arguments], env=environment(DISK=str(disk)), capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("no file systems may be mounted here")
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) <= 1 << 20
     assert _fetched(tmp_path / "log") == list(range(80))

@@ -26,6 +26,7 @@ from tests.conftest import NO_TRACKING, STAGE_NAMES, TINY
 from tests.data.sample_images import folder_config, tree_bytes, write_folder
 from tests.data.small_run import make_small_run, tokenize_job
 from tests.launch import command, environment, launch
+from tests.namespaces import namespaces
 
 PREPARE = """
 import sys
@@ -124,22 +125,18 @@ def _on_small_disk(
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` with `disk` a file system of `size`; make it `larger`; run it again; copy what is there."""
     again = f'mount -o remount,size={larger} "$DISK" && "$@" && cp -a "$DISK"/. "$COPY"'
-    script = f'mount -t tmpfs -o size={size} none "$DISK" || exit 77; "$@" && exit 78; echo --- >&2; {again}'
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare (util-linux) for a small disk of its own")
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", script, "sh", *command],
+    script = f'mount -t tmpfs -o size={size} none "$DISK" || exit; "$@" && exit 78; echo --- >&2; {again}'
+    return subprocess.run(
+        [*namespaces(), "sh", "-c", script, "sh", *command],
         env=environment(DISK=str(disk), COPY=str(copy_to)),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    if done.returncode == 77 or "unshare failed" in done.stderr:
-        pytest.skip("this system lets users mount no file system of their own: no small disk to fill")
-    return done
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_full_disk_stops_prepare_with_one_line_and_nothing_is_lost(
     folder: Path, fresh: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -277,6 +274,7 @@ def test_a_flipped_byte_stops_the_transformer_before_it_is_finished_or_begins_an
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_full_disk_stops_tokenize_with_one_line_and_nothing_is_lost(run: Path, tmp_path: Path) -> None:
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()

@@ -18,6 +18,7 @@ from tests.conftest import TINY
 from tests.core.test_lock import HOLDER
 from tests.doctor.test_doctor import Lines, consult
 from tests.launch import environment
+from tests.namespaces import namespaces
 
 # A file system as FAT or some FUSE ones: no hard links, no file locks, 60 ms a sync and 30 ms for each megabyte.
 BAD_DISK = r"""
@@ -85,6 +86,7 @@ def look(folder: Path, *around: str, **extra: str) -> Lines:
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 def test_a_disk_without_links_and_locks_that_is_slow_with_large_and_small_files_is_told_in_four_lines(
     tmp_path: Path,
 ) -> None:
@@ -106,6 +108,7 @@ def test_a_disk_without_links_and_locks_that_is_slow_with_large_and_small_files_
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("megabytes", "level", "told"),
     [
@@ -115,11 +118,8 @@ def test_a_disk_without_links_and_locks_that_is_slow_with_large_and_small_files_
     ],
 )
 def test_a_disk_that_is_full_or_nearly_so_is_named(tmp_path: Path, megabytes: int, level: str, told: str) -> None:
-    namespace = ["unshare", "--map-root-user", "--user", "--mount"]
-    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
-        pytest.skip("this system lets users make no mount namespaces (unshare, of util-linux)")
     mount = f'mount -t tmpfs -o size={megabytes}m none "$0" && exec "$@"'
-    found = look(tmp_path, *namespace, "bash", "-c", mount, str(tmp_path))
+    found = look(tmp_path, *namespaces(), "bash", "-c", mount, str(tmp_path))
     assert found["disk"][0] == level
     assert told in found["disk"][1]
 

@@ -56,10 +56,8 @@ def features(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("gumbel")])  # there it sees mixtures
 def test_vectors_of_codes_are_what_the_decoder_sees_in_training(name: str) -> None:
-    if name.startswith("gumbel"):
-        pytest.skip("the decoder sees mixtures in training")
     made, x = quantizer(name).train(), features(4, 9)
     made(x, 0)  # codebooks start after the first step
     made.after_update(applied=True)

@@ -55,6 +55,7 @@ def test_where_products_do_not_round_alike_rows_go_through_one_by_one(
     assert seen == {1, LAYOUT.text_length + 1}  # a code each, and prompts
 
 
+@pytest.mark.machine
 def test_one_row_that_would_round_in_another_way_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x_MD = torch.randn(48, 32), torch.randn(5, 32)
     monkeypatch.setattr(row_products, "_one_row_rounds_alike", lambda *_: False)

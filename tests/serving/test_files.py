@@ -11,6 +11,7 @@ import pytest
 from tests.launch import ROOT
 
 
+@pytest.mark.machine
 def test_systemd_takes_the_unit_without_a_word(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze")

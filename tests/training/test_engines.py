@@ -368,6 +368,7 @@ def test_a_config_whose_micro_batches_do_not_divide_its_batch_is_refused_at_once
         parse_config(TrainingConfig, {"steps": 10, "warmup_steps": 0, "batch_size": 12, "micro_batch_size": 5}, "test")
 
 
+@pytest.mark.machine
 def test_fp16_on_cpu_is_refused_with_what_to_do(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("fp16 trains on a GPU")

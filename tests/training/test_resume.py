@@ -271,6 +271,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.machine
 def test_a_disk_that_fills_up_gets_one_line_and_the_run_resumes_when_there_is_room(
     small_disk: Path, tiny_run: Path
 ) -> None:
