@@ -60,19 +60,20 @@ def compare(first: Path, second: Path, out: Path | None) -> None:
     """Show in which config keys and metrics two runs differ; with -o, their images side by side."""
     if out:
         check_writable(out)
-    configs = [
-        load_pipeline(config_of(run)).model_dump(mode="json", exclude={"runs", "name"}) for run in (first, second)
-    ]
-    keys = differences(*configs)
+    configs = [load_pipeline(config_of(run)) for run in (first, second)]
+    keys = differences(*(config.model_dump(mode="json", exclude={"runs", "name"}) for config in configs))
     click.echo(f"{first} -> {second}")
     click.echo("\n".join(keys) if keys else "the same config")
-    from pipeline.report.compare_runs import compared_metrics, comparison_page
+    from pipeline.report.compare_runs import compared_metrics, comparison_page, side_of
 
-    rows = compared_metrics(first, second)
+    left, right = (side_of(run, config) for run, config in zip((first, second), configs, strict=True))
+    for why in left.left_out + right.left_out:
+        click.echo(why, err=True)
+    rows = compared_metrics(left, right)
     if rows:
         click.echo("\n" + format_table(("METRIC", first.name, second.name), [row.cells() for row in rows]))
     if out:
-        out.write_text(comparison_page(first, second, keys, rows))
+        out.write_text(comparison_page(left, right, keys, rows))
         click.echo(f"open {out}", err=True)
 
 

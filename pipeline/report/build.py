@@ -16,7 +16,7 @@ import jinja2
 import yaml
 
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.core.image_size import height_width
+from pipeline.core.image_size import height_width, told
 from pipeline.evaluation.results import Results, read_results, rows_in
 from pipeline.evaluation.rows import warnings
 from pipeline.orchestration.worth_a_look import worth_a_look
@@ -67,7 +67,8 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "size": size, "metric": metric, "count": count, "uri": data_uri}
+    filters = {"duration": duration, "size": size, "metric": metric, "count": count, "uri": data_uri, "told": told}
+    environment.filters |= filters
     rows = rows_in(results)
     return environment.get_template("template.html").render(
         title=config.report.title or config.name,

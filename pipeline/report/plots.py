@@ -18,6 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 # Stand-ins that no plot uses otherwise; in the SVG they become the page's CSS variables.
 _INK, _FAINT = "#010203", "#040506"
 _LINES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
+_DASHES = ("-", "--", ":", "-.")
+_MOST_LINES = len(_LINES) * len(_DASHES)  # each with a look of its own
 _CSS = {_INK: "var(--ink-soft)", _FAINT: "var(--rule)"} | {
     colour: f"var(--line-{i})" for i, colour in enumerate(_LINES)
 }
@@ -27,10 +29,11 @@ Series = tuple[str, list[float], list[float]]  # label, steps, values
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot, as an `<svg>` element, and the title above it."""
+    """A plot, as an `<svg>` element, and the title above it; `note`: what it does not show."""
 
     title: str
     svg: str
+    note: str = ""
 
 
 def panels(history: Sequence[dict[str, float]], name: str, best: tuple[str, float, int] | None = None) -> list[Panel]:
@@ -52,18 +55,30 @@ def panels(history: Sequence[dict[str, float]], name: str, best: tuple[str, floa
     )
     found = []
     for title, wanted in kinds:
+        shown = _most_telling(wanted, best[0] if best else None)
         series = [
             (
                 key.replace("_", " "),
                 [line["step"] for line in history if key in line],
                 [line[key] for line in history if key in line],
             )
-            for key in wanted[: len(_LINES)]
+            for key in shown
         ]
         if series:
-            ring = (best[2], best[1]) if best and best[0] in wanted[: len(_LINES)] else None
-            found.append(Panel(title, line_plot(series, f"{name} {title}", ring)))
+            ring = (best[2], best[1]) if best and best[0] in shown else None
+            note = f"{len(shown)} of {len(wanted)} curves; metrics.jsonl has all" if len(shown) < len(wanted) else ""
+            found.append(Panel(title, line_plot(series, f"{name} {title}", ring), note))
     return found
+
+
+def _most_telling(keys: Sequence[str], best: str | None) -> list[str]:
+    """As many keys as a plot has looks: the best one's, totals before levels, validation before training."""
+
+    def order(key: str) -> tuple[bool, int, bool, int]:
+        level = re.search(r"[/_](\d+)$", key)
+        return key != best, level is not None, not key.startswith("val/"), int(level[1]) if level else 0
+
+    return sorted(keys, key=order)[:_MOST_LINES]
 
 
 def line_plot(series: Sequence[Series], salt: str, ring: tuple[float, float] | None = None) -> str:
@@ -71,13 +86,15 @@ def line_plot(series: Sequence[Series], salt: str, ring: tuple[float, float] | N
 
     `ring`: a step and a value with a ring around.
     """
-    with _drawn(salt) as (figure, buffer):
+    crowded = len(series) > len(_LINES)
+    with _drawn(salt, 2.5 + (_legend_height(series) if crowded else 0)) as (figure, buffer):
         axes = figure.add_subplot()
-        for (label, steps, values), colour in zip(series, _LINES, strict=False):
+        for i, (label, steps, values) in enumerate(series):
+            colour, dashes = _look(i)
             dense = len(values) > 200 and "learning" not in label
             if dense:
                 axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-            axes.plot(steps, _smoothed(values) if dense else values, color=colour, linewidth=1.5, label=label)
+            axes.plot(steps, _smoothed(values) if dense else values, dashes, color=colour, linewidth=1.5, label=label)
             if len(values) < 30:
                 axes.plot(steps, values, "o", color=colour, markersize=2.5)
         if ring:
@@ -88,7 +105,9 @@ def line_plot(series: Sequence[Series], salt: str, ring: tuple[float, float] | N
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.set_xlabel("step")
-        _bare(axes, legend=len(series) > 1)
+        _bare(axes, legend=len(series) > 1 and not crowded)
+        if crowded:
+            _legend_below(figure)
     return _inline(buffer.getvalue(), salt)
 
 
@@ -102,21 +121,20 @@ def curve_plot(
 ) -> str:
     """Points joined in their order, each with its mark (`marks[series][point]`), and a ring around the point `best`,
     as an `<svg>` element."""
-    with _drawn(salt, height=2.9 + 0.17 * -(-len(series) // 2)) as (figure, buffer):
+    with _drawn(salt, height=2.9 + _legend_height(series)) as (figure, buffer):
         axes = figure.add_subplot()
         if best:
             _ring(axes, best)
         for i, ((label, x, y), texts) in enumerate(zip(series, marks, strict=True)):
-            colour = _LINES[i % len(_LINES)]
-            dashes = ("-", "--", ":")[i // len(_LINES) % 3]
+            colour, dashes = _look(i)
             axes.plot(x, y, dashes, color=colour, marker="o", markersize=3.5, linewidth=1.3, label=label)
             for text, at_x, at_y in zip(texts, x, y, strict=True):
                 axes.annotate(text, (at_x, at_y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _bare(axes, legend=False)
-        if len(series) > 1:  # below the plot, where it covers no line
-            figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=1.6, fontsize=8)
+        if len(series) > 1:
+            _legend_below(figure)
     return _inline(buffer.getvalue(), salt)
 
 
@@ -127,6 +145,21 @@ def standalone(svg: str) -> str:
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     style = f"<style>svg{{{colours};background:#fff;font-family:sans-serif}}</style>"
     return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{style}{rest}"
+
+
+def _look(i: int) -> tuple[str, str]:
+    """Colour and dashes of a plot's i-th line."""
+    return _LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % len(_DASHES)]
+
+
+def _legend_below(figure: Figure) -> None:
+    """Where it covers no line."""
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=2.4, fontsize=8)
+
+
+def _legend_height(series: Sequence[Series]) -> float:
+    """In inches, below the plot."""
+    return 0.17 * -(-len(series) // 2)
 
 
 def _ring(axes: Axes, point: tuple[float, float]) -> None:

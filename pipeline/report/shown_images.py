@@ -68,9 +68,9 @@ def sheet(name: str, images: Sequence[GeneratedImage]) -> bytes:
     for generated in images:
         left, right = (from_png(png) for png in (generated.png, generated.nearest_png))
         width, height = left.size
-        both = Image.new("RGB", (2 * width, 2 * width), "white")
-        both.paste(left, (0, (2 * width - height) // 2))
-        both.paste(right.resize(left.size, Image.Resampling.NEAREST), (width, (2 * width - height) // 2))
+        both = Image.new("RGB", (2 * width, height))
+        both.paste(left, (0, 0))
+        both.paste(right.resize(left.size, Image.Resampling.NEAREST), (width, 0))
         score = f" · {generated.score:.3g}" if generated.score is not None else ""
         tiles.append(Tile(both, f"{generated.prompt}{score}"))
     note = "Left what was generated, right the training image that it comes nearest to."

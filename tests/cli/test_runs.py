@@ -191,20 +191,61 @@ def test_the_checkpoints_of_a_training_that_is_to_get_more_steps_stay(folder: Pa
     assert (folder / "tiny" / "transformer" / "checkpoints").is_dir()
 
 
-def test_two_runs_are_compared_by_keys_metrics_and_images(folder: Path) -> None:
-    metrics = folder / "other" / "evaluate" / "metrics.json"
-    results = json.loads(metrics.read_text())
-    results["rows"][0]["value"] /= 2  # a Fréchet distance
+def finished_with(run: Path, first_row: dict[str, float], **evaluate: int) -> None:
+    """As if the run had another Fréchet distance, its first metric, and keys that change no results."""
+    metrics, config = run / "evaluate" / "metrics.json", run / "config.yaml"
+    results, loaded = json.loads(metrics.read_text()), yaml.safe_load(config.read_text())
+    results["rows"][0] |= first_row
     os.unlink(metrics)  # a hard link, perhaps
     metrics.write_text(json.dumps(results))
+    loaded["generate"]["sampling"]["temperature"] = 1.0
+    loaded["evaluate"] |= evaluate
+    config.write_text(yaml.safe_dump(loaded))
+
+
+def test_two_runs_are_compared_by_keys_metrics_and_images(folder: Path) -> None:
+    finished_with(folder / "other", {"value": 0.0}, batch_size=7)
     told = smalti(folder, "compare", str(folder / "tiny"), str(folder / "other"), "-o", "page.html")
-    assert "generate.sampling.temperature: 1.0 -> 0.5" in told
+    assert "evaluate.batch_size: 64 -> 7" in told
     better = next(line for line in told.splitlines() if line.startswith("FD (Lite0), generated"))
     assert better.endswith("*")
     page = (folder.parent / "page.html").read_text()
-    assert "generate.sampling.temperature: 1.0 -&gt; 0.5" in page
+    assert "evaluate.batch_size: 64 -&gt; 7" in page
     prompts = json.loads((folder / "tiny" / "generate" / "prompts.json").read_text())
     assert page.count("data:image/png") == 2 * len(prompts)
+
+
+@pytest.mark.parametrize("number", ["n_generated", "n_real"])
+def test_metrics_of_sets_of_other_sizes_are_not_called_better(folder: Path, number: str) -> None:
+    finished_with(folder / "other", {"value": 0.0, number: 50_000})
+    told = smalti(folder, "compare", str(folder / "tiny"), str(folder / "other"))
+    lines = [
+        line for line in told.splitlines() if line.startswith("FD (Lite0), generated, real images of the same captions")
+    ]
+    assert len(lines) == 2
+    assert "*" not in "".join(lines)
+    assert all("–" in line for line in lines)
+    assert "n = 32 " in lines[0]
+    assert "50,000" in lines[1]
+
+
+def test_results_of_another_config_are_left_out_of_a_comparison_which_says_so(folder: Path) -> None:
+    shutil.rmtree(folder / "tiny" / "tokenize")  # of a run elsewhere; what is not here says nothing
+    told = smalti(folder, "compare", str(folder / "tiny"), str(folder / "other"), "-o", "page.html")
+    assert "generate.sampling.temperature: 1.0 -> 0.5" in told
+    page = (folder.parent / "page.html").read_text()
+    for stage in ("evaluate", "generate"):
+        why = f"{folder / 'other'}: what {stage} left is of another config or unfinished"
+        assert sum(line.startswith(why) for line in told.splitlines()) == 1
+        assert why in page
+    assert f"{folder / 'tiny'}: what" not in told
+    row = next(line for line in told.splitlines() if line.startswith("FD (Lite0), generated"))
+    assert row.endswith("–")
+    assert "*" not in row
+    prompts = json.loads((folder / "tiny" / "generate" / "prompts.json").read_text())
+    assert page.count("data:image/png") == len(prompts)
+    (folder / "tiny" / "evaluate" / "_SUCCESS").unlink()
+    assert "evaluate: not finished" in smalti(folder, "compare", str(folder / "tiny"), str(folder / "other"))
 
 
 @pytest.mark.parametrize("closed", [".", "config.yaml", "locks", "locks/transformer.json", "transformer"])
