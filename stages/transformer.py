@@ -27,6 +27,7 @@ from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.orchestration.stage_run import StageRun
 from pipeline.orchestration.start_model import find_start, init_from
 from pipeline.sampling.all_ranks import generate_on_all_ranks
+from pipeline.sampling.checks import check_sampling_of
 from pipeline.sampling.grid import Group, Tile, grid
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.prompts import check_against_training
@@ -180,6 +181,7 @@ def _check_prompts(run: StageRun) -> None:
 def main(run: StageRun) -> None:
     _check_prompts(run)
     workload = Workload(run)
+    check_sampling_of(run.config, workload.objective.transformer.layout)
     config = run.config.transformer
     checkpoint = train(
         run,

@@ -77,6 +77,8 @@ def plan(
     image_sizes: tuple[int, ...],
 ) -> None:
     """Show what training the transformer of CONFIG will take: parameters, FLOPs, memory, GPU-hours, Slurm jobs."""
+    from pipeline.sampling.checks import check_sampling_of
+
     config = load_pipeline(config_path, overrides)
     limit_s = _seconds(time_limit)
     device = _gpu(gpu, peak_tflops, memory_gb)
@@ -84,6 +86,7 @@ def plan(
         model = count(config, gpus)
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"expected a model that can be counted, found one too large: {error}") from error
+    check_sampling_of(config, model.layout)
     lines = [*_model(config, model), "", *_time(config, model, gpu, device, gpus, utilisation, time_limit, limit_s)]
     host = _host(config, model, gpus, min(gpus_per_node, gpus), host_memory_gb)
     images = [

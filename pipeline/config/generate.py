@@ -57,7 +57,7 @@ class SamplingConfig(Config):
         description="orders any and scale: temperature of the last pass (order any: of each level), from `temperature`"
         " at the first; null: `temperature` in all",
     )
-    speculate: int | None = operational(
+    speculate: int | None = added(
         None,
         ge=2,
         le=64,

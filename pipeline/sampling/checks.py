@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from pipeline.config.generate import SamplingConfig
+from pipeline.config.pipeline import PipelineConfig
+from pipeline.config.transformer import TransformerShape
 from pipeline.core.compiler import missing_compiler
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, visible
 from pipeline.text_tokenizer.bpe import TextTokenizer
+from pipeline.transformer.layout import Layout
 from pipeline.transformer.model import Transformer
 
 log = logging.getLogger(__name__)
@@ -45,13 +50,21 @@ def check_counts(candidates: int, batch_size: int, keep: int | None, can_rank: b
         )
 
 
-def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_trained: bool) -> None:
+def check_rankable(behind_N: Tensor) -> None:
+    """Raises UserError if no known code lies behind the hole (`behind_hole`) to tell its candidates apart."""
+    if not behind_N.any():
+        raise UserError(
+            "keep: expected something that stays behind the hole, which the candidates are ranked by without a"
+            " reranker, found nothing: give a reranker, or leave keep out"
+        )
+
+
+def check_sampling(sampling: SamplingConfig, layout: Layout, shape: TransformerShape, guidance_trained: bool) -> None:
     """Raises UserError for settings that this model cannot follow: too large a top_k, guidance that was not trained,
     what is for models of another order, or more or less passes than its codes and levels allow."""
-    layout = model.layout
-    if wrong := sampling.not_followed_by(model.order):
+    if wrong := sampling.not_followed_by(shape.order):
         raise UserError(wrong)
-    if model.shape.code_groups > 1 and sampling.speculate is not None:
+    if shape.code_groups > 1 and sampling.speculate is not None:
         raise UserError("speculate: expected a transformer without code_groups, which draws digits: leave it out")
     fewest, most = len(layout.levels), layout.image_length
     if sampling.passes is not None and not fewest <= sampling.passes <= most:
@@ -66,6 +79,20 @@ def check_sampling(sampling: SamplingConfig, model: Transformer, guidance_traine
             f"guidance {sampling.guidance:g} needs a transformer trained with transformer.caption_dropout above 0;"
             " this one was not: train it again, or leave guidance at 1"
         )
+
+
+def check_sampling_of(config: PipelineConfig, layout: Layout) -> None:
+    """`check_sampling` of all that a pipeline will generate with, before its transformer is trained for days."""
+    own, sweep = config.generate.sampling, config.evaluate.sweep
+    settings = [("generate.sampling", own)]
+    settings += [
+        ("evaluate.sweep", own.model_copy(update={"top_k": top_k})) for top_k in (sweep.top_k if sweep else [])
+    ]
+    for section, sampling in settings:
+        try:
+            check_sampling(sampling, layout, config.transformer, config.transformer.caption_dropout > 0)
+        except UserError as error:
+            raise UserError(f"{section}.{error}") from error
 
 
 def check_compiler(model: Transformer) -> None:

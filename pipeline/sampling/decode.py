@@ -144,21 +144,34 @@ def choose_step(device: str, compiled: bool = False) -> StepKind:
     return "static" if (compiled or device == "cuda") and not torch.is_autocast_enabled(device) else "model"
 
 
+def behind_hole(model: Transformer, known_N: Tensor) -> Tensor:
+    """Which known codes the model predicts from drawn ones: bool [N].
+
+    Raster: those after the first drawn one. Any order: those of its level, too. Order scale: those of finer levels.
+    """
+    first = given_at_start(known_N[None])
+    if model.order != "raster":
+        starts = [*model.layout.level_starts, model.layout.image_length]
+        first = starts[model.layout.level_at(first) + (model.order == "scale")]
+    behind = known_N != UNKNOWN
+    behind[:first] = False
+    return behind
+
+
 @torch.inference_mode()
 def log_likelihood(model: Transformer, text_BT: Tensor, codes_BN: Tensor, known_N: Tensor) -> Tensor:
-    """log p, in nats, of the known codes that come after the first drawn one, given all before each: float32 [B].
+    """log p, in nats, of the known codes `behind_hole`, given all before each: float32 [B].
 
     It ranks the ways to fill a hole: a good one makes what stays behind it likely. In any-order models all of a level's
     known codes come after its drawn ones.
     """
+    counted = behind_hole(model, known_N)
     if isinstance(model, AnyOrderTransformer):
         order_BN = sorted_within_levels((known_N != UNKNOWN).long().expand_as(codes_BN), model.layout)
         factors = model.hidden_and_head_weights(text_BT, codes_BN, order_BN)[1:]
-        codes_BN, known_N = codes_BN.gather(1, order_BN), known_N[order_BN[0]]
+        codes_BN, counted = codes_BN.gather(1, order_BN), counted[order_BN[0]]
     else:
         factors = model.hidden_and_head_weights(text_BT, codes_BN)[1:]
     parts = [Part(*own, target) for own, target in zip(factors, model.targets(codes_BN), strict=True)]
     losses = of_codes(cross_entropy(parts), model.shape.code_groups)
-    counted = known_N != UNKNOWN
-    counted[: given_at_start(known_N[None])] = False
     return -(torch.cat(losses.plain, dim=1) * counted).sum(dim=1)

@@ -30,8 +30,15 @@ from pipeline.core.pretrained import cast
 from pipeline.image_tokenizer import ImageTokenizer
 from pipeline.reranker import Ranker
 from pipeline.sampling.batch_memory import batch_that_fits, bytes_per_image, free_bytes, in_batches
-from pipeline.sampling.checks import check_compiler, check_counts, check_prompts, check_sampling, warn_of_prompts
-from pipeline.sampling.decode import candidate_uniforms, draw_codes, log_likelihood, numbers_per_image
+from pipeline.sampling.checks import (
+    check_compiler,
+    check_counts,
+    check_prompts,
+    check_rankable,
+    check_sampling,
+    warn_of_prompts,
+)
+from pipeline.sampling.decode import behind_hole, candidate_uniforms, draw_codes, log_likelihood, numbers_per_image
 from pipeline.sampling.image_prompt import ImagePrompt, known_codes
 from pipeline.sampling.model_source import ModelSource, find_models
 from pipeline.sampling.packed import packed
@@ -166,6 +173,9 @@ class Pipeline:
         if compiled:
             check_compiler(self.transformer)
         drawing = self._drawing(prompts, seed, sampling, image_prompt, first_prompt, compiled)
+        if keep and self.ranker is None:
+            assert drawing.known is not None
+            check_rankable(behind_hole(drawing.model, drawing.known))
         wanted = [(i, j) for i in range(len(prompts)) for j in range(candidates)]
         generated: list[GeneratedImage] = []
         batch_size = batch_that_fits(min(batch_size, len(wanted)), drawing.bytes_per_image, free_bytes(drawing.device))
@@ -209,7 +219,7 @@ class Pipeline:
         check_prompts(prompts)
         can_rank = self.ranker is not None or (image_prompt is not None and image_prompt.mask is not None)
         check_counts(candidates, batch_size, keep, can_rank)
-        check_sampling(sampling, self.transformer, self.source.guidance_trained)
+        check_sampling(sampling, self.transformer.layout, self.transformer.shape, self.source.guidance_trained)
         warn_of_prompts(prompts, self.text_tokenizer)
 
     def _drawing(

@@ -78,7 +78,9 @@ class Asked(BaseModel):
         given = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name) is not None}
         try:
             sampling = SamplingConfig.model_validate(pipeline.source.sampling.model_dump() | given)
-            check_sampling(sampling, pipeline.transformer, pipeline.source.guidance_trained)
+            check_sampling(
+                sampling, pipeline.transformer.layout, pipeline.transformer.shape, pipeline.source.guidance_trained
+            )
         except ValidationError as error:
             raise invalid(error) from error
         except UserError as error:

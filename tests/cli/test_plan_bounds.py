@@ -32,3 +32,16 @@ def test_a_number_that_nothing_has_is_refused(options: list[str]) -> None:
     result = CliRunner().invoke(plan, [TINY, *options])
     assert result.exit_code
     assert isinstance(result.exception, (SystemExit, UserError)), result.exception
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("generate.sampling.top_k=9999", "generate.sampling.top_k: expected at most the "),
+        ("evaluate.sweep={top_k: [9999], samples: 4}", "evaluate.sweep.top_k: expected at most the "),
+    ],
+)
+def test_sampling_that_the_model_cannot_follow_is_refused(override: str, complaint: str) -> None:
+    result = CliRunner().invoke(plan, [TINY, override])
+    assert isinstance(result.exception, UserError), result.output
+    assert str(result.exception).startswith(complaint)

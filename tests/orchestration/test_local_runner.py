@@ -190,13 +190,22 @@ def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], com
     assert not (tmp_path / "tiny" / "image-tokenizer").exists()
 
 
-def test_prompts_that_change_after_prepare_are_told_before_the_transformer_trains(
-    tiny_run: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "generate.training_prompts=[a crooked heart]",
+            "expected captions of the train split, found 'a crooked heart'",
+        ),
+        ("generate.sampling.top_k=9999", "generate.sampling.top_k: expected at most the 64 codes"),
+    ],
+)
+def test_what_generate_cannot_do_is_told_before_the_transformer_trains(
+    override: str, complaint: str, tiny_run: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
     for stage in ("transformer", "generate", "evaluate", "report"):
         shutil.rmtree(run / stage)
-    prompts = ["generate.training_prompts=[a crooked heart]", NO_TRACKING]
-    output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", *prompts, check=False)
-    assert "generate.training_prompts: expected captions of the train split, found 'a crooked heart'" in output
+    output = launch("pipeline", "run", str(TINY), f"runs={tmp_path}", override, NO_TRACKING, check=False)
+    assert complaint in output
     assert not (run / "transformer" / "checkpoints").exists()

@@ -179,7 +179,12 @@ def test_the_temperature_goes_from_the_first_pass_to_the_last_of_each_level() ->
     with pytest.raises(
         UserError, match=r"^temperature_end: expected transformer.order any or scale, found raster: leave"
     ):
-        check_sampling(ends_cold.model_copy(update={"passes": None, "schedule": "cosine"}), built("raster"), True)
+        check_sampling(
+            ends_cold.model_copy(update={"passes": None, "schedule": "cosine"}),
+            built("raster").layout,
+            built("raster").shape,
+            True,
+        )
 
 
 def test_passes_draw_every_code_once_and_cosine_begins_with_few() -> None:
@@ -210,13 +215,13 @@ def test_the_halton_order_spreads_over_the_grid() -> None:
 def test_what_a_model_of_one_order_cannot_do_is_refused_in_one_line() -> None:
     raster, model = built("raster"), built()
     with pytest.raises(UserError, match=r"^passes: expected 2 to 20, one for each level to .*, found 21$"):
-        check_sampling(SamplingConfig(passes=21), model, True)
+        check_sampling(SamplingConfig(passes=21), model.layout, model.shape, True)
     with pytest.raises(UserError, match="passes: expected 2 to 20"):
-        check_sampling(SamplingConfig(passes=1), model, True)
-    check_sampling(SamplingConfig(passes=20), model, True)
+        check_sampling(SamplingConfig(passes=1), model.layout, model.shape, True)
+    check_sampling(SamplingConfig(passes=20), model.layout, model.shape, True)
     for given in ({"passes": 4}, {"schedule": "linear"}, {"pass_order": "halton"}):
         with pytest.raises(UserError, match=f"^{next(iter(given))}: expected transformer.order any, found raster"):
-            check_sampling(SamplingConfig.model_validate(given), raster, True)
+            check_sampling(SamplingConfig.model_validate(given), raster.layout, raster.shape, True)
     with pytest.raises(UserError, match="^--compile .* of order raster, found any: leave it out"):
         check_compiler(model)
     with pytest.raises(UserError, match="^expected a transformer of order raster, .* found any"):

@@ -100,4 +100,4 @@ def test_each_code_is_told_of_when_it_is_sure(monkeypatch: pytest.MonkeyPatch) -
 def test_a_model_of_order_any_is_refused() -> None:
     model = build_transformer(ONE, shape(order="any"))
     with pytest.raises(UserError, match="^speculate: expected transformer.order raster, found any: set passes instead"):
-        check_sampling(SamplingConfig(speculate=8), model, guidance_trained=True)
+        check_sampling(SamplingConfig(speculate=8), model.layout, model.shape, guidance_trained=True)

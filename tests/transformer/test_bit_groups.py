@@ -153,7 +153,7 @@ def test_what_it_is_not_for_is_told_in_one_line() -> None:
         parse_config(TransformerConfig, SMALL | {"order": "any"}, "transformer")
     model = built(LAYOUTS[0])
     with pytest.raises(UserError, match="speculate: expected a transformer without code_groups"):
-        check_sampling(SamplingConfig(speculate=4), model, guidance_trained=True)
+        check_sampling(SamplingConfig(speculate=4), model.layout, model.shape, guidance_trained=True)
     with pytest.raises(UserError, match="--compile .*: expected a transformer without code_groups"):
         check_compiler(model)
     assert "code_groups" not in built_plain().exported_config()["shape"]  # type: ignore[operator]
