@@ -5,6 +5,7 @@ SMALTI_SCREENSHOTS: a folder, into which what they look like is saved.
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
+
+from pipeline.core.atomic_io import read_json, write_json
+from pipeline.core.image_io import from_png
+from pipeline.sampling.model_source import EXPORT_RECORD
+from pipeline.sampling.pipeline import Pipeline
+from tests.serving.conftest import serving
 
 Driver = webdriver.Chrome
 _FLAGS = (
@@ -107,6 +114,45 @@ def test_a_prompt_becomes_images_and_history_makes_the_same_again(page: Driver) 
     saved = page.find_element(By.CSS_SELECTOR, "#images a[download]")
     assert str(saved.get_attribute("download")).startswith("red-joker-")
     screenshot(page, "generated")
+
+
+def test_an_empty_field_turns_off_what_the_models_own_settings_turn_on(
+    chromium: Driver, any_order: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(any_order, tmp_path / "own"))
+    record = read_json(own / EXPORT_RECORD)
+    settings = {"top_k": 1, "top_p": 0.5, "min_p": 0.25, "passes": 2}
+    write_json(own / EXPORT_RECORD, record | {"sampling": record["sampling"] | settings})
+    with serving(own, "--slots", "4") as (server, _):
+        look(chromium, 1280, "light")
+        chromium.get(server)
+        wait(chromium, lambda: "16 × 16" in text(chromium, "model"))
+        by_id(chromium, "settings").find_element(By.TAG_NAME, "summary").click()
+        assert {name: float(str(by_id(chromium, name).get_attribute("value"))) for name in settings} == settings
+        generate(chromium, "joker", "3", "1")
+        for name in settings:
+            by_id(chromium, name).clear()
+        generate(chromium, "joker", "4", "1")
+        asked = chromium.find_element(By.CSS_SELECTOR, "#history li span").text
+        drawn = sources(chromium)[0]
+    assert "top-k 64, top-p 1, min-p 0, passes 16" in asked
+    expected = Pipeline.from_pretrained(any_order).generate(["joker"], seed=4)[0].image
+    assert from_png(base64.b64decode(drawn.partition(",")[2])).tobytes() == expected.tobytes()
+
+
+def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(page: Driver) -> None:
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+    by_id(page, "n").clear()
+    by_id(page, "n").send_keys("1")
+    by_id(page, "prompt").click()
+    page.execute_cdp_cmd("Input.imeSetComposition", {"text": "ジョーカー", "selectionStart": 5, "selectionEnd": 5})
+    page.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "rawKeyDown", **enter})
+    assert not page.find_elements(By.CSS_SELECTOR, "#images figure")
+    page.execute_cdp_cmd("Input.insertText", {"text": "ジョーカー"})
+    assert by_id(page, "prompt").get_attribute("value") == "ジョーカー"
+    page.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "rawKeyDown", **enter})
+    assert len(page.find_elements(By.CSS_SELECTOR, "#images figure")) == 1
+    wait(page, lambda: "1 image, seed" in text(page, "status"))
 
 
 def test_cancel_takes_the_images_away(page: Driver) -> None:

@@ -13,7 +13,9 @@ async function start() {
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); generate(asked()); });
   $("cancel").addEventListener("click", () => running?.abort());
   $("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); }
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // which ends a word of an input method
+    event.preventDefault();
+    $("ask").requestSubmit();
   });
   $("token").addEventListener("change", () => { sessionStorage.setItem("token", $("token").value); connect(); });
   $("token").value = sessionStorage.getItem("token") || "";
@@ -63,9 +65,19 @@ async function connect() {
 function asked() {
   const values = { prompt: $("prompt").value, n: Number($("n").value) };
   if ($("seed").value !== "") values.seed = Number($("seed").value);
-  for (const name of NUMBERS) if ($(name).value !== "" && !$(name).disabled) values[name] = Number($(name).value);
+  for (const name of NUMBERS) {
+    const value = $(name).value === "" ? off(name) : Number($(name).value);
+    if (value !== undefined && !$(name).disabled) values[name] = value;
+  }
   if ($("rank").checked) values.rank = true;
   return values;
+}
+
+// What an empty field asks for where the model's own settings have a value, which the server takes for what is left out.
+function off(name) {
+  if ((model?.sampling[name] ?? null) === null) return undefined;
+  const codes = Math.max(...model.levels.map((level) => level.codebook_size));
+  return { top_k: codes, top_p: 1, min_p: 0, passes: Number($("passes").max) }[name];
 }
 
 // Generate `values`; with `image`, starting from it: { image, mask }, blobs.
