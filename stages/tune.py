@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.cli.stage import run_stage
 from pipeline.config.training import samples_per_process
+from pipeline.config.tune import refuse_split_groups
 from pipeline.core import distributed
-from pipeline.core.errors import UserError
 from pipeline.core.initial_values import has_values, initial_values
 from pipeline.data.catalog import Catalog
 from pipeline.data.order import GlobalOrder, caption_in_epoch
@@ -131,17 +131,8 @@ class Workload:
         return {"samples": grid(groups, columns=8, side=96)}
 
 
-def _check_groups(run: StageRun) -> None:
-    config, processes = run.config.tune, distributed.world_size()
-    if config.training.batch_size % (processes * config.group_size):
-        raise UserError(
-            f"tune.training.batch_size: expected a multiple of {processes} processes × group_size {config.group_size},"
-            f" so that each has whole groups, found {config.training.batch_size}: change it or group_size"
-        )
-
-
 def main(run: StageRun) -> None:
-    _check_groups(run)
+    refuse_split_groups(run.config.tune, distributed.world_size())
     torch.manual_seed(run.training_seed)
     workload, config = Workload(run), run.config.tune
     checkpoint = train(

@@ -20,6 +20,7 @@ from pipeline.sampling.export import export_run
 from pipeline.sampling.pipeline import Pipeline
 from pipeline.sampling.save import check_output, read_metadata, save_image
 from pipeline.sampling.to_directory import GenerateJob, generate_sheet
+from tests.conftest import TINY
 from tests.data.sample_images import image
 from tests.launch import environment
 
@@ -151,6 +152,34 @@ def test_generate_into_a_jpg_and_into_a_folder_with_a_dot_whatever_the_prompt(ti
     for output in ("/proc/x.png", "/proc/x", tmp_path / "x.gif"):
         result = invoke("generate", tiny_run, "a", "-o", output)
         assert isinstance(result.exception, UserError)
+
+
+def test_images_of_other_settings_stay_also_where_one_before_them_is_gone(tiny_run: Path, tmp_path: Path) -> None:
+    assert invoke("generate", tiny_run, "red heart", "-n", 3, "-o", tmp_path / "out").exit_code == 0
+    (tmp_path / "out" / "000000-00.png").unlink()
+    kept = (tmp_path / "out" / "000000-02.png").read_bytes()
+    result = invoke("generate", tiny_run, "blue cat", "-n", 3, "-o", tmp_path / "out")
+    assert "000000-01.png was generated with another prompt" in str(result.exception)
+    assert (tmp_path / "out" / "000000-02.png").read_bytes() == kept
+    assert invoke("generate", tiny_run, "red heart", "-n", 3, "-o", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "000000-00.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("generate", "--temperature", "0.7"),
+        ("generate", "-o", "x"),
+        ("evaluate", "--samples", "9"),
+        ("evaluate", "-o", "x"),
+    ],
+)
+def test_options_that_a_stage_does_not_follow_are_refused_beside_a_config(
+    command: str, option: str, value: str
+) -> None:
+    result = invoke(command, "--config", TINY, option, value)
+    assert isinstance(result.exception, UserError)
+    assert f"expected none beside --config, which runs the stage {command}" in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
+from pipeline.cli.stage import TAKE_OVER, refuse_other_options, run_stage_here, stage_arguments
 from pipeline.config.evaluate import EXTRACTORS
 from pipeline.core.errors import UserError
 
@@ -64,6 +64,7 @@ def evaluate(
     if config_path:
         if npz:
             raise UserError("--npz: expected --real and --fake, found --config: smalti generate RUN --npz FILE has it")
+        refuse_other_options("evaluate")
         if print_config:
             from pipeline.config.base import to_yaml
             from pipeline.config.pipeline import load_pipeline

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.stage import TAKE_OVER, run_stage_here, stage_arguments
+from pipeline.cli.stage import TAKE_OVER, refuse_other_options, run_stage_here, stage_arguments
 from pipeline.core.errors import UserError
 from pipeline.core.text import clean_text, decode_text
 
@@ -88,6 +88,7 @@ def generate(
     if npz:
         _check_npz(npz, config_path)
     if config_path:
+        refuse_other_options("generate")
         run_stage_here("generate", stage_arguments(config_path, take_over, arguments))
     if not arguments:
         raise UserError('expected a run directory and a prompt: smalti generate runs/openmoji "red heart"')

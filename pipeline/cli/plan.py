@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config.pipeline import load_pipeline
+from pipeline.config.tune import refuse_split_groups
 from pipeline.core.errors import UserError
 from pipeline.slurm.cluster import seconds
 from pipeline.training.gpu_plan import PEAKS, fitting_micro_batch, memory
@@ -92,7 +93,7 @@ def plan(
     images = [
         _order(config, model),
         _images(config, model, device),
-        *_tune(config, model, utilisation * gpus * device.tflops * 1e12),
+        *_tune(config, model, gpus, utilisation * gpus * device.tflops * 1e12),
         *(_image_tokenizer(config, size, device, gpus) for size in image_sizes),
     ]
     click.echo("\n".join([*lines, "", *_memory(config, model, device, gpus), host, *images]))
@@ -224,11 +225,12 @@ def _image_tokenizer(config: PipelineConfig, size: int, gpu: Gpu, gpus: int) -> 
     return f"images          of {size:,} px: " + ", ".join(f"{name} {_gb(need)}" for name, need in needs.items()) + fits
 
 
-def _tune(config: PipelineConfig, model: Model, flops_per_s: float) -> list[str]:
+def _tune(config: PipelineConfig, model: Model, gpus: int, flops_per_s: float) -> list[str]:
     """What the stage tune takes, where it is enabled: it draws, asks the start's model, and trains on what it drew."""
     section, training = config.tune, config.tune.training
     if not section.enabled:
         return []
+    refuse_split_groups(section, gpus)
     passes = model.flops_per_token * (1 + 2 / 3)  # a forward pass is a third of a step
     flops = training.steps * training.batch_size * model.layout.length * passes
     return [

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from pipeline.config.pipeline import PipelineConfig, is_run_config, load_pipeline
 from pipeline.core import gpus, signals
@@ -43,6 +44,7 @@ from pipeline.orchestration.stage_run import StageRun, execute
 log = logging.getLogger(__name__)
 
 TAKE_OVER = "use a run directory that was made from a config file of another name"
+_WITH_CONFIG = ("config_path", "take_over", "print_config")
 AMEND = "go on with another learning rate or the like in the middle of a training, from its checkpoint"
 
 
@@ -141,6 +143,22 @@ def stage_arguments(config_path: str, take_over: bool, overrides: tuple[str, ...
     """What a command passes on to the stage that it starts."""
     flags = [name for name, given in (("--take-over", take_over), ("--amend", amend)) if given]
     return ["--config", config_path, *flags, *overrides]
+
+
+def refuse_other_options(section: str) -> None:
+    """Of a command that with --config is a stage: what its other options ask for stands in the config then.
+
+    Raises:
+        UserError: one was given.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and isinstance(parameter, click.Option) and parameter.name not in _WITH_CONFIG:
+            raise UserError(
+                f"{parameter.opts[-1]}: expected none beside --config, which runs the stage {section}, found one: set"
+                f" the key of the config instead ({section}.…=…, see docs/config.md), or leave --config out"
+            )
 
 
 def _configure_logging(path: Path) -> None:

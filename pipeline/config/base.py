@@ -144,11 +144,19 @@ def load_config(
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    values = _apart(values)
     if clean is not None:
         values = clean(values)
     for override in overrides:
         _apply_override(values, override)
     return parse_config(cls, values, where=str(path))
+
+
+def _apart(values: Any) -> Any:
+    """A copy in which what a YAML alias named in two places is two: an override changes the one that it names."""
+    if isinstance(values, dict):
+        return {key: _apart(value) for key, value in values.items()}
+    return [_apart(value) for value in values] if isinstance(values, list) else values
 
 
 def parse_config(cls: type[ConfigT], values: dict[str, object], where: str) -> ConfigT:

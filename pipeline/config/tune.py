@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Config, operational
 from pipeline.config.training import DeepSpeedConfig, TrainingConfig
+from pipeline.core.errors import UserError
 
 
 class TuneConfig(Config):
@@ -53,3 +54,12 @@ class TuneConfig(Config):
                 "tune.deepspeed.zero_stage: expected 0, 1 or 2, since images are drawn with the whole model, found 3"
             )
         return self
+
+
+def refuse_split_groups(config: TuneConfig, processes: int) -> None:
+    """Raises UserError when processes would share a prompt's images, which are compared with each other."""
+    if config.training.batch_size % (processes * config.group_size):
+        raise UserError(
+            f"tune.training.batch_size: expected a multiple of {processes} processes × group_size {config.group_size},"
+            f" so that each has whole groups, found {config.training.batch_size}: change it or group_size"
+        )

@@ -17,6 +17,7 @@ from pipeline.config.prepare import NO_LONGER_DECIDES
 from pipeline.config.renamed import with_current_names
 from pipeline.config.reranker import refuse_single_samples
 from pipeline.config.training import accumulation_steps
+from pipeline.config.tune import refuse_split_groups
 from pipeline.core.errors import UserError
 
 
@@ -97,9 +98,9 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
     """Check what a pipeline of all stages needs and its config alone decides: better now than hours later.
 
     Raises:
-        UserError: a stage's processes do not divide its batch (`where`: what decides their number) or leave a reranker
-            single samples, there is no validation split, which every training measures itself on, or guidance that no
-            training prepares.
+        UserError: a stage's processes do not divide its batch (`where`: what decides their number), leave a reranker
+            single samples or split tune's groups, there is no validation split, which every training measures itself
+            on, or guidance that no training prepares.
     """
     if config.prepare.validation_fraction == 0:
         raise UserError(
@@ -109,6 +110,8 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
     _check_guidance(config)
     if config.reranker.enabled and config.reranker.clip is None:
         refuse_single_samples(config.reranker.training, processes_of(stage_named("reranker")))
+    if config.tune.enabled:
+        refuse_split_groups(config.tune, processes_of(stage_named("tune")))
     for stage in stages_of(config):
         training = config.training(stage.section)
         if training is not None:

@@ -23,6 +23,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.core import gpus
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.loopback import LOOPBACK, free_port
+from pipeline.orchestration.at_work import refuse_other_config
 from pipeline.orchestration.code_snapshot import CODE
 from pipeline.orchestration.environment import RUNNER_VARIABLE
 from pipeline.orchestration.graph import SHARES, STAGES, Stage, check_before_start, chosen_stages
@@ -72,6 +73,7 @@ def run_pipeline(
         return
     stop = StopRequest()
     with runs.lock_run():
+        refuse_other_config(runs.path, config)
         runs.open(config, source)
         if amend:
             keep_finished(runs, config)

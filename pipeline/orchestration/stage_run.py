@@ -15,6 +15,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.core.atomic_io import read_json, write_atomic, write_json
 from pipeline.core.errors import StoppedOnRequest, UserError
 from pipeline.core.lock import Lock, refuse_if_held
+from pipeline.orchestration.at_work import refuse_other_config
 from pipeline.orchestration.environment import RUNNER_VARIABLE, SUBMITTED_VARIABLE
 from pipeline.orchestration.going_on import shares_of_training
 from pipeline.orchestration.graph import Stage, inputs_of, stages_of
@@ -196,6 +197,7 @@ def _begin(
             runs.go_on(config, stage, amend, check_only=True)
             checked = True
         with runs.lock_run(wait_s=max(patience_s, _OPENING_S)):  # those started side by side open it one by one
+            refuse_other_config(runs.path, config)
             runs.open(config, source)
     # The tasks of an array write side by side, but not beside a process that does the whole stage.
     others = (

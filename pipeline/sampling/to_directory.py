@@ -149,11 +149,12 @@ def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[list[int]]:
 
 def _is_complete(pipeline: Pipeline, job: GenerateJob, folder: Path, prompt: int) -> bool:
     """Are all images of the prompt there? Raises UserError for one that was generated with other settings."""
-    expected = job.metadata(prompt, pipeline)
+    expected, complete = job.metadata(prompt, pipeline), True
     for rank in range(job.images_per_prompt):
         path = _path(folder, prompt, rank)
         if not path.exists():
-            return False
+            complete = False  # the others are looked at still: they are drawn anew with it
+            continue
         found = read_metadata(path) or {}
         different = [name for name, value in expected.items() if found.get(name) != value]
         if different:
@@ -161,7 +162,7 @@ def _is_complete(pipeline: Pipeline, job: GenerateJob, folder: Path, prompt: int
                 f"{path} was generated with another {different[0]} ({found.get(different[0])!r} instead of"
                 f" {expected[different[0]]!r}): give another folder, or remove it"
             )
-    return True
+    return complete
 
 
 def _path(folder: Path, prompt: int, rank: int) -> Path:

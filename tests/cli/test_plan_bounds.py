@@ -34,6 +34,12 @@ def test_a_number_that_nothing_has_is_refused(options: list[str]) -> None:
     assert isinstance(result.exception, (SystemExit, UserError)), result.exception
 
 
+def test_groups_of_tune_that_gpus_would_share_are_refused() -> None:
+    tuned = ["tune.enabled=true", "tune.reward=judge", "tune.training.batch_size=128", "tune.group_size=16"]
+    result = CliRunner().invoke(plan, [str(ROOT / "configs" / "shapes.yaml"), *tuned, "--gpus", "16"])
+    assert "expected a multiple of 16 processes × group_size 16" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [

@@ -90,3 +90,15 @@ def test_operational_fields_that_decide_with_others_are_a_part_of_it() -> None:
 
 def test_differences_name_the_changed_keys() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
+
+
+class Two(Config):
+    first: TrainingConfig
+    second: TrainingConfig
+
+
+def test_an_override_changes_its_own_section_alone_where_an_alias_names_one_in_two_places(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("first: &training {steps: 100, batch_size: 8, warmup_steps: 1}\nsecond: *training\n")
+    config = load_config(Two, file, ["second.steps=500"])
+    assert (config.first.steps, config.second.steps) == (100, 500)

@@ -82,3 +82,12 @@ def test_a_reranker_that_would_see_single_samples_is_refused_before_anything_sta
         return
     with pytest.raises(UserError, match="at least 2 samples per process and pass, .* found 1: raise"):
         check_before_start(config, lambda stage: processes)
+
+
+def test_tune_whose_processes_would_share_a_group_is_refused_before_anything_starts() -> None:
+    training = "tune.training={steps: 9, batch_size: 32, warmup_steps: 1}"
+    groups = ["tune.enabled=true", training, "tune.group_size=8", "tune.reward=clip", "tune.clip=x"]
+    config = load_pipeline(TINY, groups)
+    check_before_start(config, lambda stage: 4)
+    with pytest.raises(UserError, match="expected a multiple of 8 processes × group_size 8, .* found 32"):
+        check_before_start(config, lambda stage: 8)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.pipeline import load_pipeline
+from pipeline.core.lock import Lock
 from pipeline.orchestration.run_directory import RunDirectory
 from pipeline.slurm.status import as_json, run_status
 from tests.cli.test_main import smalti
@@ -188,6 +189,20 @@ def test_what_data_decides_is_told_right_after_prepare(overrides: list[str], com
     assert complaint in output
     assert "Traceback" not in output
     assert not (tmp_path / "tiny" / "image-tokenizer").exists()
+
+
+@pytest.mark.parametrize("command", [["run"], ["report", "--config"]])
+def test_the_config_of_a_stage_at_work_stays(command: list[str], tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    config = (run / "config.yaml").read_text()
+    changed = [str(TINY), f"runs={tmp_path}", "transformer.layers=3", NO_TRACKING]
+    with Lock(run / "locks" / "transformer.json", "stage transformer"):
+        told = launch("pipeline", *command, *changed, check=False)
+    assert (run / "config.yaml").read_text() == config
+    if command == ["run"]:
+        assert "stage transformer, with another config (" in told
+        assert "layers: 2 -> 3" in told
+        assert "is already being written by process" in told
 
 
 @pytest.mark.parametrize(
