@@ -32,7 +32,7 @@ class SamplingConfig(Config):
         1.0,
         ge=0,
         le=100,
-        description="classifier-free guidance scale; 1: off; above 1 needs caption dropout",
+        description="classifier-free guidance scale; 1: off; any other one needs caption dropout",
     )
     guidance_schedule: Literal["constant", "linear", "cosine", "power"] = Field(
         "constant", description="how the scale gets from 1 at each level's first code to `guidance` at its last one"
@@ -65,7 +65,8 @@ class SamplingConfig(Config):
         " codes in fewer passes, in bf16 but for rounding; null: one by one",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="precision of the transformer while it generates; auto: bf16 on GPUs, fp32 on CPUs"
+        "auto",
+        description="precision of the transformer while it generates; auto: bf16 on GPUs that compute in it, else fp32",
     )
 
     @model_validator(mode="after")

@@ -61,7 +61,8 @@ class PipelineConfig(Config):
     processes: int | None = operational(
         None,
         ge=1,
-        description="processes per stage that trains or splits, on this machine; None: one per GPU, or one",
+        description="processes per stage that trains or splits, on this machine (prepare has its `workers`); None: one"
+        " per GPU, or one",
     )
     tracking: TrackingConfig = operational(TrackingConfig())
     store: StoreConfig = operational(StoreConfig.model_validate({}))

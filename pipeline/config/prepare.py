@@ -250,8 +250,8 @@ class PrepareConfig(Config):
     workers: int | None = operational(None, ge=1, description="processes; None: one per core")
     verify: bool = operational(
         False,
-        description="compare the tars of finished parts with their checksums, and make those anew that are damaged; "
-        "otherwise a restart looks at their sizes",
+        description="of a stage that is not finished: compare the tars of finished parts with their checksums, and make"
+        " those anew that are damaged; otherwise a restart looks at their sizes",
     )
 
     @property

@@ -118,7 +118,7 @@ class Mirror:
         if not self._warned:
             log.warning(
                 "MLflow at %s %s (%s): continuing without it; everything is in %s,"
-                " and the next stage or `smalti ui %s` sends what is missing",
+                " and the next stage, or to a database `smalti ui %s`, sends what is missing",
                 mask(self.store.uri),
                 "answers, and refuses" if refused else "is not usable",
                 mask(problem),
