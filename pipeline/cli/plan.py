@@ -116,9 +116,12 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
     samples = training.steps * training.batch_size
     tokens = samples * layout.length
     saved = checkpoint_bytes(model, training)
-    kept, best = (
-        (training.keep_checkpoints + 1, " and keep_best") if training.keep_best else (training.keep_checkpoints, "")
-    )
+    kept, with_others = training.keep_checkpoints, ""
+    if training.keep_best:
+        kept, with_others = kept + 1, " and keep_best"
+    if training.keep_every:
+        kept += training.steps // training.keep_every
+        with_others += f" and keep_every {training.keep_every:,}"
     text = f"{layout.text_length:,} text tokens of {layout.text_vocab_size:,}"
     if section.condition == "class":
         text = f"a class, counted as one of text_tokenizer.vocab_size {layout.text_vocab_size:,} ids"
@@ -133,7 +136,7 @@ def _model(config: PipelineConfig, model: Model) -> list[str]:
         f"FLOPs           {_si(model.flops_per_token)} per token, forward and backward;"
         f" {tokens * model.flops_per_token:.3g} in all",
         f"checkpoint      {_gb(saved)}; {_gb(kept * saved)} on disk with"
-        f" keep_checkpoints {training.keep_checkpoints}{best}, one more while saving",
+        f" keep_checkpoints {training.keep_checkpoints}{with_others}, one more while saving",
     ]
 
 
@@ -162,6 +165,7 @@ _COLUMNS = ("weights", "optimizer", "average", "gradients", "activations", *PEAK
 def _memory(config: PipelineConfig, model: Model, gpu: Gpu, gpus: int) -> list[str]:
     section = config.transformer
     training, limit = section.training, gpu.memory_gb * 1e9
+    section.deepspeed.check_precision(model.precision)
     chosen = section.deepspeed.stage(gpus, model.precision)
     recomputed = "" if training.activation_checkpointing == "block" else "; activations: less with"
     recomputed += " training.activation_checkpointing=block" if recomputed else ""

@@ -195,7 +195,9 @@ def _apply_override(values: dict[str, object], override: str) -> None:
         if isinstance(node, list):
             node = node[_list_index(node, key, override)]
         elif isinstance(node, dict):
-            node = node.setdefault(key, {})
+            if node.get(key) is None:  # left out, or null, as a run's own config has what is not set
+                node[key] = {}
+            node = node[key]
         if not isinstance(node, (dict, list)):
             raise UserError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a section")
     if isinstance(node, list):

@@ -15,6 +15,7 @@ from pipeline.config.base import Config, added, load_config, operational
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.image_tokenizer import ImageTokenizerConfig
+from pipeline.config.image_tokenizer_model import ModelConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.renamed import with_current_names
 from pipeline.config.report import ReportConfig
@@ -36,6 +37,19 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 def _plain(size: ImageSize) -> str:
     """A size as it stands in a config."""
     return str(size) if isinstance(size, int) else str(list(size))
+
+
+def _check_scales(model: ModelConfig, size: int) -> None:
+    """A square image's grid of codes is the last of a multiscale quantizer's."""
+    [*others, quantizer] = model.quantizers
+    if others or quantizer.kind != "multiscale":
+        return
+    side = size // model.factor
+    if quantizer.scales[-1] != side:
+        raise ValueError(
+            f"image_tokenizer.model.quantizer.scales: expected the last one to be {side}, the codes on a side of images"
+            f" of {size} pixels, found {quantizer.scales[-1]}: change it, prepare.image_size, widths or patch_size"
+        )
 
 
 @runtime_checkable
@@ -128,7 +142,9 @@ class PipelineConfig(Config):
     def _check_image_size(self) -> None:
         size, tokenizer = self.prepare.image_size, self.image_tokenizer
         sides = height_width(size)
-        factors = {"the image tokenizer (patch_size × 2 ** (len(widths) - 1))": tokenizer.model.factor}
+        factors = {}
+        if tokenizer.pretrained is None:  # whose factor its own files have
+            factors["the image tokenizer (patch_size × 2 ** (len(widths) - 1))"] = tokenizer.model.factor
         if self.reranker.enabled and self.reranker.clip is None:
             factors["reranker.model.patch_size"] = self.reranker.model.patch_size
         for what, factor in factors.items():
@@ -145,6 +161,7 @@ class PipelineConfig(Config):
                 f" {least}×{least} pixels, found prepare.image_size={_plain(size)}: set layers to less, or leave it out"
             )
         if isinstance(size, int):
+            _check_scales(tokenizer.model, size)
             return
         if any(quantizer.kind == "multiscale" for quantizer in tokenizer.model.quantizers):
             raise ValueError(

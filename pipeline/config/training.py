@@ -253,6 +253,14 @@ class DeepSpeedConfig(Config):
             raise ValueError("offload_optimizer needs ZeRO: set zero_stage to 1, 2 or 3")
         return self
 
+    def check_precision(self, precision: Precision) -> None:
+        """Raises UserError if nothing is partitioned and weights are of 16 bits."""
+        if precision in ("bf16-weights", "fp16") and self.zero_stage == 0:
+            raise UserError(
+                f"expected deepspeed.zero_stage 1, 2 or 3 with training.precision {precision}, whose float32"
+                f" weights are in ZeRO's optimizer, found 0: set 1, or training.precision=fp32"
+            )
+
     def stage(self, processes: int, precision: Precision) -> int:
         """The ZeRO stage of a training. What needs ZeRO (16-bit weights, offloading) has it on one process, too."""
         if self.zero_stage is not None:

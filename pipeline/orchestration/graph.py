@@ -16,7 +16,7 @@ from pipeline.config.pipeline import PipelineConfig
 from pipeline.config.prepare import NO_LONGER_DECIDES
 from pipeline.config.renamed import with_current_names
 from pipeline.config.reranker import refuse_single_samples
-from pipeline.config.training import accumulation_steps
+from pipeline.config.training import Precision, accumulation_steps
 from pipeline.config.tune import refuse_split_groups
 from pipeline.core.errors import UserError
 
@@ -115,10 +115,25 @@ def check_before_start(config: PipelineConfig, processes_of: Callable[[Stage], i
     for stage in stages_of(config):
         training = config.training(stage.section)
         if training is not None:
+            _check_precision(config, stage, training.precision)
             try:
                 accumulation_steps(training, processes_of(stage))
             except UserError as error:
                 raise UserError(f"{stage.name}: {error}{where}") from error
+
+
+def _check_precision(config: PipelineConfig, stage: Stage, precision: Precision) -> None:
+    deepspeed = getattr(config.section(stage.section), "deepspeed", None)
+    try:
+        if deepspeed is not None:
+            deepspeed.check_precision(precision)
+        elif precision == "bf16-weights":
+            raise UserError(
+                "expected training.precision bf16, bf16-autocast, fp32 or fp16, since it trains through accelerate,"
+                " found bf16-weights, which is the transformer's: set bf16"
+            )
+    except UserError as error:
+        raise UserError(f"{stage.name}: {error}") from error
 
 
 def _check_guidance(config: PipelineConfig) -> None:

@@ -51,3 +51,15 @@ def test_sampling_that_the_model_cannot_follow_is_refused(override: str, complai
     result = CliRunner().invoke(plan, [TINY, override])
     assert isinstance(result.exception, UserError), result.output
     assert str(result.exception).startswith(complaint)
+
+
+def test_milestones_take_disk_and_an_impossible_zero_stage_is_refused() -> None:
+    milestones = ["transformer.training.steps=100", "transformer.training.keep_every=10"]
+    bytes_of = [CliRunner().invoke(plan, [TINY, *overrides]).output for overrides in (milestones[:1], milestones)]
+    line = [next(line for line in output.splitlines() if line.startswith("checkpoint ")) for output in bytes_of]
+    assert "on disk with keep_checkpoints 2, one more" in line[0]
+    assert "on disk with keep_checkpoints 2 and keep_every 10, one more" in line[1]
+    each, two, twelve = (float(text.split()[index]) for text, index in ((line[0], 1), (line[0], 3), (line[1], 3)))
+    assert (round(two / each), round(twelve / each)) == (2, 12)
+    zero = CliRunner().invoke(plan, [TINY, "transformer.deepspeed.zero_stage=0", "transformer.training.precision=fp16"])
+    assert "expected deepspeed.zero_stage 1, 2 or 3" in str(zero.exception)

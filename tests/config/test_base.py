@@ -102,3 +102,10 @@ def test_an_override_changes_its_own_section_alone_where_an_alias_names_one_in_t
     file.write_text("first: &training {steps: 100, batch_size: 8, warmup_steps: 1}\nsecond: *training\n")
     config = load_config(Two, file, ["second.steps=500"])
     assert (config.first.steps, config.second.steps) == (100, 500)
+
+
+def test_an_override_enters_a_section_that_is_null(tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text("{steps: 100, batch_size: 8, warmup_steps: 1, keep_best: null}\n")
+    config = load_config(TrainingConfig, file, ["keep_best.metric=val/loss/image", "keep_best.mode=min"])
+    assert config.keep_best == KeepBestConfig(metric="val/loss/image", mode="min")

@@ -91,3 +91,30 @@ def test_tune_whose_processes_would_share_a_group_is_refused_before_anything_sta
     check_before_start(config, lambda stage: 4)
     with pytest.raises(UserError, match="expected a multiple of 8 processes × group_size 8, .* found 32"):
         check_before_start(config, lambda stage: 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("image_tokenizer.training.precision=bf16-weights", "image-tokenizer: expected training.precision bf16, "),
+        ("transformer.training.precision=fp16", "transformer: expected deepspeed.zero_stage 1, 2 or 3 "),
+    ],
+)
+def test_precisions_that_a_stage_cannot_train_in_are_refused_before_anything_starts(
+    override: str, complaint: str
+) -> None:
+    config = load_pipeline(TINY, ["transformer.deepspeed.zero_stage=0", override])
+    with pytest.raises(UserError, match=f"^{complaint}.* found "):
+        check_before_start(config, lambda stage: 1)
+
+
+def test_scales_that_do_not_fit_the_image_size_are_refused_when_the_config_is_read() -> None:
+    scales = ["image_tokenizer.model={kind: vqvae, widths: [8, 8], quantizer: {kind: multiscale, scales: [1, 2, 8]}}"]
+    assert load_pipeline(TINY, [*scales, "prepare.image_size=16"]).prepare.image_size == 16
+    with pytest.raises(UserError, match=r"quantizer.scales: expected the last one to be 16, .* of 32 pixels, found 8"):
+        load_pipeline(TINY, [*scales, "prepare.image_size=32"])
+
+
+def test_the_image_size_of_a_pretrained_tokenizer_is_not_held_against_ours() -> None:
+    pretrained = "image_tokenizer.pretrained={library: diffusers, path: x}"
+    assert load_pipeline(TINY, ["image_tokenizer.model=null", pretrained, "prepare.image_size=36"])

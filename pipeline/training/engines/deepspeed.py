@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         _spare_the_shared_memory_build()
         if not torch.cuda.is_available():
             spare_muons_compilation()
-        _check(training, config)
+        config.check_precision(training.precision)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         accumulation = accumulation_steps(training, distributed.world_size())
         settings = deepspeed_settings(training, config, accumulation, parameters)
@@ -326,14 +326,6 @@ def deepspeed_settings(
     elif training.precision == "fp16":
         settings["fp16"] = {"enabled": True}
     return settings
-
-
-def _check(training: TrainingConfig, config: DeepSpeedConfig) -> None:
-    if training.precision in ("bf16-weights", "fp16") and config.zero_stage == 0:
-        raise UserError(
-            f"expected deepspeed.zero_stage 1, 2 or 3 with training.precision {training.precision}, whose float32"
-            f" weights are in ZeRO's optimizer, found 0: set 1, or training.precision=fp32"
-        )
 
 
 def _spare_the_autotuner() -> None:
