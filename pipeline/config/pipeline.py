@@ -25,7 +25,7 @@ from pipeline.config.text_tokenizer import TextTokenizerConfig
 from pipeline.config.tokenize import TokenizeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import TrainingConfig
-from pipeline.config.transformer import TransformerConfig
+from pipeline.config.transformer import TransformerConfig, forget_derived
 from pipeline.config.tune import TuneConfig
 from pipeline.core.image_size import ImageSize, height_width, image_size
 
@@ -215,7 +215,12 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineCo
 
     def clean(values: dict[str, object]) -> dict[str, object]:
         own.update(_of_this_run(values, path))
-        return dict(own)
+        section, prefix = own.get("transformer"), "transformer."
+        if not isinstance(section, dict):
+            return dict(own)
+        keys = [override.partition("=")[0] for override in overrides]
+        changed = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        return own | {"transformer": forget_derived(section, changed)}
 
     config = load_config(PipelineConfig, path, overrides, clean)
     if (str(config.runs), config.name) == (own["runs"], own["name"]) or (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -193,3 +194,14 @@ class TransformerConfig(TransformerShape):
             if "text_loss_weight" not in self.model_fields_set:
                 object.__setattr__(self, "text_loss_weight", 0.0)
         return self
+
+
+def forget_derived(section: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """A run's own section, in which every key is given, without those that follow from a key that is to be changed."""
+    defaults = {name: field.default for name, field in TransformerConfig.model_fields.items()}
+    derived: dict[str, Any] = {}
+    if "style" in changed:
+        derived |= STYLES.get(str(section.get("style"))) or {name: defaults[name] for name in STYLES["modern"]}
+    if "condition" in changed:
+        derived["text_loss_weight"] = 0.0 if section.get("condition") == "class" else defaults["text_loss_weight"]
+    return {name: value for name, value in section.items() if name not in derived or value != derived[name]}

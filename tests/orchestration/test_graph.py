@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 
-from pipeline.config.base import Config
+from pipeline.config.base import Config, to_yaml
 from pipeline.config.pipeline import PipelineConfig, Trained, load_pipeline
 from pipeline.core.errors import UserError
 from pipeline.orchestration.graph import (
@@ -118,3 +119,20 @@ def test_scales_that_do_not_fit_the_image_size_are_refused_when_the_config_is_re
 def test_the_image_size_of_a_pretrained_tokenizer_is_not_held_against_ours() -> None:
     pretrained = "image_tokenizer.pretrained={library: diffusers, path: x}"
     assert load_pipeline(TINY, ["image_tokenizer.model=null", pretrained, "prepare.image_size=36"])
+
+
+def test_a_run_that_branches_off_with_another_style_or_condition_has_what_follows_from_it(tmp_path: Path) -> None:
+    modern = load_pipeline(TINY, ["transformer.style=modern", "transformer.mlp=gelu"])
+    (tmp_path / "config.yaml").write_text(to_yaml(modern))
+    (tmp_path / "run.json").write_text("{}")
+    same = load_pipeline(tmp_path, ["name=b", "transformer.layers=1"]).transformer
+    assert (same.style, same.norm, same.mlp, same.positions) == ("modern", "rmsnorm", "gelu", "rotary")
+    classic = load_pipeline(tmp_path, ["name=b", "transformer.style=classic", "transformer.attention=full"]).transformer
+    assert (classic.norm, classic.mlp, classic.positions, classic.qk_norm) == ("layernorm", "gelu", "learned", False)
+    assert classic.attention == "full"
+    of_classes = ["name=b", "generate.new_prompts=[]", "transformer.condition=class"]
+    classes = load_pipeline(tmp_path, of_classes).transformer
+    assert (classes.text_loss_weight, modern.transformer.text_loss_weight) == (0.0, 0.125)
+    weighted = load_pipeline(TINY, ["transformer.text_loss_weight=0.5"])
+    (tmp_path / "config.yaml").write_text(to_yaml(weighted))
+    assert load_pipeline(tmp_path, of_classes).transformer.text_loss_weight == 0.5
