@@ -73,6 +73,7 @@ def _checks(config: PipelineConfig | None, cluster_path: Path | None) -> dict[st
     }
     if config:
         checks |= {
+            "stages": partial(runs.stages, config, cluster_path),
             "run directory": partial(runs.run_directory, config),
             "mlflow": partial(runs.tracking, config),
         }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipeline.core.errors import UserError
 from pipeline.core.text import one_line
 
 
@@ -50,5 +51,7 @@ def findings(name: str, check: Check) -> Iterator[Finding]:
     """What `check` finds; an error of its own is a finding too, called `name`."""
     try:
         yield from check()
+    except UserError as error:
+        yield fail(name, str(error))
     except Exception as error:  # a broken library or file system may raise anything, and the next check shall run
         yield fail(name, f"{type(error).__name__}: {one_line(str(error)) or 'no message'}")

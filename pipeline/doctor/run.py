@@ -1,4 +1,4 @@
-"""A config, or a run: what it names is there, its tracking answers, its extractors have their weights."""
+"""A config, or a run: its stages can start, its tracking answers, its extractors have their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from pipeline.core.errors import UserError
 from pipeline.core.lock import Owner, owner_of
 from pipeline.core.writable import check_writable
 from pipeline.doctor.finding import Finding, fail, note, ok, warn
+from pipeline.orchestration.graph import check_before_start, stages_of
+from pipeline.orchestration.local_runner import local_processes
 from pipeline.orchestration.mlflow_store import Store
+from pipeline.orchestration.start_model import made_from
+from pipeline.slurm.cluster import load_cluster
 
 _LOCKED_S = 3.0  # longer than any write of MLflow
 
@@ -96,6 +100,18 @@ def _database_of_before(config: PipelineConfig) -> Iterator[Finding]:
             f"expected a database at {database}, found: {error}: the next stage, or `smalti ui`, moves it aside and"
             " sends all again",
         )
+
+
+def stages(config: PipelineConfig, cluster: Path | None) -> Iterator[Finding]:
+    """What `smalti run` and `submit` refuse before anything starts; with a cluster file, at its processes."""
+    resources = load_cluster(cluster).resources if cluster else None
+    check_before_start(
+        config, lambda stage: resources(stage).world_size if resources else local_processes(config, stage)
+    )
+    for stage in stages_of(config):
+        if stage.trains:
+            made_from(config, stage, config.run_directory / stage.name)
+    yield ok("stages", f"{len(stages_of(config))} of them can start")
 
 
 def extractors(config: PipelineConfig | None) -> Iterator[Finding]:

@@ -93,9 +93,23 @@ def test_a_wrong_clock_and_a_mistake_in_the_config_are_named(tmp_path: Path) -> 
 def test_where_all_is_well_nothing_fails_and_nothing_is_left_behind(tmp_path: Path) -> None:
     code, lines = consult(tmp_path, str(TINY))
     assert {name: line for name, line in lines.items() if line[0] == "FAIL"} == {}
-    assert {"python", "versions", "network", "disk", "locks", "clock", "run directory", "mlflow"} <= {*lines}
+    assert {"python", "versions", "network", "disk", "locks", "clock", "stages", "run directory", "mlflow"} <= {*lines}
     assert code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("prepare.validation_fraction=0", "prepare.validation_fraction: expected more than 0"),
+        ("transformer.init_from=nowhere", "nowhere"),
+    ],
+)
+def test_what_a_run_refuses_before_it_starts_is_named(override: str, complaint: str, tmp_path: Path) -> None:
+    code, lines = consult(tmp_path, str(TINY), override)
+    assert _says(lines, "stages", "FAIL", complaint)
+    assert code == 1
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
