@@ -10,8 +10,8 @@ from pipeline.core.lock import refuse_if_held
 from pipeline.orchestration.graph import stage_identity, stages_of
 
 
-def refuse_other_config(run: Path, config: PipelineConfig) -> None:
-    """Call it before the run's config is written.
+def refuse_other_config(run: Path, config: PipelineConfig, wait_s: float = 0.0) -> None:
+    """Call it before the run's config is written. Waits `wait_s` for a stage to end.
 
     Raises:
         UserError: a process writes a stage of `run` that `config` would make otherwise.
@@ -23,4 +23,4 @@ def refuse_other_config(run: Path, config: PipelineConfig) -> None:
         changes = differences(stage_identity(known, stage.name), stage_identity(config, stage.name))
         if changes:
             locks = sorted((run / "locks").glob(f"{stage.name}.*json"))  # its own, and those of an array's tasks
-            refuse_if_held(locks, f"stage {stage.name}, with another config ({'; '.join(changes[:4])}),")
+            refuse_if_held(locks, f"stage {stage.name}, with another config ({'; '.join(changes[:4])}),", wait_s)

@@ -196,8 +196,8 @@ def _begin(
             _refuse_stale_inputs(stage, config, runs)
             runs.go_on(config, stage, amend, check_only=True)
             checked = True
+        refuse_other_config(runs.path, config, patience_s)
         with runs.lock_run(wait_s=max(patience_s, _OPENING_S)):  # those started side by side open it one by one
-            refuse_other_config(runs.path, config)
             runs.open(config, source)
     # The tasks of an array write side by side, but not beside a process that does the whole stage.
     others = (
