@@ -23,6 +23,7 @@ from pipeline.config.base import differences, to_yaml
 from pipeline.config.pipeline import PipelineConfig, load_pipeline
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import UserError
+from pipeline.orchestration.at_work import refuse_other_config
 from pipeline.orchestration.code_snapshot import copy_packages
 from pipeline.orchestration.graph import (
     STAGES,
@@ -107,6 +108,7 @@ def submit_pipeline(
             _check_same_config(runs, config, jobs)
             click.echo("jobs of this run are active: their config and code stay as they are", err=True)
         else:
+            refuse_other_config(runs.path, config)
             runs.open(config, source)
             for stage in stages_of(config):
                 runs.go_on(config, stage, amend)

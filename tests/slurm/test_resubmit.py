@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config.pipeline import load_pipeline
 from pipeline.core.errors import UserError
+from pipeline.core.lock import Lock
 from pipeline.slurm import submit
 from pipeline.slurm.cluster import load_cluster
 from tests.conftest import TINY
@@ -61,6 +62,16 @@ def test_resubmit_submits_only_the_missing_tasks_and_the_join_waits_for_them_and
     tasks, join = cluster.resubmitted()[:2]
     assert tasks == "--array=0,1,3,4,6,7%4 prepare.tasks.sbatch"
     assert join == "--dependency=afterok:12_5:15_2:101 prepare.sbatch"  # never of 12, whose task 3 has failed
+
+
+def test_submit_leaves_the_config_of_a_stage_at_work_as_it_is(cluster: Cluster) -> None:
+    config = (cluster.run / "config.yaml").read_text()
+    changed = ["submit", str(TINY), f"runs={cluster.folder}", "--cluster", "cluster.yaml", "prepare.shard_size=7"]
+    with Lock(cluster.run / "locks" / "prepare.json", "stage prepare"):  # by `smalti run` here, and not by a job
+        told = cluster.smalti(*changed, check=False)
+    assert "stage prepare, with another config (prepare.shard_size: 64 -> 7), is already being written by" in told
+    assert (cluster.run / "config.yaml").read_text() == config
+    assert not (cluster.folder / "calls").exists()
 
 
 def test_resubmit_while_all_tasks_that_are_left_are_active_submits_the_join_alone(cluster: Cluster) -> None:
